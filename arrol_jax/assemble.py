@@ -1,0 +1,70 @@
+"""From a checked config to the parts that entry points work with: policy, mesh, engine, prompts, settings.
+
+The only module besides the entry points that reads the config; everything below takes plain arguments.
+"""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from arrol_jax import data, policy, sharding
+from arrol_jax.decode import Sampling
+from arrol_jax.engine import Engine
+from arrol_jax.losses import ALGORITHMS, LossConfig
+from arrol_jax.rollout import PackShape, PruneRule
+from arrol_jax.types import UserError
+from arrol_jax.update import Compute
+from arrol_jax.weights import Policy, load_policy
+
+
+def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
+  try:
+    return sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+  except ValueError as e:
+    raise UserError(f"mesh: {e}") from e
+
+
+def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
+  """The policy with float32 parameters on the mesh; it must bring a tokenizer."""
+  loaded = load_policy(c.model.path, dtype="float32", mesh=mesh)
+  if loaded.tokenizer is None:
+    raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
+  return loaded
+
+
+def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0) -> list[data.Prompt]:
+  """Encoded problems of `path`; says how many were too long and left out."""
+  problems = data.load_problems(path)
+  out, skipped = data.encode_prompts(problems[:limit or None], loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt)
+  if skipped:
+    print(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens (rollout.max_prompt)")
+  return out
+
+
+def engine(c: ConfigDict, config: policy.PolicyConfig, mesh: jax.sharding.Mesh, max_new: int) -> Engine:
+  r = c.rollout
+  return Engine(config, mesh, r.slots, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
+                prefill_rows=min(r.prompts, 32))
+
+
+def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype)
+
+
+def prune_rule(c: ConfigDict) -> PruneRule:
+  p = c.prune
+  return PruneRule(p.detect[0], p.keep, p.target, p.strength, p.p_min, p.p_max)
+
+
+def loss(c: ConfigDict) -> LossConfig:
+  given = {k: v for k, v in c.loss.items() if k != "name" and v is not None}
+  return dataclasses.replace(ALGORITHMS[c.loss.name], **given)
+
+
+def compute(c: ConfigDict) -> Compute:
+  return Compute(c.model.dtype, None if c.model.attention == "auto" else c.model.attention, c.model.remat, c.optim.chunk_tokens)
+
+
+def pack_shape(c: ConfigDict) -> PackShape:
+  return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets)

@@ -1,0 +1,167 @@
+"""The jitted programs that generate text on slots, in JetStream's words: prefill, insert, generate_segment, take_rows.
+
+A slot is a row of a fixed-shape batch with its own KV cache, position, random key and limits; `Slots` is the whole
+state, donated from program to program so that the cache is updated in place. A segment is a fixed number of steps in one
+program: no host synchronisation per token. Prefill runs once per prompt and `insert` fans its cache out to the rows of a group.
+Layers are unrolled here (one cache array a layer): a scanned cache would be copied at every step.
+
+Which rows live, and in which shapes, is the host's business (engine.py); what a hidden state is worth, rollout.py's.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from arrol_jax import policy
+from arrol_jax.policy import PolicyConfig
+from arrol_jax.sharding import DECODE, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn. temperature 0 is greedy; log-probs are those of the distribution sampled from (at 0: of T = 1)."""
+  temperature: float = 1.0
+  stop_ids: tuple[int, ...] = ()
+  dtype: str = "bfloat16"
+
+
+@flax.struct.dataclass
+class Prefix:
+  """Caches of prompts, to be inserted into slots."""
+  cache: tuple          # per layer (k, v), each [P,M,L,H]
+  last_token: jax.Array  # i32[P]
+  length: jax.Array      # i32[P]
+
+
+@flax.struct.dataclass
+class Slots:
+  """The state of B rows. `token` at `position` is the next to be fed; columns before `position` of the cache are valid."""
+  cache: tuple           # per layer (k, v), each [B,M,S,H]
+  token: jax.Array       # i32[B]
+  position: jax.Array    # i32[B]
+  generated: jax.Array   # i32[B]   response tokens so far
+  limit: jax.Array       # i32[B]   response tokens at most
+  active: jax.Array      # bool[B]  still generating
+  key: jax.Array         # key[B]   the request's own: its tokens depend on no other row
+  hidden: jax.Array      # [B,D]    final hidden state of the last step in which the row was active
+
+
+def _columns(cache: jax.Array) -> jax.Array:
+  return constrain(cache, "batch", "kv_heads", None, None, table=DECODE)
+
+
+@functools.partial(jax.jit, static_argnames=("c", "rows", "length", "dtype"))
+def init_slots(c: PolicyConfig, rows: int, length: int, dtype: str) -> Slots:
+  """`rows` empty slots with room for `length` tokens each."""
+  zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
+  shape = (rows, c.kv_heads, length, c.head_dim)
+  cache = tuple((_columns(jnp.zeros(shape, dtype)), _columns(jnp.zeros(shape, dtype))) for _ in range(c.layers))
+  return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(),
+               active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
+               hidden=jnp.zeros((rows, c.width), dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("c", "dtype"))
+def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array, *, dtype: str) -> Prefix:
+  """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
+  attention = policy.causal_attention(None)
+
+  def attend(layer, q, k, v):
+    return attention(q, k, v)[0], (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+  _, cache = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, dtype=dtype)
+  last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+  return Prefix(cache=tuple(cache), last_token=last, length=length)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def insert(slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, key: jax.Array, limit: jax.Array) -> Slots:
+  """Puts prompt `source[r]` into slot `target[r]` with key[r] and limit[r]; a target of B or more is left out. All [R]."""
+  def write(slot_columns, prefix_columns):
+    width = min(slot_columns.shape[2], prefix_columns.shape[2])  # the host sees to it that real tokens fit
+    rows = prefix_columns[source, :, :width]
+    return _columns(slot_columns.at[target, :, :width].set(rows, mode="drop"))
+
+  put = lambda old, new: old.at[target].set(new, mode="drop")
+  # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
+  return slots.replace(
+    cache=jax.tree.map(write, slots.cache, prefix.cache), token=put(slots.token, prefix.last_token[source]),
+    position=put(slots.position, prefix.length[source] - 1), generated=put(slots.generated, jnp.zeros_like(target)),
+    limit=put(slots.limit, limit), active=put(slots.active, jnp.ones_like(target, bool)), key=put(slots.key, key))
+
+
+@functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("slots",))
+def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
+  """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle."""
+  def columns(x):
+    x = x[rows, :, :length]
+    return _columns(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))))
+
+  cache = jax.tree.map(columns, slots.cache)
+  rest = jax.tree.map(lambda x: x[rows], slots.replace(cache=()))
+  # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist.
+  return rest.replace(cache=cache, active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
+
+
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
+  """One query a row against the cache: q [B,N,H], k and v [B,M,S,H], columns 0..position i32[B] -> [B,N,H]."""
+  b, n, h = q.shape
+  m, s = k.shape[1:3]
+  q = q.reshape(b, m, n // m, h)
+  score = jnp.einsum("bmgh,bmsh->bmgs", q, k, preferred_element_type=jnp.float32) * h**-0.5
+  seen = jnp.arange(s, dtype=jnp.int32)[None, :] <= position[:, None]
+  prob = jax.nn.softmax(jnp.where(seen[:, None, None, :], score, -1e30), axis=-1).astype(v.dtype)
+  return jnp.einsum("bmgs,bmsh->bmgh", prob, v).reshape(b, n, h)
+
+
+def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Tokens i32[B] and their log-probs f32[B] from logits f32[B,V]; key[B], one a row."""
+  if sampling.temperature > 0:
+    logits = logits / sampling.temperature
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(key)
+    token = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+  else:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
+def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
+  """Up to `steps` tokens for every active row; ends early when no row is active.
+
+  Returns (slots, tokens i32[B,steps], logprobs f32[B,steps]); a row's new tokens come first, as many as its
+  `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
+  position + steps <= S for every active row.
+  """
+  rows = slots.token.shape[0]
+  stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+
+  def step(carry):
+    i, s, tokens, logprobs = carry
+    cache = list(s.cache)
+
+    def attend(layer, q, k, v):  # [B,1,N,H], [B,1,M,H] x 2
+      row = jnp.arange(rows, dtype=jnp.int32)
+      keys, values = (_columns(old.at[row, :, s.position].set(new[:, 0], mode="promise_in_bounds", unique_indices=True))
+                      for old, new in zip(cache[layer], (k, v), strict=True))
+      cache[layer] = (keys, values)
+      return attend_cache(q[:, 0], keys, values, s.position)[:, None], None
+
+    hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype)[0][:, 0]
+    key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
+    token, logprob = sample(sampling, key, policy.unembed(params, hidden))
+    generated = s.generated + s.active.astype(jnp.int32)
+    stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (generated >= s.limit)
+    live = lambda new, old: jnp.where(s.active if new.ndim == 1 else s.active[:, None], new, old)
+    s = s.replace(cache=tuple(cache), token=live(token, s.token), position=live(s.position + 1, s.position),
+                  generated=generated, active=s.active & ~stopped, hidden=live(hidden, s.hidden))
+    put = lambda out, new: jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), i))
+    return i + 1, s, put(tokens, token), put(logprobs, logprob)
+
+  carry = (jnp.int32(0), slots, jnp.zeros((rows, steps), jnp.int32), jnp.zeros((rows, steps), jnp.float32))
+  _, slots, tokens, logprobs = jax.lax.while_loop(lambda x: (x[0] < steps) & jnp.any(x[1].active), step, carry)
+  return slots, tokens, logprobs

@@ -1,0 +1,157 @@
+"""GGUF files: shape of the policy, tensors under their Hugging Face names, metadata. Uses the `gguf` package, no torch.
+
+Architectures qwen2, qwen3 and llama. Every quantisation that the `gguf` package dequantises can be read; values come out in
+float32. Llama files store the rows of q and k in pairs (rotary dimension i next to i + H/2), which is undone here.
+Left out: writing GGUF, mixtures of experts, yarn and linear rope scaling, SentencePiece tokenizers (tokenizers.py).
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+
+from arrol_jax.policy import PolicyConfig, RopeScaling
+from arrol_jax.safetensors_files import Stored
+from arrol_jax.types import UserError
+
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
+# GGUF name of a layer's tensor, after "blk.<i>." -> Hugging Face's, after "model.layers.<i>."
+LAYER_NAMES = {
+  "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+class GGUF(NamedTuple):
+  """An opened file: metadata values by key (lists for arrays), and tensors by Hugging Face name."""
+  path: Path
+  meta: dict
+  config: PolicyConfig
+  tensors: dict[str, Stored]
+
+
+class _Reader(gguf.GGUFReader):
+  """The package's reader, except that bytes past the end of the file are an error instead of an empty array.
+
+  Without the check a damaged length would read on for ever. It reads through a plain array, because a vocabulary takes
+  half a million slices and those of a memmap are several times slower.
+  """
+
+  def _get(self, offset, dtype, count=1, override_order=None):
+    dtype, offset = np.dtype(dtype), int(offset)
+    end = offset + dtype.itemsize * int(count)
+    if end > len(self.data):
+      raise EOFError("truncated")
+    order = override_order or self.byte_order
+    return self._plain[offset:end].view(dtype if order == "I" else dtype.newbyteorder(order))
+
+  @functools.cached_property
+  def _plain(self):
+    return np.asarray(self.data)
+
+  def _build_tensors(self, start_offs, fields):
+    tensors = []
+    for field in fields:
+      try:
+        super()._build_tensors(start_offs, [field])
+      except EOFError:
+        raise EOFError(f"truncated, tensor {field.name} ends past the end of the file") from None
+      tensors += self.tensors
+    self.tensors = tensors
+
+
+def open_gguf(path: Path) -> GGUF:
+  """Reads a file's metadata; tensors are dequantised when read. UserError: corrupt, truncated, unsupported."""
+  try:
+    reader = _Reader(path)
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+  except (ValueError, KeyError, IndexError, EOFError, OverflowError, UnicodeDecodeError, TypeError) as e:
+    raise UserError(f"{path}: corrupt GGUF file ({e}); fetch it again") from e
+  arch = meta.get("general.architecture")
+  if arch not in ARCHITECTURES:
+    raise UserError(f"{path}: architecture {arch!r} is not supported (supported: {', '.join(ARCHITECTURES)})")
+  stored = {t.name: t for t in reader.tensors}
+  config = _config(path, arch, meta, stored)
+  tensors = {}
+  for name, tensor in stored.items():
+    if name != "rope_freqs.weight":  # read by _config
+      heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2]) if arch == "llama" else None
+      tensors[_hf_name(name)] = _stored(path, tensor, heads)
+  return GGUF(path, meta, config, tensors)
+
+
+def _hf_name(name: str) -> str:
+  stem, _, kind = name.rpartition(".")
+  if name.startswith("blk."):
+    _, layer, stem = stem.split(".", 2)
+    return f"model.layers.{layer}.{LAYER_NAMES.get(stem, stem)}.{kind}"
+  return f"{MODEL_NAMES.get(stem, stem)}.{kind}"
+
+
+def _stored(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Stored:
+  shape = tuple(int(n) for n in reversed(tensor.shape))
+
+  def read() -> np.ndarray:
+    try:
+      value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as e:
+      raise UserError(f"{path}: tensor {tensor.name}: the gguf package cannot dequantise {tensor.tensor_type.name}") from e
+    value = value.astype(np.float32, copy=False).reshape(shape)
+    return value if heads is None else unpermute(value, heads)
+
+  return Stored(path, shape, read)
+
+
+def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+  """Rows of q or k in llama GGUF order (0, H/2, 1, H/2 + 1, ...) -> Hugging Face's (0, 1, 2, ...), head by head."""
+  half = value.shape[0] // heads // 2
+  return value.reshape(heads, half, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+
+
+def _config(path: Path, arch: str, meta: dict, stored: dict) -> PolicyConfig:
+  def need(key, default=None):
+    value = meta.get(f"{arch}.{key}", default)
+    if isinstance(value, list) and len(set(value)) == 1:
+      value = value[0]
+    if value is None or isinstance(value, (list, str)):
+      raise UserError(f"{path}: metadata key {arch}.{key} is missing or differs between layers")
+    return value
+
+  if "token_embd.weight" not in stored:
+    raise UserError(f"{path}: tensor token_embd.weight is missing")
+  heads, width = need("attention.head_count"), need("embedding_length")
+  head_dim = meta.get(f"{arch}.attention.key_length", width // heads)
+  for key, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", head_dim),
+                     ("attention.value_length", head_dim)):
+    if meta.get(f"{arch}.{key}", plain) != plain:
+      raise UserError(f"{path}: {arch}.{key} = {meta[f'{arch}.{key}']} is not supported (only {plain})")
+  theta = float(meta.get(f"{arch}.rope.freq_base", 10000.0))
+  return PolicyConfig(
+    family=arch, vocab=int(stored["token_embd.weight"].shape[1]), width=width, layers=need("block_count"), heads=heads,
+    kv_heads=need("attention.head_count_kv", heads), head_dim=head_dim, ffn=need("feed_forward_length"),
+    qk_norm=arch == "qwen3", qkv_bias=arch == "qwen2", tied="output.weight" not in stored, rope_theta=theta,
+    rope_scaling=_rope_scaling(path, stored.get("rope_freqs.weight"), head_dim, theta),
+    norm_eps=float(str(np.float32(need("attention.layer_norm_rms_epsilon")))),  # 1e-6, not 9.99999997e-07
+    max_length=need("context_length"))
+
+
+def rope_divisors(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+  """What llama3 scaling divides each rotary frequency by, f32[H/2]: the content of a GGUF's rope_freqs.weight."""
+  turns = s.original_length * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+  keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+  return (1.0 / (keep + (1.0 - keep) / s.factor)).astype(np.float32)
+
+
+def _rope_scaling(path: Path, tensor, head_dim: int, theta: float) -> RopeScaling | None:
+  """The file stores divisors, not the four numbers behind them: the numbers of Llama 3.1 and later are tried."""
+  if tensor is None:
+    return None
+  divisors = np.asarray(tensor.data, np.float32)
+  scaling = RopeScaling(float(divisors.max()), 1.0, 4.0, 8192)
+  if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, rope_divisors(scaling, head_dim, theta), rtol=1e-4):
+    raise UserError(f"{path}: tensor rope_freqs.weight is not Llama 3's rope scaling (low 1, high 4, length 8192)")
+  return scaling

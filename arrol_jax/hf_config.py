@@ -1,0 +1,137 @@
+"""config.json of Hugging Face <-> PolicyConfig, and the names and layouts of Hugging Face's tensors.
+
+Model types qwen3, qwen2 and llama. Absent keys take the defaults of transformers' configuration classes; anything that would
+change the model and is not implemented (sliding windows in use, yarn, biases, other activations) is an error, never ignored.
+Both forms of rotary settings are read: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from arrol_jax.policy import PolicyConfig, RopeScaling, block_weights, model_weights
+from arrol_jax.types import UserError
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+# Weight -> Hugging Face's name, our axes, their axes (a space separates the axes of the stored matrix).
+LAYER = {
+  "attn_norm": ("input_layernorm.weight", "d", "d"),
+  "q": ("self_attn.q_proj.weight", "dnh", "nh d"), "q_bias": ("self_attn.q_proj.bias", "nh", "nh"),
+  "k": ("self_attn.k_proj.weight", "dmh", "mh d"), "k_bias": ("self_attn.k_proj.bias", "mh", "mh"),
+  "v": ("self_attn.v_proj.weight", "dmh", "mh d"), "v_bias": ("self_attn.v_proj.bias", "mh", "mh"),
+  "o": ("self_attn.o_proj.weight", "nhd", "d nh"),
+  "q_norm": ("self_attn.q_norm.weight", "h", "h"), "k_norm": ("self_attn.k_norm.weight", "h", "h"),
+  "mlp_norm": ("post_attention_layernorm.weight", "d", "d"),
+  "gate": ("mlp.gate_proj.weight", "df", "f d"), "up": ("mlp.up_proj.weight", "df", "f d"),
+  "down": ("mlp.down_proj.weight", "fd", "d f"),
+}
+MODEL = {"embed": ("model.embed_tokens.weight", "vd", "v d"), "final_norm": ("model.norm.weight", "d", "d"),
+         "unembed": ("lm_head.weight", "dv", "v d")}
+
+
+class Place(NamedTuple):
+  """Where a Hugging Face tensor goes. ours = stored.reshape(view).transpose(order)."""
+  leaf: str
+  layer: int | None    # None: not in a layer
+  stored: tuple        # shape in the file
+  view: tuple          # the same with heads split
+  order: tuple
+
+
+def layout(c: PolicyConfig) -> dict[str, Place]:
+  """Hugging Face tensor name -> its place, for every tensor of the model, in the order of a forward pass."""
+  def place(leaf, layer, shape, ours, theirs):
+    size = dict(zip(ours, shape, strict=True))
+    letters = theirs.replace(" ", "")
+    return Place(leaf, layer, tuple(math.prod(size[a] for a in group) for group in theirs.split()),
+                 tuple(size[a] for a in letters), tuple(letters.index(a) for a in ours))
+
+  model = {MODEL[name][0]: place(name, None, w.shape, *MODEL[name][1:]) for name, w in model_weights(c).items()}
+  out = {MODEL["embed"][0]: model.pop(MODEL["embed"][0])}
+  for layer in range(c.layers):
+    for name, w in block_weights(c).items():
+      out[f"model.layers.{layer}.{LAYER[name][0]}"] = place(name, layer, w.shape, *LAYER[name][1:])
+  return out | model
+
+
+def config_from_json(file: Path, raw: dict) -> PolicyConfig:
+  """PolicyConfig of a parsed config.json; `file` is named in errors. UserError: unknown or unsupported model."""
+  kind = raw.get("model_type")
+  if kind not in ARCHITECTURES:
+    raise UserError(f"{file}: model_type {kind!r} is not supported (supported: {', '.join(ARCHITECTURES)})")
+
+  def need(key):
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise UserError(f"{file}: key {key} is {value!r}, it must be a positive whole number")
+    return value
+
+  _refuse(file, kind, raw)
+  heads, width = need("num_attention_heads"), need("hidden_size")
+  default_kv = heads if kind == "llama" else 32
+  kv_heads = raw.get("num_key_value_heads", default_kv) or heads
+  if heads % kv_heads:
+    raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+  length = raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768)
+  theta, scaling = _rope(file, raw, length)
+  return PolicyConfig(
+    family=kind, vocab=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads, kv_heads=kv_heads,
+    head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else width // heads), ffn=need("intermediate_size"),
+    qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2", tied=bool(raw.get("tie_word_embeddings", False)),
+    rope_theta=theta, rope_scaling=scaling, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), max_length=length)
+
+
+def _refuse(file: Path, kind: str, raw: dict) -> None:
+  """UserError for settings that change the model and are not implemented."""
+  if raw.get("hidden_act", "silu") != "silu":
+    raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported (only silu)")
+  for key in ("attention_bias", "mlp_bias", "quantization_config", "num_experts", "num_local_experts"):
+    if raw.get(key) and not (kind == "qwen2" and key == "attention_bias"):  # Qwen2 always has q, k, v biases
+      raise UserError(f"{file}: {key} is set, which is not supported")
+  kinds = raw.get("layer_types")
+  if kinds is None and raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
+    sliding = raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 32)
+  else:
+    sliding = any(k != "full_attention" for k in kinds or ())
+  if sliding:
+    raise UserError(f"{file}: sliding window attention is in use, which is not supported")
+
+
+def _rope(file: Path, raw: dict, length: int) -> tuple[float, RopeScaling | None]:
+  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+    raise UserError(f"{file}: partial_rotary_factor is not supported")
+  if kind == "default":
+    return theta, None
+  if kind != "llama3":
+    raise UserError(f"{file}: rope type {kind!r} is not supported (supported: default, llama3)")
+  try:
+    return theta, RopeScaling(float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+                              int(rope.get("original_max_position_embeddings") or length))
+  except (KeyError, TypeError, ValueError) as e:
+    raise UserError(f"{file}: rope scaling llama3 needs the numbers factor, low_freq_factor, high_freq_factor") from e
+
+
+def config_to_json(c: PolicyConfig, dtype: str, eos_ids: tuple, pad_id: int, bos_id: int | None) -> dict:
+  """config.json for transformers 4 and 5 (rotary settings in both forms)."""
+  if c.family not in ARCHITECTURES or (c.qk_norm, c.qkv_bias) != (c.family == "qwen3", c.family == "qwen2"):
+    raise UserError(f"a policy of family {c.family!r} with qk_norm={c.qk_norm} and qkv_bias={c.qkv_bias} has no Hugging Face "
+                    f"layout (qwen3 has qk_norm, qwen2 has qkv_bias, llama neither)")
+  scaling = None
+  if c.rope_scaling:
+    s = c.rope_scaling
+    scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
+               "high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_length}
+  return {
+    "architectures": [ARCHITECTURES[c.family]], "model_type": c.family, "dtype": dtype, "torch_dtype": dtype,
+    "vocab_size": c.vocab, "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
+    "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim, "hidden_act": "silu",
+    "max_position_embeddings": c.max_length, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied,
+    "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+    "rope_theta": c.rope_theta, "rope_scaling": scaling,
+    "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": c.rope_theta},
+    "bos_token_id": bos_id, "pad_token_id": pad_id,
+    "eos_token_id": None if not eos_ids else list(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
+  }

@@ -1,0 +1,60 @@
+"""What a step's rollouts say about pruning: balance, keep ratio, how good and how calibrated the head is.
+
+NumPy on host records; every figure is defined in README.md and named in metrics.jsonl as here. NaN where it is undefined (no
+mixed group, no scored rollout), written as null.
+"""
+
+import numpy as np
+from scipy.stats import rankdata
+
+from arrol_jax.types import Rollout
+
+
+def auc(score: np.ndarray, label: np.ndarray) -> float:
+  """Probability that a positive's score exceeds a negative's, ties counting half; NaN without both labels."""
+  score, label = np.asarray(score, float), np.asarray(label) > 0.5
+  positives, negatives = int(label.sum()), int((~label).sum())
+  if not positives or not negatives:
+    return float("nan")
+  return float((rankdata(score)[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> float:
+  """Expected calibration error: mean |mean probability - positive share| over equal-width bins, weighted by size."""
+  probability, label = np.asarray(probability, float), np.asarray(label, float)
+  if not len(label):
+    return float("nan")
+  index = np.minimum((probability * bins).astype(int), bins - 1)
+  gaps = [np.abs(probability[index == b].mean() - label[index == b].mean()) * (index == b).sum() for b in np.unique(index)]
+  return float(sum(gaps) / len(label))
+
+
+def mean(values) -> float:
+  """Mean, NaN of nothing (without NumPy's warning)."""
+  values = list(values)
+  return float(np.mean(values)) if values else float("nan")
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict:
+  """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none."""
+  kept = [r for r in rollouts if not r.pruned]
+  groups = {}
+  for r in kept:
+    groups.setdefault(r.prompt, []).append(r)
+  ratios = [mean(r.reward for r in g) for g in groups.values()]
+  scored = [r for r in kept if r.decided]
+  within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
+  score, reward = [r.score for r in scored], [r.reward for r in scored]
+  return {
+    "reward": mean(r.reward for r in kept),
+    # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
+    "reward_ipw": sum(r.reward / r.survival for r in kept) / len(rollouts),
+    "rollouts_started": len(rollouts), "rollouts_pruned": len(rollouts) - len(kept), "rollouts_kept": len(kept),
+    "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
+    "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
+    "groups_mixed": sum(0 < p < 1 for p in ratios),
+    "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in kept),
+    "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
+    "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
+    "head_ece": calibration_error([r.posterior for r in scored], reward),
+  }

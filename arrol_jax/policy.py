@@ -1,0 +1,251 @@
+"""The policy: one decoder-only transformer that covers Qwen3, Qwen2.5 and the Llama 3 family (SmolLM2 too).
+
+What differs between the families is three fields of `PolicyConfig`: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5) and
+`rope_scaling` (Llama 3.1 and later). `block_weights` and `model_weights` are the one source for the shape, logical axes and
+initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
+with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
+
+A layer does not know where keys and values come from: `attend(q, k, v)` does the attention and returns what the
+caller wants kept. Training passes `causal_attention`; prefill and decoding pass functions that fill a cache.
+Left out: weights' files (weights.py), sampling and caches (decode.py).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Callable, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from arrol_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's rescaling of rotary frequencies (config.json: rope_scaling with rope_type "llama3")."""
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+  """Shape of a policy. `family` is Hugging Face's model_type and is only used to write config.json."""
+  family: str
+  vocab: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: int
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  tied: bool = True
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-6
+  max_length: int = 32768
+
+  def num_params(self) -> int:
+    per_layer = sum(math.prod(w.shape) for w in block_weights(self).values())
+    return self.layers * per_layer + sum(math.prod(w.shape) for w in model_weights(self).values())
+
+
+class Weight(NamedTuple):
+  shape: tuple
+  axes: tuple             # logical axes, see sharding.py
+  init: float | str       # standard deviation of a normal, or "ones" / "zeros"
+
+
+def block_weights(c: PolicyConfig) -> dict[str, Weight]:
+  """Weights of one layer."""
+  d, n, m, h, f = c.width, c.heads, c.kv_heads, c.head_dim, c.ffn
+  out = {
+    "attn_norm": Weight((d,), ("embed",), "ones"),
+    "q": Weight((d, n, h), ("embed", "heads", None), d**-0.5),
+    "k": Weight((d, m, h), ("embed", "kv_heads", None), d**-0.5),
+    "v": Weight((d, m, h), ("embed", "kv_heads", None), d**-0.5),
+    "o": Weight((n, h, d), ("heads", None, "embed"), (n * h)**-0.5),
+    "mlp_norm": Weight((d,), ("embed",), "ones"),
+    "gate": Weight((d, f), ("embed", "ffn"), d**-0.5),
+    "up": Weight((d, f), ("embed", "ffn"), d**-0.5),
+    "down": Weight((f, d), ("ffn", "embed"), f**-0.5),
+  }
+  if c.qkv_bias:
+    out |= {"q_bias": Weight((n, h), ("heads", None), "zeros"), "k_bias": Weight((m, h), ("kv_heads", None), "zeros"),
+            "v_bias": Weight((m, h), ("kv_heads", None), "zeros")}
+  if c.qk_norm:
+    out |= {"q_norm": Weight((h,), (None,), "ones"), "k_norm": Weight((h,), (None,), "ones")}
+  return out
+
+
+def model_weights(c: PolicyConfig) -> dict[str, Weight]:
+  """Weights outside the layers."""
+  out = {"embed": Weight((c.vocab, c.width), ("vocab", "embed"), 0.02), "final_norm": Weight((c.width,), ("embed",), "ones")}
+  if not c.tied:
+    out["unembed"] = Weight((c.width, c.vocab), ("embed", "vocab"), c.width**-0.5)
+  return out
+
+
+def _param(weight: Weight, key: jax.Array, dtype, stack: tuple = ()) -> nnx.Param:
+  shape, axes = stack + weight.shape, (None,) * len(stack) + weight.axes
+  if isinstance(weight.init, str):
+    value = jnp.ones(shape, dtype) if weight.init == "ones" else jnp.zeros(shape, dtype)
+  else:
+    value = (jax.random.normal(key, shape, jnp.float32) * weight.init).astype(dtype)
+  return nnx.Param(value, axes=axes)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square norm over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * jnp.expand_dims(scale.astype(jnp.float32), range(y.ndim - 1))).astype(x.dtype)
+
+
+def rope_tables(c: PolicyConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin, f32[B,S,1,H/2], for positions i32[B,S]."""
+  freq = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
+  if c.rope_scaling:  # long wavelengths are stretched by `factor`, short ones kept, those between interpolated
+    s = c.rope_scaling
+    turns = s.original_length * freq / (2 * math.pi)
+    keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    freq = freq * keep + (freq / s.factor) * (1.0 - keep)
+  angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of x [B,S,N,H], first half paired with second half (Hugging Face's convention)."""
+  cos, sin = rope
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """One layer, or with `stack=(layers,)` all of them on a leading axis (then only to be scanned over)."""
+
+  def __init__(self, c: PolicyConfig, key: jax.Array, dtype=jnp.float32, stack: tuple = ()):
+    self.config = c
+    names = block_weights(c)
+    for (name, weight), k in zip(names.items(), jax.random.split(key, len(names)), strict=True):
+      setattr(self, name, _param(weight, k, dtype, stack))
+
+  def __call__(self, x: jax.Array, rope: tuple, attend: Callable) -> tuple[jax.Array, object]:
+    """x [B,S,D] -> [B,S,D] and what `attend` kept."""
+    c, dtype = self.config, x.dtype
+    w = lambda name: getattr(self, name)[...].astype(dtype)
+    bias = lambda y, name: y + w(name)[None, None] if c.qkv_bias else y
+    y = rms_norm(x, self.attn_norm[...], c.norm_eps)
+    q = bias(jnp.einsum("bsd,dnh->bsnh", y, w("q")), "q_bias")
+    k = bias(jnp.einsum("bsd,dmh->bsmh", y, w("k")), "k_bias")
+    v = bias(jnp.einsum("bsd,dmh->bsmh", y, w("v")), "v_bias")
+    if c.qk_norm:
+      q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
+    out, kept = attend(rotate(q, rope), rotate(k, rope), v)
+    x = x + jnp.einsum("bsnh,nhd->bsd", out, w("o"))
+    y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+    y = jax.nn.silu(jnp.einsum("bsd,df->bsf", y, w("gate"))) * jnp.einsum("bsd,df->bsf", y, w("up"))
+    return x + jnp.einsum("bsf,fd->bsd", y, w("down")), kept
+
+
+class Transformer(nnx.Module):
+  """Embedding, stacked layers, final norm; `Transformer(config, key)` has random weights."""
+
+  def __init__(self, c: PolicyConfig, key: jax.Array, dtype=jnp.float32):
+    self.config = c
+    keys = jax.random.split(key, 4)
+    self.layers = Block(c, keys[0], dtype, stack=(c.layers,))
+    for (name, weight), k in zip(model_weights(c).items(), keys[1:]):
+      setattr(self, name, _param(weight, k, dtype))
+
+
+@functools.cache
+def _structure(c: PolicyConfig):
+  """(graph definition of the model, of one block, abstract state of the model)."""
+  model = nnx.eval_shape(lambda: Transformer(c, jax.random.key(0)))
+  graph, state = nnx.split(model)
+  return graph, nnx.split(model.layers)[0], state
+
+
+def init_params(c: PolicyConfig, key: jax.Array, dtype=jnp.float32) -> dict:
+  """Random weights: {"embed", "layers": {name: [layers, ...]}, "final_norm", "unembed" (untied only)}."""
+  return nnx.to_pure_dict(nnx.state(Transformer(c, key, dtype)))
+
+
+def abstract_params(c: PolicyConfig, dtype=jnp.float32) -> dict:
+  """The same tree as ShapeDtypeStruct: nothing is allocated."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.to_pure_dict(_structure(c)[2]))
+
+
+def logical_axes(c: PolicyConfig) -> dict:
+  """The same tree with each weight's logical axes."""
+  layers = {name: (None,) + w.axes for name, w in block_weights(c).items()}
+  return {"layers": layers} | {name: w.axes for name, w in model_weights(c).items()}
+
+
+def unstack(params: dict) -> dict:
+  """Training layout -> decoding layout: `layers` becomes a tuple of single layers."""
+  count = params["layers"]["q"].shape[0]
+  return params | {"layers": tuple(jax.tree.map(lambda x: x[i], params["layers"]) for i in range(count))}
+
+
+def unstack_axes(axes: dict, layers: int) -> dict:
+  """`logical_axes` of the decoding layout."""
+  return axes | {"layers": tuple({name: a[1:] for name, a in axes["layers"].items()} for _ in range(layers))}
+
+
+def causal_attention(implementation: str | None):
+  """Attention within right-padded rows: causality alone keeps real tokens from seeing padding.
+
+  `implementation`: "xla", "cudnn" (bf16/fp16 on an NVIDIA GPU), or None = cuDNN where it can run, XLA elsewhere.
+  """
+  def attend(q, k, v):  # [B,S,N,H], [B,S,M,H] x 2
+    impl = implementation
+    if impl is None:
+      impl = "cudnn" if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=impl), None
+  return attend
+
+
+def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
+            dtype=jnp.float32, remat: bool = False) -> tuple[jax.Array, object]:
+  """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
+
+  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked; with a tuple of layers it is
+  `attend(layer_index, q, k, v)` and what it keeps comes back as a list.
+  """
+  block_def = _structure(c)[1]
+  rope = rope_tables(c, positions)
+  x = constrain(params["embed"].astype(dtype)[tokens], "batch", None, None)
+
+  def run(layer: dict, x, attend):
+    block = nnx.merge(block_def, nnx.State(layer))
+    x, kept = block(x, rope, attend)
+    return constrain(x, "batch", None, None), kept
+
+  if isinstance(params["layers"], tuple):
+    kept = []
+    for i, layer in enumerate(params["layers"]):
+      x, one = run(layer, x, functools.partial(attend, i))
+      kept.append(one)
+  else:
+    body = lambda x, layer: run(layer, x, attend)
+    x, kept = jax.lax.scan(jax.checkpoint(body) if remat else body, x, params["layers"])
+  return rms_norm(x, params["final_norm"], c.norm_eps), kept
+
+
+def unembed(params: dict, hidden: jax.Array) -> jax.Array:
+  """hidden [..., D] -> logits f32[..., V]."""
+  if "unembed" in params:
+    return jnp.einsum("...d,dv->...v", hidden, params["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return jnp.einsum("...d,vd->...v", hidden, params["embed"].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def default_positions(tokens: jax.Array) -> jax.Array:
+  """0, 1, 2, ... along each row of tokens [B,S]."""
+  return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)

@@ -1,0 +1,245 @@
+"""Calibration table, posterior, survival probability and pruning draws of ARRoL (arXiv 2603.24840).
+
+A quality head gives each rollout one logit at its detection token. The table turns logits into calibrated
+probabilities of success, those into survival probabilities, and a draw decides which rollouts go on:
+
+  table = update(table, score, reward)            # past rollouts, once their rewards are known
+  delta = solve_delta(table, kappa=...)           # once per step
+  p     = survival(posterior(table, score), delta=delta, kappa=...)
+  keep  = draw(key, p)                            # True = survives
+
+Everything is pure jnp and works under jit and vmap; nothing here knows about a model, a prompt or a step.
+The defaults are the published rule; two departures from it are switches: `weight` and `half_life` in `update`
+(inverse-propensity weights, forgetting) and `method="systematic"` in `draw` (a fixed number of survivors).
+
+Left out: an offset solved within each group, one table per detection length, a floor of survivors per group.
+
+Axes: B rollouts, Q calibration bins.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+BINS = 128
+ALPHA = 1.0
+
+# Halvings of a bracket about two wide: past the resolution of float32.
+BISECTION_STEPS = 40
+# Slack on both ends of the bracket, so that clipping and not rounding decides what happens there.
+BRACKET_SLACK = 1e-3
+# Distance that a systematic draw's random start keeps from the ends of [0, 1); see `draw`.
+START_MARGIN = 1e-4
+
+
+# ---- calibration table -------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Calibration:
+  """Counts of past rollouts by score bin and reward (appendix on online calibration).
+
+  `Calibration()` is the empty table of 128 bins. The fields count rollouts with reward 1 and 0, or sum their
+  weights where `update` is given weights. In float32 a bin stops growing by ones at 2^24 (16.7 million).
+  """
+
+  positive: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(BINS, jnp.float32))  # f32[Q]
+  negative: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(BINS, jnp.float32))  # f32[Q]
+
+  @classmethod
+  def empty(cls, bins=BINS):
+    """The empty table with `bins` bins."""
+    return cls(positive=jnp.zeros(bins, jnp.float32), negative=jnp.zeros(bins, jnp.float32))
+
+
+def score_bin(score, bins=BINS):
+  """Bin of a raw logit: min(bins - 1, floor(bins * sigmoid(score))).
+
+  Args: score f32[...], the head's logit. Returns i32[...] in [0, bins); NaN goes to bin 0, callers mask it.
+  """
+  score = jnp.asarray(score, jnp.float32)
+  unit = jnp.where(jnp.isnan(score), 0.0, jax.nn.sigmoid(score))
+  return jnp.minimum(jnp.floor(unit * bins).astype(jnp.int32), bins - 1)
+
+
+def update(table, score, reward, weight=1.0, *, half_life=None):
+  """Adds rollouts to the table.
+
+  The order of the rollouts within one call does not matter. Rows with weight 0 leave no trace, so a padded
+  batch needs no mask. A row whose score, reward or weight is NaN is left out too: it would spoil the table.
+
+  Args:
+    table: Calibration with Q bins.
+    score: f32[B] or f32[], raw logits (the sigmoid is inside).
+    reward: [B] or scalar, 0 or 1, any dtype.
+    weight: [B] or scalar, >= 0. 1 counts rollouts as published; 1 / p_i over the survivors makes the counts
+      an unbiased estimate over all rollouts that were started (inverse propensity, not in the paper).
+    half_life: in rollouts: existing counts are first multiplied by 0.5 ** (n / half_life), n the number of
+      rows added. None forgets nothing, as published.
+  Returns: the new Calibration.
+  Raises: ValueError for a half_life that is not positive.
+  """
+  if isinstance(half_life, (int, float)) and half_life <= 0:
+    raise ValueError(f"half_life must be positive (None forgets nothing), got {half_life}")
+  score = jnp.atleast_1d(jnp.asarray(score, jnp.float32))
+  reward = jnp.broadcast_to(jnp.asarray(reward, jnp.float32), score.shape)
+  weight = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), score.shape)
+  counted = (weight > 0) & ~jnp.isnan(score) & ~jnp.isnan(reward)
+  # `where` and not a product: a NaN times zero is a NaN.
+  to_positive = jnp.where(counted, weight * reward, 0.0)
+  to_negative = jnp.where(counted, weight * (1.0 - reward), 0.0)
+  # A dense [B,Q] sum is small, and unlike a scatter-add it gives the same bits in every run on every device.
+  bins = table.positive.shape[0]
+  hit = score_bin(score, bins)[:, None] == jnp.arange(bins, dtype=jnp.int32)[None, :]  # bool[B,Q]
+  decay = 1.0
+  if half_life is not None:
+    decay = jnp.exp2(-jnp.sum(counted, dtype=jnp.float32) / half_life)
+  return Calibration(
+    positive=table.positive * decay + jnp.sum(jnp.where(hit, to_positive[:, None], 0.0), axis=0),
+    negative=table.negative * decay + jnp.sum(jnp.where(hit, to_negative[:, None], 0.0), axis=0),
+  )
+
+
+def _divide(numerator, denominator, otherwise):
+  """numerator / denominator where the denominator is positive, `otherwise` elsewhere."""
+  some = denominator > 0
+  return jnp.where(some, numerator / jnp.where(some, denominator, 1.0), otherwise)
+
+
+def prior(table):
+  """Positive fraction pi of the table, f32[]; 0.5 for an empty table, which knows nothing either way."""
+  positive, negative = jnp.sum(table.positive), jnp.sum(table.negative)
+  return _divide(positive, positive + negative, 0.5)
+
+
+def bin_posterior(table, alpha=ALPHA):
+  """q_b = P(reward 1 | bin b) by Bayes' rule (appendix on online calibration).
+
+  P(b|1) = (c+_b + alpha) / (sum c+ + alpha Q), P(b|0) the same with c-, and with the prior pi
+  q_b = pi P(b|1) / (pi P(b|1) + (1 - pi) P(b|0)). The prior is not smoothed: a history of only successes
+  gives 1 in every bin, of only failures 0, and an empty table gives 0.5.
+
+  Args: alpha, Laplace smoothing (the paper's is 1); with 0, a bin that has no counts gets the prior.
+  Returns: f32[Q] in [0, 1].
+  """
+  bins = table.positive.shape[0]
+  in_positive = _divide(table.positive + alpha, jnp.sum(table.positive) + alpha * bins, 0.0)
+  in_negative = _divide(table.negative + alpha, jnp.sum(table.negative) + alpha * bins, 0.0)
+  pi = prior(table)
+  return _divide(pi * in_positive, pi * in_positive + (1.0 - pi) * in_negative, pi)
+
+
+def posterior(table, score, alpha=ALPHA):
+  """q = P(reward 1 | score): `bin_posterior` at the score's bin.
+
+  Args: score f32[...], raw logits. Returns f32[...] in [0, 1]; a NaN score says nothing and gets the prior.
+  """
+  score = jnp.asarray(score, jnp.float32)
+  per_bin = bin_posterior(table, alpha)
+  return jnp.where(jnp.isnan(score), prior(table), per_bin[score_bin(score, per_bin.shape[0])])
+
+
+# ---- survival probability ----------------------------------------------------------------------------------
+
+
+def survival(q, *, kappa, rho, lam, delta, p_min, p_max):
+  """p = clip(kappa + delta + lam (rho - q), p_min, p_max), the probability that a rollout goes on.
+
+  Args: q f32[...] posterior; kappa target keep ratio; rho target positive ratio; lam strength; delta the
+    offset of `solve_delta`. The paper has kappa = rho = lam = 0.5, p_min = 0.1, p_max = 0.9.
+  Returns: f32[...].
+  """
+  return jnp.clip(kappa + delta + lam * (rho - jnp.asarray(q, jnp.float32)), p_min, p_max)
+
+
+def solve_delta(table, *, kappa, rho, lam, p_min, p_max):
+  """The offset delta with which the mean of `survival` over the table's scores is kappa, by bisection.
+
+  The mean is over bins, each weighted by its share of the table's counts. It never decreases in delta, and
+  the bracket spans all of [p_min, p_max], so every kappa strictly between them is met (to about 1e-6).
+  A kappa at or beyond an end gives that end to every score, also to scores not seen yet: kappa = p_max = 1
+  turns pruning off exactly, whatever the table holds. Otherwise an empty table, having no scores, gives 0.
+
+  Returns: f32[].
+  """
+  count = table.positive + table.negative
+  total = jnp.sum(count)
+  share = _divide(count, total, 0.0)
+  q = bin_posterior(table)
+  tilt = lam * (rho - q)
+  bottom = p_min - kappa - jnp.max(tilt) - BRACKET_SLACK  # here every bin is at p_min,
+  top = p_max - kappa - jnp.min(tilt) + BRACKET_SLACK  # and here at p_max
+
+  def halve(_, bracket):
+    low, high = bracket
+    middle = 0.5 * (low + high)
+    p = survival(q, kappa=kappa, rho=rho, lam=lam, delta=middle, p_min=p_min, p_max=p_max)
+    short = jnp.sum(share * p) < kappa
+    return jnp.where(short, middle, low), jnp.where(short, high, middle)
+
+  low, high = jax.lax.fori_loop(0, BISECTION_STEPS, halve, (bottom, top))
+  delta = jnp.where(total > 0, 0.5 * (low + high), 0.0)
+  delta = jnp.where(kappa <= p_min, bottom, delta)
+  return jnp.where(kappa >= p_max, top, delta)
+
+
+# ---- draws -------------------------------------------------------------------------------------------------
+
+
+def draw(key, p, *, method="bernoulli", groups=None):
+  """Draws which rollouts survive.
+
+  "bernoulli" draws each rollout independently (the paper's rule, Algorithm 1).
+  "systematic" fixes the number of survivors (not in the paper): the rollouts of a group are laid end to end
+  in random order, each p_i long, and the one under each point start + 0, start + 1, ... survives, with one
+  random start. Every rollout still survives with probability p_i, and a group keeps floor or ceil of its sum
+  of p: exactly that sum when it is an integer. The random order lets neighbours survive together.
+
+  Rows with p = 1 always survive, rows with p = 0 never do, and neither changes the odds of the other rows:
+  give p = 1 to rows that are not up for a decision. A NaN never survives.
+
+  Args:
+    key: PRNG key.
+    p: f32[B] survival probabilities.
+    method: "bernoulli" or "systematic".
+    groups: i32[B] labels in any order, each group drawn by itself; None is one group. Only "systematic"
+      reads it.
+  Returns: bool[B], True = survives.
+  Raises: ValueError for an unknown method.
+  """
+  p = jnp.asarray(p, jnp.float32)
+  if method == "bernoulli":
+    return jax.random.uniform(key, p.shape, jnp.float32) < p
+  if method == "systematic":
+    labels = jnp.zeros(p.shape, jnp.int32) if groups is None else jnp.asarray(groups)
+    return _draw_systematic(key, p, labels)
+  raise ValueError(f"unknown method {method!r}; expected 'bernoulli' or 'systematic'")
+
+
+def _draw_systematic(key, p, groups):
+  """Systematic sampling within groups; see `draw`. p f32[B], groups i32[B] -> bool[B].
+
+  Positions on the line are fixed-point fractions, 2^32 to one: uint32 addition wraps around at each whole
+  number, so it is exact at any length, and a rollout holds a sampling point just when its end has wrapped
+  below its beginning. What is left is the rounding of each p to float32, which can put an integer sum (ten
+  times 0.1) a hair off; starts keep START_MARGIN away from 0 and 1, so the hair cannot change the number of
+  survivors. That moves a marginal by at most 2 START_MARGIN.
+  """
+  order_key, start_key = jax.random.split(key)
+  order = jnp.lexsort((jax.random.bits(order_key, p.shape, jnp.uint32), groups))  # by group, random within it
+  first = jnp.searchsorted(groups[order], groups[order])  # i32[B] where each row's group begins
+  certain = p >= 1.0  # a whole turn: zero as a fraction, and always holds a point
+  length = _fixed_point(jnp.where((p > 0.0) & ~certain, p, 0.0))[order]
+  end = jnp.cumsum(length, dtype=jnp.uint32)
+  begin = end - length
+  start = _fixed_point(
+    jax.random.uniform(start_key, p.shape, jnp.float32, minval=START_MARGIN, maxval=1.0 - START_MARGIN)
+  )
+  offset = (start - begin)[first]  # one start per group, at the group's first row
+  crossed = end + offset < begin + offset
+  return jnp.zeros(p.shape, bool).at[order].set(crossed) | certain
+
+
+def _fixed_point(x):
+  """Fractions f32[...] in [0, 1) as uint32[...], 2^32 to one; exact down to 2^-9, below that floored."""
+  return (x * 2.0**32).astype(jnp.uint32)

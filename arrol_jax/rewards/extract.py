@@ -1,0 +1,154 @@
+"""From a response to the text of its final answer, and from that text to one canonical notation.
+
+`extract_answer` finds the answer; `canonical` removes differences of notation that carry no meaning (spacing
+commands, \\dfrac, \\text, units, `$`), so that equal answers mostly become equal strings. Left out: any
+judgement of equality (grade.py) and natural-language answers ("the answer is twelve").
+"""
+
+from collections import deque
+import re
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def check_pattern(pattern: str | None) -> None:
+  """Raises ValueError if `pattern` is neither None nor a regular expression with a group."""
+  if pattern is None:
+    return
+  try:
+    groups = re.compile(pattern).groups
+  except re.error as error:
+    raise ValueError(f"answer pattern {pattern!r} is not a regular expression: {error}") from None
+  if groups < 1:
+    raise ValueError(f"answer pattern {pattern!r} has no group: put the answer in (parentheses)")
+
+
+def extract_answer(response: str, pattern: str | None = None) -> str | None:
+  """The final answer's text, or None where the response has none.
+
+  pattern None: the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
+  last box is never closed (a truncated response) there is no answer, even if an earlier box was complete; of
+  nested boxes the inner one counts; \\fbox does not. Takes time linear in the response's length.
+  pattern: a regular expression; group 1 of its last match ("#### (.+)", "Answer: (.+)", r"A(-?\\d+)$").
+  Raises ValueError for a pattern that does not compile or has no group.
+  """
+  if pattern is not None:
+    check_pattern(pattern)
+    last = _last(re.compile(pattern), response)
+    return None if last is None else last.group(1)
+  box = _last(_BOX, response)
+  if box is None:
+    return None
+  depth = 1
+  for brace in _BRACE.finditer(response, box.end()):
+    depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+    if depth == 0:
+      return response[box.end():brace.start()]
+  return None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+  matches = deque(pattern.finditer(text), maxlen=1)
+  return matches[0] if matches else None
+
+
+def nesting(text: str) -> int:
+  """The deepest nesting of brackets of any kind; half-open intervals close with either bracket."""
+  depth = deepest = 0
+  for character in text:
+    if character in "{([":
+      depth += 1
+      deepest = max(deepest, depth)
+    elif character in "})]":
+      depth -= 1
+  return deepest
+
+
+# Full-width ASCII (from Chinese text) and typographic signs become ASCII or LaTeX. Other Unicode digits and
+# superscripts stay as they are and so never pass for a number: "12²" must not read as 122.
+_CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)} | {
+  ord(character): replacement for character, replacement in {
+    "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\u3000": " ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "\u200b": "", "\ufeff": "", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ",
+    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ",
+  }.items()
+}
+
+_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
+_WORD = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|mathrm|mathbf|mathit|mathsf)\s*(?=\{)")
+_UNIT = re.compile(
+  r"(?<=[0-9A-Za-z})])\s*/?\s*\\text\{([A-Za-z\s.,/~-]+)\}(?:\^(?:-?[0-9]|\{-?[0-9]\}))?[.\s]*$")
+# Words after a number that change its value or offer a second one; everything else counts as a unit.
+_NOT_UNITS = frozenset(
+  "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand "
+  "thousands million millions billion billions trillion trillions dozen dozens half halves third thirds "
+  "quarter quarters score squared cubed factorial pi one two three four five six seven eight nine ten eleven "
+  "twelve".split()
+)
+_UNIT_LETTERS = frozenset("ACFJKLNVWghms")
+
+_NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
+  (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+  (r"(?<!\\)\\(?:[!,;:> ]|q?quad(?![A-Za-z])|(?:display|text)style(?![A-Za-z]))|~", " "),
+  (r"(?<!\\)\\[()\[\]]|\\?\$", " "),  # math delimiters and currency
+  (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+  (r"\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le "),
+  (r"\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge "),
+  (r"\\%|\\text\{\s*(?:percent(?:age)?|pct)\s*\}|\bpercent(?![A-Za-z])", "%"),
+  (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])", r"^\\circ "),
+  (r",?\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
+  (r",(?:\s*,)+", ","),
+)]
+# Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
+# thousands (2, 120).
+_GAP = re.compile(
+  r"(?P<command>\\[A-Za-z]+)\s+(?=[A-Za-z])|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
+_TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
+  (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*)\}", r"\1"),
+  (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
+  (r"([_^])([A-Za-z]|[0-9](?![0-9]))", r"\1{\2}"),
+  (r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}"),
+  (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+  (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
+  (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
+  (r"\\frac(\\[A-Za-z]+)([0-9])", r"\\frac{\1}{\2}"),
+  (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
+)]
+
+
+def _without_unit(text: str) -> str:
+  """`text` less the \\text{unit}s at its end: a unit may be given or omitted, and units are not compared."""
+  for _ in range(3):  # 9.8 \text{ m} \text{ s}^{-2}
+    unit = _UNIT.search(text)
+    if unit is None:
+      break
+    words = re.findall("[A-Za-z]+", unit.group(1))
+    if not 1 <= len(words) <= 5 or any(
+        word.lower() in _NOT_UNITS or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
+      break
+    text = text[:unit.start()]
+  return text
+
+
+def canonical(text: str) -> str:
+  """`text` in one notation: the same mathematics, fewer spellings. For short texts (grade.MAX_CHARACTERS).
+
+  `$`, `\\(`, a currency sign, \\left, spacing, a final full stop, a leading + and \\text{unit}s are dropped;
+  \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, "and"/"or" between answers get one spelling each.
+  """
+  text = text.translate(_CHARACTERS).strip().strip("*").strip()
+  text = _THOUSANDS.sub("", text)
+  text = _WORD.sub(r"\\text", text)
+  for pattern, replacement in _NOTATION:
+    text = pattern.sub(replacement, text)
+  text = text.strip().rstrip(" .")
+  inner = extract_answer(text)
+  if inner is not None and text == f"\\boxed{{{inner}}}":  # "Answer: $\boxed{12}$", found by a pattern
+    text = inner
+  text = _without_unit(text.strip())
+  text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
+  text = text.strip().rstrip(".,;").lstrip("+")
+  for pattern, replacement in _TIDY:
+    text = pattern.sub(replacement, text)
+  return text

@@ -1,0 +1,372 @@
+"""Grading in worker processes with deadlines: what cannot be bounded here runs in a process that can be killed.
+
+`Grader` settles most answers inline and hands the rest, and every call of a custom reward function, to
+workers. Each worker has one item at a time, a deadline and a memory limit; one that is late or dead is killed
+and replaced. Workers are started on first need, as fresh interpreters that import this package's rewards and
+nothing else: not the caller's __main__ (so a script needs no guard and a notebook works), not JAX, not the
+trainer. They are a guard against mistakes and hostile text, not a sandbox against hostile code. Unix only.
+Left out: grading over several hosts.
+"""
+
+import atexit
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+import contextlib
+from importlib import import_module
+import logging
+import math
+from multiprocessing.connection import Connection, Pipe
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+
+from arrol_jax.rewards.extract import check_pattern
+from arrol_jax.rewards.grade import Graded, judge, settle
+
+START_SECONDS = 120.0  # for a worker's imports on a busy machine; not part of an item's time
+_START = "import sys; from arrol_jax.rewards import pool; pool.work(int(sys.argv[1]))"
+
+_log = logging.getLogger(__name__)
+_inside_worker = False
+
+
+# --- in the worker ------------------------------------------------------------------------------------------
+
+def work(descriptor: int) -> None:
+  """A worker's life: settings, imports, then item after item from socket `descriptor` until the parent goes."""
+  global _inside_worker
+  _inside_worker = True
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the socket
+  signal.signal(signal.SIGALRM, signal.SIG_DFL)
+  with contextlib.suppress(OSError):
+    os.dup2(2, 1)  # what a reward function prints is not the run's output
+  connection = Connection(descriptor)
+  try:
+    timeout_s, memory_mb, reward_fn = connection.recv()
+    run = _reward_runner(reward_fn) if reward_fn else settle
+    if not reward_fn:
+      settle("x+x", "2\\cdot x")  # imports math-verify and builds its parser before a deadline runs
+    _limit_memory(memory_mb)
+    connection.send("")
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      connection.send(f"{type(error).__name__}: {error}")
+    return
+  while True:
+    try:
+      item = connection.recv()
+    except (EOFError, OSError):
+      return
+    # The parent kills a late worker. If the parent is gone, the signal's default action ends even C code.
+    signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
+    try:
+      graded = run(*item)
+    except MemoryError:
+      graded = Graded(0.0, "crashed")
+    except BaseException:  # TimeoutException of math-verify and SystemExit are no Exceptions
+      graded = Graded(0.0, "error")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+      connection.send(tuple(graded))
+    except OSError:
+      return
+
+
+def _reward_runner(path: str) -> Callable[[str, str], Graded]:
+  """`path` is "package.module.function" or "package.module:function", of a function (response, answer)."""
+  module, _, name = path.replace(":", ".").rpartition(".")
+  function = getattr(import_module(module), name)
+
+  def run(response: str, answer: str) -> Graded:
+    reward = float(function(response, answer))
+    if not (math.isfinite(reward) and 0 <= reward <= 1):
+      return Graded(0.0, "error")
+    return Graded(reward, "correct" if reward == 1 else "wrong")
+
+  return run
+
+
+def _limit_memory(memory_mb: int) -> None:
+  """Lets this process's address space grow by `memory_mb` MiB from here; the imports are not counted."""
+  with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  limit = used + memory_mb * 2**20
+  resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+# --- in the parent ------------------------------------------------------------------------------------------
+
+class _Worker:
+  """The parent's side of one worker process. One thread asks; any thread may close."""
+
+  def __init__(self, timeout_s: float, memory_mb: int, reward_fn: str | None):
+    self.settings = timeout_s, memory_mb, reward_fn
+    self.timeout_s = timeout_s
+    self.process: subprocess.Popen | None = None
+    self.connection: Connection | None = None
+    self.closed = False
+    self.lock = threading.Lock()  # between starting a process and closing
+
+  def start(self) -> str:
+    """Starts the process and waits until it can take an item. Returns "" or what went wrong."""
+    ours, theirs = Pipe()
+    with self.lock, theirs:
+      if self.closed:
+        ours.close()
+        return "the grader is closed"
+      path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+      self.connection = ours
+      self.process = subprocess.Popen(  # -P: only the parent's sys.path counts
+        [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    try:
+      self.connection.send(self.settings)
+      problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "it did not start in time"
+    except (OSError, EOFError):
+      problem = "it died while starting"
+    if problem:
+      self.stop()
+    return problem
+
+  def stop(self) -> None:
+    """Kills the process, if there is one, and forgets it."""
+    with self.lock:
+      if self.process is not None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+      self.process = self.connection = None
+
+  def ask(self, item: tuple[str, str]) -> Graded:
+    """One item's grade, within the deadline, whatever the worker does."""
+    for _ in range(2):
+      problem = self._ensure_started()
+      if problem:
+        if not self.closed:
+          _log.warning("no reward worker, so reward 0: %s", problem)
+        return Graded(0.0, "error")
+      try:
+        self.connection.send(item)
+        if not self.connection.poll(self.timeout_s):
+          self.stop()
+          return Graded(0.0, "timeout")
+        graded = Graded(*self.connection.recv())
+      except (OSError, EOFError):
+        self.stop()  # dead, of this item or of something else: the item gets a second worker
+        continue
+      if graded.reason == "crashed":
+        self.stop()  # out of memory: what is left of the process is not to be relied on
+      return graded
+    return Graded(0.0, "crashed")
+
+  def _ensure_started(self) -> str:
+    """Returns "" or what stood in the way of having a live worker."""
+    problem = ""
+    for _ in range(3):
+      if self.process is not None and self.process.poll() is None:
+        return ""
+      self.stop()
+      problem = self.start()
+      if not problem or self.closed:
+        break
+    return problem
+
+  def close(self) -> None:
+    """No process from now on; a thread that waits for this one is woken by its death."""
+    with self.lock:
+      self.closed = True
+      if self.process is not None:
+        self.process.kill()
+
+
+class _Shared:
+  """What a grader's threads need of it. Not the grader itself: it must be collectable while they wait."""
+
+  def __init__(self, limit: int, settings: tuple[float, int, str | None]):
+    self.limit, self.settings = limit, settings
+    self.tasks: queue.SimpleQueue = queue.SimpleQueue()  # (Future, item); None: stop
+    self.workers: list[_Worker] = []
+    self.counts: Counter[str] = Counter()
+    self.closed = False
+    self.lock = threading.RLock()  # re-entrant: `close` may run as a finalizer anywhere
+
+  def count(self, graded: Graded) -> Graded:
+    with self.lock:
+      self.counts[graded.reason] += 1
+    return graded
+
+  def submit(self, item: tuple[str, str]) -> Future:
+    """A worker's grade of a pair: what `judge` left open (gold, answer), or what a reward function takes."""
+    future: Future = Future()
+    with self.lock:
+      if self.closed:
+        future.set_result(self.count(Graded(0.0, "error")))
+        return future
+      if len(self.workers) < self.limit:
+        self.add_worker()
+      self.tasks.put((future, item))
+    return future
+
+  def add_worker(self) -> _Worker:
+    """A worker and its thread; the process starts with the first item."""
+    worker = _Worker(*self.settings)
+    self.workers.append(worker)
+    threading.Thread(target=self.serve, args=(worker,), daemon=True, name="reward").start()
+    return worker
+
+  def serve(self, worker: _Worker) -> None:
+    """A thread's life: items to its worker, one after the other."""
+    while (task := self.tasks.get()) is not None:
+      future, item = task
+      try:
+        graded = worker.ask(item)
+      except Exception as error:  # a caller waits for this future, so it must be set
+        _log.warning("grading failed, so reward 0: %r", error)
+        graded = Graded(0.0, "error")
+      future.set_result(self.count(graded))
+    worker.stop()
+
+  def close(self) -> None:
+    with self.lock:
+      self.closed = True
+      for worker in self.workers:
+        worker.close()
+      with contextlib.suppress(queue.Empty):
+        while True:
+          task = self.tasks.get_nowait()
+          if task is not None:
+            task[0].set_result(self.count(Graded(0.0, "error")))
+      for _ in self.workers:
+        self.tasks.put(None)
+
+
+class Pending:
+  """Grades under way, from `Grader.grade_async`."""
+
+  def __init__(self, grader: "Grader", grades: list[Graded | Future]):
+    self._grader = grader  # a grader that nobody holds closes; this one is still needed
+    self._grades = grades
+
+  def done(self) -> bool:
+    """Whether `result` would return at once."""
+    return all(isinstance(grade, Graded) or grade.done() for grade in self._grades)
+
+  def result(self) -> list[Graded]:
+    """The grades in the order of the items; waits for the missing ones."""
+    return [grade if isinstance(grade, Graded) else grade.result() for grade in self._grades]
+
+
+class Grader:
+  """Grades responses with `workers` worker processes at most, started when an item first needs one.
+
+  workers: number of processes, >= 1.
+  pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}. Not used with
+    `reward_fn`.
+  timeout_s: seconds an item may take in a worker. A late one is reward 0, reason "timeout".
+  memory_mb: MiB of address space an item may add to its worker's.
+  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> reward in [0, 1], which
+    then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
+    reason "error".
+  A worker that dies under an item is replaced and the item tried once more; the second death is reward 0,
+  "crashed". Out of memory is "crashed" too. `counts` counts the reasons of all grades so far.
+  Close it, or use it as a context manager; else the workers end with its last reference or with the process.
+  Raises UserError for a bad pattern, number or reward function.
+  """
+
+  def __init__(self, workers: int, pattern: str | None = None, timeout_s: float = 5.0, memory_mb: int = 2048,
+               reward_fn: str | None = None):
+    if workers < 1 or timeout_s <= 0 or memory_mb <= 0:
+      raise _user_error(
+        f"rewards: workers={workers}, timeout_s={timeout_s} and memory_mb={memory_mb} must be positive")
+    try:
+      check_pattern(pattern)
+    except ValueError as error:
+      raise _user_error(str(error)) from None
+    self._pattern, self._reward_fn = pattern, reward_fn
+    self._shared = _Shared(workers, (timeout_s, memory_mb, reward_fn))
+    self._finalizer = weakref.finalize(self, self._shared.close)
+    if reward_fn is not None:  # found out now, not as a run of zero rewards
+      problem = self._shared.add_worker().start()
+      if problem:
+        self.close()
+        raise _user_error(f"reward function {reward_fn!r} cannot be used: {problem}")
+
+  def grade_async(self, items: Iterable[tuple[str, str]]) -> Pending:
+    """Starts grading (response, answer) pairs; what needs no worker is graded before this returns."""
+    return Pending(self, [self._grade(response, answer) for response, answer in items])
+
+  def grade_all(self, items: Iterable[tuple[str, str]]) -> list[Graded]:
+    """The grades of (response, answer) pairs, in their order."""
+    return self.grade_async(items).result()
+
+  @property
+  def counts(self) -> Counter[str]:
+    """How many grades had which reason, up to now."""
+    with self._shared.lock:
+      return Counter(self._shared.counts)
+
+  def close(self) -> None:
+    """Ends the workers. Items under way, and later ones that need a worker, are reward 0, reason "error"."""
+    self._finalizer()
+
+  def __enter__(self) -> "Grader":
+    return self
+
+  def __exit__(self, *_exception) -> None:
+    self.close()
+
+  def _grade(self, response: str, answer: str) -> Graded | Future:
+    if self._reward_fn is not None:
+      return self._shared.submit((response, answer))
+    try:
+      verdict = judge(response, answer, self._pattern)
+    except Exception:  # not text, for one: no reason to end a run
+      verdict = Graded(0.0, "error")
+    return self._shared.count(verdict) if isinstance(verdict, Graded) else self._shared.submit(verdict)
+
+
+def _user_error(message: str) -> Exception:
+  from arrol_jax.types import UserError  # here, because workers import this module and types.py imports JAX
+
+  return UserError(message)
+
+
+# --- for `grade`, which has no grader -----------------------------------------------------------------------
+
+_alone: _Shared | None = None
+_alone_lock = threading.Lock()
+
+
+def settle_alone(gold: str, answer: str) -> Graded:
+  """`settle` from any thread: directly in a worker, else in the one worker that this process keeps for it."""
+  global _alone
+  if _inside_worker:
+    return settle(gold, answer)
+  with _alone_lock:
+    if _alone is None:
+      _alone = _Shared(1, (5.0, 2048, None))
+    future = _alone.submit((gold, answer))
+  return future.result()
+
+
+@atexit.register
+def _close_alone() -> None:
+  if _alone is not None:
+    _alone.close()
+
+
+def _forget_alone() -> None:
+  """In a forked child the parent's threads are missing: a grade would wait for ever."""
+  global _alone, _alone_lock
+  _alone, _alone_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_alone)

@@ -1,0 +1,109 @@
+"""Tokenizers: from a Hugging Face folder, or built from a GGUF file's metadata. Also the ids that end a response.
+
+`transformers` builds a tokenizer from GGUF only where torch is installed, and for some models drops the pre-tokenizer
+(SmolLM2's single digits), so this module builds it from vocabulary, merges and the name of the pre-tokenizer. The name is
+looked up, never guessed: an unknown one is an error. Left out: SentencePiece vocabularies (Llama 2).
+
+`transformers` takes seconds to import, so it is imported where it is needed.
+"""
+
+import json
+from pathlib import Path
+
+from arrol_jax.types import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+
+# The regular expressions that Qwen2 and Llama 3 publish in tokenizer.json; they differ in how digits are grouped.
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLITS = {"qwen2": _SPLIT % r"\p{N}", "llama-bpe": _SPLIT % r"\p{N}{1,3}"}
+
+# Tokens that end a turn or a document wherever they are control tokens of the vocabulary.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+def load_tokenizer(folder: Path):
+  """The tokenizer of a Hugging Face folder, or None where it has none. UserError: one that cannot be read."""
+  if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    return None
+  from transformers import AutoTokenizer
+  try:
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as e:
+    raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(e).splitlines()[0] if str(e) else e!r})") from e
+
+
+def gguf_tokenizer(path: Path, meta: dict):
+  """A PreTrainedTokenizerFast from GGUF metadata, chat template included; None where the file has no tokenizer.
+
+  UserError: a vocabulary that is not byte-level BPE, an unknown pre-tokenizer.
+  """
+  if "tokenizer.ggml.tokens" not in meta:
+    return None
+  if meta.get("tokenizer.ggml.model") != "gpt2":
+    raise UserError(f"{path}: tokenizer model {meta.get('tokenizer.ggml.model')!r} is not supported (only gpt2, byte-level BPE)")
+  from tokenizers import AddedToken, Tokenizer, decoders, models
+  from transformers import PreTrainedTokenizerFast
+
+  tokens, kinds = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type", [])
+  pre = meta.get("tokenizer.ggml.pre", "gpt-2")
+  merges = [tuple(m.split(" ", 1)) for m in meta.get("tokenizer.ggml.merges", [])]
+  vocab = {token: i for i, token in enumerate(tokens)}
+  try:
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+  except Exception as e:  # the tokenizers package raises bare Exception
+    raise UserError(f"{path}: corrupt tokenizer ({e})") from e
+  tokenizer.normalizer, tokenizer.pre_tokenizer = _splitting(path, pre)
+  tokenizer.decoder = decoders.ByteLevel()
+  for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds) if k == kind])
+  named = {}
+  for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    index = meta.get(f"tokenizer.ggml.{key}_token_id")
+    if index is not None and index < len(tokens):
+      named[f"{name}_token"] = AddedToken(tokens[index], special=True, normalized=False)
+  if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in named:
+    _prepend(tokenizer, tokens[meta["tokenizer.ggml.bos_token_id"]])
+  fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="right",
+                                 **named)
+  fast.chat_template = meta.get("tokenizer.chat_template")
+  return fast
+
+
+def _splitting(path: Path, pre: str):
+  """(normalizer or None, pre-tokenizer) by llama.cpp's name of the pre-tokenizer."""
+  from tokenizers import Regex, normalizers, pre_tokenizers
+  if pre in SPLITS:
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"),
+                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return (normalizers.NFC() if pre == "qwen2" else None), split
+  gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+  if pre == "smollm":
+    return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+  if pre == "gpt-2":
+    return None, gpt2
+  raise UserError(f"{path}: pre-tokenizer {pre!r} is not known (known: gpt-2, llama-bpe, qwen2, smollm)")
+
+
+def _prepend(tokenizer, bos: str) -> None:
+  from tokenizers import processors
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+
+
+def stop_ids(tokenizer, *declared) -> tuple[int, ...]:
+  """Ids that end a response: those `declared` (int, list or None each), the tokenizer's, and its chat template's.
+
+  The first is the tokenizer's or else the first declared one. A turn end (<|im_end|>, <|eot_id|>) counts where the chat
+  template writes it: a file's own eos is often only the end of a document.
+  """
+  ids = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+  for value in declared:
+    ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+  if tokenizer is not None:
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    ids += [special[t] for t in TURN_ENDS if t in special and t in template]
+    ids += [special[t] for t in TEXT_ENDS if t in special]
+  return tuple(dict.fromkeys(int(i) for i in ids))

@@ -1,0 +1,258 @@
+"""Trains a policy with online rollout pruning: python -m arrol_jax.train --config=configs/NAME.py [--workdir=DIR]
+
+One step: (1) roll out G responses to each prompt, pruning at the detection length by the quality head's posterior;
+(2) grade the survivors while others decode; (3) log-probs, GRPO/DAPO loss and head loss in one optax step;
+(4) add the survivors' scores and rewards to the calibration table. Everything random is a function of (seed, step), so a
+checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it stopped.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from arrol_jax import assemble, config as configuration, data, quality, rollout, sharding, update
+from arrol_jax.checkpoint import Checkpoints
+from arrol_jax.metrics import rollout_metrics
+from arrol_jax.prune import Calibration
+from arrol_jax.rewards.pool import Grader
+from arrol_jax.types import TrainState, UserError
+
+TRAIN, EVAL, INIT = range(3)  # purposes of random keys
+
+
+def main():
+  c, flags = configuration.parse(sys.argv)
+  configuration.check(c)
+  workdir, started = flags.workdir, time.time()
+  if os.path.exists(f"{workdir}/summary.json") and read_json(f"{workdir}/summary.json")["steps"] >= c.steps:
+    print(f"{workdir}: finished ({c.steps} steps); its results are in summary.json")
+    return
+  claim(workdir, c)
+
+  # ---- mesh, model, data
+  mesh = assemble.make_mesh(c)
+  with jax.set_mesh(mesh):
+    loaded = assemble.load(c, mesh)
+    train_prompts = assemble.prompts(c, loaded, c.data.train)
+    eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
+    root = jax.random.key(c.seed)
+    key_of = lambda purpose, step: jax.random.fold_in(jax.random.fold_in(root, purpose), step)
+    loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
+    engine = assemble.engine(c, loaded.config, mesh, c.rollout.max_new)
+    sampling = assemble.sampling(c, loaded, c.rollout.temperature)
+
+    # ---- state, resume
+    optimizer = update.make_optimizer(c.optim.lr, c.optim.head_lr, c.optim.warmup, c.optim.clip_norm, c.optim.weight_decay,
+                                      c.optim.b1, c.optim.b2)
+    reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
+    state = init_state(c, loaded, optimizer, key_of(INIT, 0), mesh, keep_params=reference is not None)
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    if start:
+      state = checkpoints.restore(start, state)
+      print(f"{workdir}: going on after step {start}")
+    loaded.params = None
+    logs = Logs(workdir, start, c.log.tensorboard)
+
+    with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
+
+      def evaluate(state, name: str) -> dict:
+        path = f"{workdir}/{name}.json"
+        if not eval_prompts:
+          return {}
+        if not os.path.exists(path):
+          held_out = assemble.engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
+          held_out.load(state.params["policy"], c.model.dtype)
+          total = len(eval_prompts) * c.eval.samples
+          with tqdm(total=total, desc=name.replace("_", " "), unit="response", leave=False) as bar:
+            result, _ = rollout.measure(held_out, eval_prompts, c.eval.samples, key_of(EVAL, 0),
+                                        assemble.sampling(c, loaded, c.eval.temperature), loaded.tokenizer, grader,
+                                        progress=lambda _: bar.update())
+          write_json(path, {benchmark_name(c.data.eval): result})
+        return read_json(path)
+
+      before = evaluate(state, "eval_before")
+      if before:
+        print("held-out accuracy before:", summary_line(before))
+
+      # ---- loop
+      bar = tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step")
+      for step in bar:
+        clock = Clock()
+        batch = data.batch_at(train_prompts, step, c.seed, c.rollout.prompts)
+        engine.load(state.params["policy"], c.model.dtype)
+        pruning = c.prune.enabled and step >= c.prune.cold_start
+        decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
+        rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, key_of(TRAIN, step), sampling,
+                                                loaded.tokenizer, grader, decide=decide)
+        engine.params = None  # the update needs the room
+        clock.lap("sec_generate")
+        batches = rollout.pack(rollouts, assemble.pack_shape(c), mesh, detect=rule.detect,
+                               normalize_std=loss.normalize_std, short=c.quality.short)
+        batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
+        clock.lap("sec_logprob", batches)
+        state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
+        state = state.replace(calibration=rollout.update_calibration(state.calibration, rollouts, c.prune.half_life))
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        clock.lap("sec_update", state.step)
+        clock.seconds["sec_generate"] -= sec_reward
+
+        line = {"step": step + 1} | rollout_metrics(rollouts) | metrics | {
+          "pruning": pruning, "lr": update.learning_rate(c.optim.lr, c.optim.warmup, step), "sec_reward": sec_reward,
+          **clock.seconds, "sec_step": clock.total()}
+        logs.write(line, rollouts, c.log.rollouts)
+        if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):
+          raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
+                          f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
+        bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
+                        tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
+        if (step + 1) % c.checkpoint.every == 0 or step + 1 == c.steps:
+          checkpoints.save(step + 1, state)
+      bar.close()
+
+      # ---- after
+      after = evaluate(state, "eval_after")
+    checkpoints.close()
+    logs.finish(c, before, after, time.time() - started)
+  if after:
+    print("held-out accuracy after: ", summary_line(after))
+  print(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+
+
+def init_state(c, loaded, optimizer, key: jax.Array, mesh, keep_params: bool) -> TrainState:
+  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
+  head = jax.device_put(quality.init_head(loaded.config.width, c.quality.hidden, key), sharding.replicated(mesh))
+  weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
+  params = {"policy": weights, "head": head}
+  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
+  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), Calibration.empty(c.prune.bins), jax.numpy.zeros((), "int32")))
+  return TrainState(params, *rest)
+
+
+class Clock:
+  """Wall-clock seconds of a step's phases; a lap waits for the arrays given."""
+
+  def __init__(self):
+    self.start = self.last = time.perf_counter()
+    self.seconds = {}
+
+  def lap(self, name: str, wait_for=None) -> None:
+    jax.block_until_ready(wait_for)
+    now = time.perf_counter()
+    self.seconds[name], self.last = now - self.last, now
+
+  def total(self) -> float:
+    return time.perf_counter() - self.start
+
+
+class Logs:
+  """metrics.jsonl, rollouts.jsonl, TensorBoard and summary.json of a workdir; lines past `start` steps are dropped."""
+
+  def __init__(self, workdir: str, start: int, tensorboard: bool):
+    self.workdir = workdir
+    self.files = {name: resumed(f"{workdir}/{name}.jsonl", start) for name in ("metrics", "rollouts")}
+    self.board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # only where it is wanted
+      self.board = SummaryWriter(f"{workdir}/tensorboard", purge_step=start + 1)
+    self.lines = read_lines(f"{workdir}/metrics.jsonl")
+
+  def write(self, line: dict, rollouts: list, texts: int) -> None:
+    line = {k: finite(v) for k, v in line.items()}
+    self.lines.append(line)
+    for i in np.linspace(0, len(rollouts) - 1, texts, dtype=int):
+      r = rollouts[i]
+      self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens), "pruned": r.pruned,
+                                "score": finite(r.score), "posterior": finite(r.posterior), "survival": finite(r.survival),
+                                "reward": finite(r.reward), "reason": r.reason})
+    self._append("metrics", line)
+    if self.board:
+      for name, value in line.items():
+        if name != "step" and value is not None:
+          self.board.add_scalar(name, value, line["step"])
+
+  def _append(self, name: str, record: dict) -> None:
+    self.files[name].write(json.dumps(record) + "\n")
+    self.files[name].flush()
+
+  def finish(self, c, before: dict, after: dict, seconds: float) -> None:
+    device = jax.devices()[0]
+    write_json(f"{self.workdir}/summary.json", {
+      "steps": c.steps, "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
+      "config_hash": configuration.fingerprint(c), "eval_before": before, "eval_after": after,
+      "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
+      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": self.lines[-1]["reward"]})
+    self.board and self.board.close()
+
+
+def claim(workdir: str, c) -> None:
+  """Makes the workdir, or checks that it belongs to this config."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--workdir={workdir}: {e.strerror}") from e
+  path = f"{workdir}/config.json"
+  if os.path.exists(path):
+    stored = type(c)(read_json(path))
+    if configuration.fingerprint(stored) != configuration.fingerprint(c):
+      names = configuration.differing(stored.to_dict(), json.loads(configuration.to_json(c)))
+      raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}); choose another --workdir")
+    for name in ("summary", "eval_after"):  # a longer run takes over
+      if os.path.exists(f"{workdir}/{name}.json"):
+        os.remove(f"{workdir}/{name}.json")
+  with open(path, "w") as f:
+    f.write(configuration.to_json(c) + "\n")
+
+
+def resumed(path: str, start: int):
+  """Opens a JSONL log for appending, without the lines of steps after `start` (they will be made again)."""
+  kept = [x for x in read_lines(path) if x["step"] <= start]
+  with open(path, "w") as f:
+    f.writelines(json.dumps(x) + "\n" for x in kept)
+  return open(path, "a")
+
+
+def read_lines(path: str) -> list[dict]:
+  """Complete lines of a JSONL log; a last line cut short by a kill is dropped."""
+  if not os.path.exists(path):
+    return []
+  with open(path) as f:
+    return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def read_json(path: str) -> dict:
+  with open(path) as f:
+    return json.load(f)
+
+
+def write_json(path: str, value: dict) -> None:
+  """Writes in one move: a reader never sees half a file."""
+  with open(path + ".part", "w") as f:
+    json.dump({k: finite(v) for k, v in value.items()}, f, indent=2)
+    f.write("\n")
+  os.replace(path + ".part", path)
+
+
+def finite(x):
+  """JSON has no NaN: null stands for "undefined here". Works through nested dicts."""
+  if isinstance(x, dict):
+    return {k: finite(v) for k, v in x.items()}
+  return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def benchmark_name(path: str) -> str:
+  return os.path.basename(path).partition(".")[0]
+
+
+def summary_line(result: dict) -> str:
+  return ", ".join(f"{k} {100 * v['accuracy']:.1f}% ({v['problems']} problems)" for k, v in result.items())
+
+
+if __name__ == "__main__":
+  configuration.run(main)

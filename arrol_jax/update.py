@@ -1,0 +1,160 @@
+"""The training programs: log-probs of a batch, gradients of one micro-batch, the optimizer step.
+
+Policy loss and head loss are one scalar with one gradient and one optax step (METHOD section 2); `stop_gradient` on the hidden
+state keeps the head's loss out of the backbone. Micro-batches accumulate sums that already carry the whole batch's
+denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks over the
+sequence: float32 logits [B,S,V] never exist.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arrol_jax import losses, policy
+from arrol_jax.losses import LossConfig
+from arrol_jax.policy import PolicyConfig
+from arrol_jax.quality import quality_logit
+from arrol_jax.types import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How the training programs compute: dtype of activations, attention (None = auto), remat, tokens a log-prob chunk."""
+  dtype: str = "bfloat16"
+  attention: str | None = None
+  remat: bool = True
+  chunk_tokens: int = 2048
+
+
+def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, temperature: float,
+                   chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+  """hidden [B,S,D], tokens i32[B,S] -> log-prob of tokens[b,s] given what stands before it, and the entropy there.
+
+  Both f32[B,S]; column 0 has nothing before it and is 0. Logits are divided by `temperature`, as the sampler did.
+  """
+  rows, length, width = hidden.shape
+  size = max(1, min(length, chunk_tokens // rows))
+  count = -(-(length - 1) // size)
+  pad = count * size - (length - 1)
+  h = jnp.pad(hidden[:, :-1], ((0, 0), (0, pad), (0, 0))).reshape(rows, count, size, width).swapaxes(0, 1)
+  t = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, count, size).swapaxes(0, 1)
+
+  @jax.checkpoint
+  def chunk(h, t):
+    logits = policy.unembed(params, h) / temperature
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, t[:, :, None], axis=-1)[:, :, 0] - norm
+    entropy = norm - jnp.sum(jnp.exp(logits - norm[:, :, None]) * logits, axis=-1)
+    return chosen, jax.lax.stop_gradient(entropy)
+
+  out = jax.lax.map(lambda x: chunk(*x), (h, t))
+  join = lambda x: jnp.pad(x.swapaxes(0, 1).reshape(rows, count * size)[:, :length - 1], ((0, 0), (1, 0)))
+  return join(out[0]), join(out[1])
+
+
+def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
+  attend = policy.causal_attention(compute.attention)
+  return policy.forward(c, params, batch.tokens, policy.default_positions(batch.tokens), attend,
+                        dtype=compute.dtype, remat=compute.remat)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("c", "temperature", "compute"))
+def batch_logprobs(c: PolicyConfig, params: dict, batch: Batch, *, temperature: float, compute: Compute) -> jax.Array:
+  """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the response."""
+  hidden = _hidden(c, params, batch, compute)
+  logprobs = token_logprobs(params, hidden, batch.tokens, temperature, compute.chunk_tokens)[0]
+  return jnp.where(batch.response_mask > 0, logprobs, 0.0)
+
+
+def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: LossConfig, temperature: float,
+               compute: Compute) -> tuple[jax.Array, dict]:
+  """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
+
+  params {"policy", "head"}; totals {"tokens", "rows", "head"} f32[]: of the whole batch.
+  """
+  hidden = _hidden(c, params["policy"], batch, compute)
+  logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, temperature, compute.chunk_tokens)
+  mask = batch.response_mask
+  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"])
+  term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
+                                   clip_low=loss.clip_low, clip_high=loss.clip_high)
+  policy_loss = jnp.sum(weight * term)
+  kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
+
+  read = jnp.take_along_axis(hidden, batch.head_position[:, None, None], axis=1)[:, 0]
+  logit = quality_logit(params["head"], jax.lax.stop_gradient(read))
+  head_loss = jnp.sum(batch.head_weight * losses.binary_cross_entropy(logit, batch.rewards)) / jnp.maximum(totals["head"], 1.0)
+
+  per_token = mask / jnp.maximum(totals["tokens"], 1.0)
+  gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
+  metrics = {"policy_loss": policy_loss, "head_loss": head_loss, "kl": jnp.sum(per_token * kl),
+             "entropy": jnp.sum(per_token * entropy), "clip_frac": jnp.sum(per_token * clipped),
+             "logprob_gap": jnp.sum(per_token * gap)}
+  total = policy_loss + loss.kl_weight * jnp.sum(weight * kl) + loss.head_weight * head_loss
+  return total, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("c", "loss", "temperature", "compute"), donate_argnames=("grads", "metrics"))
+def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch: Batch, totals: dict, *, loss: LossConfig,
+               temperature: float, compute: Compute) -> tuple[dict, dict]:
+  """Adds one micro-batch's gradients and metrics to the sums so far."""
+  f = lambda p: micro_loss(c, p, batch, totals, loss, temperature, compute)
+  new_grads, new_metrics = jax.grad(f, has_aux=True)(params)
+  return jax.tree.map(jnp.add, grads, new_grads), jax.tree.map(jnp.add, metrics, new_metrics)
+
+
+METRICS = ("policy_loss", "head_loss", "kl", "entropy", "clip_frac", "logprob_gap")
+
+
+@jax.jit
+def zeros(params: dict) -> tuple[dict, dict]:
+  """Empty sums for `accumulate`."""
+  return jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros((), jnp.float32) for name in METRICS}
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state", "grads"))
+def apply(state: TrainState, grads: dict, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
+  """One optax step over policy and head; also the policy gradient's norm f32[] before clipping."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads["policy"])
+
+
+def learning_rate(lr: float, warmup: int, step):
+  """Policy learning rate of 0-based `step`: linear over `warmup` steps, then constant."""
+  return lr * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+
+
+def make_optimizer(lr: float, head_lr: float, warmup: int, clip_norm: float, weight_decay: float, b1: float,
+                   b2: float) -> optax.GradientTransformation:
+  """AdamW with linear warm-up and clipping for the policy, Adam with a learning rate of its own for the head."""
+  adamw = optax.adamw(lambda step: learning_rate(lr, warmup, step), b1=b1, b2=b2, weight_decay=weight_decay)
+  return optax.multi_transform({"policy": optax.chain(optax.clip_by_global_norm(clip_norm), adamw),
+                                "head": optax.adam(head_lr)}, {"policy": "policy", "head": "head"})
+
+
+def fill_logprobs(c: PolicyConfig, params: dict, reference: dict | None, batches: list[Batch], temperature: float,
+                  compute: Compute) -> list[Batch]:
+  """The batches with `old_logprobs` under `params`, and `ref_logprobs` under `reference` where one is given."""
+  out = []
+  for batch in batches:
+    old = batch_logprobs(c, params, batch, temperature=temperature, compute=compute)
+    ref = batch_logprobs(c, reference, batch, temperature=temperature, compute=compute) if reference else batch.ref_logprobs
+    out.append(batch.replace(old_logprobs=old, ref_logprobs=ref))
+  return out
+
+
+def step(c: PolicyConfig, state: TrainState, batches: list[Batch], loss: LossConfig, temperature: float, compute: Compute,
+         optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
+  """One optimizer step on a whole batch given as micro-batches; metrics are device scalars."""
+  totals = {"tokens": sum(jnp.sum(b.response_mask) for b in batches), "head": sum(jnp.sum(b.head_weight) for b in batches),
+            "rows": sum(jnp.sum(jnp.any(b.response_mask > 0, axis=1).astype(jnp.float32)) for b in batches)}
+  grads, metrics = zeros(state.params)
+  for batch in batches:
+    grads, metrics = accumulate(c, state.params, grads, metrics, batch, totals, loss=loss, temperature=temperature,
+                                compute=compute)
+  state, norm = apply(state, grads, optimizer)
+  return state, metrics | {"grad_norm": norm}

@@ -1,0 +1,348 @@
+"""Models in and out: `load_policy` reads a Hugging Face folder or a GGUF file, `Policy.save` writes a Hugging Face folder.
+
+Loading checks every file's header against the shapes that config.json asks for before anything is allocated. Then each stacked
+parameter is allocated once, in its target sharding, and the tensors are written into it one after another, in the order of
+the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor (mapped, not read whole)
+and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
+
+The files beside this one: safetensors_files.py and gguf_files.py (formats), hf_config.py (names, shapes, config.json),
+tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import json
+import math
+import os
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from arrol_jax import gguf_files, hf_config, policy, safetensors_files, sharding, tokenizers
+from arrol_jax.policy import PolicyConfig
+from arrol_jax.prune import Calibration
+from arrol_jax.safetensors_files import Stored
+from arrol_jax.types import UserError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+HEAD = "quality_head.safetensors"
+# Files that `save` and transformers write. A folder that holds anything else is never replaced.
+OURS = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, HEAD, "tokenizer*",
+        "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
+
+
+@dataclasses.dataclass
+class Policy:
+  """A model: shape, parameters, tokenizer and what ends its responses."""
+  config: PolicyConfig
+  params: dict                        # as policy.init_params: layers stacked
+  tokenizer: object | None            # transformers tokenizer, None where the source has none
+  eos_ids: tuple[int, ...]            # any of them ends a response
+  pad_id: int
+  generation: dict | None = None      # generation_config.json
+  head: dict | None = None            # quality head's parameters (quality.init_head)
+  calibration: Calibration | None = None
+
+  def logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """tokens i32[B,S] (right-padded), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
+
+    Computed in the parameters' dtype, float32 parameters with full float32 products on every backend. Compiled once a shape
+    [B,S]. Holds all logits: for short texts and checks, not for training.
+    """
+    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+      raise ValueError(f"tokens [B,S] and lengths [B] are needed, not {tokens.shape} and {lengths.shape}")
+    exact = "highest" if self.params["embed"].dtype == jnp.float32 else None
+    with jax.default_matmul_precision(exact):
+      return _logits(self.config, self.params, tokens, lengths)
+
+  def save(self, path: str | os.PathLike, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a Hugging Face folder: config, generation config, tokenizer files, weights in files of at most `shard_bytes`.
+
+    dtype: that of the weights in the files, None = as they are. Quality head and calibration table, where there are any, go
+    into quality_head.safetensors, which transformers ignores and `load_policy` reads.
+    The folder is written under another name beside `path` and renamed at the end, so a save that fails leaves an existing
+    folder as it was. With several processes all must call; the first writes.
+    Raises UserError: unknown dtype, a model without a Hugging Face layout, `path` holds other files.
+    """
+    target = Path(path).resolve()
+    name = dtype or str(self.params["embed"].dtype)
+    if name not in DTYPES:
+      raise UserError(f"dtype {name!r} is not supported (supported: {', '.join(DTYPES)})")
+    _check_replaceable(target)
+    bos = getattr(self.tokenizer, "bos_token_id", None)
+    config = hf_config.config_to_json(self.config, name, self.eos_ids, self.pad_id, bos)
+    if jax.process_index() != 0:
+      for _, _, _, read in _outgoing(self.config, self.params, name):
+        read()
+      return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+      folder.chmod(0o755)  # mkdtemp makes it private
+      _write_json(folder / "config.json", config)
+      _write_json(folder / "generation_config.json", self._generation(bos))
+      if self.tokenizer is not None:
+        self.tokenizer.save_pretrained(str(folder))
+      _save_weights(folder, list(_outgoing(self.config, self.params, name)), shard_bytes)
+      _save_head(folder / HEAD, self.head, self.calibration)
+      _swap(folder, target)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+
+  def _generation(self, bos: int | None) -> dict:
+    eos = list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0]
+    return (self.generation or {"bos_token_id": bos}) | {"eos_token_id": eos or None, "pad_token_id": self.pad_id}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+  positions = policy.default_positions(tokens)
+  hidden, _ = policy.forward(c, params, tokens, positions, policy.causal_attention(None), dtype=params["embed"].dtype)
+  return jnp.where((positions < lengths[:, None])[:, :, None], policy.unembed(params, hidden), 0.0)
+
+
+def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
+                table: dict = sharding.TRAIN) -> Policy:
+  """Loads a Hugging Face folder (safetensors, sharded or not) or a GGUF file.
+
+  dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table` (sharding.py); None
+  puts them on the default device.
+  Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
+  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor.
+  """
+  path = Path(path)
+  if dtype not in DTYPES:
+    raise UserError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
+  if not path.exists():
+    raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
+  if path.is_file():
+    return _load_gguf(path, DTYPES[dtype], mesh, table)
+  file = path / "config.json"
+  raw = _read_json(file)
+  config = hf_config.config_from_json(file, raw)
+  stored = _open_folder(path)
+  _check(config, path, stored)
+  tokenizer = tokenizers.load_tokenizer(path)
+  generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
+  head, calibration = _load_head(path / HEAD)
+  eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
+  pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
+  return Policy(config, _place(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
+                next(p for p in pads if p is not None), generation, head, calibration)
+
+
+def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
+  file = gguf_files.open_gguf(path)
+  _check(file.config, path, file.tensors)
+  tokenizer = tokenizers.gguf_tokenizer(path, file.meta)
+  declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+  eos_ids = tokenizers.stop_ids(tokenizer, *declared)
+  pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
+  return Policy(file.config, _place(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
+                next(p for p in pads if p is not None))
+
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def _read_json(file: Path) -> dict:
+  if not file.is_file():
+    raise UserError(f"{file}: no such file; a Hugging Face folder holds config.json and *.safetensors")
+  try:
+    value = json.loads(file.read_text())
+  except ValueError as e:
+    raise UserError(f"{file}: not valid JSON ({str(e).splitlines()[0]})") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{file}: not a JSON object")
+  return value
+
+
+def _open_folder(folder: Path) -> dict[str, Stored]:
+  """All tensors of a folder in the order of its files; only headers are read."""
+  index = folder / INDEX
+  if not index.is_file():
+    if not (folder / "model.safetensors").is_file():
+      raise UserError(f"{folder}: no weights here (model.safetensors or {INDEX}); other formats are not read")
+    return safetensors_files.read_header(folder / "model.safetensors")
+  names = _read_json(index).get("weight_map")
+  if not isinstance(names, dict) or not names:
+    raise UserError(f"{index}: no weight_map")
+  stored = {}
+  for name in sorted(set(names.values())):
+    if not (folder / name).is_file():
+      raise UserError(f"{folder / name}: no such file, but {INDEX} says it holds "
+                      f"{next(k for k, v in names.items() if v == name)}")
+    stored |= {k: v for k, v in safetensors_files.read_header(folder / name).items() if names.get(k) == name}
+  for tensor, name in names.items():
+    if tensor not in stored:
+      raise UserError(f"{folder / name}: tensor {tensor} is missing, but {INDEX} says it is there")
+  return stored
+
+
+def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None:
+  """UserError where a tensor is missing, misshapen or one that this model does not have."""
+  layout = hf_config.layout(config)
+  for name, place in layout.items():
+    if name not in stored:
+      raise UserError(f"{where}: tensor {name} is missing")
+    if stored[name].shape != place.stored:
+      raise UserError(f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
+                      f"the configuration asks for {list(place.stored)}")
+  for name in stored:
+    # Old files carry rotary tables; value heads and the like lie outside "model." and are not ours to read.
+    if name.startswith("model.") and name not in layout and not name.endswith("rotary_emb.inv_freq"):
+      raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model of {config.layers} layers")
+
+
+def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
+  """Writes the tensors into freshly allocated parameters, one at a time, in the order of `stored`."""
+  layout, logical = hf_config.layout(config), policy.logical_axes(config)
+  shapes = policy.abstract_params(config, dtype)
+  get = lambda tree, place: tree[place.leaf] if place.layer is None else tree["layers"][place.leaf]
+  if mesh is None:
+    targets = jax.tree.map(lambda x: None, shapes)
+  else:
+    targets = sharding.shardings(logical, shapes, mesh, table)
+  zeros = lambda x, target: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=target)()
+  params = {name: zeros(x, targets[name]) for name, x in shapes.items() if name != "layers"}
+  params["layers"] = {name: zeros(x, targets["layers"][name]) for name, x in shapes["layers"].items()}
+  for name, file in stored.items():
+    place = layout.get(name)
+    if place is None:
+      continue
+    view = file.read().reshape(place.view)
+    if mesh is None:
+      tensor = jax.device_put(view)
+    else:
+      axes = get(logical, place)[0 if place.layer is None else 1:]
+      source = NamedSharding(mesh, sharding.spec(tuple(axes[place.order.index(i)] for i in range(view.ndim)), view.shape,
+                                                 mesh, table))
+      tensor = jax.make_array_from_callback(view.shape, source, lambda index, view=view: view[index])
+    tree = params if place.layer is None else params["layers"]
+    tree[place.leaf] = _writer(place.order, place.layer is not None, get(targets, place))(
+      tree[place.leaf], tensor, place.layer or 0)
+    del view, tensor
+    jax.block_until_ready(tree[place.leaf])  # or copies of later tensors would pile up on the host
+  return params
+
+
+@functools.cache
+def _writer(order: tuple, stacked: bool, target):
+  """A program (stack, tensor, layer) -> stack with the transposed, converted tensor in it; the stack's buffer is reused."""
+  def write(stack, tensor, layer):
+    value = jnp.transpose(tensor, order).astype(stack.dtype)
+    if not stacked:
+      return jax.lax.dynamic_update_slice(stack, value, (0,) * stack.ndim)
+    return jax.lax.dynamic_update_slice(stack, value[None], (layer,) + (0,) * value.ndim)
+  return jax.jit(write, donate_argnums=0, out_shardings=target)
+
+
+# ---- saving --------------------------------------------------------------------------------------------------
+
+
+def _outgoing(config: PolicyConfig, params: dict, dtype: str) -> Iterator[tuple]:
+  """(name, shape, dtype, read) of every Hugging Face tensor; `read` brings it to the host."""
+  for name, place in hf_config.layout(config).items():
+    leaf = params[place.leaf] if place.layer is None else params["layers"][place.leaf]
+    read = functools.partial(_read, leaf, place, dtype)
+    yield name, place.stored, np.dtype(DTYPES[dtype]), read
+
+
+def _read(leaf: jax.Array, place: hf_config.Place, dtype: str) -> np.ndarray:
+  value = _reader(place.order, place.layer is not None, dtype, leaf.sharding)(leaf, place.layer or 0)
+  return np.asarray(value).reshape(place.stored)
+
+
+@functools.cache
+def _reader(order: tuple, stacked: bool, dtype: str, source):
+  """A program (stack, layer) -> that layer's tensor in Hugging Face's order, whole on every device of the mesh."""
+  inverse = tuple(order.index(i) for i in range(len(order)))
+
+  def read(stack, layer):
+    value = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) if stacked else stack
+    return jnp.transpose(value, inverse).astype(DTYPES[dtype])
+  whole = NamedSharding(source.mesh, PartitionSpec()) if isinstance(source, NamedSharding) else None
+  return jax.jit(read, out_shardings=whole)
+
+
+def _save_weights(folder: Path, tensors: list, shard_bytes: int) -> None:
+  shards, room = [[]], shard_bytes
+  for tensor in tensors:
+    size = math.prod(tensor[1]) * tensor[2].itemsize
+    if size > room and shards[-1]:
+      shards.append([])
+      room = shard_bytes
+    shards[-1].append(tensor)
+    room -= size
+  if len(shards) == 1:
+    safetensors_files.write(folder / "model.safetensors", shards[0])
+    return
+  names = {}
+  for i, shard in enumerate(shards, 1):
+    file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    safetensors_files.write(folder / file, shard)
+    names |= {name: file for name, *_ in shard}
+  total = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in tensors)
+  _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def _write_json(file: Path, value: dict) -> None:
+  file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _save_head(file: Path, head: dict | None, calibration: Calibration | None) -> None:
+  values = {f"head.{k}": v for k, v in (head or {}).items()}
+  if calibration is not None:
+    values |= {f"calibration.{f.name}": getattr(calibration, f.name) for f in dataclasses.fields(calibration)}
+  if values:
+    arrays = {name: np.asarray(x) for name, x in values.items()}
+    safetensors_files.write(file, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+
+
+def _load_head(file: Path) -> tuple[dict | None, Calibration | None]:
+  if not file.is_file():
+    return None, None
+  parts: dict[str, dict] = {"head": {}, "calibration": {}}
+  for name, tensor in safetensors_files.read_header(file).items():
+    part, _, leaf = name.partition(".")
+    if part in parts:
+      parts[part][leaf] = jnp.array(tensor.read())  # a copy: the file may be replaced later
+  try:
+    return parts["head"] or None, Calibration(**parts["calibration"]) if parts["calibration"] else None
+  except TypeError as e:
+    raise UserError(f"{file}: the calibration table is not readable ({e})") from e
+
+
+def _check_replaceable(target: Path) -> None:
+  if target.is_dir():
+    other = [f.name for f in target.iterdir() if f.is_dir() or not any(fnmatch.fnmatch(f.name, p) for p in OURS)]
+    if other:
+      raise UserError(f"{target}: holds {sorted(other)[0]}, which is no part of a saved model; save to a new folder")
+  elif target.exists():
+    raise UserError(f"{target}: is a file; save to a new folder")
+
+
+def _swap(folder: Path, target: Path) -> None:
+  """Renames `folder` to `target`; what was there goes away only once the new one is in its place."""
+  if not target.exists():
+    folder.rename(target)
+    return
+  old = target.with_name(f".{target.name}.old")
+  shutil.rmtree(old, ignore_errors=True)
+  target.rename(old)
+  try:
+    folder.rename(target)
+  except OSError:
+    old.rename(target)
+    raise
+  shutil.rmtree(old, ignore_errors=True)

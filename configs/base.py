@@ -1,0 +1,99 @@
+"""Every configuration key, its default and its meaning. A run's config starts from `get_config()` and assigns what differs.
+
+Defaults are the paper's published settings (marked "paper") or, where it leaves a point open, our choice. Fields are
+locked: a misspelt key on the command line fails.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.steps = 200                # optimizer steps
+  c.seed = 0
+
+  c.model = ConfigDict()
+  c.model.path = ""            # Hugging Face folder or .gguf file
+  c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
+  c.model.attention = "auto"   # training: "xla", "cudnn" or "auto" (cuDNN where it can run)
+  c.model.remat = True         # recompute each layer in the backward pass
+
+  c.data = ConfigDict()
+  c.data.train = ""            # JSONL (optionally .gz); several, separated by commas
+  c.data.eval = ""             # held-out problems, same form; "" = no evaluation
+  c.data.template = "{problem}"  # prompt text
+  c.data.chat = False          # wrap the prompt in the tokenizer's chat template
+
+  c.rollout = ConfigDict()
+  c.rollout.prompts = 32       # prompts a step (open in the paper)
+  c.rollout.group_size = 16    # G, rollouts a prompt (paper)
+  c.rollout.temperature = 1.0  # (open in the paper)
+  c.rollout.max_prompt = 512   # longer prompts are skipped, with a count
+  c.rollout.max_new = 2048     # response tokens at most (open in the paper)
+  c.rollout.slots = 512        # rows that decode at once
+  c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
+  c.rollout.row_buckets = 3    # compiled row counts: slots, slots/2, slots/4, ...
+  c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced
+
+  c.prune = ConfigDict()
+  c.prune.enabled = True
+  c.prune.detect = (512,)      # response tokens at the decision (paper); a tuple: one length for now
+  c.prune.keep = 0.5           # kappa, target keep ratio (paper)
+  c.prune.target = 0.5         # rho, target positive ratio (paper)
+  c.prune.strength = 0.5       # lambda (paper)
+  c.prune.p_min = 0.1          # (paper)
+  c.prune.p_max = 0.9          # (paper)
+  c.prune.cold_start = 20      # first steps without pruning, while head and table gather data (paper)
+  c.prune.bins = 128           # B (paper)
+  c.prune.half_life = config_dict.placeholder(float)  # rollouts after which a count weighs half; None: never forget (open)
+
+  c.quality = ConfigDict()
+  c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
+  c.quality.short = "skip"     # rollouts that end before detection: "skip" or "last" hidden state (open in the paper)
+
+  c.loss = ConfigDict()
+  c.loss.name = "grpo"         # "grpo" or "dapo"; the fields below override what the name prescribes (None: as prescribed)
+  c.loss.clip_low = config_dict.placeholder(float)
+  c.loss.clip_high = config_dict.placeholder(float)
+  c.loss.aggregate = config_dict.placeholder(str)        # "token" or "sequence"
+  c.loss.kl_weight = config_dict.placeholder(float)
+  c.loss.normalize_std = config_dict.placeholder(bool)
+  c.loss.head_weight = config_dict.placeholder(float)
+
+  c.optim = ConfigDict()
+  c.optim.lr = 1e-6            # policy (paper)
+  c.optim.head_lr = 1e-3       # quality head (open in the paper)
+  c.optim.warmup = 0           # steps
+  c.optim.clip_norm = 1.0
+  c.optim.weight_decay = 0.0
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.95
+  c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
+  c.optim.chunk_tokens = 2048  # tokens whose logits exist at once
+  c.optim.length_buckets = 3   # compiled row lengths of the update
+
+  c.reward = ConfigDict()
+  c.reward.pattern = config_dict.placeholder(str)  # regular expression with one group; None: the last \boxed{}
+  c.reward.workers = 2         # grader processes for answers that are not integers
+  c.reward.timeout = 5.0       # seconds an answer
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 20      # steps
+  c.checkpoint.keep = 2        # newest kept
+
+  c.eval = ConfigDict()
+  c.eval.benchmarks = ""       # more JSONL files for `evaluate`, separated by commas
+  c.eval.problems = 0          # first so many problems; 0: all
+  c.eval.samples = 1           # responses a problem
+  c.eval.temperature = 0.0     # 0: greedy
+  c.eval.max_new = 0           # 0: as rollout.max_new
+
+  c.log = ConfigDict()
+  c.log.rollouts = 4           # texts a step written to rollouts.jsonl
+  c.log.tensorboard = True
+
+  c.mesh = ConfigDict()
+  c.mesh.data = 1
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+  return c

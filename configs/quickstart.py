@@ -1,0 +1,31 @@
+"""GRPO with online pruning on the shipped arithmetic model: the whole method on a CPU in minutes.
+
+Command:  make quickstart   (python -m arrol_jax.train --config=configs/quickstart.py --workdir=runs/quickstart)
+Hardware: 2 CPU cores.
+The task is built so that success shows early (experiments/make_arithmetic.py): it demonstrates the mechanism only.
+"""
+
+from configs import base
+
+
+def get_config():
+  c = base.get_config()
+  c.steps = 40
+  c.model.path = "experiments/arithmetic/signs"
+  c.model.dtype = "float32"
+  c.model.remat = False
+  c.data.train = "experiments/arithmetic/train.jsonl"
+  c.data.eval = "experiments/arithmetic/test.jsonl"
+  c.reward.pattern = r"A(-?\d+)$"
+  c.rollout.prompts = 16
+  c.rollout.max_prompt = 16
+  c.rollout.max_new = 48
+  c.rollout.slots = 256
+  c.rollout.segment = 8
+  c.prune.detect = (16,)
+  c.prune.cold_start = 5
+  c.optim.lr = 3e-4
+  c.optim.head_lr = 3e-3
+  c.optim.micro_tokens = 8192
+  c.checkpoint.every = 10
+  return c

@@ -1,0 +1,130 @@
+"""Continuous batching changes nothing: every request gets the tokens it would get alone, whatever its company."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax import policy, sharding
+from arrol_jax.decode import Sampling
+from arrol_jax.engine import Decision, Engine, Request
+from arrol_jax.policy import PolicyConfig
+from arrol_jax.rollout import PruneRule, make_decide
+from arrol_jax.prune import Calibration
+from arrol_jax.quality import init_head
+
+C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
+PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
+SAMPLING = Sampling(1.0, (7, 13, 21), "float32")
+KEY = jax.random.key(11)
+
+
+def requests(prompts=5, group=4, limit=20):
+  rng = np.random.default_rng(0)
+  texts = [rng.integers(0, 31, rng.integers(1, 9)).astype(np.int32) for _ in range(prompts)]
+  return [Request(p * group + g, p, texts[p], limit) for p in range(prompts) for g in range(group)]
+
+
+def engine(mesh, rows, **other):
+  e = Engine(C, mesh, rows=rows, max_prompt=8, max_new=20, segment=4, prefill_rows=4, **other)
+  with jax.set_mesh(mesh):
+    e.load(PARAMS, "float32")
+  return e
+
+
+def run(mesh, rows, wanted, decide=None, **other):
+  with jax.set_mesh(mesh):
+    return engine(mesh, rows, **other).run(wanted, KEY, SAMPLING, decide=decide)
+
+
+@pytest.fixture(scope="module")
+def alone(mesh):
+  """Each request by itself in an engine of one row, one length, one bucket."""
+  e = engine(mesh, 1, row_buckets=1, length_buckets=1)
+  return [e.run([r], KEY, SAMPLING)[0] for r in requests()]
+
+
+def same(a, b):
+  assert a.request == b.request and a.stopped == b.stopped
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_the_requests_are_a_fair_mix(alone):
+  lengths = [len(r.tokens) for r in alone]
+  assert min(lengths) < 8 and max(lengths) == 20 and len(set(lengths)) > 5
+  assert any(r.stopped for r in alone) and not all(r.stopped for r in alone)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 20])
+def test_tokens_do_not_depend_on_company(mesh, alone, rows):
+  for a, b in zip(run(mesh, rows, requests()), alone, strict=True):
+    same(a, b)
+
+
+def test_sharded_engine_gives_the_same_tokens(alone):
+  for a, b in zip(run(sharding.make_mesh(2, 2, 2), 8, requests()), alone, strict=True):
+    same(a, b)
+
+
+def test_rows_and_columns_shrink_and_grow_with_need(mesh, monkeypatch):
+  from arrol_jax import decode
+  seen, plain = [], decode.generate_segment
+  monkeypatch.setattr(decode, "generate_segment", lambda c, p, s, **k: (
+    seen.append((s.token.shape[0], s.cache[0][0].shape[2])), plain(c, p, s, **k))[1])
+  run(mesh, 16, requests())
+  rows, columns = zip(*seen, strict=True)
+  assert rows[0] == 16 and rows[-1] < 16 and set(rows) <= {4, 8, 16}
+  assert columns[0] < columns[-1]
+
+
+def test_done_is_reported_once_each_and_in_full(mesh, alone):
+  with jax.set_mesh(mesh):
+    seen = []
+    engine(mesh, 6).run(requests(), KEY, SAMPLING, on_done=lambda r: seen.append((r.request, len(r.tokens))))
+  assert sorted(seen) == [(r.request, len(r.tokens)) for r in alone]
+
+
+def cut_some(slots):
+  """Prunes at 8 tokens the rows whose key is odd: a decision that depends on the request alone."""
+  decided = slots.active & (slots.generated == 8)
+  keep = (jax.random.key_data(slots.key)[:, 1] % 2 == 0) | ~decided
+  value = jnp.full(keep.shape, 0.25, jnp.float32)
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value)
+
+
+def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
+  pruned = 0
+  for a, b in zip(run(mesh, 8, requests(), decide=cut_some), alone, strict=True):
+    assert a.decided == (len(b.tokens) > 8)
+    if a.pruned:
+      pruned += 1
+      assert len(a.tokens) == 8 and not a.stopped and a.survival == 0.25
+      np.testing.assert_array_equal(a.tokens, b.tokens[:8])
+    else:
+      same(a, b)
+  assert 3 <= pruned < 17
+
+
+def test_keep_ratio_one_is_pruning_off_token_for_token(mesh, alone):
+  head = init_head(C.width, 8, jax.random.key(1))
+  head["w2"] = jax.random.normal(jax.random.key(2), head["w2"].shape)
+  rule = PruneRule(detect=8, keep=1.0, p_max=1.0)
+  on = run(mesh, 8, requests(), decide=make_decide(head, Calibration(), rule, True))
+  off = run(mesh, 8, requests(), decide=make_decide(head, Calibration(), rule, False))
+  for a, b, c in zip(on, off, alone, strict=True):
+    same(a, c)
+    same(b, c)
+    assert a.decided == b.decided == (len(c.tokens) > 8) and not a.pruned and a.survival == 1.0
+    if a.decided:
+      assert abs(a.score - b.score) < 1e-6
+
+
+def test_a_real_rule_keeps_about_kappa(mesh):
+  """With an empty table every rollout that reaches detection survives with probability kappa."""
+  head = init_head(C.width, 8, jax.random.key(1))
+  out = run(mesh, 32, requests(20, 8), decide=make_decide(head, Calibration(), PruneRule(detect=4, keep=0.3), True))
+  decided = [r for r in out if r.decided]
+  kept = np.mean([not r.pruned for r in decided])
+  assert len(decided) > 80 and abs(kept - 0.3) < 4 * np.sqrt(0.21 / len(decided))
+  assert all(not r.pruned for r in out if not r.decided)
