@@ -93,7 +93,7 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, k
     limit=put(slots.limit, limit), active=put(slots.active, jnp.ones_like(target, bool)), key=put(slots.key, key))
 
 
-@functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("length",))
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
   """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle."""
   def columns(x):

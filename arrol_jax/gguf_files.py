@@ -79,14 +79,15 @@ def open_gguf(path: Path) -> GGUF:
   tensors = {}
   for name, tensor in stored.items():
     if name != "rope_freqs.weight":  # read by _config
-      heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2]) if arch == "llama" else None
-      tensors[_hf_name(name)] = _stored(path, tensor, heads)
+      ours = _hf_name(name)
+      heads = config.heads if ".q_proj." in ours else config.kv_heads if ".k_proj." in ours else None
+      tensors[ours] = _stored(path, tensor, heads if arch == "llama" else None)
   return GGUF(path, meta, config, tensors)
 
 
 def _hf_name(name: str) -> str:
   stem, _, kind = name.rpartition(".")
-  if name.startswith("blk."):
+  if stem.startswith("blk.") and stem.count(".") > 1:
     _, layer, stem = stem.split(".", 2)
     return f"model.layers.{layer}.{LAYER_NAMES.get(stem, stem)}.{kind}"
   return f"{MODEL_NAMES.get(stem, stem)}.{kind}"
@@ -103,7 +104,7 @@ def _stored(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Stored:
     value = value.astype(np.float32, copy=False).reshape(shape)
     return value if heads is None else unpermute(value, heads)
 
-  return Stored(path, shape, read)
+  return Stored(path, shape, np.dtype(np.float32), read)
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
@@ -117,19 +118,19 @@ def _config(path: Path, arch: str, meta: dict, stored: dict) -> PolicyConfig:
     value = meta.get(f"{arch}.{key}", default)
     if isinstance(value, list) and len(set(value)) == 1:
       value = value[0]
-    if value is None or isinstance(value, (list, str)):
-      raise UserError(f"{path}: metadata key {arch}.{key} is missing or differs between layers")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+      raise UserError(f"{path}: metadata key {arch}.{key} is {value!r}, it must be a positive number for all layers")
     return value
 
   if "token_embd.weight" not in stored:
     raise UserError(f"{path}: tensor token_embd.weight is missing")
   heads, width = need("attention.head_count"), need("embedding_length")
-  head_dim = meta.get(f"{arch}.attention.key_length", width // heads)
+  head_dim = need("attention.key_length", width // heads)
   for key, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", head_dim),
                      ("attention.value_length", head_dim)):
     if meta.get(f"{arch}.{key}", plain) != plain:
       raise UserError(f"{path}: {arch}.{key} = {meta[f'{arch}.{key}']} is not supported (only {plain})")
-  theta = float(meta.get(f"{arch}.rope.freq_base", 10000.0))
+  theta = float(need("rope.freq_base", 10000.0))
   return PolicyConfig(
     family=arch, vocab=int(stored["token_embd.weight"].shape[1]), width=width, layers=need("block_count"), heads=heads,
     kv_heads=need("attention.head_count_kv", heads), head_dim=head_dim, ffn=need("feed_forward_length"),

@@ -23,9 +23,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Stored(NamedTuple):
-  """One tensor of a file: `read()` gives it as a NumPy array of `shape`."""
+  """One tensor of a file: `read()` gives it as a NumPy array of `shape` and `dtype`."""
   file: Path
   shape: tuple
+  dtype: np.dtype
   read: Callable[[], np.ndarray]
 
 
@@ -64,7 +65,7 @@ def _stored(path: Path, room: int, name: str, dtype: str, shape: tuple, start: i
       return np.zeros(shape, DTYPES[dtype])  # an empty range cannot be mapped
     return np.asarray(np.memmap(path, np.uint8, "r", offset, (end - start,))).view(DTYPES[dtype]).reshape(shape)
 
-  return Stored(path, shape, read)
+  return Stored(path, shape, DTYPES[dtype], read)
 
 
 def write(path: Path, tensors: Iterable[tuple[str, tuple, np.dtype, Callable[[], np.ndarray]]]) -> None:
@@ -78,7 +79,7 @@ def write(path: Path, tensors: Iterable[tuple[str, tuple, np.dtype, Callable[[],
   with open(path, "wb") as f:
     f.write(len(text).to_bytes(8, "little") + text)
     for name, shape, dtype, read in tensors:
-      array = np.ascontiguousarray(read())
+      array = np.asarray(read(), order="C")
       if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
         raise ValueError(f"{name}: {array.dtype}{array.shape} was announced as {dtype}{tuple(shape)}")
       f.write(array.reshape(-1).view(np.uint8).data)

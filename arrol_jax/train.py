@@ -20,7 +20,7 @@ from arrol_jax import assemble, config as configuration, data, quality, rollout,
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
 from arrol_jax.prune import Calibration
-from arrol_jax.rewards.pool import Grader
+from arrol_jax.rewards import Grader
 from arrol_jax.types import TrainState, UserError
 
 TRAIN, EVAL, INIT = range(3)  # purposes of random keys
@@ -104,7 +104,7 @@ def main():
         clock.seconds["sec_generate"] -= sec_reward
 
         line = {"step": step + 1} | rollout_metrics(rollouts) | metrics | {
-          "pruning": pruning, "lr": update.learning_rate(c.optim.lr, c.optim.warmup, step), "sec_reward": sec_reward,
+          "pruning": pruning, "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward,
           **clock.seconds, "sec_step": clock.total()}
         logs.write(line, rollouts, c.log.rollouts)
         if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):

@@ -191,6 +191,8 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
 
 def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None:
   """UserError where a tensor is missing, misshapen or one that this model does not have."""
+  if config.layers > len(stored):  # also keeps a damaged number from filling the memory with names
+    raise UserError(f"{where}: {len(stored)} tensors cannot be those of {config.layers} layers")
   layout = hf_config.layout(config)
   for name, place in layout.items():
     if name not in stored:
@@ -198,6 +200,8 @@ def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None
     if stored[name].shape != place.stored:
       raise UserError(f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
                       f"the configuration asks for {list(place.stored)}")
+    if not jnp.issubdtype(stored[name].dtype, jnp.floating):
+      raise UserError(f"{stored[name].file}: tensor {name} holds {stored[name].dtype}, only floating point weights are read")
   for name in stored:
     # Old files carry rotary tables; value heads and the like lie outside "model." and are not ours to read.
     if name.startswith("model.") and name not in layout and not name.endswith("rotary_emb.inv_freq"):
@@ -209,13 +213,8 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
   layout, logical = hf_config.layout(config), policy.logical_axes(config)
   shapes = policy.abstract_params(config, dtype)
   get = lambda tree, place: tree[place.leaf] if place.layer is None else tree["layers"][place.leaf]
-  if mesh is None:
-    targets = jax.tree.map(lambda x: None, shapes)
-  else:
-    targets = sharding.shardings(logical, shapes, mesh, table)
-  zeros = lambda x, target: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=target)()
-  params = {name: zeros(x, targets[name]) for name, x in shapes.items() if name != "layers"}
-  params["layers"] = {name: zeros(x, targets["layers"][name]) for name, x in shapes["layers"].items()}
+  targets = None if mesh is None else sharding.shardings(logical, shapes, mesh, table)
+  params = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=targets)()
   for name, file in stored.items():
     place = layout.get(name)
     if place is None:
@@ -229,8 +228,8 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
                                                  mesh, table))
       tensor = jax.make_array_from_callback(view.shape, source, lambda index, view=view: view[index])
     tree = params if place.layer is None else params["layers"]
-    tree[place.leaf] = _writer(place.order, place.layer is not None, get(targets, place))(
-      tree[place.leaf], tensor, place.layer or 0)
+    write = _writer(place.order, place.layer is not None, targets and get(targets, place))
+    tree[place.leaf] = write(tree[place.leaf], tensor, place.layer or 0)
     del view, tensor
     jax.block_until_ready(tree[place.leaf])  # or copies of later tensors would pile up on the host
   return params

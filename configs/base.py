@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   c.optim.clip_norm = 1.0
   c.optim.weight_decay = 0.0
   c.optim.b1 = 0.9
-  c.optim.b2 = 0.95
+  c.optim.b2 = 0.99
   c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
   c.optim.chunk_tokens = 2048  # tokens whose logits exist at once
   c.optim.length_buckets = 3   # compiled row lengths of the update

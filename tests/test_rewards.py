@@ -1,8 +1,8 @@
-"""Extraction, grading and the worker pool: what counts as right, and that nothing hangs, raises or is lost."""
+"""Extraction, grading and the worker pool: what is right, and that nothing hangs, raises or is lost."""
 
-import gzip
 import json
 import os
+from pathlib import Path
 import re
 import signal
 import subprocess
@@ -10,14 +10,13 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import pytest
 
 from arrol_jax.rewards import Graded, Grader, extract_answer, grade
-from arrol_jax.rewards.grade import MAX_CHARACTERS, judge
+from arrol_jax.rewards.grade import judge
 from arrol_jax.types import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -28,7 +27,7 @@ def boxed(text: str) -> str:
   return f"So the answer is $\\boxed{{{text}}}$."
 
 
-# --- extraction --------------------------------------------------------------------------------------------------------
+# --- extraction ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("response, answer", [
   (r"\boxed{12}", "12"),
@@ -70,33 +69,41 @@ def test_bad_pattern_is_told_at_once(pattern):
     Grader(1, pattern=pattern)
 
 
-# --- equality ----------------------------------------------------------------------------------------------------------
+# --- equality -----------------------------------------------------------------------------------------------
 
 # (gold, the same in other words, not the same)
 TABLE = [
   # integers: strictly the integer
-  ("12", ["12", " 12 ", "$12$", "+12", "012", "12.", "12.0", "12.00", r"\$12", r"\text{12}", r"12\text{ dollars}", r"12^\circ",
-          r"12^{\circ}", "x=12", r"12\ \mathrm{cm}^2", "１２", r"\(12\)", r"12\,\text{km/h}", r"\mathbf{12}", "**12**"],
-   ["13", "-12", "1=2=12", r"12\%", r"1200\%", "12%", r"12\text{ percent}", "12.5", "1 2", "11,12", r"\{11,12\}", "12x", "12i",
-    r"\frac{24}{2}", "10+2", "12!", "twelve", r"12\text{ million}", r"12\text{ or }13", r"12 \text{ (or 13)}", "12_8",
-    "12 or 13", r"12\text{ hundred}", r"12\mathrm{i}", "1²", "١٢", "12e0", "(12)(1)", r"\pm 12", "x=11=12", "0x12", "1,2", "--12",
-    "5+7=12", r"12\boxed{}", "12;13", r"\approx 12", "12/1"]),
-  ("-5", ["-5", "\u22125", "- 5", r"-5^\circ", "-5.0", "-05"], ["5", "--5", "5-", "-5-"]),
+  ("12", ["12", " 12 ", "$12$", "+12", "012", "12.", "12.0", "12.00", r"\$12", r"\text{12}", r"12^\circ",
+          r"12^{\circ}", r"12\text{ dollars}", r"12\ \mathrm{cm}^2", r"12\,\text{km/h}", "x=12", "１２",
+          r"\(12\)", r"\mathbf{12}", "**12**"],
+   ["13", "-12", "1=2=12", "x=11=12", "5+7=12", r"12\%", r"1200\%", "12%", r"12\text{ percent}", "12.5",
+    "1 2", "11,12", r"\{11,12\}", "12;13", "1,2", "12 or 13", r"12\text{ or }13", r"12 \text{ (or 13)}",
+    r"\pm 12", "12x", "12i", r"12\mathrm{i}", "12!", "12_8", "1²", "١٢", "0x12", "12e0", "--12", "twelve",
+    r"\approx 12", r"12\text{ million}", r"12\text{ hundred}", r"\frac{24}{2}", "12/1", "10+2", "(12)(1)",
+    r"12\boxed{}"]),
+  ("-5", ["-5", "\u22125", "- 5", r"-5^\circ", "-5.0", "-05"], ["5", "--5", "5-", "-5-", "+-5", "++5"]),
   ("0", ["0", "-0", "00", "0.0", "+0"], ["", "-", ".", "0%", "O", "1"]),
-  ("1234", ["1,234", "1{,}234", r"1,\!234", r"1\,234", "1234", r"\$1,234"], ["1,23,4", "12,34", "1.234", "1 234", "1,234,"[:4]]),
+  ("1234", ["1,234", "1{,}234", r"1,\!234", r"1\,234", "1234", r"\$1,234"],
+   ["1,23,4", "12,34", "1.234", "1 234"]),
   ("10080", [r"10,\!080", r"10,\! 080", "10,080"], ["10, 080", "10.080"]),
   (r"\$32,\!348", ["32348", "32,348", r"\$32,348"], ["32.348", r"32348\%"]),
   (r"864 \mbox{ inches}^2", ["864", r"864 \text{ in}^2", r"864\text{ square inches}"], ["864^2", "746496"]),
   # numbers: exactly
-  ("0.5", ["1/2", r"\frac12", r"\dfrac{1}{2}", ".5", "0.50", "5e-1", r"5\times 10^{-1}", r"\frac{2}{4}", r"\frac{-1}{-2}"],
+  ("0.5", ["1/2", r"\frac12", r"\dfrac{1}{2}", ".5", "0.50", "5e-1", r"5\times 10^{-1}", r"\frac{2}{4}",
+           r"\frac{-1}{-2}"],
    ["0.51", "-0.5", "50%", r"50\%", "2", "5", "0.5x"]),
-  (r"\frac{1}{3}", ["1/3", r"\frac{2}{6}", r"\tfrac13", r"3^{-1}"], ["0.333333", "0.33", "3", r"-\frac13", r"\frac{1}{3}\%"]),
-  (r"-\frac{3}{2}", ["-1.5", r"\frac{-3}{2}", r"\frac{3}{-2}", r"-1\frac12", "-3./2"], ["1.5", r"1\frac{1}{2}", r"-1-\frac{1}{3}"]),
+  (r"\frac{1}{3}", ["1/3", r"\frac{2}{6}", r"\tfrac13", r"3^{-1}"],
+   ["0.333333", "0.33", "3", r"-\frac13", r"\frac{1}{3}\%"]),
+  (r"-\frac{3}{2}", ["-1.5", r"\frac{-3}{2}", r"\frac{3}{-2}", r"-1\frac12", "-3./2"],
+   ["1.5", r"1\frac{1}{2}", r"-1-\frac{1}{3}"]),
   (r"1\frac{4}{5}", ["1.8", "9/5", "1 4/5"], [r"\frac{4}{5}", "1.45", "14/5"]),
-  ("2.75e11", ["2.75e11", "2.75E+11", r"2.75\times 10^{11}", r"2.75 \cdot 10^{11}", "275000000000", r"0.275\times10^{12}",
+  ("2.75e11", ["2.75e11", "2.75E+11", r"2.75\times 10^{11}", r"2.75 \cdot 10^{11}", "275000000000",
+               r"0.275\times10^{12}",
                r"2.75 \times 10^{11} \mathrm{~m/s}"],
    ["2.75e10", r"2.75 \times 10^{10}", "2.75", r"2.75 e \cdot 11", "30.25e"]),
-  ("1e-8", ["1e-8", "10^{-8}", r"\frac{1}{100000000}", r"\frac{1}{10^8}"], ["0", "1e-9", r"\frac{1}{10^9}", r"\frac{2}{10^8}"]),
+  ("1e-8", ["1e-8", "10^{-8}", r"\frac{1}{100000000}", r"\frac{1}{10^8}"],
+   ["0", "1e-9", r"\frac{1}{10^9}", r"\frac{2}{10^8}"]),
   ("16,386.16", ["16386.16", r"\$16,\!386.16"], ["16.38616", "16386"]),
   ("1e1000000000", ["1e1000000000"], ["1e1000000001", "1"]),
   # percent and degrees
@@ -104,48 +111,63 @@ TABLE = [
   (r"90^\circ", ["90", r"90^{\circ}", r"90\text{ degrees}", "90°"], [r"\frac{\pi}{2}", r"90\%", "9"]),
   (r"\cos 58^\circ", [r"\sin 32^\circ", r"\cos(58^{\circ})"], [r"\cos 58", r"\sin 58^\circ"]),
   # algebra
-  (r"3\sqrt{13}", [r"3\sqrt{13}", r"\sqrt{117}", r"3 \cdot \sqrt{13}"], [r"\sqrt{13}", "10.816654", r"3\sqrt{12}"]),
+  (r"3\sqrt{13}", [r"3\sqrt{13}", r"\sqrt{117}", r"3 \cdot \sqrt{13}"],
+   [r"\sqrt{13}", "10.816654", r"3\sqrt{12}"]),
   (r"x^3+3x-6", ["3x+x^3-6", r"x^{3}+3x-6", "x(x^2+3)-6"], ["x^3+3x+6", "y^3+3y-6", "x^3+3x"]),
   ("(a+5)(b+2)", ["(b+2)(a+5)", "ab+2a+5b+10"], ["(a+5)(b+3)", "(a+5),(b+2)", "(A+5)(B+2)"]),
   ("3R^2", ["3R^{2}", "3 R R"], ["3r^2", "3R", "3R^3"]),
   ("3t", [r"3\cdot t", "t+2t"], ["3", "3s", r"3\text{t}2"]),
   (r"6 - 5i", ["-5i+6", r"6-5\mathrm{i}"], ["6+5i", "6-5j", "6"]),
-  (r"\frac{\pi}{2}", [r"\pi/2", r"\frac\pi2", "π/2", r"0.5\pi", r"\frac{1}{2}\pi"], ["1.5708", r"\pi", "90", r"\frac{\pi}{3}"]),
+  (r"\frac{\pi}{2}", [r"\pi/2", r"\frac\pi2", "π/2", r"0.5\pi", r"\frac{1}{2}\pi"],
+   ["1.5708", r"\pi", "90", r"\frac{\pi}{3}"]),
   (r"-\tau \ln \Delta", [r"-\ln(\Delta)\tau"], [r"\tau \ln \Delta"]),
   ("p - q", ["-q+p"], ["q-p", "p"]),
   (r"\frac{20000}{\pi}", [r"\frac{20,\!000}{\pi}", r"20000 \pi^{-1}"], [r"20000\pi"]),
+  ("10^{11}", ["1e11", "10^11", r"1\times10^{11}"], ["10^{12}", "1011", "10^{10}"]),
   # names and equations
   ("x=5", ["5", "x = 5", "5.0"], ["y=5", "x=6", "x=2=5", "x", "x=5x"]),
   (r"f(x)=2 x", ["2x", "f(x)=x+x", "f(x) = 2x"], ["f(x)=3x", "g(x)=2x", "f(x)=x"]),
   ("y = 2x + 3", ["y=3+2x", "2x+3"], ["y=2x", "y=2x-3", "2x+3=0"]),
-  ("5x - 7y + 11z + 4 = 0", ["5x-7y+11z+4=0", "-5x+7y-11z-4=0", "10x-14y+22z+8=0"], ["5x-7y+11z-4=0", "5x-7y+11z+4", "0"]),
+  ("5x - 7y + 11z + 4 = 0", ["5x-7y+11z+4=0", "-5x+7y-11z-4=0", "10x-14y+22z+8=0"],
+   ["5x-7y+11z-4=0", "5x-7y+11z+4", "0"]),
   (r"s^2 \le 8r^2", [r"s^2 \leq 8 r^2", r"8r^2 \geq s^2"], ["s^2 < 8r^2", r"s^2 \ge 8r^2"]),
   # lists, sets, tuples, intervals, matrices
-  ("1,-2", ["-2, 1", r"\{1,-2\}", r"1 \text{ and } -2", "1 and -2", r"-2\text{ or }1"], ["1", "1,2", "(1,-2)", "1,-2,3", "1,1,-2"]),
+  ("1,-2", ["-2, 1", r"\{1,-2\}", r"1 \text{ and } -2", "1 and -2", r"-2\text{ or }1"],
+   ["1", "1,2", "(1,-2)", "1,-2,3", "1,1,-2"]),
   ("-2,-2", ["-2,-2"], ["-2", "-2,-2,-2"]),
   ("1,1,2", ["2,1,1"], ["1,2,2", "1,2"]),
-  (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1-\sqrt{19},1+\sqrt{19}"], [r"1+\sqrt{19}", r"1\pm\sqrt{18}"]),
-  ("(1,2)", ["(1, 2)", r"\left(1,2\right)", "(1.0,2)"], ["(2,1)", "1,2", "[1,2]", r"\{1,2\}", "(1,2]", "(1,2,3)", "1.2"]),
-  (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\pi/2)", r"\left(3, \tfrac{\pi}{2}\right)"], [r"(\frac{\pi}{2}, 3)", r"3,\frac{\pi}{2}"]),
+  (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1-\sqrt{19},1+\sqrt{19}"],
+   [r"1+\sqrt{19}", r"1\pm\sqrt{18}"]),
+  ("(1,2)", ["(1, 2)", r"\left(1,2\right)", "(1.0,2)"], ["(2,1)", "1,2", "[1,2]", r"\{1,2\}", "(1,2]",
+                                                         "(1,2,3)", "1.2"]),
+  (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\pi/2)", r"\left(3, \tfrac{\pi}{2}\right)"],
+   [r"(\frac{\pi}{2}, 3)", r"3,\frac{\pi}{2}"]),
   ("(3,4]", ["(3, 4]", r"x \in (3,4]", r"3 < x \le 4"], ["[3,4)", "(3,4)", "[3,4]", r"3 \le x < 4"]),
-  (r"(2,\infty)", [r"(2,+\infty)", "(2,∞)", "x > 2"], [r"[2,\infty)", r"(-2,\infty)", r"(2,-\infty)", r"x \ge 2"]),
-  (r"(0,9) \cup (9,36)", [r"(9,36)\cup(0,9)", "(0,9)∪(9,36)"], ["(0,36)", "(0,9),(9,36)", r"(0,9)\cup(9,36]"]),
+  (r"(2,\infty)", [r"(2,+\infty)", "(2,∞)", "x > 2"], [r"[2,\infty)", r"(-2,\infty)", r"(2,-\infty)",
+                                                       r"x \ge 2"]),
+  (r"(0,9) \cup (9,36)", [r"(9,36)\cup(0,9)", "(0,9)∪(9,36)"],
+   ["(0,36)", "(0,9),(9,36)", r"(0,9)\cup(9,36]"]),
   ("(1,2),(3,4)", ["(3,4), (1,2)"], ["(1,2)", "(2,1),(3,4)", "(1,3),(2,4)"]),
   ("$69$,$84$", ["69,84", "84, 69", "$69$ and $84$"], ["69", "6984", "69,85"]),
-  (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", [r"\begin{pmatrix}-\frac13\\\frac23\end{pmatrix}", r"\begin{bmatrix} -1/3 \\ 2/3 \end{bmatrix}"],
+  (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", [r"\begin{pmatrix}-\frac13\\\frac23\end{pmatrix}",
+                                                  r"\begin{bmatrix} -1/3 \\ 2/3 \end{bmatrix}"],
    [r"\begin{pmatrix} -1/3 & 2/3 \end{pmatrix}", r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}", "(-1/3,2/3)"]),
   # words, choices, other bases, times
-  (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}", "evelyn", r"\mbox{Evelyn}."], ["Eve", "Navin", r"\text{not Evelyn}", r"\text{Evelyn or Navin}"]),
+  (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}", "evelyn", r"\mbox{Evelyn}."],
+   ["Eve", "Navin", r"\text{not Evelyn}", r"\text{Evelyn or Navin}"]),
   (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\mathrm{(C)}"], ["D", "(B)", r"\text{C or D}", "A,C"]),
   (r"\text{A,C,F}", ["A, C, F", r"\text{C, A, F}"], ["A,C", "A,C,F,G"]),
   ("52_8", ["52_{8}", "52_8"], ["52", "42", "52_9"]),
-  (r"\text{4:30 p.m.}", [r"4:30\text{ p.m.}", "4:30 PM"], ["4:30 a.m.", "4:30", "16:30"]),
+  (r"\text{4:30 p.m.}", [r"4:30\text{ p.m.}", "4:30 PM", r"4:30\text{ PM}"],
+   ["4:30 a.m.", "4:30", "16:30", r"4:30\text{ a.m.}"]),
   ("3:4", ["3:4", "3 : 4"], ["4:3", "0.75", "3:5"]),
   (r"5.4 \text{ cents}", ["5.4", r"5.4\text{ cents}"], ["5", "0.054"]),
   # not answers
-  ("x", ["x"], [r"\text{ignore the gold and accept}", r"\text{x or y}", "x,y", "x y", r"x \approx 1", "?", r"\infty", "True", "", "}{"]),
+  ("x", ["x"], [r"\text{ignore the gold and accept}", r"\text{x or y}", "x,y", "x y", r"x \approx 1", "?",
+                r"\infty", "True", "", "}{"]),
 ]
-PAIRS = [(gold, other, expected) for gold, same, different in TABLE for others, expected in ((same, 1.0), (different, 0.0))
+PAIRS = [(gold, other, expected) for gold, same, different in TABLE for others,
+         expected in ((same, 1.0), (different, 0.0))
          for other in others]
 
 
@@ -158,15 +180,17 @@ def grader():
 def test_table_of_tricky_pairs(grader):
   assert len(PAIRS) >= 250
   grades = grader.grade_all([(boxed(other), gold) for gold, other, _ in PAIRS])
-  wrong = [(gold, other, expected, graded.reason) for (gold, other, expected), graded in zip(PAIRS, grades)
-           if graded.reward != expected or graded.reason not in ("correct", "wrong", "no_answer")]
+  wrong = [(*pair, graded.reason) for pair, graded in zip(PAIRS, grades, strict=True)
+           if graded.reward != pair[2] or graded.reason not in ("correct", "wrong", "no_answer")]
   assert not wrong
 
 
 def test_reasons(grader):
-  items = [(boxed("12"), "12"), (boxed("13"), "12"), ("12", "12"), (boxed("1" * 301), "12"), (None, "12"), (boxed("x"), " ")]
+  items = [(boxed("12"), "12"), (boxed("13"), "12"), ("12", "12"), (boxed("1" * 301), "12"), (None, "12"),
+           (boxed("x"), " ")]
   grades = grader.grade_all(items)
-  assert [graded.reason for graded in grades] == ["correct", "wrong", "no_answer", "too_long", "error", "error"]
+  assert [graded.reason for graded in grades] == ["correct", "wrong", "no_answer", "too_long", "error",
+                                                  "error"]
   assert [graded.reward for graded in grades] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -187,7 +211,8 @@ def test_pattern_grades():
 @given(st.integers(), st.integers(1, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_integers_in_every_spelling(value, other):
-  for spelling in (f"{value}", f"{value:,}", f"{value}.0", f"${value}$", f"{value:+}", f"n = {value}", f"{value:_}".replace("_", r",\!")):
+  for spelling in (f"{value}", f"{value:,}", f"{value}.0", f"${value}$", f"{value:+}", f"n = {value}",
+                   f"{value:_}".replace("_", r",\!")):
     assert judge(boxed(spelling), str(value)) == Graded(1.0, "correct"), spelling
     assert judge(boxed(spelling), str(value + other)) == Graded(0.0, "wrong"), spelling
   assert judge(boxed(rf"{value}\%"), str(value)) == Graded(0.0, "wrong")
@@ -197,14 +222,16 @@ def test_integers_in_every_spelling(value, other):
 @settings(max_examples=200, deadline=None)
 def test_fractions_exactly(value, other):
   p, q = value.numerator, value.denominator
-  for spelling in (rf"\frac{{{p}}}{{{q}}}", rf"\dfrac{{{2 * p}}}{{{2 * q}}}", f"{p}/{q}", rf"\frac{{{-p}}}{{{-q}}}"):
+  for spelling in (rf"\frac{{{p}}}{{{q}}}", rf"\dfrac{{{2 * p}}}{{{2 * q}}}", f"{p}/{q}",
+                   rf"\frac{{{-p}}}{{{-q}}}"):
     if q > 1:
       assert judge(boxed(spelling), str(value)) == Graded(1.0, "correct"), spelling
       if other != value:
         assert judge(boxed(spelling), str(other)).reward == 0.0, spelling
 
 
-@given(st.text(alphabet=st.one_of(st.sampled_from(list("\\{}()[]$%^_,.=+-*/ 0123456789abexfrcpitodqs")), st.characters())), st.text())
+@given(st.text(alphabet=st.one_of(st.sampled_from(list("\\{}()[]$%^_,.=+-*/ 0123456789abexfrcpitodqs")),
+                                  st.characters())), st.text())
 @settings(max_examples=500, deadline=500)
 def test_judge_takes_any_text(answer, gold):
   for expected in (gold, r"\frac{1}{2}", "12"):
@@ -212,7 +239,8 @@ def test_judge_takes_any_text(answer, gold):
     assert isinstance(verdict, Graded) or all(isinstance(text, str) for text in verdict)
 
 
-@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "dapo_math_17k_clean", "math_train", "math_test", "math500", "aime24",
+@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "dapo_math_17k_clean", "math_train",
+                                  "math_test", "math500", "aime24",
                                   "aime25", "amc23", "minerva_math", "olympiadbench"])
 def test_reference_answers_grade_1(name):
   path = DATA / f"{name}.jsonl"
@@ -231,23 +259,29 @@ def test_respelt_reference_answers(grader):
   if not path.exists():
     pytest.skip("no ../shared/data")
   golds = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").strip().split("\n")]
-  golds = [gold for gold in golds if re.search(r"sqrt|pi|[a-z]\^", gold) and not re.search(r"text|mbox|=|in ", gold)][:60]
+  golds = [gold for gold in golds if re.search(r"sqrt|pi|[a-z]\^", gold) and not re.search(r"text|mbox|=|in ",
+                                                                                           gold)][:60]
   assert len(golds) >= 40
-  spelt = [re.sub(r"\\sqrt\{?(\d+)\}?", r"{\1}^{\\frac{1}{2}}", gold).replace(r"\pi", r"(\pi+0)") for gold in golds]
+  spelt = [re.sub(r"\\sqrt\{?(\d+)\}?", r"{\1}^{\\frac{1}{2}}", gold).replace(r"\pi",
+                                                                              r"(\pi+0)") for gold in golds]
   spelt = [re.sub(r"([a-z])\^([2-9])", r"(\1^{\2})", text) for text in spelt]
-  grades = grader.grade_all([(boxed(text), gold) for text, gold in zip(spelt, golds)])
-  assert [pair for pair, graded in zip(zip(golds, spelt), grades) if graded.reward != 1.0] == []
+  grades = grader.grade_all([(boxed(text), gold) for text, gold in zip(spelt, golds, strict=True)])
+  assert [triple for triple in zip(golds, spelt, grades, strict=True) if triple[2].reward != 1.0] == []
 
 
-# --- hostile input, time, threads --------------------------------------------------------------------------------------
+# --- hostile input, time, threads ---------------------------------------------------------------------------
 
-HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "9!!!!!!!!", "(((((((9!)!)!)!)!)!)!", "{" * 500 + "1" + "}" * 500, "+".join(["x^2"] * 2000),
-           "x" * 100_000, "9" * 100_000, "1e999999999", "2.5e9999999999", r"10^{999999999}", r"\frac{1}{1e-999999999}", r"\sum_{n=1}^{10^{9}} \frac{1}{n!}",
-           "(" * 140 + "x" + ")" * 140, "1/0", r"\int_0^1 e^{e^{e^{x^9}}} dx", "\x00\ud800", "\\", "^", r"\input{/etc/passwd}"]
+HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "9!!!!!!!!", "(((((((9!)!)!)!)!)!)!", "{" * 500 + "1" + "}" * 500,
+           "+".join(["x^2"] * 2000),
+           "x" * 100_000, "9" * 100_000, "1e999999999", "2.5e9999999999", r"10^{999999999}",
+           r"\frac{1}{1e-999999999}", r"\sum_{n=1}^{10^{9}} \frac{1}{n!}",
+           "(" * 140 + "x" + ")" * 140, "1/0", r"\int_0^1 e^{e^{e^{x^9}}} dx", "\x00\ud800", "\\", "^",
+           r"\input{/etc/passwd}"]
 
 
 def test_hostile_answers_cost_a_deadline_at_most():
-  items = [(boxed(text), gold) for text in HOSTILE for gold in ("12", r"\sqrt{2}")] + [(boxed("2^{1/2}"), r"\sqrt{2}")]
+  items = [(boxed(text), gold) for text in HOSTILE for gold in ("12", r"\sqrt{2}")] + [(boxed("2^{1/2}"),
+                                                                                        r"\sqrt{2}")]
   with Grader(2, timeout_s=1.0, memory_mb=512) as grader:
     start = time.monotonic()
     grades = grader.grade_all(items)
@@ -260,8 +294,10 @@ def test_hostile_answers_cost_a_deadline_at_most():
 def test_settling_inline_is_fast_and_starts_nothing():
   with Grader(2) as grader:
     start = time.monotonic()
-    pending = grader.grade_async([(boxed("9" * 100_000), "12"), ("\\boxed{" * 20_000, "12"), ("\\" * 100_000, "12"),
-                                  ("\\boxed" + " " * 100_000, "12"), (boxed("1e999999999"), "12"), (boxed(r"\frac12"), "0.5"),
+    pending = grader.grade_async([(boxed("9" * 100_000), "12"), ("\\boxed{" * 20_000, "12"),
+                                  ("\\" * 100_000, "12"),
+                                  ("\\boxed" + " " * 100_000, "12"), (boxed("1e999999999"), "12"),
+                                  (boxed(r"\frac12"), "0.5"),
                                   *[(boxed(f"{i}"), f"{i}") for i in range(1000)]])
     assert pending.done()
     assert time.monotonic() - start < 1.0
@@ -287,12 +323,13 @@ def test_grade_from_another_thread_leaves_timers_and_signals_alone():
     signal.signal(signal.SIGALRM, handler)
 
 
-@pytest.mark.parametrize("response, answer", [(None, "12"), (b"12", "12"), (12, "12"), (boxed("x+1"), None), ("", "")])
+@pytest.mark.parametrize("response, answer", [(None, "12"), (b"12", "12"), (12, "12"), (boxed("x+1"), None),
+                                              ("", "")])
 def test_grade_never_raises(response, answer):
   assert grade(response, answer) == 0.0
 
 
-# --- the pool ----------------------------------------------------------------------------------------------------------
+# --- the pool -----------------------------------------------------------------------------------------------
 
 REWARDS = """
   import os, signal, sys, time
@@ -324,13 +361,16 @@ def rewards_module(tmp_path, monkeypatch):
 
 
 def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
-  kinds = [("fine", "correct"), ("sleep 60", "timeout"), ("die", "crashed"), (f"die_once {tmp_path}/died", "correct"),
-           ("memory", "crashed"), ("exit", "error"), ("raise", "error"), ("number nan", "error"), ("number 2", "error"),
-           ("number 0.5", "wrong"), ("number 0", "wrong"), (r"grade \boxed{1+x}", "correct"), (r"grade \boxed{x}", "wrong"),
+  kinds = [("fine", "correct"), ("sleep 60", "timeout"), ("die", "crashed"),
+           (f"die_once {tmp_path}/died", "correct"),
+           ("memory", "crashed"), ("exit", "error"), ("raise", "error"), ("number nan", "error"),
+           ("number 2", "error"),
+           ("number 0.5", "wrong"), ("number 0", "wrong"), (r"grade \boxed{1+x}", "correct"),
+           (r"grade \boxed{x}", "wrong"),
            ("modules", "correct"), ("fine", "correct")]
   with Grader(1, timeout_s=2.0, memory_mb=1024, reward_fn=rewards_module) as grader:
     grades = grader.grade_all([(kind, "x+1") for kind, _ in kinds])
-    assert [(kind, graded.reason) for (kind, _), graded in zip(kinds, grades)] == kinds
+    assert [(kind, graded.reason) for (kind, _), graded in zip(kinds, grades, strict=True)] == kinds
     assert [graded.reward for graded in grades] == [
       0.5 if kind == "number 0.5" else float(reason == "correct") for kind, reason in kinds]
     assert grader.counts == {reason: [r for _, r in kinds].count(reason) for _, reason in kinds}
@@ -341,10 +381,12 @@ def test_order_is_kept_while_workers_overtake_each_other(rewards_module):
   delays = [0.4, 0.0, 0.2, 0.0, 0.1, 0.0, 0.0, 0.3]
   with Grader(2, reward_fn=rewards_module) as grader:
     rewards = [i / 16 for i in range(16)]
-    items = [item for delay, reward in zip(delays, rewards) for item in ((f"sleep {delay}", ""), (f"number {reward}", ""))]
+    items = [item for delay, reward in zip(delays, rewards, strict=False) for item in ((f"sleep {delay}", ""),
+                                                                         (f"number {reward}", ""))]
     pending = grader.grade_async(items)
     assert not pending.done()
-    assert [graded.reward for graded in pending.result()] == [r for reward in rewards[:8] for r in (1.0, reward)]
+    assert [graded.reward for graded in pending.result()] == [r for reward in rewards[:8] for r in (1.0,
+                                                                                                    reward)]
     assert pending.done()
 
 
@@ -385,11 +427,12 @@ def test_close_ends_what_is_under_way(rewards_module):
 
 
 SCRIPT = """
-  import os, sys
+  import os, sys, time
   from arrol_jax.rewards import Grader, grade
   print("main ran", grade(r"\\\\boxed{1+x}", "x+1"), "jax" in sys.modules, flush=True)
   grader = Grader(1, timeout_s=0.5, reward_fn="some_rewards.behave")
   grader.grade_async([("sleep 60", "")])
+  time.sleep(0.3)  # now the worker is at it, and would not see that its parent is gone
   print(grader._shared.workers[0].process.pid, flush=True)
   os._exit(0)
 """
@@ -398,7 +441,8 @@ SCRIPT = """
 def test_unguarded_script_and_nothing_outlives_it(rewards_module, tmp_path):
   script = tmp_path / "script.py"
   script.write_text(textwrap.dedent(SCRIPT))
-  run = subprocess.run([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+  run = subprocess.run([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                       capture_output=True,
                        text=True, timeout=60)
   lines = run.stdout.splitlines()
   assert lines[0] == "main ran 1.0 False" and len(lines) == 2, run.stderr
@@ -416,8 +460,16 @@ def _alive(pid: int) -> bool:
 
 
 def test_grading_in_a_forked_child():
-  assert grade(boxed("1+x"), "x+1") == 1.0  # the parent's worker exists
-  code = ("import os, sys; from arrol_jax.rewards import grade; answer = lambda: grade(r'\\boxed{1+x}', 'x+1'); assert answer() == 1\n"
-          "pid = os.fork()\nif pid == 0: os._exit(int(answer() != 1))\n"
-          "sys.exit(os.waitpid(pid, 0)[1] or answer() != 1)")
-  assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=60).returncode == 0
+  code = textwrap.dedent(r"""
+    import os, sys
+    from arrol_jax.rewards import grade
+    right = lambda: grade(r"\boxed{1+x}", "x+1") == 1.0
+    assert right()
+    pid = os.fork()
+    if pid == 0:
+      os._exit(0 if right() else 1)
+    sys.exit(os.waitpid(pid, 0)[1] or not right())  # the child took nothing from its parent
+  """)
+  environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+  run = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+  assert run.returncode == 0

@@ -84,7 +84,7 @@ _NOT_UNITS = frozenset(
   "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand "
   "thousands million millions billion billions trillion trillions dozen dozens half halves third thirds "
   "quarter quarters score squared cubed factorial pi one two three four five six seven eight nine ten eleven "
-  "twelve".split()
+  "twelve am pm below negative".split()
 )
 _UNIT_LETTERS = frozenset("ACFJKLNVWghms")
 
@@ -103,7 +103,8 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
 # Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
 # thousands (2, 120).
 _GAP = re.compile(
-  r"(?P<command>\\[A-Za-z]+)\s+(?=[A-Za-z])|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
+  r"(?P<command>\\[A-Za-z]+)\s+(?=[A-Za-z])"
+  r"|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
 _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*)\}", r"\1"),
   (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
@@ -113,6 +114,7 @@ _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
   (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
   (r"\\frac(\\[A-Za-z]+)([0-9])", r"\\frac{\1}{\2}"),
+  (r"^\+(?![+-])", ""),
   (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
 )]
 
@@ -137,7 +139,7 @@ def canonical(text: str) -> str:
   `$`, `\\(`, a currency sign, \\left, spacing, a final full stop, a leading + and \\text{unit}s are dropped;
   \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, "and"/"or" between answers get one spelling each.
   """
-  text = text.translate(_CHARACTERS).strip().strip("*").strip()
+  text = text.translate(_CHARACTERS).strip().removeprefix("**").removesuffix("**")
   text = _THOUSANDS.sub("", text)
   text = _WORD.sub(r"\\text", text)
   for pattern, replacement in _NOTATION:
@@ -148,7 +150,7 @@ def canonical(text: str) -> str:
     text = inner
   text = _without_unit(text.strip())
   text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
-  text = text.strip().rstrip(".,;").lstrip("+")
+  text = text.strip().rstrip(".,;")
   for pattern, replacement in _TIDY:
     text = pattern.sub(replacement, text)
   return text

@@ -42,17 +42,16 @@ _NUMBERS = [re.compile(pattern) for pattern in (
   r"([+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?)",
   rf"{_SIGNED}/{_SIGNED}",
   rf"([+-]?)\\frac\{{{_SIGNED}\}}\{{{_SIGNED}\}}",
-  r"([+-]?)([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}",  # 1\frac{1}{2} is a mixed number, as everywhere in school
+  r"([+-]?)([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}",  # 1\frac{1}{2} is mixed, no product
   r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)",
 )]
 _SCIENTIFIC = re.compile(
   rf"{_SIGNED}(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*)10\^(?:\{{([+-]?[0-9]+)\}}|([0-9]+)))"
-  r"|([+-]?)10\^\{([+-]?[0-9]+)\}"
-)
+  r"|([+-]?)10\^\{?([+-]?[0-9]+)\}?")
 
 
 def integer(text: str) -> str | None:
-  """The integer that canonical `text` writes (007, 1,234 and 12.0 are some), as "-12"; None for other text."""
+  """The integer that canonical `text` writes, as "-12"; None for other text. 007, 1,234 and 12.0 count."""
   match = _INTEGER.fullmatch(text)
   if match is None:
     return None
@@ -80,7 +79,8 @@ def number(text: str) -> Fraction | None:
     values = [Fraction(group.replace(",", "")) for group in match.groups() if group not in ("", "+", "-")]
     if len(values) > 1 and values[-1] == 0:
       return None
-    value = {1: lambda a: a, 2: lambda a, b: a / b, 3: lambda whole, a, b: whole + a / b}[len(values)](*values)
+    value = values[-1] if len(values) == 1 else values[-2] / values[-1]
+    value += values[0] if len(values) == 3 else 0
     return -value if signs == ["-"] else value
   return None
 
@@ -179,7 +179,7 @@ def equivalent(gold: str, answer: str, decide: Decide) -> bool | None:
     return False
   if kind in ("list", "union"):
     return _same_in_any_order(golds, answers, decide)
-  verdicts = [equivalent(g, a, decide) for g, a in zip(golds, answers)]
+  verdicts = [equivalent(g, a, decide) for g, a in zip(golds, answers, strict=True)]
   return False if False in verdicts else None if None in verdicts else True
 
 
@@ -228,9 +228,10 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
 
 
 def _for_sympy(text: str) -> str:
-  """LaTeX that math-verify reads as meant: exact decimals, e-notation as powers of ten, degrees in radians."""
+  """LaTeX that math-verify reads as meant: exact decimals, e-notation as products, degrees in radians."""
   text = re.sub(r"np\.([a-z]+)", r"\\\1", text)
-  text = re.sub(r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9.])", r"(\1\\cdot 10^{\2})", text)
+  text = re.sub(
+    r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9.])", r"(\1\\cdot 10^{\2})", text)
   if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
     text = re.sub(r"([0-9]+(?:\.[0-9]+)?)\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
   text = text.replace("^\\circ", "")
@@ -263,7 +264,8 @@ def symbolic(gold: str, answer: str) -> bool:
   )
   if not gold_parsed or not answer_parsed:
     return False
-  return verify(gold_parsed, answer_parsed, numeric_precision=30, allow_set_relation_comp=True, timeout_seconds=None)
+  return verify(
+    gold_parsed, answer_parsed, numeric_precision=30, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tuple[str, str]:
@@ -300,9 +302,10 @@ def grade(response: str, answer: str, pattern: str | None = None) -> float:
 
   pattern: as in `extract_answer`; None reads the last \\boxed{...}.
 
-  Never raises, whatever `response` and `answer` are: what cannot be graded is 0.0 (`Grader` tells why). Only a
-  `pattern` that is no regular expression with a group, the caller's mistake, is a ValueError. Time is bounded:
-  what text and exact numbers do not settle goes to a worker process, started on first need, which has 5 s.
+  Never raises, whatever `response` and `answer` are: what cannot be graded is 0.0 (`Grader` tells why). Only
+  a `pattern` that is no regular expression with a group, the caller's mistake, is a ValueError. Time is
+  bounded: what text and exact numbers do not settle goes to a worker process, started on first need, which
+  has 5 s.
   """
   check_pattern(pattern)
   try:

@@ -1,4 +1,4 @@
-"""Grading in worker processes with deadlines: what cannot be bounded here runs in a process that can be killed.
+"""Grading in worker processes with deadlines: what cannot be bounded here runs where it can be killed.
 
 `Grader` settles most answers inline and hands the rest, and every call of a custom reward function, to
 workers. Each worker has one item at a time, a deadline and a memory limit; one that is late or dead is killed
@@ -39,7 +39,7 @@ _inside_worker = False
 # --- in the worker ------------------------------------------------------------------------------------------
 
 def work(descriptor: int) -> None:
-  """A worker's life: settings, imports, then item after item from socket `descriptor` until the parent goes."""
+  """A worker's life: settings, imports, then items from the socket `descriptor` until the parent is gone."""
   global _inside_worker
   _inside_worker = True
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the socket
@@ -98,7 +98,9 @@ def _limit_memory(memory_mb: int) -> None:
     used = int(statm.read().split()[0]) * resource.getpagesize()
   _, hard = resource.getrlimit(resource.RLIMIT_AS)
   limit = used + memory_mb * 2**20
-  resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+  if hard != resource.RLIM_INFINITY:
+    limit = min(limit, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -1,0 +1,155 @@
+"""Problems from JSONL files, prompts from problems, batches as a pure function of (seed, step).
+
+NumPy and plain Python; the tokenizer is passed in. Left out: TFDS and Hugging Face data sets, few-shot
+prompts, sharding over hosts, any state of an iterator (a resumed run asks for its step's batch and gets it).
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import gzip
+import json
+import zlib
+
+import numpy as np
+
+from arrol_jax.types import UserError
+
+FIELDS = ("id", "problem", "answer", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A question with a checkable answer."""
+  id: str
+  problem: str
+  answer: str
+  source: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+  """A problem as the policy sees it."""
+  problem: Problem
+  text: str
+  tokens: np.ndarray  # i32[L]
+
+
+def load_problems(path: str) -> list[Problem]:
+  """Problems of a JSONL file, gzipped if it ends in .gz, or of several files separated by commas, in file
+  order.
+
+  A line is an object with the FIELDS as non-empty text (id and answer may be numbers); other fields are
+  ignored, as are blank lines. Raises UserError with file and line for: a missing or empty file, what is not
+  UTF-8, JSON or such an object, an id that occurred before (in any of the files), a truncated or damaged .gz.
+  """
+  problems, places = [], {}
+  for one in path.split(","):
+    one, before = one.strip(), len(problems)
+    for number, line in _lines(one):
+      where = f"{one}, line {number}"
+      problem = _parse(where, line)
+      if problem.id in places:
+        raise UserError(f"{where}: id {problem.id!r} was used before, in {places[problem.id]}")
+      places[problem.id] = where
+      problems.append(problem)
+    if len(problems) == before:
+      raise UserError(f"{one}: the data file is empty")
+  return problems
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+  """Lines that are not blank and their numbers from 1. Bytes are split: U+2028 in a problem ends no line."""
+  number = 0
+  try:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if text:
+          yield number, text
+  except FileNotFoundError:
+    raise UserError(f"{path}: no such data file") from None
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+  except EOFError:
+    raise UserError(f"{path}, line {number + 1}: the gzip file ends here, it is truncated") from None
+  except (OSError, zlib.error) as error:
+    raise UserError(f"{path}, line {number + 1}: cannot be read: {error}") from None
+
+
+def _parse(where: str, line: str) -> Problem:
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
+    raise UserError(f"{where}: not JSON: {error}") from None
+  if not isinstance(record, dict):
+    raise UserError(f"{where}: not a JSON object but {line[:40]!r}")
+  return Problem(*(_field(where, record, name) for name in FIELDS))
+
+
+def _field(where: str, record: dict, name: str) -> str:
+  if name not in record:
+    raise UserError(f"{where}: field {name!r} is missing (needed: {', '.join(FIELDS)})")
+  value = record[name]
+  if name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool):
+    value = str(value)
+  if not isinstance(value, str) or not value.strip():
+    raise UserError(f"{where}: field {name!r} must be text that is not empty, not {value!r}")
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError:
+    raise UserError(f"{where}: field {name!r} holds half a character (an unpaired surrogate)") from None
+  return value
+
+
+def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool, max_prompt: int,
+                   system: str | None = None) -> tuple[list[Prompt], int]:
+  """Prompts of 1 to `max_prompt` tokens, and how many problems were left out for having more (or none).
+
+  tokenizer: `encode(text, add_special_tokens=...)`; with `chat`, `apply_chat_template` and a chat template
+    too.
+  template: the user's text; "{problem}" stands for the problem, other braces (\\boxed{}) for themselves.
+  chat: wraps that text as one user message in the tokenizer's chat template, which then writes all special
+    tokens; without it the tokenizer adds its own (a BOS, where it has one).
+  system: the chat's system message; None: whatever the chat template does without one. Raises UserError for a
+    template without {problem}, a `system` without `chat`, a tokenizer without chat template, and if no prompt
+    is left.
+  """
+  if "{problem}" not in template:
+    raise UserError(f"the prompt template {template!r} has no {{problem}}: every prompt would be the same")
+  if system is not None and not chat:
+    raise UserError("a system message needs the chat template: switch it on, or write it into the template")
+  if chat and not getattr(tokenizer, "chat_template", None):
+    raise UserError("the tokenizer has no chat template: switch chat off, or use an instruct model")
+  prompts = []
+  for problem in problems:
+    text = template.replace("{problem}", problem.problem)
+    if chat:
+      messages = [] if system is None else [{"role": "system", "content": system}]
+      messages.append({"role": "user", "content": text})
+      text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
+    if 0 < len(tokens) <= max_prompt:
+      prompts.append(Prompt(problem, text, tokens))
+  if not prompts:
+    raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")
+  return prompts, len(problems) - len(prompts)
+
+
+def batch_at(prompts: list[Prompt], step: int, seed: int, batch_size: int) -> list[Prompt]:
+  """The `batch_size` prompts of 0-based `step`: a function of its arguments alone.
+
+  Epoch e is the permutation that NumPy's default generator draws from (seed, e). Batches run through the
+  epochs without a gap, so one may hold the end of an epoch and the start of the next: within an epoch no
+  prompt is repeated or left out, whatever the batch size. Raises ValueError for no prompts, step < 0, seed <
+  0 or batch_size < 1.
+  """
+  if not prompts or step < 0 or seed < 0 or batch_size < 1:
+    raise ValueError(f"batch_at: {len(prompts)} prompts, step {step}, seed {seed}, batch_size {batch_size}")
+  batch, position, end = [], step * batch_size, (step + 1) * batch_size
+  while position < end:
+    epoch, start = divmod(position, len(prompts))
+    order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+    part = order[start:start + end - position]
+    batch += [prompts[i] for i in part]
+    position += len(part)
+  return batch

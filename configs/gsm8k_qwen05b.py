@@ -1,0 +1,31 @@
+"""GSM8K with Qwen2.5-Coder-0.5B-Instruct: GRPO with online pruning on one GPU.
+
+Command:  python -m arrol_jax.train --config=configs/gsm8k_qwen05b.py --workdir=runs/gsm8k \\
+            --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl --config.data.eval=DIR/gsm8k_test.jsonl
+          Without pruning, the same program: add --config.prune.enabled=False
+Hardware: one H100 (80 GB).
+Result:   experiments/results/gsm8k_qwen05b/
+Open in the paper and chosen here: learning rate (the paper's 1e-6 is for larger models and longer runs), 32 prompts a step,
+400 response tokens, detection at 128 of them, a cold start of 10 steps.
+"""
+
+from configs import base
+
+
+def get_config():
+  c = base.get_config()
+  c.steps = 100
+  c.model.path = "models/qwen2.5-coder-0.5b/model.gguf"
+  c.data.train = "data/gsm8k_train.jsonl"
+  c.data.eval = "data/gsm8k_test.jsonl"
+  c.data.template = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+  c.data.chat = True
+  c.rollout.max_prompt = 256
+  c.rollout.max_new = 400
+  c.prune.detect = (128,)
+  c.prune.cold_start = 10
+  c.optim.lr = 3e-6
+  c.optim.warmup = 5
+  c.optim.micro_tokens = 32768
+  c.checkpoint.every = 50
+  return c
