@@ -3,6 +3,7 @@
 configs/base.py says what every key means. Only entry points import this module.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,21 +20,24 @@ from arrol_jax.types import UserError
 def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
   """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values)
+  config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
   for name, default in (defaults or {}).items():
     flags.DEFINE_string(name, default, "see README.md", flag_values=values)
-  given = [a for a in argv if a.startswith("--config=")]
+  given = [a.partition("=")[2] if "=" in a else after for a, after in zip(argv, [*argv[1:], ""], strict=True)
+           if a.partition("=")[0] == "--config"]
   if not given:
     raise UserError("no --config=configs/NAME.py given; configs/ lists the runs")
-  path = given[-1].partition("=")[2]
-  if not os.path.exists(path.partition(":")[0]):
+  path = given[-1]
+  if not os.path.isfile(path):
     raise UserError(f"{path}: no such config file")
   try:
     rest = values(argv)
     config = values.config
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    raise UserError(" ".join(str(e).split())) from e
+  except Exception as e:  # a config file is a program: it may raise anything
+    raise UserError(_explain(path, e)) from e
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; every option is --NAME=VALUE")
   if values.workdir is None:
@@ -41,12 +45,34 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
   return config, values
 
 
+def _key_of(e: Exception) -> str:
+  """What ml_collections says of an unknown key (its last part, perhaps a guess at what was meant), "" for other errors."""
+  while e.args and isinstance(e.args[0], Exception):
+    e = e.args[0]
+  if not isinstance(e, KeyError) or not e.args:
+    return ""
+  return " ".join(line.partition(" Other fields present")[0] for line in str(e.args[0]).splitlines())
+
+
+def _explain(path: str, e: Exception) -> str:
+  """What ml_collections or the config file raised, in one line."""
+  key = _key_of(e)
+  if key:
+    text = f"unknown config key: {key} (configs/base.py lists them all)"
+  elif isinstance(e, flags.Error) and "Traceback" not in str(e):
+    text = str(e)
+  else:  # ml_collections puts the whole traceback of a failing config file into the message
+    last = str(e).strip().splitlines()[-1:]
+    text = f"{path}: {last[0]}" if "Traceback" in str(e) else f"{path}: {type(e).__name__}: {e}"
+  return " ".join(text.split())
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs an entry point; a user's mistake ends in one line on stderr and exit status 2, without a traceback."""
   try:
     main()
   except UserError as e:
-    print(f"error: {e}", file=sys.stderr)
+    print("error:", *str(e).split(), file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -55,47 +81,74 @@ def run(main: Callable[[], None]) -> None:
 
 def check(c: ConfigDict) -> None:
   """Raises UserError for values that cannot work together, before anything is loaded."""
-  def need(ok: bool, text: str):
-    if not ok:
-      raise UserError(text)
+  try:
+    _check(c)
+  except (AttributeError, KeyError) as e:
+    raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
 
-  need(c.steps > 0, f"steps is {c.steps}; it must be at least 1")
-  need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
-  need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
+
+def _need(ok: bool, text: str) -> None:
+  if not ok:
+    raise UserError(text)
+
+
+def _check(c: ConfigDict) -> None:
+  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
+  _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
+  _need(c.data.train != "", "data.train is empty; give a JSONL file")
   for path in filter(None, f"{c.data.train},{c.data.eval}".split(",")):
-    need(os.path.exists(path), f"data: {path} does not exist")
-  need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "
-       "must be at least 2")
-  for name in ("prompts", "max_prompt", "max_new", "slots", "segment"):
-    need(c.rollout[name] > 0, f"rollout.{name} is {c.rollout[name]}; it must be at least 1")
-  need(len(c.prune.detect) == 1, f"prune.detect is {tuple(c.prune.detect)}; it takes one length, such as (512,)")
-  detect = c.prune.detect[0]
-  need(2 <= detect < c.rollout.max_new, f"prune.detect is {detect} and rollout.max_new is {c.rollout.max_new}; detection must come "
-       "before the end of a response")
-  need(detect % c.rollout.segment == 0, f"prune.detect is {detect}; it must be a multiple of rollout.segment ({c.rollout.segment})")
+    _need(os.path.exists(path.strip()), f"data: {path.strip()} does not exist")
+  _need("{problem}" in c.data.template, "data.template has no {problem} in it")
+  _check_counts(c)
+  _check_prune(c)
+  _need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "
+        "must be at least 2")
+  _need(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}; it must be above 0")
+  _need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
+  _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
+  _need(c.loss.aggregate in (None, "token", "sequence"), f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
+  _need(c.model.attention in ("auto", "xla", "cudnn"), f"model.attention is {c.model.attention!r}; it must be auto, xla or cudnn")
+  _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
+
+
+def _check_counts(c: ConfigDict) -> None:
+  """Numbers that have a smallest value."""
+  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.slots", "rollout.segment",
+                "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
+                "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "checkpoint.every", "checkpoint.keep",
+                "eval.samples", "mesh.data", "mesh.fsdp", "mesh.tensor")
+  at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
+  for names, least in ((at_least_1, 1), (at_least_0, 0)):
+    for name in names:
+      value = functools.reduce(getattr, name.split("."), c)
+      _need(value >= least, f"{name} is {value}; it must be at least {least}")
+
+
+def _check_prune(c: ConfigDict) -> None:
   p = c.prune
-  need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
-       f"({p.p_max}), and these in (0, 1]")
-  need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")
-  need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
-  need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
-  need(c.loss.aggregate in (None, "token", "sequence"), f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
-  need(c.model.attention in ("auto", "xla", "cudnn"), f"model.attention is {c.model.attention!r}; it must be auto, xla or cudnn")
-  need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
-  need("{problem}" in c.data.template, "data.template has no {problem} in it")
-  need(c.checkpoint.every > 0 and c.checkpoint.keep > 0, "checkpoint.every and checkpoint.keep must be at least 1")
+  _need(len(p.detect) == 1 and isinstance(p.detect[0], int),
+        f"prune.detect is {tuple(p.detect)}; it takes one length, such as (512,)")
+  detect = p.detect[0]
+  _need(2 <= detect < c.rollout.max_new, f"prune.detect is {detect} and rollout.max_new is {c.rollout.max_new}; detection must come "
+        "before the end of a response")
+  _need(detect % c.rollout.segment == 0, f"prune.detect is {detect}; it must be a multiple of rollout.segment ({c.rollout.segment})")
+  _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
+        f"({p.p_max}), and these in (0, 1]")
+  _need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")
 
 
 def to_json(c: ConfigDict) -> str:
   return json.dumps(c.to_dict(), indent=2, sort_keys=True, default=list)
 
 
+def lasting(c: ConfigDict) -> dict:
+  """All that shapes a run's course; a longer `steps`, other logging or saving continue the same run."""
+  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval")}
+
+
 def fingerprint(c: ConfigDict) -> str:
-  """Hash of all that shapes a run's course; a longer `steps`, other logging or saving continue the same run."""
-  d = json.loads(to_json(c))
-  for key in ("steps", "checkpoint", "log", "eval"):
-    d.pop(key)
-  return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
+  """Hash of `lasting`."""
+  return hashlib.sha256(json.dumps(lasting(c), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing(a: dict, b: dict, prefix: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """GGUF files: shape of the policy, tensors under their Hugging Face names, metadata. Uses the `gguf` package, no torch.
 
-Architectures qwen2, qwen3 and llama. Every quantisation that the `gguf` package dequantises can be read; values come out in
-float32. Llama files store the rows of q and k in pairs (rotary dimension i next to i + H/2), which is undone here.
+Architectures qwen2, qwen3 and llama. Every quantisation that the `gguf` package dequantises can be read; values come
+out in float32. Llama files store the rows of q and k in pairs (rotary dimension i next to i + H/2): undone here.
 Left out: writing GGUF, mixtures of experts, yarn and linear rope scaling, SentencePiece tokenizers (tokenizers.py).
 """
 
@@ -100,7 +100,8 @@ def _stored(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Stored:
     try:
       value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as e:
-      raise UserError(f"{path}: tensor {tensor.name}: the gguf package cannot dequantise {tensor.tensor_type.name}") from e
+      raise UserError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot "
+                      f"dequantise") from e
     value = value.astype(np.float32, copy=False).reshape(shape)
     return value if heads is None else unpermute(value, heads)
 
@@ -153,6 +154,7 @@ def _rope_scaling(path: Path, tensor, head_dim: int, theta: float) -> RopeScalin
     return None
   divisors = np.asarray(tensor.data, np.float32)
   scaling = RopeScaling(float(divisors.max()), 1.0, 4.0, 8192)
-  if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, rope_divisors(scaling, head_dim, theta), rtol=1e-4):
+  known = rope_divisors(scaling, head_dim, theta)
+  if divisors.shape != known.shape or not np.allclose(divisors, known, rtol=1e-4):
     raise UserError(f"{path}: tensor rope_freqs.weight is not Llama 3's rope scaling (low 1, high 4, length 8192)")
   return scaling

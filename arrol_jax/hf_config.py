@@ -1,8 +1,9 @@
 """config.json of Hugging Face <-> PolicyConfig, and the names and layouts of Hugging Face's tensors.
 
-Model types qwen3, qwen2 and llama. Absent keys take the defaults of transformers' configuration classes; anything that would
-change the model and is not implemented (sliding windows in use, yarn, biases, other activations) is an error, never ignored.
-Both forms of rotary settings are read: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5.
+Model types qwen3, qwen2 and llama. Absent keys take the defaults of transformers' configuration classes; anything that
+would change the model and is not implemented (sliding windows in use, yarn, biases, other activations) is an error,
+never ignored. Both forms of rotary settings are read: `rope_theta` + `rope_scaling`, and transformers 5's
+`rope_parameters`.
 """
 
 import math
@@ -75,8 +76,9 @@ def config_from_json(file: Path, raw: dict) -> PolicyConfig:
   length = raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768)
   theta, scaling = _rope(file, raw, length)
   return PolicyConfig(
-    family=kind, vocab=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads, kv_heads=kv_heads,
-    head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else width // heads), ffn=need("intermediate_size"),
+    family=kind, vocab=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
+    kv_heads=kv_heads, head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else width // heads),
+    ffn=need("intermediate_size"),
     qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2", tied=bool(raw.get("tie_word_embeddings", False)),
     rope_theta=theta, rope_scaling=scaling, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), max_length=length)
 
@@ -117,8 +119,8 @@ def _rope(file: Path, raw: dict, length: int) -> tuple[float, RopeScaling | None
 def config_to_json(c: PolicyConfig, dtype: str, eos_ids: tuple, pad_id: int, bos_id: int | None) -> dict:
   """config.json for transformers 4 and 5 (rotary settings in both forms)."""
   if c.family not in ARCHITECTURES or (c.qk_norm, c.qkv_bias) != (c.family == "qwen3", c.family == "qwen2"):
-    raise UserError(f"a policy of family {c.family!r} with qk_norm={c.qk_norm} and qkv_bias={c.qkv_bias} has no Hugging Face "
-                    f"layout (qwen3 has qk_norm, qwen2 has qkv_bias, llama neither)")
+    raise UserError(f"a policy of family {c.family!r} with qk_norm={c.qk_norm} and qkv_bias={c.qkv_bias} has no "
+                    f"Hugging Face layout (qwen3 has qk_norm, qwen2 has qkv_bias, llama neither)")
   scaling = None
   if c.rope_scaling:
     s = c.rope_scaling

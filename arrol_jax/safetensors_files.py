@@ -1,15 +1,17 @@
 """Safetensors files, read and written one tensor at a time.
 
-A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} and raw data. This is
-the reader and writer of weights.py; the `safetensors` package is not used, because its NumPy side has no bfloat16 and
-writes only from a dict that holds every tensor at once. Reading maps one tensor's bytes and unmaps them with the array, so
-that a file never counts as resident memory as a whole. Left out: quantised data types (float8, packed integers).
+A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} and raw data. This
+is the reader and writer of weights.py; the `safetensors` package is not used, because it maps a file as a whole and
+writes only from a dict that holds every tensor at once. Reading maps one tensor's bytes and unmaps them with the array,
+so that no file counts as resident memory as a whole. Left out: quantised data types (float8, packed integers).
 """
 
+from collections.abc import Callable, Iterable
 import json
+import math
 import os
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -41,24 +43,24 @@ def read_header(path: Path) -> dict[str, Stored]:
   with open(path, "rb") as f:
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > size - 8:
-      raise UserError(f"{path}: truncated or not a safetensors file (the header should end at byte {8 + length}, the file "
-                      f"at {size})")
+      raise UserError(f"{path}: truncated or not a safetensors file (its header should end at byte {8 + length}, "
+                      f"the file ends at {size})")
     try:
       header = json.loads(f.read(length))
-      entries = {k: (v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
+      entries = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
+      return {name: _stored(path, 8 + length, size, name, *entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
       raise UserError(f"{path}: not a safetensors file (its header cannot be read)") from e
-  return {name: _stored(path, size - 8 - length, name, *entry) for name, entry in entries.items()}
 
 
-def _stored(path: Path, room: int, name: str, dtype: str, shape: tuple, start: int, end: int) -> Stored:
+def _stored(path: Path, data: int, size: int, name: str, dtype: str, shape: list, start: int, end: int) -> Stored:
   if dtype not in DTYPES:
-    raise UserError(f"{path}: tensor {name} has data type {dtype}, which is not supported; use float32, float16 or bfloat16")
-  if end - start != int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize:
-    raise UserError(f"{path}: tensor {name} of shape {list(shape)} and type {dtype} does not fit its {end - start} bytes")
-  if end > room:
-    raise UserError(f"{path}: truncated, tensor {name} ends {end - room} bytes past the end of the file; fetch it again")
-  offset = path.stat().st_size - room + start
+    raise UserError(f"{path}: tensor {name} has data type {dtype}; only float32, float16 and bfloat16 are read")
+  if min([*shape, start]) < 0 or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    raise UserError(f"{path}: tensor {name} of shape {shape} and type {dtype} does not fit bytes {start} to {end}")
+  if data + end > size:
+    raise UserError(f"{path}: truncated, tensor {name} ends {data + end - size} bytes past the end of the file")
+  shape, offset = tuple(shape), data + start
 
   def read() -> np.ndarray:
     if start == end:
@@ -72,7 +74,7 @@ def write(path: Path, tensors: Iterable[tuple[str, tuple, np.dtype, Callable[[],
   """Writes (name, shape, dtype, read) tensors; each is read when its turn comes and dropped before the next."""
   header, end, tensors = {"__metadata__": {"format": "pt"}}, 0, list(tensors)
   for name, shape, dtype, _ in tensors:
-    start, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
     header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # data starts at a multiple of 8

@@ -1,26 +1,32 @@
 """Tokenizers: from a Hugging Face folder, or built from a GGUF file's metadata. Also the ids that end a response.
 
 `transformers` builds a tokenizer from GGUF only where torch is installed, and for some models drops the pre-tokenizer
-(SmolLM2's single digits), so this module builds it from vocabulary, merges and the name of the pre-tokenizer. The name is
-looked up, never guessed: an unknown one is an error. Left out: SentencePiece vocabularies (Llama 2).
+(SmolLM2's single digits), so this module builds it from vocabulary, merges and the name of the pre-tokenizer. The name
+is looked up, never guessed: an unknown one is an error. Left out: SentencePiece vocabularies (Llama 2).
 
 `transformers` takes seconds to import, so it is imported where it is needed.
 """
 
 import json
+import os
 from pathlib import Path
 
 from arrol_jax.types import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type; the other kinds need nothing
 
 # The regular expressions that Qwen2 and Llama 3 publish in tokenizer.json; they differ in how digits are grouped.
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLITS = {"qwen2": _SPLIT % r"\p{N}", "llama-bpe": _SPLIT % r"\p{N}{1,3}"}
 
 # Tokens that end a turn or a document wherever they are control tokens of the vocabulary.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+# It would tell every user that PyTorch is missing; read when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load_tokenizer(folder: Path):
@@ -41,8 +47,9 @@ def gguf_tokenizer(path: Path, meta: dict):
   """
   if "tokenizer.ggml.tokens" not in meta:
     return None
-  if meta.get("tokenizer.ggml.model") != "gpt2":
-    raise UserError(f"{path}: tokenizer model {meta.get('tokenizer.ggml.model')!r} is not supported (only gpt2, byte-level BPE)")
+  model = meta.get("tokenizer.ggml.model")
+  if model != "gpt2":
+    raise UserError(f"{path}: tokenizer model {model!r} is not supported (only gpt2, byte-level BPE)")
   from tokenizers import AddedToken, Tokenizer, decoders, models
   from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +64,8 @@ def gguf_tokenizer(path: Path, meta: dict):
   tokenizer.normalizer, tokenizer.pre_tokenizer = _splitting(path, pre)
   tokenizer.decoder = decoders.ByteLevel()
   for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds) if k == kind])
+    chosen = [t for t, k in zip(tokens, kinds, strict=False) if k == kind]
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in chosen])
   named = {}
   for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
     index = meta.get(f"tokenizer.ggml.{key}_token_id")

@@ -115,7 +115,7 @@ def zeros(params: dict) -> tuple[dict, dict]:
   return jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros((), jnp.float32) for name in METRICS}
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state", "grads"))
+@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
 def apply(state: TrainState, grads: dict, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
   """One optax step over policy and head; also the policy gradient's norm f32[] before clipping."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

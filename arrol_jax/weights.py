@@ -1,14 +1,15 @@
-"""Models in and out: `load_policy` reads a Hugging Face folder or a GGUF file, `Policy.save` writes a Hugging Face folder.
+"""Models in and out: `load_policy` reads a Hugging Face folder or a GGUF file, `Policy.save` writes such a folder.
 
-Loading checks every file's header against the shapes that config.json asks for before anything is allocated. Then each stacked
-parameter is allocated once, in its target sharding, and the tensors are written into it one after another, in the order of
-the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor (mapped, not read whole)
-and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
+Loading checks every file's header against the shapes that config.json asks for before anything is allocated. Then each
+stacked parameter is allocated once, in its target sharding, and the tensors are written into it one after another, in
+the order of the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor
+(mapped from its file) and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
 
 The files beside this one: safetensors_files.py and gguf_files.py (formats), hf_config.py (names, shapes, config.json),
 tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import fnmatch
 import functools
@@ -18,7 +19,6 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
-from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 HEAD = "quality_head.safetensors"
 # Files that `save` and transformers write. A folder that holds anything else is never replaced.
-OURS = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, HEAD, "tokenizer*",
-        "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
+OURS = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, HEAD,
+        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
 
 
 @dataclasses.dataclass
@@ -55,23 +55,22 @@ class Policy:
   def logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """tokens i32[B,S] (right-padded), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
 
-    Computed in the parameters' dtype, float32 parameters with full float32 products on every backend. Compiled once a shape
-    [B,S]. Holds all logits: for short texts and checks, not for training.
+    bfloat16 parameters are computed with in bfloat16, others in float32 with full float32 products on every backend.
+    Compiled once a shape [B,S]. Holds all logits: for short texts and checks, not for training.
     """
     tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
     if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
       raise ValueError(f"tokens [B,S] and lengths [B] are needed, not {tokens.shape} and {lengths.shape}")
-    exact = "highest" if self.params["embed"].dtype == jnp.float32 else None
-    with jax.default_matmul_precision(exact):
+    with jax.default_matmul_precision("highest"):
       return _logits(self.config, self.params, tokens, lengths)
 
   def save(self, path: str | os.PathLike, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a Hugging Face folder: config, generation config, tokenizer files, weights in files of at most `shard_bytes`.
+    """Writes a Hugging Face folder: configs, tokenizer files, weights in files of at most `shard_bytes`.
 
-    dtype: that of the weights in the files, None = as they are. Quality head and calibration table, where there are any, go
-    into quality_head.safetensors, which transformers ignores and `load_policy` reads.
-    The folder is written under another name beside `path` and renamed at the end, so a save that fails leaves an existing
-    folder as it was. With several processes all must call; the first writes.
+    dtype: that of the weights in the files, None = as they are. Quality head and calibration table, where there are
+    any, go into quality_head.safetensors, which transformers ignores and `load_policy` reads.
+    The folder is written under another name beside `path` and renamed at the end, so a save that fails leaves an
+    existing folder as it was. With several processes all must call; the first writes.
     Raises UserError: unknown dtype, a model without a Hugging Face layout, `path` holds other files.
     """
     target = Path(path).resolve()
@@ -93,7 +92,7 @@ class Policy:
       _write_json(folder / "generation_config.json", self._generation(bos))
       if self.tokenizer is not None:
         self.tokenizer.save_pretrained(str(folder))
-      _save_weights(folder, list(_outgoing(self.config, self.params, name)), shard_bytes)
+      save_weights(folder, list(_outgoing(self.config, self.params, name)), shard_bytes)
       _save_head(folder / HEAD, self.head, self.calibration)
       _swap(folder, target)
     finally:
@@ -107,7 +106,8 @@ class Policy:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   positions = policy.default_positions(tokens)
-  hidden, _ = policy.forward(c, params, tokens, positions, policy.causal_attention(None), dtype=params["embed"].dtype)
+  dtype = jnp.bfloat16 if params["embed"].dtype == jnp.bfloat16 else jnp.float32
+  hidden, _ = policy.forward(c, params, tokens, positions, policy.causal_attention(None), dtype=dtype)
   return jnp.where((positions < lengths[:, None])[:, :, None], policy.unembed(params, hidden), 0.0)
 
 
@@ -115,8 +115,8 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
                 table: dict = sharding.TRAIN) -> Policy:
   """Loads a Hugging Face folder (safetensors, sharded or not) or a GGUF file.
 
-  dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table` (sharding.py); None
-  puts them on the default device.
+  dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table`
+  (sharding.py); None puts them on the default device.
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
   architecture, truncated or corrupt file, missing, unexpected or misshapen tensor.
   """
@@ -131,7 +131,7 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   raw = _read_json(file)
   config = hf_config.config_from_json(file, raw)
   stored = _open_folder(path)
-  _check(config, path, stored)
+  _check(config, path / INDEX if (path / INDEX).is_file() else path / "model.safetensors", stored)
   tokenizer = tokenizers.load_tokenizer(path)
   generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
   head, calibration = _load_head(path / HEAD)
@@ -201,11 +201,12 @@ def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None
       raise UserError(f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
                       f"the configuration asks for {list(place.stored)}")
     if not jnp.issubdtype(stored[name].dtype, jnp.floating):
-      raise UserError(f"{stored[name].file}: tensor {name} holds {stored[name].dtype}, only floating point weights are read")
+      raise UserError(f"{stored[name].file}: tensor {name} holds {stored[name].dtype}, only floating point is read")
   for name in stored:
     # Old files carry rotary tables; value heads and the like lie outside "model." and are not ours to read.
     if name.startswith("model.") and name not in layout and not name.endswith("rotary_emb.inv_freq"):
-      raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model of {config.layers} layers")
+      raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model of "
+                      f"{config.layers} layers")
 
 
 def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
@@ -223,9 +224,9 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
     if mesh is None:
       tensor = jax.device_put(view)
     else:
-      axes = get(logical, place)[0 if place.layer is None else 1:]
-      source = NamedSharding(mesh, sharding.spec(tuple(axes[place.order.index(i)] for i in range(view.ndim)), view.shape,
-                                                 mesh, table))
+      axes = get(logical, place)[-view.ndim:]
+      axes = tuple(axes[place.order.index(i)] for i in range(view.ndim))  # as the file orders them
+      source = NamedSharding(mesh, sharding.spec(axes, view.shape, mesh, table))
       tensor = jax.make_array_from_callback(view.shape, source, lambda index, view=view: view[index])
     tree = params if place.layer is None else params["layers"]
     write = _writer(place.order, place.layer is not None, targets and get(targets, place))
@@ -237,7 +238,7 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
 
 @functools.cache
 def _writer(order: tuple, stacked: bool, target):
-  """A program (stack, tensor, layer) -> stack with the transposed, converted tensor in it; the stack's buffer is reused."""
+  """A program (stack, tensor, layer) -> stack with the transposed, converted tensor in it, in the stack's buffer."""
   def write(stack, tensor, layer):
     value = jnp.transpose(tensor, order).astype(stack.dtype)
     if not stacked:
@@ -252,7 +253,7 @@ def _writer(order: tuple, stacked: bool, target):
 def _outgoing(config: PolicyConfig, params: dict, dtype: str) -> Iterator[tuple]:
   """(name, shape, dtype, read) of every Hugging Face tensor; `read` brings it to the host."""
   for name, place in hf_config.layout(config).items():
-    leaf = params[place.leaf] if place.layer is None else params["layers"][place.leaf]
+    leaf = jnp.asarray(params[place.leaf] if place.layer is None else params["layers"][place.leaf])
     read = functools.partial(_read, leaf, place, dtype)
     yield name, place.stored, np.dtype(DTYPES[dtype]), read
 
@@ -274,7 +275,8 @@ def _reader(order: tuple, stacked: bool, dtype: str, source):
   return jax.jit(read, out_shardings=whole)
 
 
-def _save_weights(folder: Path, tensors: list, shard_bytes: int) -> None:
+def save_weights(folder: Path, tensors: list[tuple], shard_bytes: int) -> None:
+  """Writes (name, shape, dtype, read) tensors as model.safetensors, or as several files of at most `shard_bytes`."""
   shards, room = [[]], shard_bytes
   for tensor in tensors:
     size = math.prod(tensor[1]) * tensor[2].itemsize

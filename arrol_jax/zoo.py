@@ -18,9 +18,9 @@ def _qwen25(width, layers, heads, kv_heads, ffn, tied, vocab=151936):
 
 
 def _llama3(width, layers, heads, head_dim, ffn, tied, factor):
-  return PolicyConfig("llama", vocab=128256, width=width, layers=layers, heads=heads, kv_heads=8, head_dim=head_dim, ffn=ffn,
-                      tied=tied, rope_theta=5e5, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192), norm_eps=1e-5,
-                      max_length=131072)
+  return PolicyConfig("llama", vocab=128256, width=width, layers=layers, heads=heads, kv_heads=8, head_dim=head_dim,
+                      ffn=ffn, tied=tied, rope_theta=5e5, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+                      norm_eps=1e-5, max_length=131072)
 
 
 ZOO: dict[str, PolicyConfig] = {

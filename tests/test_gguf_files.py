@@ -19,8 +19,8 @@ F32, F16, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, g
 NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
          "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
          "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
-         "lm_head": "output"}
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd",
+         "model.norm": "output_norm", "lm_head": "output"}
 
 
 @functools.cache
@@ -49,10 +49,11 @@ def write(path, name, kind=F32, tensors=None, **metadata):
   """The fixture `name` as a GGUF file; `tensors` are added or replace others, `metadata` overrides keys."""
   c, arrays = fixture(name)[0].config, dict(fixture(name)[1])
   writer = gguf.GGUFWriter(str(path), c.family)
-  keys = {"embedding_length": c.width, "block_count": c.layers, "feed_forward_length": c.ffn, "context_length": c.max_length,
-          "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
-          "attention.value_length": c.head_dim, "rope.freq_base": c.rope_theta,
-          "attention.layer_norm_rms_epsilon": c.norm_eps} | {k.replace("__", "."): v for k, v in metadata.items()}
+  keys = {"embedding_length": c.width, "block_count": c.layers, "feed_forward_length": c.ffn,
+          "context_length": c.max_length, "rope.freq_base": c.rope_theta, "attention.head_count": c.heads,
+          "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
+          "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.norm_eps}
+  keys |= {key.replace("__", "."): value for key, value in metadata.items()}
   for key, value in keys.items():
     {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{c.family}.{key}", value)
   for key, w in arrays.items():
@@ -121,9 +122,11 @@ def test_llama3_rope_scaling_comes_back_from_its_divisors(tmp_path):
   path = write(tmp_path / "m.gguf", "llama_untied", tensors={"rope_freqs.weight": divisors}, rope__freq_base=5e5)
   assert load_policy(path).config.rope_scaling == scaling
   assert divisors[0] == 1.0 and divisors[-1] == 32.0
-  path = write(tmp_path / "n.gguf", "llama_untied", tensors={"rope_freqs.weight": divisors[::-1].copy()}, rope__freq_base=5e5)
+  odd = {"rope_freqs.weight": divisors[::-1].copy()}
+  path = write(tmp_path / "n.gguf", "llama_untied", tensors=odd, rope__freq_base=5e5)
   assert "tensor rope_freqs.weight is not Llama 3's" in message(path)
-  assert "tensor rope_freqs.weight is not Llama 3's" in message(write(tmp_path / "o.gguf", "llama_tied_scaled"))  # length 16
+  path = write(tmp_path / "o.gguf", "llama_tied_scaled")  # its original length is 16
+  assert "tensor rope_freqs.weight is not Llama 3's" in message(path)
 
 
 def message(path) -> str:

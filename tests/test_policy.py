@@ -1,4 +1,4 @@
-"""The forward pass: what it must not depend on (layout of layers, padding, remat, mesh) and rotary scaling's known values."""
+"""The forward pass: what it must not depend on (layout of layers, padding, remat, mesh), known rotary frequencies."""
 
 import dataclasses
 import functools
@@ -34,7 +34,8 @@ def tokens_of(c, rows=2, length=12, seed=3):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
 def logits(c, params, tokens, remat=False):
-  hidden, _ = policy.forward(c, params, tokens, policy.default_positions(tokens), policy.causal_attention("xla"), remat=remat)
+  attend = policy.causal_attention("xla")
+  hidden, _ = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, remat=remat)
   return policy.unembed(params, hidden)
 
 
@@ -92,8 +93,8 @@ def test_tied_and_untied_unembedding():
   c, params = make("qwen2")
   tokens = tokens_of(c)
   tied = {k: v for k, v in params.items() if k != "unembed"}
-  same = tied | {"unembed": params["embed"].T}
-  np.testing.assert_allclose(logits(dataclasses.replace(c, tied=True), tied, tokens), logits(c, same, tokens), atol=1e-5)
+  want = logits(c, tied | {"unembed": params["embed"].T}, tokens)
+  np.testing.assert_allclose(logits(dataclasses.replace(c, tied=True), tied, tokens), want, atol=1e-5)
 
 
 def test_rope_frequencies_by_hand():
@@ -130,7 +131,7 @@ def test_sharded_equals_unsharded(name):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, count", [  # as published: model cards, or the sum of their safetensors without tied copies
+@pytest.mark.parametrize("name, count", [  # as published, without the copies that some files hold of tied embeddings
   ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976), ("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360),
   ("qwen3-14b", 14_768_307_200), ("qwen3-32b", 32_762_123_264), ("qwen2.5-0.5b", 494_032_768),
   ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512), ("llama-3.2-1b", 1_235_814_400),

@@ -48,7 +48,7 @@ def work(descriptor: int) -> None:
     os.dup2(2, 1)  # what a reward function prints is not the run's output
   connection = Connection(descriptor)
   try:
-    timeout_s, memory_mb, reward_fn = connection.recv()
+    parent, timeout_s, memory_mb, reward_fn = connection.recv()
     run = _reward_runner(reward_fn) if reward_fn else settle
     if not reward_fn:
       settle("x+x", "2\\cdot x")  # imports math-verify and builds its parser before a deadline runs
@@ -60,6 +60,9 @@ def work(descriptor: int) -> None:
     return
   while True:
     try:
+      while not connection.poll(5.0):
+        if os.getppid() != parent:  # gone, but a child it forked holds the other end of the socket
+          return
       item = connection.recv()
     except (EOFError, OSError):
       return
@@ -130,7 +133,7 @@ class _Worker:
         [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     try:
-      self.connection.send(self.settings)
+      self.connection.send((os.getpid(), *self.settings))
       problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "it did not start in time"
     except (OSError, EOFError):
       problem = "it died while starting"

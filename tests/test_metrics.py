@@ -1,0 +1,119 @@
+"""Metrics of a step: each figure from a few rollouts whose answer can be worked out by hand."""
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from arrol_jax.metrics import auc, calibration_error, mean, rollout_metrics
+from arrol_jax.types import Rollout
+
+
+def pairs(score, label):
+  """The definition: over all pairs of a positive and a negative, 1 where the positive scores higher, 1/2 for a tie."""
+  wins = [(p > n) + 0.5 * (p == n) for p, lp in zip(score, label, strict=True) if lp
+          for n, ln in zip(score, label, strict=True) if not ln]
+  return sum(wins) / len(wins)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=20))
+def test_auc_is_the_share_of_pairs_won(rows):
+  score, label = zip(*rows, strict=True)
+  if len(set(label)) == 1:
+    assert math.isnan(auc(score, label))
+  else:
+    assert auc(score, label) == pytest.approx(pairs(score, label))
+
+
+def test_auc_by_hand():
+  assert auc([3, 2, 1, 0], [1, 1, 0, 0]) == 1.0
+  assert auc([0, 1, 2, 3], [1, 1, 0, 0]) == 0.0
+  assert auc([5, 5, 5], [1, 0, 1]) == 0.5
+  assert auc([1, 2, 2, 3], [0, 1, 0, 1]) == 3.5 / 4   # the tie of the twos counts half
+  assert math.isnan(auc([], []))
+
+
+def test_calibration_error_by_hand():
+  """Bins [0, 0.1) and [0.7, 0.8): means 0.05 against 1/2, 0.75 against 1; and 1.0 belongs to the last bin."""
+  assert calibration_error([0.04, 0.06, 0.72, 0.78], [0, 1, 1, 1]) == pytest.approx((2 * 0.45 + 2 * 0.25) / 4)
+  assert calibration_error([1.0, 0.95], [1, 0]) == pytest.approx(0.475)
+  assert calibration_error([0.2, 0.9], [0, 1], bins=1) == pytest.approx(0.05)
+  assert calibration_error([0.0] * 3 + [1.0] * 2, [0] * 3 + [1] * 2) == 0.0
+  assert math.isnan(calibration_error([], []))
+
+
+def test_mean_of_nothing_is_nan():
+  assert mean([1, 2, 6]) == 3.0 and mean(x for x in [True, False]) == 0.5 and math.isnan(mean([]))
+
+
+def rollout(prompt, reward=math.nan, length=10, score=math.nan, posterior=0.5, survival=1.0, pruned=False, stopped=True):
+  return Rollout(0, prompt, np.zeros(3, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32), stopped=stopped,
+                 pruned=pruned, decided=not math.isnan(score), score=score, posterior=posterior, survival=survival, reward=reward)
+
+
+STEP = [
+  # group 0: three survive, two of them right; one was pruned
+  rollout(0, reward=1, length=20, score=2.0, posterior=0.8, survival=0.5),
+  rollout(0, reward=0, length=30, score=-1.0, posterior=0.3, survival=0.25, stopped=False),
+  rollout(0, reward=1, length=6),                                    # ended before detection
+  rollout(0, length=8, score=-2.0, posterior=0.1, survival=0.2, pruned=True),
+  # group 1: all right
+  rollout(1, reward=1, length=12, score=0.5, posterior=0.6, survival=0.4),
+  rollout(1, length=8, score=0.0, posterior=0.5, survival=0.5, pruned=True),
+  # group 2: nothing survives
+  rollout(2, length=8, score=1.0, posterior=0.5, survival=0.5, pruned=True),
+  # group 3: one survives, wrong, scored higher than all
+  rollout(3, reward=0, length=24, score=3.0, posterior=0.9, survival=0.8),
+]
+
+
+def test_rollout_metrics_by_hand():
+  out = rollout_metrics(STEP)
+  assert out == {
+    "reward": pytest.approx(3 / 5),
+    "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
+    "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
+    "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
+    "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
+    "response_len": pytest.approx(92 / 5), "truncated": pytest.approx(1 / 5),
+    # scored survivors: positives 2.0 and 0.5, negatives -1.0 and 3.0
+    "head_auc": 0.5, "head_auc_within": 1.0,
+    "head_ece": pytest.approx((abs(0.8 - 1) + abs(0.3 - 0) + abs(0.6 - 1) + abs(0.9 - 0)) / 4),
+  }
+
+
+def test_reward_ipw_is_unbiased():
+  """Over every outcome of the draws, weighted by its probability, the estimate is the mean reward of all that started."""
+  rewards, survival = [1, 0, 1], [0.3, 0.6, 0.9]
+  expected = 0.0
+  for outcome in np.ndindex(2, 2, 2):
+    chance = math.prod(p if kept else 1 - p for p, kept in zip(survival, outcome, strict=True))
+    group = [rollout(0, reward=r if kept else math.nan, score=0.0, survival=p, pruned=not kept)
+             for r, p, kept in zip(rewards, survival, outcome, strict=True)]
+    expected += chance * rollout_metrics(group)["reward_ipw"]
+  assert expected == pytest.approx(2 / 3)
+
+
+def test_head_auc_within_leaves_the_prompts_difficulty_out():
+  """Scores tell the easy prompt from the hard one and nothing else: high over all, 1/2 within."""
+  easy = [rollout(0, reward=r, score=2.0) for r in (1, 1, 1, 0)]
+  hard = [rollout(1, reward=r, score=-2.0) for r in (1, 0, 0, 0)]
+  out = rollout_metrics(easy + hard)
+  assert out["head_auc_within"] == 0.5 and out["head_auc"] == pytest.approx((3 * 3 + (3 * 1 + 1 * 3) / 2) / 16)
+
+
+@pytest.mark.parametrize("step, undefined", [
+  ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "response_len", "truncated", "head_auc",
+                                          "head_auc_within", "head_ece"}),                 # nothing survived
+  ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece"}),  # nothing was scored
+  ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
+  ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within"}),     # no mixed group, one label
+])
+def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
+  out = rollout_metrics(step)
+  assert {name for name, value in out.items() if math.isnan(value)} == undefined
+  assert out["rollouts_started"] == len(step)
+  assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in out.values())

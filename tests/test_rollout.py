@@ -1,0 +1,378 @@
+"""Rollouts: who is decided and how, what the update gets of them, what the calibration table and an evaluation learn."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax import decode, policy, prune, rollout, sharding
+from arrol_jax.data import Problem, Prompt
+from arrol_jax.decode import Sampling
+from arrol_jax.engine import Engine, Request
+from arrol_jax.policy import PolicyConfig
+from arrol_jax.prune import Calibration
+from arrol_jax.quality import init_head, quality_logit
+from arrol_jax.rewards import Grader
+from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, measure, pack, update_calibration
+from arrol_jax.types import Rollout
+
+C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
+PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
+SAMPLING = Sampling(1.0, (7, 13, 21), "float32")
+KEY = jax.random.key(11)
+RULE = PruneRule(detect=8, keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
+GROUP = 4
+
+# ---- pack
+
+
+def rollout_of(index, prompt, prompt_length, length, **fields):
+  """Tokens that name their place: prompt tokens 1000 * index + 1.., response tokens 1000 * index + 501.."""
+  return Rollout(index, prompt, 1000 * index + 1 + np.arange(prompt_length, dtype=np.int32),
+                 1000 * index + 501 + np.arange(length, dtype=np.int32), -0.001 * (1 + np.arange(length, dtype=np.float32)),
+                 **{"reward": 0.0} | fields)
+
+
+def found(batches):
+  """(batch, row) of every rollout in the batches, by its index."""
+  places = {}
+  for n, batch in enumerate(batches):
+    for row, tokens in enumerate(np.asarray(batch.tokens)):
+      if tokens[0]:
+        assert int(tokens[0]) // 1000 not in places, "a rollout is there twice"
+        places[int(tokens[0]) // 1000] = n, row
+  return places
+
+
+def some_rollouts(count=23, seed=0):
+  """Of 4 groups, prompts of 2 to 6 tokens, responses of 1 to 26, about a third pruned."""
+  rng = np.random.default_rng(seed)
+  out = []
+  for i in range(1, count + 1):
+    length, pruned = int(rng.integers(1, 27)), rng.random() < 0.3
+    out.append(rollout_of(i, i % 4, int(rng.integers(2, 7)), 8 if pruned else length, pruned=pruned,
+                          decided=pruned or length > 8, reward=math.nan if pruned else float(rng.integers(0, 2))))
+  return out
+
+
+@pytest.mark.parametrize("buckets, micro_tokens", [(1, 64), (2, 100), (3, 128), (3, 10**6), (4, 1)])
+def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens):
+  rollouts = some_rollouts()
+  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh, detect=8)
+  places = found(batches)
+  assert sorted(places) == [r.request for r in rollouts if not r.pruned]
+  for r in rollouts:
+    if r.pruned:
+      continue
+    n, row = places[r.request]
+    batch = jax.tree.map(lambda x, row=row: np.asarray(x)[row], batches[n])
+    start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
+    assert end <= len(batch.tokens)
+    np.testing.assert_array_equal(batch.tokens, np.pad(np.r_[r.prompt_tokens, r.tokens], (0, len(batch.tokens) - end)))
+    np.testing.assert_array_equal(np.flatnonzero(batch.response_mask), np.arange(start, end))
+    np.testing.assert_array_equal(batch.response_mask[start:end], 1)
+    np.testing.assert_array_equal(batch.sampler_logprobs[start:end], r.logprobs)
+    assert np.count_nonzero(batch.sampler_logprobs) == len(r.tokens) and batch.rewards == r.reward
+
+
+@pytest.mark.parametrize("buckets, micro_tokens, shapes", [
+  (1, 64, {(2, 32)}), (2, 100, {(6, 16), (3, 32)}), (3, 128, {(8, 16), (4, 32)}), (4, 1, {(1, 16), (1, 32)})])
+def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
+  """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; short rows first."""
+  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh, detect=8)
+  seen = [b.tokens.shape for b in batches]
+  assert set(seen) == shapes and [s for _, s in seen] == sorted(s for _, s in seen)
+
+
+def test_part_filled_micro_batches_are_few(mesh):
+  """Rows left over at one length go up to the next; only the last micro-batch of all has empty rows."""
+  for seed in range(5):
+    batches = pack(some_rollouts(40, seed), PackShape(32, 128, 3), mesh, detect=8)
+    empty = [int(np.sum(~np.any(np.asarray(b.response_mask) > 0, axis=1))) for b in batches]
+    assert all(n == 0 for n in empty[:-1]) and empty[-1] < len(batches[-1].tokens)
+
+
+def test_empty_rows_weigh_nothing(mesh):
+  batch, = pack([rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)], PackShape(16, 64, 1), mesh, detect=4, short="last")
+  assert batch.tokens.shape == (4, 16)
+  for x in jax.tree.leaves(batch):
+    np.testing.assert_array_equal(np.asarray(x)[2:], 0)
+  np.testing.assert_allclose(batch.advantages, [1, -1, 0, 0], rtol=1e-5)
+
+
+def test_advantages_are_taken_over_a_groups_survivors(mesh):
+  """Group 5: one right, one wrong, one pruned (not counted). Group 6: right, wrong, wrong. Group 7: alone."""
+  plan = [(5, 1.0), (6, 0.0), (5, math.nan), (6, 1.0), (7, 1.0), (5, 0.0), (6, 0.0)]
+  rollouts = [rollout_of(i, g, 2, 3 + i, reward=r, pruned=math.isnan(r)) for i, (g, r) in enumerate(plan, 1)]
+  root = math.sqrt(2)
+  for normalize, expected in ((True, {1: 1, 6: -1, 4: root, 2: -root / 2, 7: -root / 2, 5: 0}),
+                              (False, {1: 0.5, 6: -0.5, 4: 2 / 3, 2: -1 / 3, 7: -1 / 3, 5: 0})):
+    batches = pack(rollouts, PackShape(16, 48, 1), mesh, detect=4, normalize_std=normalize)
+    got = {i: float(batches[n].advantages[row]) for i, (n, row) in found(batches).items()}
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("short, weights", [("skip", [1, 0, 0]), ("last", [1, 1, 1])])
+def test_what_the_head_reads(mesh, short, weights):
+  """The state that sampled response token `detect`; of a rollout that ended before, the one that sampled its last token."""
+  rollouts = [rollout_of(1, 0, 4, 12, decided=True), rollout_of(2, 0, 3, 6), rollout_of(3, 0, 5, 1)]
+  batches = pack(rollouts, PackShape(32, 32, 1), mesh, detect=8, short=short)
+  places = found(batches)
+  at = [(batches[places[i][0]], places[i][1]) for i in (1, 2, 3)]
+  assert [float(b.head_weight[row]) for b, row in at] == weights
+  # Response token n stands at prompt + n - 1; the state one before it sampled it.
+  assert [int(b.head_position[row]) for b, row in at] == [4 + 8 - 2, 3 + 6 - 2, 5 + 1 - 2]
+  sampled = [int(b.tokens[row, b.head_position[row] + 1]) for b, row in at]
+  assert sampled == [1000 + 508, 2000 + 506, 3000 + 501]
+
+
+@pytest.mark.parametrize("rollouts", [[], [rollout_of(1, 0, 3, 8, pruned=True, decided=True, reward=math.nan)]])
+def test_no_survivors_no_batches(mesh, rollouts):
+  assert pack(rollouts, PackShape(32, 64, 3), mesh, detect=8) == []
+
+
+def test_pack_divides_rows_over_the_mesh():
+  mesh = sharding.make_mesh(2, 2, 2)
+  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh, detect=8)
+  assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32)}  # 6 and 3 rows, up to a multiple of data * fsdp = 4
+  assert all(b.tokens.sharding.shard_shape(b.tokens.shape)[0] == len(b.tokens) // 4 for b in batches)
+
+
+# ---- calibration
+
+
+def test_calibration_counts_graded_survivors_that_were_scored():
+  """Logits -1.5, 0, 1.5 have sigmoids 0.18, 0.5, 0.82: bins 0, 2 and 3 of 4."""
+  rollouts = [
+    rollout_of(1, 0, 2, 9, decided=True, score=-1.5, reward=0.0), rollout_of(2, 0, 2, 9, decided=True, score=1.5, reward=1.0),
+    rollout_of(3, 0, 2, 9, decided=True, score=1.5, reward=0.0), rollout_of(4, 0, 2, 9, decided=True, score=0.0, reward=1.0),
+    rollout_of(5, 0, 2, 8, decided=True, pruned=True, score=1.5, reward=math.nan),   # nobody knows how it would have ended
+    rollout_of(6, 0, 2, 4, reward=1.0),                                              # ended before it was scored
+  ]
+  table = update_calibration(Calibration.empty(4), rollouts, None)
+  np.testing.assert_array_equal(table.positive, [0, 0, 1, 1])
+  np.testing.assert_array_equal(table.negative, [1, 0, 0, 1])
+  table = update_calibration(table, rollouts[:2], 2.0)  # two more, half-life two: what was there weighs half
+  np.testing.assert_array_equal(table.positive, [0, 0, 0.5, 1.5])
+  np.testing.assert_array_equal(table.negative, [1.5, 0, 0, 0.5])
+
+
+def test_nothing_scored_leaves_the_table_as_it_is():
+  table = Calibration(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+  for rollouts in ([], [rollout_of(1, 0, 2, 4, reward=1.0)]):
+    after = update_calibration(table, rollouts, 10.0)
+    np.testing.assert_array_equal(after.positive, table.positive)
+    np.testing.assert_array_equal(after.negative, table.negative)
+
+
+# ---- the decision
+
+
+@pytest.fixture(scope="module")
+def head():
+  out = init_head(C.width, 8, jax.random.key(1))
+  return out | {"w2": jax.random.normal(jax.random.key(2), out["w2"].shape)}
+
+
+@pytest.fixture(scope="module")
+def table():
+  """A history in which higher scores went with success, in 8 bins."""
+  return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))
+
+
+def survival_by_hand(table, rule, score):
+  """METHOD sections 3 and 4 in NumPy: posterior and survival probability of one logit; delta by trying them all."""
+  positive, negative = np.asarray(table.positive, np.float64), np.asarray(table.negative, np.float64)
+  bins = len(positive)
+  right, wrong = (positive + 1) / (positive.sum() + bins), (negative + 1) / (negative.sum() + bins)
+  prior = positive.sum() / (positive.sum() + negative.sum())
+  q = prior * right / (prior * right + (1 - prior) * wrong)
+  p = lambda delta, q: np.clip(rule.keep + delta + rule.strength * (rule.target - q), rule.p_min, rule.p_max)
+  share = (positive + negative) / (positive + negative).sum()
+  candidates = np.linspace(-2, 2, 40001)
+  delta = candidates[np.argmin([abs(share @ p(d, q) - rule.keep) for d in candidates])]
+  mine = q[min(bins - 1, int(bins / (1 + math.exp(-score))))]
+  return mine, float(p(delta, mine))
+
+
+def requests(prompts=5):
+  rng = np.random.default_rng(0)
+  texts = [rng.integers(0, 31, rng.integers(1, 9)).astype(np.int32) for _ in range(prompts)]
+  return [Request(p * GROUP + g, p, texts[p], 20) for p in range(prompts) for g in range(GROUP)]
+
+
+def engine(mesh, rows=8, max_new=20):
+  e = Engine(C, mesh, rows, max_prompt=8, max_new=max_new, segment=4, row_buckets=2, length_buckets=1, prefill_rows=4)
+  e.load(PARAMS, "float32")
+  return e
+
+
+@pytest.fixture(scope="module")
+def unpruned(mesh):
+  """The same requests without any decision."""
+  with jax.set_mesh(mesh):
+    return engine(mesh).run(requests(), KEY, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def decided(mesh, head, table):
+  with jax.set_mesh(mesh):
+    return engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, table, RULE, True))
+
+
+def test_only_active_rows_of_just_that_length_are_decided(mesh, head, table):
+  """Kept rows that are not up for a decision stay active; rows that had ended stay ended."""
+  generated = np.array([7, 8, 8, 9, 0, 8, 16, 8], np.int32)
+  active = np.array([1, 1, 0, 1, 1, 1, 1, 0], bool)
+  rule = dataclasses.replace(RULE, keep=1e-9, p_min=1e-9)  # as good as none survives
+  with jax.set_mesh(mesh):
+    slots = decode.init_slots(C, 8, 16, "float32").replace(generated=jnp.asarray(generated), active=jnp.asarray(active))
+    slots, decision = make_decide(head, table, rule, True)(slots)
+  up = active & (generated == 8)
+  np.testing.assert_array_equal(decision.decided, up)
+  np.testing.assert_array_equal(decision.keep, ~up)
+  np.testing.assert_array_equal(slots.active, active & ~up)
+
+
+def test_decisions_in_the_engine(decided, unpruned):
+  """Who is still writing after 8 tokens is decided then; the pruned stop there, the others go on as if nothing had been."""
+  assert any(r.pruned for r in decided) and any(r.decided and not r.pruned for r in decided)
+  assert any(not r.decided for r in decided)
+  for a, b in zip(decided, unpruned, strict=True):
+    assert a.decided == (len(b.tokens) > 8) and a.pruned <= a.decided
+    assert len(a.tokens) == (8 if a.pruned else len(b.tokens))
+    np.testing.assert_array_equal(a.tokens, b.tokens[:len(a.tokens)])
+    if not a.decided:
+      assert math.isnan(a.score) and math.isnan(a.posterior) and a.survival == 1.0
+
+
+def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
+  """At the state that sampled response token number `detect`, the one that `pack` points to."""
+  for r in decided:
+    if r.decided:
+      tokens = np.zeros((1, 28), np.int32)
+      tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
+      hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + RULE.detect - 2]
+      assert r.score == pytest.approx(float(quality_logit(head, hidden[None])[0]), abs=1e-4)
+  assert len({r.score for r in decided if r.decided}) > 5
+
+
+@jax.jit
+def plain_hidden(tokens):
+  return policy.forward(C, PARAMS, tokens, policy.default_positions(tokens), policy.causal_attention("xla"))[0]
+
+
+def test_survival_is_the_published_rule(decided, table):
+  seen = set()
+  for r in decided:
+    if r.decided:
+      q, p = survival_by_hand(table, RULE, r.score)
+      assert r.posterior == pytest.approx(q, abs=1e-5) and r.survival == pytest.approx(p, abs=2e-4)
+      assert RULE.p_min <= r.survival <= RULE.p_max
+      seen.add(round(r.survival, 4))
+  assert len(seen) > 2
+
+
+def test_draws_depend_on_the_request_alone(mesh, head, table, decided):
+  """Other company, other slots: the same rollouts are pruned. Another step's key: others are."""
+  with jax.set_mesh(mesh):
+    rule = make_decide(head, table, RULE, True)
+    again = engine(mesh, rows=3).run(requests(), KEY, SAMPLING, decide=rule)
+    other = engine(mesh).run(requests(), jax.random.key(12), SAMPLING, decide=rule)
+  assert [r.pruned for r in again] == [r.pruned for r in decided] != [r.pruned for r in other]
+
+
+def test_draws_follow_the_survival_probability(mesh, head, table):
+  """4000 rows with the same state: the share that survives is within four standard errors of p."""
+  rows = 4000
+  with jax.set_mesh(mesh):
+    slots = decode.init_slots(C, rows, 1, "float32").replace(
+      generated=jnp.full(rows, 8, jnp.int32), active=jnp.ones(rows, bool), hidden=jnp.ones((rows, C.width)))
+    _, decision = make_decide(head, table, RULE, True)(slots)
+  p = float(decision.survival[0])
+  assert 0.25 < p < 0.8 and np.all(np.asarray(decision.survival) == decision.survival[0])
+  assert abs(np.mean(decision.keep) - p) < 4 * math.sqrt(p * (1 - p) / rows)
+
+
+def test_pruning_off_scores_all_and_keeps_all(mesh, head, table, decided, unpruned):
+  with jax.set_mesh(mesh):
+    out = engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, table, RULE, False))
+  for a, b, c in zip(out, decided, unpruned, strict=True):
+    np.testing.assert_array_equal(a.tokens, c.tokens)
+    assert not a.pruned and a.survival == 1.0 and a.decided == b.decided
+    assert a.score == pytest.approx(b.score, abs=1e-6, nan_ok=True) and a.posterior == pytest.approx(b.posterior, nan_ok=True)
+
+
+# ---- generate and measure
+
+
+class Words:
+  """A tokenizer of which only `decode` is asked; the answer it writes is the sum of the tokens modulo 3."""
+
+  def decode(self, tokens, skip_special_tokens):
+    assert skip_special_tokens
+    return f"{' '.join(map(str, tokens))} so \\boxed{{{int(np.sum(tokens)) % 3}}}"
+
+
+def prompts():
+  by_prompt = {r.prompt: r.tokens for r in requests()}
+  return [Prompt(Problem(str(p), "?", str(p % 3), "test"), "?", tokens) for p, tokens in by_prompt.items()]
+
+
+def test_generate_grades_the_survivors(mesh, head, table, decided):
+  seen = []
+  with jax.set_mesh(mesh), Grader(1) as grader:
+    out, waited = generate(engine(mesh), prompts(), GROUP, KEY, SAMPLING, Words(), grader,
+                           decide=make_decide(head, table, RULE, True), progress=seen.append)
+    assert sum(grader.counts.values()) == sum(not r.pruned for r in out)  # nobody pays for grading what was cut
+  assert waited >= 0 and sorted(r.request for r in seen) == list(range(5 * GROUP))
+  assert [(r.request, r.prompt) for r in out] == [(i, i // GROUP) for i in range(5 * GROUP)]
+  for r, alone in zip(out, decided, strict=True):
+    np.testing.assert_array_equal(r.tokens, alone.tokens)
+    assert r.pruned == alone.pruned and r.text == Words().decode(r.tokens, True)
+    if r.pruned:
+      assert math.isnan(r.reward) and r.reason == ""
+    else:
+      right = int(np.sum(r.tokens)) % 3 == r.prompt % 3
+      assert (r.reward, r.reason) == ((1.0, "correct") if right else (0.0, "wrong"))
+  assert {r.reward for r in out if not r.pruned} == {0.0, 1.0}
+
+
+def test_generate_stops_at_the_engines_limit(mesh):
+  with jax.set_mesh(mesh), Grader(1) as grader:
+    out, _ = generate(engine(mesh, max_new=9), prompts()[:2], 3, KEY, SAMPLING, Words(), grader)
+  assert max(len(r.tokens) for r in out) == 9
+
+
+def test_measure_by_hand(monkeypatch):
+  """3 problems, 2 samples: 2, 1 and 0 right. Means 1, 1/2, 0: accuracy 1/2, standard deviation 1/2."""
+  plan = [(0, 1, 4, True), (0, 1, 6, True), (1, 0, 10, False), (1, 1, 4, True), (2, 0, 8, True), (2, 0, 10, False)]
+  rollouts = [rollout_of(i, p, 2, n, reward=float(r), stopped=s) for i, (p, r, n, s) in enumerate(plan)]
+
+  def given(engine, prompts, samples, *rest, **options):
+    assert options.get("decide") is None  # nothing is pruned in an evaluation
+    return rollouts[:len(prompts) * samples], 0.0
+
+  monkeypatch.setattr(rollout, "generate", given)
+  result, behind = measure(None, [None] * 3, 2, KEY, SAMPLING, None, None)
+  assert behind == rollouts
+  assert result == {"accuracy": 0.5, "ci95": pytest.approx(1.96 * 0.5 / math.sqrt(3)), "problems": 3, "samples": 2,
+                    "pass": pytest.approx(2 / 3), "response_len": pytest.approx(7.0), "truncated": pytest.approx(1 / 3)}
+  alone, _ = measure(None, [None], 2, KEY, SAMPLING, None, None)
+  assert alone["accuracy"] == 1.0 and math.isnan(alone["ci95"])
+
+
+def test_measure_generates_and_grades(mesh):
+  with jax.set_mesh(mesh), Grader(1) as grader:
+    result, rollouts = measure(engine(mesh), prompts(), 2, KEY, SAMPLING, Words(), grader)
+  right = np.array([int(np.sum(r.tokens)) % 3 == r.prompt % 3 for r in rollouts]).reshape(5, 2)
+  assert result["accuracy"] == pytest.approx(right.mean()) and result["pass"] == pytest.approx(right.any(axis=1).mean())
+  assert not any(r.pruned for r in rollouts)
+
+
+def test_rule_constants_are_the_papers():
+  assert PruneRule(detect=512).bounds() == {"kappa": 0.5, "rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
+  assert prune.BINS == 128

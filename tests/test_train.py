@@ -1,0 +1,453 @@
+"""Training end to end on the shipped arithmetic model: what a run writes, that it goes on exactly, and how it says no."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax import config, train
+from arrol_jax.checkpoint import Checkpoints
+from arrol_jax.prune import Calibration
+from arrol_jax.types import TrainState, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = "--config=configs/quickstart.py"
+STEPS = 5
+# One compiled shape of everything; a KL term, so that the reference policy has to survive a resume too.
+SMALL = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
+         "rollout.length_buckets": 1, "optim.length_buckets": 1, "optim.micro_tokens": 1024, "optim.lr": 1e-3,
+         "optim.warmup": 2, "quality.hidden": 32, "prune.cold_start": 2, "prune.half_life": 40.0, "loss.kl_weight": 0.05,
+         "eval.problems": 4, "eval.temperature": 1.0, "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
+
+# CONTRACT: names that users' scripts rely on.
+METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var groups_mixed
+  tokens_generated tokens_trained response_len truncated head_loss head_auc head_auc_within head_ece logprob_gap policy_loss kl
+  entropy clip_frac grad_norm lr sec_generate sec_reward sec_logprob sec_update sec_step""".split()
+SUMMARY = "steps seconds device config_hash eval_before eval_after tokens_generated tokens_trained final_reward".split()
+
+
+def arguments(workdir, **overrides):
+  """Command line of a small run; in `overrides` a double underscore stands for the dot."""
+  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
+  return [QUICKSTART, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
+
+
+def command(*argv):
+  """`python -m arrol_jax.train ARGV`, in this process: exit status and what it wrote."""
+  out, err, status = io.StringIO(), io.StringIO(), 0
+  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+      mock.patch.object(sys, "argv", ["train.py", *map(str, argv)]):
+    try:
+      config.run(train.main)
+    except SystemExit as e:
+      status = e.code
+  return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def run(workdir, **overrides):
+  result = command(*arguments(workdir, **overrides))
+  assert result.status == 0, result.err
+  return result
+
+
+def read(path):
+  """JSON as other programs read it: without NaN."""
+  def refuse(name):
+    raise AssertionError(f"{path} holds {name}")
+  text = Path(path).read_text()
+  if str(path).endswith(".jsonl"):
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+  return json.loads(text, parse_constant=refuse)
+
+
+def timeless(lines):
+  return [{k: v for k, v in line.items() if not k.startswith("sec_")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run from start to end; its folder."""
+  folder = tmp_path_factory.mktemp("whole")
+  result = run(folder)
+  (folder / "out.txt").write_text(result.out)
+  return folder
+
+
+# ---- what a run writes
+
+
+def test_metrics_hold_every_key_once_a_step(whole):
+  lines = read(whole / "metrics.jsonl")
+  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+  for line in lines:
+    assert set(METRICS) <= set(line)
+    assert all(v is None or isinstance(v, (int, float)) for v in line.values())
+    assert line["rollouts_started"] == 16 == line["rollouts_kept"] + line["rollouts_pruned"]
+    assert line["keep_ratio"] == line["rollouts_kept"] / 16 and line["tokens_trained"] <= line["tokens_generated"]
+    assert line["sec_step"] >= line["sec_generate"] + line["sec_logprob"] + line["sec_update"] - 1e-6
+  assert any(0 < line["reward"] < 1 for line in lines) and any(line["groups_mixed"] for line in lines)
+
+
+def test_numbers_of_a_run_make_sense(whole):
+  lines = read(whole / "metrics.jsonl")
+  assert lines[0]["head_loss"] == pytest.approx(np.log(2), rel=1e-5)  # an untrained head says 0 of everything
+  assert lines[0]["kl"] == 0 and all(line["kl"] > 0 for line in lines[1:])
+  assert all(line["logprob_gap"] < 1e-4 and line["clip_frac"] == 0 for line in lines)
+  np.testing.assert_allclose([line["lr"] for line in lines], [5e-4] + [1e-3] * (STEPS - 1), rtol=1e-6)
+  assert any(line["grad_norm"] > 0 for line in lines) and all(line["entropy"] > 0 for line in lines)
+
+
+def test_nothing_is_pruned_in_the_cold_start_and_some_is_after_it(whole):
+  lines = read(whole / "metrics.jsonl")
+  assert [line["rollouts_pruned"] for line in lines[:2]] == [0, 0] and not any(line["pruning"] for line in lines[:2])
+  assert all(line["rollouts_pruned"] > 0 and line["pruning"] for line in lines[2:])
+  assert all(line["reward"] == line["reward_ipw"] for line in lines[:2])  # everyone survived, each stands for one
+  for r in read(whole / "rollouts.jsonl"):
+    scored = r["score"] is not None
+    assert r["survival"] == 1.0 if r["step"] <= 2 or not scored else 0.1 <= r["survival"] <= 0.9
+    assert (r["reward"] is None) == r["pruned"] and (not r["pruned"] or r["tokens"] == 16)
+
+
+def test_texts_are_logged_each_step(whole):
+  texts = read(whole / "rollouts.jsonl")
+  assert [r["step"] for r in texts] == [s for s in range(1, STEPS + 1) for _ in range(4)]
+  assert all(r["text"] for r in texts)
+
+
+def test_summary(whole):
+  lines, summary = read(whole / "metrics.jsonl"), read(whole / "summary.json")
+  assert set(SUMMARY) <= set(summary)
+  assert summary["steps"] == STEPS and summary["seconds"] > 0 and "cpu" in summary["device"].lower()
+  for name in ("tokens_generated", "tokens_trained"):
+    assert summary[name] == sum(line[name] for line in lines)
+  assert summary["final_reward"] == lines[-1]["reward"]
+  for name in ("eval_before", "eval_after"):
+    assert summary[name] == read(whole / f"{name}.json") and list(summary[name]) == ["test"]
+    result = summary[name]["test"]
+    assert 0 <= result["accuracy"] <= result["pass"] <= 1 and (result["problems"], result["samples"]) == (4, 1)
+
+
+def test_config_json_is_the_config(whole):
+  stored = read(whole / "config.json")
+  assert stored["prune"]["detect"] == [16] and stored["steps"] == STEPS and stored["loss"]["kl_weight"] == 0.05
+  c, _ = config.parse(["train.py", *(a.replace("configs/", f"{ROOT}/configs/") for a in arguments(whole))])
+  assert stored == json.loads(config.to_json(c)) and read(whole / "summary.json")["config_hash"] == config.fingerprint(c)
+
+
+def test_the_end_is_announced(whole):
+  last = (whole / "out.txt").read_text().splitlines()
+  assert last[0].startswith("held-out accuracy before: test ") and last[-2].startswith("held-out accuracy after:  test ")
+  assert last[-1] == f"{whole}: {STEPS} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there"
+
+
+# ---- resume = uninterrupted
+
+
+def test_a_finished_folder_says_so_and_is_left_alone(whole):
+  before = {f: f.read_bytes() for f in whole.iterdir() if f.is_file()}
+  for steps in (STEPS, STEPS - 2):
+    result = command(*arguments(whole, steps=steps))
+    assert (result.status, result.err) == (0, "")
+    assert result.out == f"{whole}: finished ({STEPS} steps); its results are in summary.json\n"
+  assert {f: f.read_bytes() for f in whole.iterdir() if f.is_file()} == before
+
+
+def assert_same_course(folder, whole):
+  assert timeless(read(folder / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))
+  assert read(folder / "rollouts.jsonl") == read(whole / "rollouts.jsonl")
+  for name in ("eval_before.json", "eval_after.json"):
+    assert read(folder / name) == read(whole / name)
+  summary, other = read(folder / "summary.json"), read(whole / "summary.json")
+  assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+
+
+def test_a_longer_run_takes_over_exactly(tmp_path, whole):
+  """3 steps, to the end with its evaluation; then the same folder with 5."""
+  run(tmp_path, steps=3)
+  first = read(tmp_path / "summary.json")
+  assert first["steps"] == 3 and timeless(read(tmp_path / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))[:3]
+  assert f"{tmp_path}: going on after step 3" in run(tmp_path).out
+  assert_same_course(tmp_path, whole)
+
+
+def test_killed_in_mid_run_and_resumed_is_exactly_the_same(tmp_path, whole):
+  """SIGKILL after step 3, with checkpoints every 2 steps: step 3 is done again, and its lines are there once."""
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  with open(tmp_path / "log.txt", "w") as log:
+    process = subprocess.Popen([sys.executable, "-m", "arrol_jax.train", *arguments(tmp_path, steps=10**6)], cwd=ROOT,
+                               stdout=log, stderr=log, env=environment)
+  deadline, lines = time.monotonic() + 240, tmp_path / "metrics.jsonl"
+  try:
+    while not lines.exists() or lines.read_bytes().count(b"\n") < 3:
+      assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+      time.sleep(0.01)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  with open(lines, "a") as f:
+    f.write('{"step": 99, "rew')  # and the kill cut a line short
+  assert "going on after step 2" in run(tmp_path).out
+  assert_same_course(tmp_path, whole)
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path, whole):
+  """Nothing but config, evaluation and a line are there: the run begins at step 1, the evaluation is not repeated."""
+  for name in ("config.json", "eval_before.json"):
+    shutil.copy(whole / name, tmp_path)
+  (tmp_path / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text().splitlines(True)[0])
+  (tmp_path / "rollouts.jsonl").write_text((whole / "rollouts.jsonl").read_text().splitlines(True)[0])
+  stamp = (tmp_path / "eval_before.json").stat().st_mtime_ns
+  run(tmp_path)
+  assert_same_course(tmp_path, whole)
+  assert (tmp_path / "eval_before.json").stat().st_mtime_ns == stamp
+
+
+def test_evaluated_in_another_way_both_evaluations_are_made_again(tmp_path, whole):
+  """Before and after must compare; "before" is the policy that training started from, also in a resumed run."""
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  run(tmp_path, steps=STEPS + 1, eval__problems=6)
+  summary = read(tmp_path / "summary.json")
+  assert summary["eval_before"]["test"]["problems"] == summary["eval_after"]["test"]["problems"] == 6
+  fresh = tmp_path / "fresh"
+  run(fresh, steps=1, eval__problems=6)
+  assert read(fresh / "eval_before.json") == summary["eval_before"]
+  assert timeless(read(tmp_path / "metrics.jsonl"))[:STEPS] == timeless(read(whole / "metrics.jsonl"))
+
+
+def test_a_checkpoint_is_the_state_at_its_step(tmp_path):
+  """Saving goes on in the background while the next step takes over the buffers: what is on disk must not change."""
+  @jax.jit
+  def make():
+    return TrainState({"policy": jnp.arange(1 << 20, dtype=jnp.float32)}, (jnp.ones(3),), Calibration.empty(4), jnp.int32(7))
+
+  later = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  checkpoints, state, saved = Checkpoints(str(tmp_path), 2), make(), jax.device_get(make())
+  assert checkpoints.latest() is None
+  checkpoints.save(4, state)
+  for _ in range(5):
+    state = later(state)
+  checkpoints.save(5, state)
+  checkpoints.save(6, state)
+  checkpoints.manager.wait_until_finished()
+  assert checkpoints.latest() == 6 and sorted(checkpoints.manager.all_steps()) == [5, 6]  # the newest 2
+  checkpoints.close()
+  again = Checkpoints(str(tmp_path), 2)
+  for got, want in zip(jax.tree.leaves(again.restore(5, make())), jax.tree.leaves(saved), strict=True):
+    np.testing.assert_array_equal(got, np.asarray(want) + 5)
+  again.close()
+
+
+# ---- other arms
+
+
+@pytest.fixture(scope="module")
+def unpruned(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("unpruned")
+  run(folder, prune__enabled=False, prune__cold_start=0, steps=3, loss__name="dapo", log__tensorboard=True, data__eval="")
+  return folder
+
+
+def test_pruning_off_prunes_nothing(unpruned):
+  for line in read(unpruned / "metrics.jsonl"):
+    assert line["rollouts_pruned"] == 0 and line["keep_ratio"] == 1.0 and line["tokens_trained"] == line["tokens_generated"]
+    assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
+
+
+def test_without_evaluation_and_with_tensorboard(unpruned):
+  summary = read(unpruned / "summary.json")
+  assert summary["eval_before"] == summary["eval_after"] == {}
+  assert any(f.stat().st_size > 1000 for f in (unpruned / "tensorboard").iterdir())
+
+
+def test_prompts_too_long_are_skipped_with_a_count(tmp_path):
+  """Prompts of 10 characters, the last two of more than 16."""
+  problems = [f"{i}+1+2+3+4>" for i in range(5)] + ["1+2+3+4+5+6+7+8+9>", "1+2+3+4+5+6+7+8+9+1>"]
+  data = tmp_path / "some.jsonl"
+  data.write_text("".join(json.dumps({"id": str(i), "problem": p, "answer": "1", "source": "t"}) + "\n"
+                          for i, p in enumerate(problems)))
+  result = run(tmp_path / "run", data__train=data, steps=1)
+  assert f"{data}: skipped 2 of 7 prompts longer than 16 tokens (rollout.max_prompt)\n" in result.out
+  assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+# ---- a mistake is one line, status 2, and breaks nothing
+
+
+def assert_refused(result, *words):
+  assert result.status == 2
+  lines = result.err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+  assert "Traceback" not in result.err
+  for word in words:
+    assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("override, words", [
+  ("stpes=3", ["unknown config key", "stpes", 'Did you mean "steps"']),
+  ("prune.kep=0.3", ["unknown config key", "kep", 'Did you mean "keep"']),
+  ("purne.keep=0.3", ["unknown config key", "purne"]),
+  ("steps=many", ["--config.steps=many"]),
+  ("steps=2.5", ["--config.steps=2.5"]),
+  ("optim.lr=fast", ["--config.optim.lr=fast"]),
+  ("prune.enabled=maybe", ["--config.prune.enabled=maybe"]),
+  ("prune=3", ["--config.prune=3"]),
+  ("loss.kl_weight=some", ["--config.loss.kl_weight=some"]),
+  ("data.train=none.jsonl", ["data: none.jsonl does not exist"]),
+  ("data.train=", ["data.train is empty"]),
+  ("data.eval=none.jsonl", ["data: none.jsonl does not exist"]),
+  ("data.template=x", ["data.template", "{problem}"]),
+  ("model.path=", ["model.path is empty"]),
+  ("model.path=no/such/model", ["model.path: no/such/model does not exist"]),
+  ("model.dtype=float8", ["model.dtype", "float32 or bfloat16"]),
+  ("model.attention=fast", ["model.attention", "auto, xla or cudnn"]),
+  ("rollout.group_size=1", ["rollout.group_size is 1", "at least 2"]),
+  ("rollout.prompts=0", ["rollout.prompts is 0"]),
+  ("rollout.row_buckets=0", ["rollout.row_buckets is 0"]),
+  ("rollout.temperature=0", ["rollout.temperature is 0"]),
+  ("rollout.max_new=16", ["prune.detect is 16 and rollout.max_new is 16"]),
+  ("prune.detect=(64,)", ["prune.detect is 64 and rollout.max_new is 48"]),
+  ("prune.detect=(20,)", ["prune.detect is 20", "multiple of rollout.segment (8)"]),
+  ("prune.detect=(8,16)", ["prune.detect is (8, 16)", "one length"]),
+  ("prune.detect=()", ["prune.detect is ()", "one length"]),
+  ("prune.detect=('a',)", ["prune.detect is ('a',)", "one length"]),
+  ("prune.detect=(16.0,)", ["prune.detect is (16.0,)", "one length"]),
+  ("prune.keep=0.05", ["prune.keep is 0.05", "p_min (0.1)"]),
+  ("prune.keep=0.95", ["prune.keep is 0.95", "p_max (0.9)"]),
+  ("prune.p_min=0", ["p_min (0.0)"]),
+  ("prune.p_max=1.5", ["p_max (1.5)"]),
+  ("prune.half_life=-1", ["prune.half_life is -1"]),
+  ("quality.short=first", ["quality.short", "'skip' or 'last'"]),
+  ("loss.name=ppo", ["loss.name is 'ppo'", "grpo, dapo"]),
+  ("loss.aggregate=mean", ["loss.aggregate is 'mean'"]),
+  ("checkpoint.every=0", ["checkpoint.every is 0"]),
+  ("optim.micro_tokens=0", ["optim.micro_tokens is 0"]),
+  ("seed=-1", ["seed is -1"]),
+  ("mesh.data=0", ["mesh.data is 0"]),
+  ("mesh.data=9", ["mesh:", "needs 9 devices and there are 8"]),
+  ("reward.pattern=A(", ["pattern"]),
+  ("rollout.max_prompt=4", ["none of", "rollout.max_prompt = 4"]),
+])
+def test_a_wrong_value_is_one_line(tmp_path, override, words):
+  workdir = tmp_path / "run"
+  assert_refused(command(*arguments(workdir), f"--config.{override}"), *words)
+  assert not (workdir / "config.json").exists()  # the folder is free for the same command without the mistake
+
+
+@pytest.mark.parametrize("argv, words", [
+  ([], ["no --config=configs/NAME.py given"]),
+  (["--workdir=x"], ["no --config=configs/NAME.py given"]),
+  (["--config=configs/none.py"], ["configs/none.py: no such config file"]),
+  (["--config=configs"], ["configs: no such config file"]),
+  ([QUICKSTART, "--workdri=x"], ["workdri", "workdir"]),
+  ([QUICKSTART, "extra"], ["unexpected argument 'extra'"]),
+])
+def test_a_wrong_command_is_one_line(argv, words):
+  assert_refused(command(*argv), *words)
+
+
+@pytest.mark.parametrize("text, words", [
+  ("def get_config(:\n", ["SyntaxError"]),
+  ("import no_such_module\n", ["ModuleNotFoundError", "no_such_module"]),
+  ("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.steps = 'a'\n  return c\n", ["'steps'", "int"]),
+  ("def get_config():\n  return {'steps': 3}\n", ["must return a ConfigDict"]),
+  ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 3})\n", ["no key", "configs/base.py"]),
+])
+def test_a_broken_config_file_is_one_line(tmp_path, text, words):
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  assert_refused(command(f"--config={path}"), *words)
+
+
+@pytest.mark.parametrize("content, words", [
+  ("", ["the data file is empty"]), ("\n\n", ["the data file is empty"]),
+  ('{"id": "1", "problem": "1+1>", "answer": "2", "source": "t"}\n{"id": "2", "problem"\n', ["line 2", "not JSON"]),
+  ('{"id": "1", "problem": "1+1>"}\n', ["line 1", "'answer' is missing"]),
+])
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_bad_data_is_one_line(tmp_path, content, words, which):
+  path = tmp_path / "bad.jsonl"
+  path.write_text(content)
+  assert_refused(command(*arguments(tmp_path / "run", **{f"data__{which}": path})), str(path), *words)
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_model_folder_without_weights_is_one_line(tmp_path):
+  model = tmp_path / "model"
+  model.mkdir()
+  assert_refused(command(*arguments(tmp_path / "run", model__path=model)), str(model), "config.json")
+  shutil.copytree(ROOT / "experiments/arithmetic/signs", model, dirs_exist_ok=True)
+  (model / "model.safetensors").unlink()
+  assert_refused(command(*arguments(tmp_path / "run", model__path=model)), str(model), "no weights", "model.safetensors")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_workdir_of_another_run_is_refused_and_left_alone(whole):
+  before = {f: f.read_bytes() for f in whole.iterdir() if f.is_file()}
+  result = command(*arguments(whole, optim__lr=2e-3, prune__keep=0.4, steps=9))
+  assert_refused(result, "other settings (optim.lr, prune.keep);", "--workdir")
+  assert {f: f.read_bytes() for f in whole.iterdir() if f.is_file()} == before
+
+
+def test_a_mistake_in_a_longer_run_leaves_the_finished_one_alone(tmp_path, whole):
+  """The data file is gone when the run is to be extended: its results stay."""
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  with mock.patch("arrol_jax.data.load_problems", side_effect=UserError("gone")):
+    assert_refused(command(*arguments(tmp_path, steps=9)), "gone")
+  assert (tmp_path / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+  assert read(tmp_path / "config.json")["steps"] == STEPS
+
+
+def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("mine")
+  assert_refused(command(*arguments(tmp_path / "file")), f"--workdir={tmp_path}/file")
+  assert_refused(command(*arguments(tmp_path / "file" / "run")), f"--workdir={tmp_path}/file/run")
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  """The first step throws the weights out of range: the second stops, is not saved, and says which checkpoint is good."""
+  result = command(*arguments(tmp_path, optim__lr=1e30, optim__warmup=0, checkpoint__every=1))
+  assert result.status == 2 and "Traceback" not in result.err
+  assert result.err.splitlines()[-1].startswith("error: step 2: the loss or gradient is not finite")
+  assert "last checkpoint: step 1" in result.err
+  assert os.listdir(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "summary.json").exists()
+
+
+def test_a_mistake_at_the_real_command_line():
+  result = subprocess.run([sys.executable, "-m", "arrol_jax.train", QUICKSTART, "--config.stpes=3"], cwd=ROOT, text=True,
+                          capture_output=True)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert_refused(SimpleNamespace(status=2, err=result.stderr), "stpes")
+
+
+# ---- the config itself
+
+
+def test_overrides_come_from_the_arguments_given():
+  c, flags = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", "--config.prune.detect=(24,)", "--config.prune.keep=0.3"])
+  assert tuple(c.prune.detect) == (24,) and c.prune.keep == 0.3 and flags.workdir == os.path.join("runs", "quickstart")
+  c, flags = config.parse(["x", "--config", f"{ROOT}/configs/quickstart.py", "--workdir", "here", "--config.loss.kl_weight=0.1"])
+  assert tuple(c.prune.detect) == (16,) and c.loss.kl_weight == 0.1 and flags.workdir == "here"
+
+
+def test_what_belongs_to_a_run():
+  """Its course is the same run; its length, saving, logging and evaluation are not part of it."""
+  parse = lambda *argv: config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *argv])[0]
+  same = ("--config.steps=9", "--config.checkpoint.every=3", "--config.log.rollouts=0", "--config.eval.samples=4")
+  assert config.fingerprint(parse()) == config.fingerprint(parse(*same))
+  for other in ("seed=1", "optim.lr=1.0", "prune.keep=0.4", "data.train=x", "mesh.data=2"):
+    assert config.fingerprint(parse()) != config.fingerprint(parse(f"--config.{other}"))
+  assert config.differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}) == ["b.c", "e"]
