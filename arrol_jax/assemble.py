@@ -6,16 +6,21 @@ The only module besides the entry points that reads the config; everything below
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
+import optax
 
-from arrol_jax import data, policy, sharding
+from arrol_jax import data, policy, quality, sharding, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine
 from arrol_jax.losses import ALGORITHMS, LossConfig
+from arrol_jax.prune import Calibration
 from arrol_jax.rollout import PackShape, PruneRule
-from arrol_jax.types import UserError
+from arrol_jax.types import TrainState, UserError
 from arrol_jax.update import Compute
 from arrol_jax.weights import Policy, load_policy
+
+TRAIN, EVAL, INIT = range(3)  # purposes of random keys
 
 
 def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
@@ -68,3 +73,23 @@ def compute(c: ConfigDict) -> Compute:
 
 def pack_shape(c: ConfigDict) -> PackShape:
   return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets)
+
+
+def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
+  """The random key of one use: a function of (seed, purpose, step) alone."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
+
+
+def optimizer(c: ConfigDict) -> optax.GradientTransformation:
+  o = c.optim
+  return update.make_optimizer(o.lr, o.head_lr, o.warmup, o.clip_norm, o.weight_decay, o.b1, o.b2)
+
+
+def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
+  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
+  head = jax.device_put(quality.init_head(loaded.config.width, c.quality.hidden, key(c, INIT)), sharding.replicated(mesh))
+  weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
+  params = {"policy": weights, "head": head}
+  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
+  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), Calibration.empty(c.prune.bins), jnp.zeros((), jnp.int32)))
+  return TrainState(params, *rest)

@@ -16,9 +16,9 @@ from arrol_jax.types import TrainState
 class Checkpoints:
   """The `checkpoints/` folder of a workdir."""
 
-  def __init__(self, workdir: str, keep: int):
-    self.manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")),
-                                         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+  def __init__(self, workdir: str, keep: int, read_only: bool = False):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+    self.manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
 
   def latest(self) -> int | None:
     """Number of steps that the newest checkpoint has behind it; None without one."""

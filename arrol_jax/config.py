@@ -3,12 +3,12 @@
 configs/base.py says what every key means. Only entry points import this module.
 """
 
+from collections.abc import Callable
 import functools
 import hashlib
 import json
 import os
 import sys
-from typing import Callable
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -106,7 +106,8 @@ def _check(c: ConfigDict) -> None:
   _need(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}; it must be above 0")
   _need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
-  _need(c.loss.aggregate in (None, "token", "sequence"), f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
+  _need(c.loss.aggregate in (None, "token", "sequence"),
+        f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
   _need(c.model.attention in ("auto", "xla", "cudnn"), f"model.attention is {c.model.attention!r}; it must be auto, xla or cudnn")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
@@ -129,9 +130,10 @@ def _check_prune(c: ConfigDict) -> None:
   _need(len(p.detect) == 1 and isinstance(p.detect[0], int),
         f"prune.detect is {tuple(p.detect)}; it takes one length, such as (512,)")
   detect = p.detect[0]
-  _need(2 <= detect < c.rollout.max_new, f"prune.detect is {detect} and rollout.max_new is {c.rollout.max_new}; detection must come "
-        "before the end of a response")
-  _need(detect % c.rollout.segment == 0, f"prune.detect is {detect}; it must be a multiple of rollout.segment ({c.rollout.segment})")
+  _need(2 <= detect < c.rollout.max_new, f"prune.detect is {detect} and rollout.max_new is {c.rollout.max_new}; detection must "
+        "come before the end of a response")
+  _need(detect % c.rollout.segment == 0,
+        f"prune.detect is {detect}; it must be a multiple of rollout.segment ({c.rollout.segment})")
   _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
         f"({p.p_max}), and these in (0, 1]")
   _need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")

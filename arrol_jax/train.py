@@ -17,15 +17,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, data, quality, rollout, sharding, update
+from arrol_jax import assemble, config as configuration, data, rollout, update
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
-from arrol_jax.prune import Calibration
 from arrol_jax.rewards import Grader
-from arrol_jax.types import TrainState, UserError
-
-TRAIN, EVAL, INIT = range(3)  # purposes of random keys
-
+from arrol_jax.types import UserError
 
 def main():
   c, flags = configuration.parse(sys.argv)
@@ -43,8 +39,6 @@ def main():
     loaded = assemble.load(c, mesh)
     train_prompts = assemble.prompts(c, loaded, c.data.train)
     eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
-    root = jax.random.key(c.seed)
-    key_of = lambda purpose, step: jax.random.fold_in(jax.random.fold_in(root, purpose), step)
     loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
     engine = assemble.engine(c, loaded.config, mesh, c.rollout.max_new)
     sampling = assemble.sampling(c, loaded, c.rollout.temperature)
@@ -59,17 +53,16 @@ def main():
         held_out.load(state.params["policy"], c.model.dtype)
         total = len(eval_prompts) * c.eval.samples
         with tqdm(total=total, desc=name.replace("_", " "), unit="response", leave=False) as bar:
-          result, _ = rollout.measure(held_out, eval_prompts, c.eval.samples, key_of(EVAL, 0),
+          result, _ = rollout.measure(held_out, eval_prompts, c.eval.samples, assemble.key(c, assemble.EVAL),
                                       assemble.sampling(c, loaded, c.eval.temperature), loaded.tokenizer, grader,
                                       progress=lambda _: bar.update())
         write_json(path, {benchmark_name(c.data.eval): result})
       return read_json(path)
 
     # ---- state, resume
-    optimizer = update.make_optimizer(c.optim.lr, c.optim.head_lr, c.optim.warmup, c.optim.clip_norm, c.optim.weight_decay,
-                                      c.optim.b1, c.optim.b2)
+    optimizer = assemble.optimizer(c)
     reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
-    state = init_state(c, loaded, optimizer, key_of(INIT, 0), mesh, keep_params=reference is not None)
+    state = assemble.init_state(c, loaded, optimizer, mesh, keep_params=reference is not None)
     before = evaluate(state, "eval_before")
     if before:
       print("held-out accuracy before:", summary_line(before))
@@ -89,7 +82,7 @@ def main():
       engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
       decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
-      rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, key_of(TRAIN, step), sampling,
+      rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
                                               loaded.tokenizer, grader, decide=decide)
       engine.params = None  # the update needs the room
       clock.lap("sec_generate")
@@ -122,16 +115,6 @@ def main():
   if after:
     print("held-out accuracy after: ", summary_line(after))
   print(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
-
-
-def init_state(c, loaded, optimizer, key: jax.Array, mesh, keep_params: bool) -> TrainState:
-  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
-  head = jax.device_put(quality.init_head(loaded.config.width, c.quality.hidden, key), sharding.replicated(mesh))
-  weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
-  params = {"policy": weights, "head": head}
-  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), Calibration.empty(c.prune.bins), jax.numpy.zeros((), "int32")))
-  return TrainState(params, *rest)
 
 
 class Clock:

@@ -24,8 +24,9 @@ def get_config():
   c.rollout.segment = 8
   c.prune.detect = (16,)
   c.prune.cold_start = 5
-  c.optim.lr = 3e-4
-  c.optim.head_lr = 3e-3
+  c.prune.half_life = 1024.0   # the tiny policy moves fast: old scores say little about new ones
+  c.optim.lr = 5e-5
+  c.optim.head_lr = 1e-2
   c.optim.micro_tokens = 8192
   c.checkpoint.every = 10
   return c

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import losses
-from arrol_jax.losses import ALGORITHMS, DAPO, GRPO, binary_cross_entropy, group_advantages, kl_estimate, surrogate
-from arrol_jax.losses import token_weights
+from arrol_jax.losses import (
+  ALGORITHMS,
+  DAPO,
+  GRPO,
+  LossConfig,
+  binary_cross_entropy,
+  group_advantages,
+  kl_estimate,
+  surrogate,
+  token_weights,
+)
 
 ROWS, LENGTH = 3, 7
 # Prompt, response, padding: responses of 4, 1 and 3 tokens at different places.
@@ -43,7 +51,7 @@ def test_advantages_without_standard_deviation():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("rewards", [[0, 0, 0], [1, 1, 1], [0.1] * 7, [1], [0]])
 def test_a_group_without_variance_or_of_one_teaches_nothing(rewards, normalize):
-  """Exactly 0: with the standard deviation in the denominator, a rounding error would come out as large as a success."""
+  """Exactly 0: over a standard deviation of rounding errors, a rounding error would be as large as a success."""
   np.testing.assert_array_equal(group_advantages(rewards, np.full(len(rewards), 5), normalize), 0.0)
 
 
@@ -121,7 +129,8 @@ def test_kl_by_hand_and_unbiased():
 
 def test_token_weights_are_the_loop():
   """8 response tokens in 3 rows of 4, 1 and 3, of a batch that has 20 tokens and 5 rows in all."""
-  by_token, by_row = (np.asarray(token_weights(MASK, how, jnp.float32(20), jnp.float32(5))) for how in ("token", "sequence"))
+  weights = lambda how: np.asarray(token_weights(MASK, how, jnp.float32(20), jnp.float32(5)))
+  by_token, by_row = weights("token"), weights("sequence")
   for b in range(ROWS):
     for s in range(LENGTH):
       assert by_token[b, s] == pytest.approx(MASK[b, s] / 20)
@@ -163,8 +172,8 @@ def test_what_is_masked_may_hold_anything(logprobs, garbage):
 
 def test_grpo_and_dapo_differ_in_clip_and_average():
   assert ALGORITHMS == {"grpo": GRPO, "dapo": DAPO}
-  assert (GRPO.clip_low, GRPO.clip_high, GRPO.aggregate, GRPO.kl_weight, GRPO.normalize_std) == (0.2, 0.2, "sequence", 0.0, True)
-  assert (DAPO.clip_low, DAPO.clip_high, DAPO.aggregate, DAPO.kl_weight, DAPO.normalize_std) == (0.2, 0.28, "token", 0.0, True)
+  assert GRPO == LossConfig(0.2, 0.2, "sequence", kl_weight=0.0, normalize_std=True, head_weight=1.0)
+  assert DAPO == LossConfig(0.2, 0.28, "token", kl_weight=0.0, normalize_std=True, head_weight=1.0)
 
 
 def test_a_long_row_counts_more_under_dapo():
@@ -182,7 +191,7 @@ def test_a_long_row_counts_more_under_dapo():
 def test_binary_cross_entropy_by_hand():
   logit = jnp.array([0.0, 0.0, 2.0, 2.0, -3.0])
   label = jnp.array([0.0, 1.0, 1.0, 0.0, 1.0])
-  expected = [math.log(2), math.log(2), math.log(1 + math.exp(-2)), math.log(1 + math.exp(2)), math.log(1 + math.exp(3))]
+  expected = [math.log(1 + math.exp(x)) for x in (0, 0, -2, 2, 3)]
   np.testing.assert_allclose(binary_cross_entropy(logit, label), expected, rtol=1e-5)
 
 
@@ -191,5 +200,5 @@ def test_binary_cross_entropy_far_out_and_its_slope():
   np.testing.assert_allclose(binary_cross_entropy(jnp.array([300.0, -300.0, 300.0]), jnp.array([0.0, 1.0, 1.0])),
                              [300.0, 300.0, 0.0], rtol=1e-6)
   logit, label = jnp.array([0.0, 1.2, -400.0, 400.0]), jnp.array([1.0, 0.0, 1.0, 0.0])
-  slope = jax.grad(lambda x: jnp.sum(losses.binary_cross_entropy(x, label)))(logit)
+  slope = jax.grad(lambda x: jnp.sum(binary_cross_entropy(x, label)))(logit)
   np.testing.assert_allclose(slope, [-0.5, 1 / (1 + math.exp(-1.2)), -1.0, 1.0], rtol=1e-5)

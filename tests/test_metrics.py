@@ -49,9 +49,9 @@ def test_mean_of_nothing_is_nan():
   assert mean([1, 2, 6]) == 3.0 and mean(x for x in [True, False]) == 0.5 and math.isnan(mean([]))
 
 
-def rollout(prompt, reward=math.nan, length=10, score=math.nan, posterior=0.5, survival=1.0, pruned=False, stopped=True):
-  return Rollout(0, prompt, np.zeros(3, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32), stopped=stopped,
-                 pruned=pruned, decided=not math.isnan(score), score=score, posterior=posterior, survival=survival, reward=reward)
+def rollout(prompt, length=10, stopped=True, score=math.nan, posterior=0.5, **fields):
+  return Rollout(0, prompt, np.zeros(3, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32), stopped,
+                 decided=not math.isnan(score), score=score, posterior=posterior, **fields)
 
 
 STEP = [
@@ -86,7 +86,7 @@ def test_rollout_metrics_by_hand():
 
 
 def test_reward_ipw_is_unbiased():
-  """Over every outcome of the draws, weighted by its probability, the estimate is the mean reward of all that started."""
+  """Over all outcomes of the draws, by their probability, the estimate is the mean reward of all that started."""
   rewards, survival = [1, 0, 1], [0.3, 0.6, 0.9]
   expected = 0.0
   for outcome in np.ndindex(2, 2, 2):

@@ -1,4 +1,4 @@
-"""Rollouts: who is decided and how, what the update gets of them, what the calibration table and an evaluation learn."""
+"""Rollouts: who is decided and how, what the update gets of them, what table and evaluation learn from them."""
 
 import dataclasses
 import math
@@ -31,9 +31,9 @@ GROUP = 4
 
 def rollout_of(index, prompt, prompt_length, length, **fields):
   """Tokens that name their place: prompt tokens 1000 * index + 1.., response tokens 1000 * index + 501.."""
-  return Rollout(index, prompt, 1000 * index + 1 + np.arange(prompt_length, dtype=np.int32),
-                 1000 * index + 501 + np.arange(length, dtype=np.int32), -0.001 * (1 + np.arange(length, dtype=np.float32)),
-                 **{"reward": 0.0} | fields)
+  first, logprobs = 1000 * index + 1, -0.001 * (1 + np.arange(length, dtype=np.float32))
+  return Rollout(index, prompt, first + np.arange(prompt_length, dtype=np.int32),
+                 first + 500 + np.arange(length, dtype=np.int32), logprobs, **{"reward": 0.0} | fields)
 
 
 def found(batches):
@@ -96,7 +96,8 @@ def test_part_filled_micro_batches_are_few(mesh):
 
 
 def test_empty_rows_weigh_nothing(mesh):
-  batch, = pack([rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)], PackShape(16, 64, 1), mesh, detect=4, short="last")
+  rollouts = [rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)]
+  batch, = pack(rollouts, PackShape(16, 64, 1), mesh, detect=4, short="last")
   assert batch.tokens.shape == (4, 16)
   for x in jax.tree.leaves(batch):
     np.testing.assert_array_equal(np.asarray(x)[2:], 0)
@@ -117,7 +118,7 @@ def test_advantages_are_taken_over_a_groups_survivors(mesh):
 
 @pytest.mark.parametrize("short, weights", [("skip", [1, 0, 0]), ("last", [1, 1, 1])])
 def test_what_the_head_reads(mesh, short, weights):
-  """The state that sampled response token `detect`; of a rollout that ended before, the one that sampled its last token."""
+  """The state that sampled response token `detect`; of a rollout that ended before, its last token."""
   rollouts = [rollout_of(1, 0, 4, 12, decided=True), rollout_of(2, 0, 3, 6), rollout_of(3, 0, 5, 1)]
   batches = pack(rollouts, PackShape(32, 32, 1), mesh, detect=8, short=short)
   places = found(batches)
@@ -146,11 +147,11 @@ def test_pack_divides_rows_over_the_mesh():
 
 def test_calibration_counts_graded_survivors_that_were_scored():
   """Logits -1.5, 0, 1.5 have sigmoids 0.18, 0.5, 0.82: bins 0, 2 and 3 of 4."""
-  rollouts = [
-    rollout_of(1, 0, 2, 9, decided=True, score=-1.5, reward=0.0), rollout_of(2, 0, 2, 9, decided=True, score=1.5, reward=1.0),
-    rollout_of(3, 0, 2, 9, decided=True, score=1.5, reward=0.0), rollout_of(4, 0, 2, 9, decided=True, score=0.0, reward=1.0),
-    rollout_of(5, 0, 2, 8, decided=True, pruned=True, score=1.5, reward=math.nan),   # nobody knows how it would have ended
-    rollout_of(6, 0, 2, 4, reward=1.0),                                              # ended before it was scored
+  rollouts = [rollout_of(i, 0, 2, 9, decided=True, score=score, reward=reward)
+              for i, (score, reward) in enumerate([(-1.5, 0.0), (1.5, 1.0), (1.5, 0.0), (0.0, 1.0)])]
+  rollouts += [
+    rollout_of(5, 0, 2, 8, decided=True, pruned=True, score=1.5, reward=math.nan),  # who knows how it would have ended
+    rollout_of(6, 0, 2, 4, reward=1.0),                                             # ended before it was scored
   ]
   table = update_calibration(Calibration.empty(4), rollouts, None)
   np.testing.assert_array_equal(table.positive, [0, 0, 1, 1])
@@ -238,7 +239,7 @@ def test_only_active_rows_of_just_that_length_are_decided(mesh, head, table):
 
 
 def test_decisions_in_the_engine(decided, unpruned):
-  """Who is still writing after 8 tokens is decided then; the pruned stop there, the others go on as if nothing had been."""
+  """Who still writes after 8 tokens is decided then; the pruned stop there, the others never notice."""
   assert any(r.pruned for r in decided) and any(r.decided and not r.pruned for r in decided)
   assert any(not r.decided for r in decided)
   for a, b in zip(decided, unpruned, strict=True):
@@ -303,7 +304,8 @@ def test_pruning_off_scores_all_and_keeps_all(mesh, head, table, decided, unprun
   for a, b, c in zip(out, decided, unpruned, strict=True):
     np.testing.assert_array_equal(a.tokens, c.tokens)
     assert not a.pruned and a.survival == 1.0 and a.decided == b.decided
-    assert a.score == pytest.approx(b.score, abs=1e-6, nan_ok=True) and a.posterior == pytest.approx(b.posterior, nan_ok=True)
+    assert a.score == pytest.approx(b.score, abs=1e-6, nan_ok=True)
+    assert a.posterior == pytest.approx(b.posterior, nan_ok=True)
 
 
 # ---- generate and measure

@@ -1,4 +1,4 @@
-"""Training end to end on the shipped arithmetic model: what a run writes, that it goes on exactly, and how it says no."""
+"""Training end to end on the shipped arithmetic model: what a run writes, how it goes on, and how it says no."""
 
 import contextlib
 import io
@@ -29,19 +29,20 @@ STEPS = 5
 # One compiled shape of everything; a KL term, so that the reference policy has to survive a resume too.
 SMALL = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
          "rollout.length_buckets": 1, "optim.length_buckets": 1, "optim.micro_tokens": 1024, "optim.lr": 1e-3,
-         "optim.warmup": 2, "quality.hidden": 32, "prune.cold_start": 2, "prune.half_life": 40.0, "loss.kl_weight": 0.05,
-         "eval.problems": 4, "eval.temperature": 1.0, "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
+         "optim.head_lr": 3e-3, "optim.warmup": 2, "quality.hidden": 32, "rollout.max_prompt": 16,
+         "rollout.max_new": 48, "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2, "prune.half_life": 40.0,
+         "loss.kl_weight": 0.05, "eval.problems": 4, "eval.temperature": 1.0, "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
 
 # CONTRACT: names that users' scripts rely on.
-METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var groups_mixed
-  tokens_generated tokens_trained response_len truncated head_loss head_auc head_auc_within head_ece logprob_gap policy_loss kl
-  entropy clip_frac grad_norm lr sec_generate sec_reward sec_logprob sec_update sec_step""".split()
+METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var
+  groups_mixed tokens_generated tokens_trained response_len truncated head_loss head_auc head_auc_within head_ece
+  logprob_gap policy_loss kl entropy clip_frac grad_norm lr sec_generate sec_reward sec_logprob sec_update sec_step""".split()
 SUMMARY = "steps seconds device config_hash eval_before eval_after tokens_generated tokens_trained final_reward".split()
 
 
 def arguments(workdir, **overrides):
   """Command line of a small run; in `overrides` a double underscore stands for the dot."""
-  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
+  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}  # once each: repeated tuples are appended
   return [QUICKSTART, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
 
 
@@ -144,12 +145,14 @@ def test_config_json_is_the_config(whole):
   stored = read(whole / "config.json")
   assert stored["prune"]["detect"] == [16] and stored["steps"] == STEPS and stored["loss"]["kl_weight"] == 0.05
   c, _ = config.parse(["train.py", *(a.replace("configs/", f"{ROOT}/configs/") for a in arguments(whole))])
-  assert stored == json.loads(config.to_json(c)) and read(whole / "summary.json")["config_hash"] == config.fingerprint(c)
+  assert stored == json.loads(config.to_json(c))
+  assert read(whole / "summary.json")["config_hash"] == config.fingerprint(c)
 
 
 def test_the_end_is_announced(whole):
   last = (whole / "out.txt").read_text().splitlines()
-  assert last[0].startswith("held-out accuracy before: test ") and last[-2].startswith("held-out accuracy after:  test ")
+  assert last[0].startswith("held-out accuracy before: test ")
+  assert last[-2].startswith("held-out accuracy after:  test ")
   assert last[-1] == f"{whole}: {STEPS} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there"
 
 
@@ -178,7 +181,8 @@ def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   """3 steps, to the end with its evaluation; then the same folder with 5."""
   run(tmp_path, steps=3)
   first = read(tmp_path / "summary.json")
-  assert first["steps"] == 3 and timeless(read(tmp_path / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))[:3]
+  assert first["steps"] == 3
+  assert timeless(read(tmp_path / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))[:3]
   assert f"{tmp_path}: going on after step 3" in run(tmp_path).out
   assert_same_course(tmp_path, whole)
 
@@ -231,7 +235,8 @@ def test_a_checkpoint_is_the_state_at_its_step(tmp_path):
   """Saving goes on in the background while the next step takes over the buffers: what is on disk must not change."""
   @jax.jit
   def make():
-    return TrainState({"policy": jnp.arange(1 << 20, dtype=jnp.float32)}, (jnp.ones(3),), Calibration.empty(4), jnp.int32(7))
+    policy = jnp.arange(1 << 20, dtype=jnp.float32)
+    return TrainState({"policy": policy}, (jnp.ones(3),), Calibration.empty(4), jnp.int32(7))
 
   later = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   checkpoints, state, saved = Checkpoints(str(tmp_path), 2), make(), jax.device_get(make())
@@ -256,13 +261,15 @@ def test_a_checkpoint_is_the_state_at_its_step(tmp_path):
 @pytest.fixture(scope="module")
 def unpruned(tmp_path_factory):
   folder = tmp_path_factory.mktemp("unpruned")
-  run(folder, prune__enabled=False, prune__cold_start=0, steps=3, loss__name="dapo", log__tensorboard=True, data__eval="")
+  run(folder, prune__enabled=False, prune__cold_start=0, steps=3, loss__name="dapo", loss__kl_weight=0.0,
+      log__tensorboard=True, data__eval="")
   return folder
 
 
 def test_pruning_off_prunes_nothing(unpruned):
   for line in read(unpruned / "metrics.jsonl"):
-    assert line["rollouts_pruned"] == 0 and line["keep_ratio"] == 1.0 and line["tokens_trained"] == line["tokens_generated"]
+    assert line["rollouts_pruned"] == 0 and line["keep_ratio"] == 1.0 and line["kl"] == 0
+    assert line["tokens_trained"] == line["tokens_generated"]
     assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
 
 
@@ -303,7 +310,7 @@ def assert_refused(result, *words):
   ("steps=2.5", ["--config.steps=2.5"]),
   ("optim.lr=fast", ["--config.optim.lr=fast"]),
   ("prune.enabled=maybe", ["--config.prune.enabled=maybe"]),
-  ("prune=3", ["--config.prune=3"]),
+  ("prune=3", ["--config.prune "]),
   ("loss.kl_weight=some", ["--config.loss.kl_weight=some"]),
   ("data.train=none.jsonl", ["data: none.jsonl does not exist"]),
   ("data.train=", ["data.train is empty"]),
@@ -342,7 +349,8 @@ def assert_refused(result, *words):
 ])
 def test_a_wrong_value_is_one_line(tmp_path, override, words):
   workdir = tmp_path / "run"
-  assert_refused(command(*arguments(workdir), f"--config.{override}"), *words)
+  key, _, value = override.partition("=")
+  assert_refused(command(*arguments(workdir, **{key: value})), *words)
   assert not (workdir / "config.json").exists()  # the folder is free for the same command without the mistake
 
 
@@ -361,9 +369,11 @@ def test_a_wrong_command_is_one_line(argv, words):
 @pytest.mark.parametrize("text, words", [
   ("def get_config(:\n", ["SyntaxError"]),
   ("import no_such_module\n", ["ModuleNotFoundError", "no_such_module"]),
-  ("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.steps = 'a'\n  return c\n", ["'steps'", "int"]),
+  ("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.steps = 'a'\n  return c\n",
+   ["'steps'", "int"]),
   ("def get_config():\n  return {'steps': 3}\n", ["must return a ConfigDict"]),
-  ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 3})\n", ["no key", "configs/base.py"]),
+  ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 3})\n",
+   ["no key", "configs/base.py"]),
 ])
 def test_a_broken_config_file_is_one_line(tmp_path, text, words):
   path = tmp_path / "mine.py"
@@ -390,7 +400,8 @@ def test_a_model_folder_without_weights_is_one_line(tmp_path):
   assert_refused(command(*arguments(tmp_path / "run", model__path=model)), str(model), "config.json")
   shutil.copytree(ROOT / "experiments/arithmetic/signs", model, dirs_exist_ok=True)
   (model / "model.safetensors").unlink()
-  assert_refused(command(*arguments(tmp_path / "run", model__path=model)), str(model), "no weights", "model.safetensors")
+  result = command(*arguments(tmp_path / "run", model__path=model))
+  assert_refused(result, str(model), "no weights", "model.safetensors")
   assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -418,7 +429,7 @@ def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  """The first step throws the weights out of range: the second stops, is not saved, and says which checkpoint is good."""
+  """The first step throws the weights out of range: the second stops, unsaved, and says which checkpoint is good."""
   result = command(*arguments(tmp_path, optim__lr=1e30, optim__warmup=0, checkpoint__every=1))
   assert result.status == 2 and "Traceback" not in result.err
   assert result.err.splitlines()[-1].startswith("error: step 2: the loss or gradient is not finite")
@@ -427,8 +438,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_mistake_at_the_real_command_line():
-  result = subprocess.run([sys.executable, "-m", "arrol_jax.train", QUICKSTART, "--config.stpes=3"], cwd=ROOT, text=True,
-                          capture_output=True)
+  result = subprocess.run([sys.executable, "-m", "arrol_jax.train", QUICKSTART, "--config.stpes=3"], cwd=ROOT,
+                          text=True, capture_output=True)
   assert (result.returncode, result.stdout) == (2, "")
   assert_refused(SimpleNamespace(status=2, err=result.stderr), "stpes")
 
@@ -437,9 +448,11 @@ def test_a_mistake_at_the_real_command_line():
 
 
 def test_overrides_come_from_the_arguments_given():
-  c, flags = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", "--config.prune.detect=(24,)", "--config.prune.keep=0.3"])
-  assert tuple(c.prune.detect) == (24,) and c.prune.keep == 0.3 and flags.workdir == os.path.join("runs", "quickstart")
-  c, flags = config.parse(["x", "--config", f"{ROOT}/configs/quickstart.py", "--workdir", "here", "--config.loss.kl_weight=0.1"])
+  path = f"{ROOT}/configs/quickstart.py"
+  c, flags = config.parse(["x", f"--config={path}", "--config.prune.detect=(24,)", "--config.prune.keep=0.3"])
+  assert tuple(c.prune.detect) == (24,) and c.prune.keep == 0.3
+  assert flags.workdir == os.path.join("runs", "quickstart")
+  c, flags = config.parse(["x", "--config", path, "--workdir", "here", "--config.loss.kl_weight=0.1"])
   assert tuple(c.prune.detect) == (16,) and c.loss.kl_weight == 0.1 and flags.workdir == "here"
 
 

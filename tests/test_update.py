@@ -258,10 +258,11 @@ def test_gradient_is_the_slope_of_the_loss(whole):
   for part, term in (("policy", lambda m: m["policy_loss"] + kl * m["kl"]), ("head", lambda m: m["head_loss"])):
     grads = whole[0][part]
     norm = math.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(grads)))
-    move = lambda t, part=part, grads=grads, norm=norm: PARAMS | {
-      part: jax.tree.map(lambda p, g: p + t / norm * g, PARAMS[part], grads)}
-    high, low = (float(term(micro_loss(move(t), BATCH, KL, 1.0)[1])) for t in (1e-4, -1e-4))
-    assert (high - low) / 2e-4 == pytest.approx(norm, rel=0.02), part
+    ends = []
+    for far in (1e-4 / norm, -1e-4 / norm):
+      moved = jax.tree.map(lambda p, g, far=far: p + far * g, PARAMS[part], grads)
+      ends.append(float(term(micro_loss(PARAMS | {part: moved}, BATCH, KL, 1.0)[1])))
+    assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(norm, rel=0.02), part
 
 
 # ---- policy and head

@@ -1,0 +1,57 @@
+"""Accuracy on held-out problems, greedy or sampled, from a model or a run's newest checkpoint.
+
+  python -m arrol_jax.evaluate --config=configs/NAME.py                      # the config's model
+  python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint of that run
+Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout. Left out: voting.
+"""
+
+import json
+import os
+import sys
+
+import jax
+from tqdm import tqdm
+
+from arrol_jax import assemble, config as configuration, rollout
+from arrol_jax.checkpoint import Checkpoints
+from arrol_jax.rewards import Grader
+from arrol_jax.types import UserError
+
+
+def main():
+  c, flags = configuration.parse(sys.argv)
+  configuration.check(c)
+  paths = [p.strip() for p in f"{c.data.eval},{c.eval.benchmarks}".split(",") if p.strip()]
+  if not paths:
+    raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files")
+  mesh = assemble.make_mesh(c)
+  with jax.set_mesh(mesh):
+    loaded = assemble.load(c, mesh)
+    step = 0
+    if any(a.startswith("--workdir") for a in sys.argv):
+      loaded.params, step = from_checkpoint(c, loaded, mesh, flags.workdir)
+    engine = assemble.engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
+    engine.load(loaded.params, c.model.dtype)
+    sampling = assemble.sampling(c, loaded, c.eval.temperature)
+    with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
+      for path in dict.fromkeys(paths):
+        prompts = assemble.prompts(c, loaded, path, c.eval.problems)
+        with tqdm(total=len(prompts) * c.eval.samples, desc=path, unit="response", leave=False) as bar:
+          result, _ = rollout.measure(engine, prompts, c.eval.samples, assemble.key(c, assemble.EVAL), sampling, loaded.tokenizer, grader,
+                                      progress=lambda _, bar=bar: bar.update())
+        print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
+
+
+def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[dict, int]:
+  """The policy's parameters in the newest checkpoint of `workdir`, and its step."""
+  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
+  step = checkpoints and checkpoints.latest()
+  if step is None:
+    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to evaluate model.path")
+  state = checkpoints.restore(step, assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False))
+  checkpoints.close()
+  return state.params["policy"], step
+
+
+if __name__ == "__main__":
+  configuration.run(main)

@@ -1,0 +1,69 @@
+"""Plots runs: reward against steps and wall clock, rollouts kept and pruned, the head's AUC.
+
+  python -m experiments.plot_run WORKDIR [WORKDIR ...] [--out=FILE.png]
+
+Several workdirs share the reward panels; the rollout panel shows the first. Without --out the plot goes to WORKDIR/plot.png.
+"""
+
+import json
+import os
+import sys
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+def read(workdir: str) -> dict[str, np.ndarray]:
+  """Columns of metrics.jsonl as float arrays; null becomes NaN."""
+  with open(f"{workdir}/metrics.jsonl") as f:
+    lines = [json.loads(line) for line in f]
+  return {k: np.array([np.nan if x[k] is None else x[k] for x in lines], float) for k in lines[0]}
+
+
+def smooth(y: np.ndarray, window: int = 5) -> np.ndarray:
+  """Trailing mean over up to `window` points, NaN left out."""
+  return np.array([np.nanmean(y[max(0, i - window + 1):i + 1]) if np.isfinite(y[max(0, i - window + 1):i + 1]).any() else np.nan
+                   for i in range(len(y))])
+
+
+def plot(workdirs: list[str], out: str) -> None:
+  runs = {os.path.basename(os.path.normpath(w)): read(w) for w in workdirs}
+  figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+  for i, (name, m) in enumerate(runs.items()):
+    color = f"C{i}"
+    for axis, x in ((axes[0, 0], m["step"]), (axes[0, 1], np.cumsum(m["sec_step"]) / 60)):
+      axis.plot(x, m["reward_ipw"], color=color, alpha=0.25, lw=1)
+      axis.plot(x, smooth(m["reward_ipw"]), color=color, lw=2, label=name)
+    axes[1, 1].plot(m["step"], smooth(m["head_auc"]), color=color, lw=2, label=f"{name}: all rollouts")
+    axes[1, 1].plot(m["step"], smooth(m["head_auc_within"]), color=color, lw=2, ls=":", label=f"{name}: within a prompt")
+  axes[0, 0].set(title="Reward over all started rollouts (inverse-propensity estimate)", xlabel="step", ylabel="reward")
+  axes[0, 1].set(title="The same against wall clock", xlabel="minutes (compilation included)", ylabel="reward")
+  m = next(iter(runs.values()))
+  axes[1, 0].bar(m["step"], m["rollouts_kept"], width=1.0, color="C2", label="kept")
+  axes[1, 0].bar(m["step"], m["rollouts_pruned"], width=1.0, bottom=m["rollouts_kept"], color="C7", alpha=0.6, label="pruned")
+  axes[1, 0].set(title=f"Rollouts a step ({next(iter(runs))})", xlabel="step", ylabel="rollouts")
+  axes[1, 1].axhline(0.5, color="k", lw=0.8)
+  axes[1, 1].set(title="Quality head: AUC (5-step mean; 0.5 = chance)", xlabel="step", ylabel="AUC", ylim=(0.2, 1.0))
+  for axis in axes.flat:
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(out, dpi=120)
+  plt.close(figure)
+
+
+def main():
+  workdirs = [a for a in sys.argv[1:] if not a.startswith("--")]
+  out = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--out=")), None)
+  missing = [w for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
+  if missing or not workdirs:
+    sys.exit(f"error: no metrics.jsonl in {missing[0]}" if missing else "error: give the workdir of a run")
+  out = out or f"{workdirs[0]}/plot.png"
+  plot(workdirs, out)
+  print(f"{out}: written")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,99 @@
+"""The house rules that a program can check: imports go one way, and files and functions stay short."""
+
+import ast
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "arrol_jax"
+
+# A module imports only from modules before it. A new one gets its place here.
+ORDER = """types sharding policy quality prune losses metrics voting rewards data
+  zoo hf_config safetensors_files gguf_files tokenizers weights
+  decode engine rollout update checkpoint config assemble""".split()
+ENTRY_POINTS = "train evaluate bench plan serve".split()  # nothing imports them
+
+MAX_FILE, MAX_FUNCTION = 520, 75
+
+
+def imported(tree: ast.AST, path: Path) -> set[str]:
+  """Modules of this package that a file imports, anywhere in it, by their first name; "" for the package itself."""
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: a relative import; write the whole name"
+      # "from arrol_jax import policy" names a module, "from arrol_jax.policy import forward" what is in one.
+      names |= {f"{node.module}.{alias.name}" if node.module == "arrol_jax" else node.module for alias in node.names}
+  return {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "arrol_jax"}
+
+
+def modules():
+  """(name, file) of every module; what is in the rewards package is `rewards`."""
+  return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))
+          if path != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_its_place():
+  assert {name for name, _ in modules()} - set(ENTRY_POINTS) == set(ORDER)
+
+
+@pytest.mark.parametrize("name, path", modules(), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_imports_only_go_up_the_list(name, path):
+  allowed = set(ORDER if name in ENTRY_POINTS else ORDER[:ORDER.index(name)])
+  if name == "rewards":  # a package: its files import each other
+    allowed |= {"rewards"}
+  assert imported(ast.parse(path.read_text()), path) <= allowed
+
+
+def test_only_the_config_and_what_assembles_read_the_config():
+  """Everything below takes plain arguments."""
+  for name, path in modules():
+    if name not in [*ENTRY_POINTS, "config", "assemble"]:
+      assert "ml_collections" not in path.read_text(), path
+
+
+def test_the_package_itself_imports_nothing_before_it_is_asked():
+  tree = ast.parse((PACKAGE / "__init__.py").read_text())
+  assert not imported(tree, PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("statement", ["import arrol_jax.rewards", "import arrol_jax.rewards.pool",
+                                       "from arrol_jax import grade"])
+def test_graders_import_no_jax(statement):
+  """Each worker process pays for its imports."""
+  code = f"{statement}\nimport sys\nprint([m for m in ('jax', 'flax', 'numpy', 'transformers') if m in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout == "[]\n"
+
+
+def sources():
+  folders = ("arrol_jax", "configs", "experiments", "tests")
+  return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_files_are_short():
+  lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
+  assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
+
+
+def test_functions_are_short():
+  """All but a `main`, which may be a script that reads from top to bottom, and a `get_config`, which is a list."""
+  long = {}
+  for path in sources():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in ("main", "get_config"):
+        length = node.end_lineno - node.lineno + 1
+        if length > MAX_FUNCTION:
+          long[f"{path.relative_to(ROOT)}:{node.name}"] = length
+  assert not long
+
+
+def test_modules_say_what_they_are():
+  for path in sources():
+    text = path.read_text()
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), path

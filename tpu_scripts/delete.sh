@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Gives the slice back: tpu_scripts/delete.sh [--dry-run]
+set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "$0")/common.sh"
+go gcloud compute tpus queued-resources delete "$NAME" --zone "$ZONE" --force --quiet
