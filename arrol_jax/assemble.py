@@ -68,7 +68,7 @@ def loss(c: ConfigDict) -> LossConfig:
 
 
 def compute(c: ConfigDict) -> Compute:
-  return Compute(c.model.dtype, None if c.model.attention == "auto" else c.model.attention, c.model.remat, c.optim.chunk_tokens)
+  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens)
 
 
 def pack_shape(c: ConfigDict) -> PackShape:

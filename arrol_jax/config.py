@@ -13,6 +13,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.losses import ALGORITHMS
 from arrol_jax.types import UserError
 
@@ -108,7 +109,7 @@ def _check(c: ConfigDict) -> None:
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   _need(c.loss.aggregate in (None, "token", "sequence"),
         f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
-  _need(c.model.attention in ("auto", "xla", "cudnn"), f"model.attention is {c.model.attention!r}; it must be auto, xla or cudnn")
+  _need(c.model.attention in IMPLEMENTATIONS, f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
 

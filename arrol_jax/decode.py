@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from arrol_jax import policy
+from arrol_jax.attention import causal_attention
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.sharding import DECODE, constrain
 
@@ -67,7 +68,7 @@ def init_slots(c: PolicyConfig, rows: int, length: int, dtype: str) -> Slots:
 @functools.partial(jax.jit, static_argnames=("c", "dtype"))
 def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array, *, dtype: str) -> Prefix:
   """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
-  attention = policy.causal_attention(None)
+  attention = causal_attention("auto")
 
   def attend(layer, q, k, v):
     return attention(q, k, v)[0], (k.swapaxes(1, 2), v.swapaxes(1, 2))

@@ -6,7 +6,7 @@ initialisation of every weight. Layers are stacked on a leading axis and scanned
 with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
 
 A layer does not know where keys and values come from: `attend(q, k, v)` does the attention and returns what the
-caller wants kept. Training passes `causal_attention`; prefill and decoding pass functions that fill a cache.
+caller wants kept. Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
 Left out: weights' files (weights.py), sampling and caches (decode.py).
 """
 
@@ -197,19 +197,6 @@ def unstack(params: dict) -> dict:
 def unstack_axes(axes: dict, layers: int) -> dict:
   """`logical_axes` of the decoding layout."""
   return axes | {"layers": tuple({name: a[1:] for name, a in axes["layers"].items()} for _ in range(layers))}
-
-
-def causal_attention(implementation: str | None):
-  """Attention within right-padded rows: causality alone keeps real tokens from seeing padding.
-
-  `implementation`: "xla", "cudnn" (bf16/fp16 on an NVIDIA GPU), or None = cuDNN where it can run, XLA elsewhere.
-  """
-  def attend(q, k, v):  # [B,S,N,H], [B,S,M,H] x 2
-    impl = implementation
-    if impl is None:
-      impl = "cudnn" if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=impl), None
-  return attend
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,

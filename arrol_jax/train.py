@@ -150,9 +150,9 @@ class Logs:
     self.lines.append(line)
     for i in np.linspace(0, len(rollouts) - 1, texts, dtype=int):
       r = rollouts[i]
-      self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens), "pruned": r.pruned,
-                                "score": finite(r.score), "posterior": finite(r.posterior), "survival": finite(r.survival),
-                                "reward": finite(r.reward), "reason": r.reason})
+      self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
+                                "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
+                                "survival": finite(r.survival), "reward": finite(r.reward), "reason": r.reason})
     self._append("metrics", line)
     if self.board:
       for name, value in line.items():

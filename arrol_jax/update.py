@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arrol_jax import losses, policy
+from arrol_jax.attention import causal_attention
 from arrol_jax.losses import LossConfig
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.quality import quality_logit
@@ -22,9 +23,9 @@ from arrol_jax.types import Batch, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the training programs compute: dtype of activations, attention (None = auto), remat, tokens a log-prob chunk."""
+  """How the training programs compute: dtype of activations, attention (attention.py), remat, tokens a log-prob chunk."""
   dtype: str = "bfloat16"
-  attention: str | None = None
+  attention: str = "auto"
   remat: bool = True
   chunk_tokens: int = 2048
 
@@ -56,7 +57,7 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, temperatu
 
 
 def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
-  attend = policy.causal_attention(compute.attention)
+  attend = causal_attention(compute.attention)
   return policy.forward(c, params, batch.tokens, policy.default_positions(batch.tokens), attend,
                         dtype=compute.dtype, remat=compute.remat)[0]
 

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from arrol_jax import gguf_files, hf_config, policy, safetensors_files, sharding, tokenizers
+from arrol_jax.attention import causal_attention
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.safetensors_files import Stored
@@ -107,7 +108,7 @@ class Policy:
 def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   positions = policy.default_positions(tokens)
   dtype = jnp.bfloat16 if params["embed"].dtype == jnp.bfloat16 else jnp.float32
-  hidden, _ = policy.forward(c, params, tokens, positions, policy.causal_attention(None), dtype=dtype)
+  hidden, _ = policy.forward(c, params, tokens, positions, causal_attention("auto"), dtype=dtype)
   return jnp.where((positions < lengths[:, None])[:, :, None], policy.unembed(params, hidden), 0.0)
 
 

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
   c.model = ConfigDict()
   c.model.path = ""            # Hugging Face folder or .gguf file
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
-  c.model.attention = "auto"   # training: "xla", "cudnn" or "auto" (cuDNN where it can run)
+  c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
   c.model.remat = True         # recompute each layer in the backward pass
 
   c.data = ConfigDict()

@@ -23,6 +23,7 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import policy, update
+from arrol_jax.attention import causal_attention
 from arrol_jax.weights import Policy
 from arrol_jax.zoo import ZOO
 
@@ -83,7 +84,7 @@ def demonstrations(rng: np.random.Generator, held_out: set, wrong: float) -> tup
 @functools.partial(jax.jit, static_argnames=("c", "optimizer"), donate_argnames=("params", "opt_state"))
 def warm_up_step(c, params, opt_state, tokens, mask, optimizer):
   def loss(p):
-    attend = policy.causal_attention("xla")
+    attend = causal_attention("xla")
     hidden = policy.forward(c, p, tokens, policy.default_positions(tokens), attend)[0]
     logprobs = update.token_logprobs(p, hidden, tokens, 1.0, ROWS * LENGTH)[0]
     return -jnp.sum(logprobs * mask) / jnp.sum(mask)

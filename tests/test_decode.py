@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arrol_jax import decode, policy
+from arrol_jax.attention import causal_attention
 from arrol_jax.decode import Sampling
 from arrol_jax.policy import PolicyConfig, RopeScaling
 
@@ -30,7 +31,7 @@ def make(name):
 @functools.partial(jax.jit, static_argnames="c")
 def full_forward(c, params, tokens):
   """Hidden states and logits of whole rows by the plain forward pass."""
-  hidden = policy.forward(c, params, tokens, policy.default_positions(tokens), policy.causal_attention("xla"))[0]
+  hidden = policy.forward(c, params, tokens, policy.default_positions(tokens), causal_attention("xla"))[0]
   return hidden, policy.unembed(params, hidden)
 
 

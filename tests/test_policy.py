@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from arrol_jax import policy, sharding
+from arrol_jax.attention import causal_attention
 from arrol_jax.policy import PolicyConfig, RopeScaling
 from arrol_jax.zoo import ZOO
 
@@ -34,7 +35,7 @@ def tokens_of(c, rows=2, length=12, seed=3):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
 def logits(c, params, tokens, remat=False):
-  attend = policy.causal_attention("xla")
+  attend = causal_attention("xla")
   hidden, _ = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, remat=remat)
   return policy.unembed(params, hidden)
 
@@ -43,7 +44,7 @@ def logits(c, params, tokens, remat=False):
 def test_scanned_layers_equal_unrolled_ones(name):
   c, params = make(name)
   tokens = tokens_of(c)
-  attend = policy.causal_attention("xla")
+  attend = causal_attention("xla")
   run = jax.jit(lambda p: policy.forward(c, policy.unstack(p), tokens, policy.default_positions(tokens),
                                          lambda i, q, k, v: (attend(q, k, v)[0], i)))
   unrolled, kept = run(params)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from arrol_jax import decode, policy, prune, rollout, sharding
+from arrol_jax.attention import causal_attention
 from arrol_jax.data import Problem, Prompt
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, Request
@@ -263,7 +264,7 @@ def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
 
 @jax.jit
 def plain_hidden(tokens):
-  return policy.forward(C, PARAMS, tokens, policy.default_positions(tokens), policy.causal_attention("xla"))[0]
+  return policy.forward(C, PARAMS, tokens, policy.default_positions(tokens), causal_attention("xla"))[0]
 
 
 def test_survival_is_the_published_rule(decided, table):

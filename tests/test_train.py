@@ -30,13 +30,15 @@ STEPS = 5
 SMALL = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
          "rollout.length_buckets": 1, "optim.length_buckets": 1, "optim.micro_tokens": 1024, "optim.lr": 1e-3,
          "optim.head_lr": 3e-3, "optim.warmup": 2, "quality.hidden": 32, "rollout.max_prompt": 16,
-         "rollout.max_new": 48, "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2, "prune.half_life": 40.0,
-         "loss.kl_weight": 0.05, "eval.problems": 4, "eval.temperature": 1.0, "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
+         "rollout.max_new": 48, "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2,
+         "prune.half_life": 40.0, "loss.kl_weight": 0.05, "eval.problems": 4, "eval.temperature": 1.0,
+         "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
 
 # CONTRACT: names that users' scripts rely on.
 METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var
   groups_mixed tokens_generated tokens_trained response_len truncated head_loss head_auc head_auc_within head_ece
-  logprob_gap policy_loss kl entropy clip_frac grad_norm lr sec_generate sec_reward sec_logprob sec_update sec_step""".split()
+  logprob_gap policy_loss kl entropy clip_frac grad_norm lr
+  sec_generate sec_reward sec_logprob sec_update sec_step""".split()
 SUMMARY = "steps seconds device config_hash eval_before eval_after tokens_generated tokens_trained final_reward".split()
 
 

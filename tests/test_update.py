@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from arrol_jax import policy, sharding, update
+from arrol_jax.attention import causal_attention
 from arrol_jax.losses import DAPO, GRPO, LossConfig
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
@@ -167,7 +168,7 @@ def test_fill_logprobs_keeps_old_and_reference_apart():
 @jax.jit
 def hidden_states(batch):
   positions = policy.default_positions(batch.tokens)
-  return policy.forward(C, PARAMS["policy"], batch.tokens, positions, policy.causal_attention("xla"))[0]
+  return policy.forward(C, PARAMS["policy"], batch.tokens, positions, causal_attention("xla"))[0]
 
 
 def head_by_hand(hidden):
