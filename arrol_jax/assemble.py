@@ -41,7 +41,8 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0) -> list[data.Prompt]:
   """Encoded problems of `path`; says how many were too long and left out."""
   problems = data.load_problems(path)[:limit or None]
-  out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt)
+  out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
+                                     thinking=c.data.thinking)
   if skipped:
     print(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens (rollout.max_prompt)")
   return out

@@ -102,7 +102,7 @@ def _field(where: str, record: dict, name: str) -> str:
 
 
 def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool, max_prompt: int,
-                   system: str | None = None) -> tuple[list[Prompt], int]:
+                   system: str | None = None, thinking: bool = False) -> tuple[list[Prompt], int]:
   """Prompts of 1 to `max_prompt` tokens, and how many problems were left out for having more (or none).
 
   tokenizer: `encode(text, add_special_tokens=...)`; with `chat`, `apply_chat_template` and a chat template
@@ -110,7 +110,8 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   template: the user's text; "{problem}" stands for the problem, other braces (\\boxed{}) for themselves.
   chat: wraps that text as one user message in the tokenizer's chat template, which then writes all special
     tokens; without it the tokenizer adds its own (a BOS, where it has one).
-  system: the chat's system message; None: whatever the chat template does without one. Raises UserError for a
+  system: the chat's system message; None: whatever the chat template does without one.
+  thinking: what the chat template hears as `enable_thinking` (Qwen3; others ignore it). Raises UserError for a
     template without {problem}, a `system` without `chat`, a tokenizer without chat template, and if no prompt
     is left.
   """
@@ -126,7 +127,8 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
     if chat:
       messages = [] if system is None else [{"role": "system", "content": system}]
       messages.append({"role": "user", "content": text})
-      text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+      text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                           enable_thinking=thinking)
     tokens = np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
     if 0 < len(tokens) <= max_prompt:
       prompts.append(Prompt(problem, text, tokens))

@@ -7,6 +7,7 @@ checkpoint is the TrainState alone and the same command on the same folder goes 
 """
 
 from contextlib import ExitStack, closing
+import dataclasses
 import json
 import math
 import os
@@ -111,6 +112,9 @@ def main():
 
     # ---- after
     after = evaluate(state, "eval_after")
+    if c.checkpoint.export:
+      trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"], calibration=state.calibration)
+      trained.save(f"{workdir}/policy", dtype=c.model.dtype)
     logs.finish(c, before, after, time.time() - started)
   if after:
     print("held-out accuracy after: ", summary_line(after))

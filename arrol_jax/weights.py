@@ -114,7 +114,7 @@ def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array
 
 def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
                 table: dict = sharding.TRAIN) -> Policy:
-  """Loads a Hugging Face folder (safetensors, sharded or not) or a GGUF file.
+  """Loads a Hugging Face folder (safetensors, sharded or not), a GGUF file, or a finished run's workdir (its policy/).
 
   dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table`
   (sharding.py); None puts them on the default device.
@@ -128,6 +128,8 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
     raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
   if path.is_file():
     return _load_gguf(path, DTYPES[dtype], mesh, table)
+  if (path / "policy" / "config.json").is_file():
+    path = path / "policy"
   file = path / "config.json"
   raw = _read_json(file)
   config = hf_config.config_from_json(file, raw)

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   c.data.eval = ""             # held-out problems, same form; "" = no evaluation
   c.data.template = "{problem}"  # prompt text
   c.data.chat = False          # wrap the prompt in the tokenizer's chat template
+  c.data.thinking = False      # what that template hears as enable_thinking (Qwen3)
 
   c.rollout = ConfigDict()
   c.rollout.prompts = 32       # prompts a step (open in the paper)
@@ -80,6 +81,7 @@ def get_config() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 20      # steps
   c.checkpoint.keep = 2        # newest kept
+  c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it
 
   c.eval = ConfigDict()
   c.eval.benchmarks = ""       # more JSONL files for `evaluate`, separated by commas
