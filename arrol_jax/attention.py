@@ -38,7 +38,7 @@ def causal_attention(implementation: str) -> Callable:
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
-  """The Pallas kernel, mapped over the mesh: it is opaque to the partitioner, so each device runs it on its own rows and heads."""
+  """The Pallas kernel, which the partitioner cannot split: each device runs it on its own rows and heads of the mesh."""
   local = functools.partial(_splash_local, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -37,8 +37,8 @@ def main():
       for path in dict.fromkeys(paths):
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
         with tqdm(total=len(prompts) * c.eval.samples, desc=path, unit="response", leave=False) as bar:
-          result, _ = rollout.measure(engine, prompts, c.eval.samples, assemble.key(c, assemble.EVAL), sampling, loaded.tokenizer, grader,
-                                      progress=lambda _, bar=bar: bar.update())
+          result, _ = rollout.measure(engine, prompts, c.eval.samples, assemble.key(c, assemble.EVAL), sampling,
+                                      loaded.tokenizer, grader, progress=lambda _, bar=bar: bar.update())
         print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
 
 

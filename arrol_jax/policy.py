@@ -160,7 +160,7 @@ class Transformer(nnx.Module):
     self.config = c
     keys = jax.random.split(key, 4)
     self.layers = Block(c, keys[0], dtype, stack=(c.layers,))
-    for (name, weight), k in zip(model_weights(c).items(), keys[1:]):
+    for (name, weight), k in zip(model_weights(c).items(), keys[1:], strict=False):
       setattr(self, name, _param(weight, k, dtype))
 
 
@@ -191,7 +191,7 @@ def logical_axes(c: PolicyConfig) -> dict:
 def unstack(params: dict) -> dict:
   """Training layout -> decoding layout: `layers` becomes a tuple of single layers."""
   count = params["layers"]["q"].shape[0]
-  return params | {"layers": tuple(jax.tree.map(lambda x: x[i], params["layers"]) for i in range(count))}
+  return params | {"layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))}
 
 
 def unstack_axes(axes: dict, layers: int) -> dict:

@@ -41,7 +41,7 @@ def problem(rng: np.random.Generator) -> str:
 def solve(text: str, minus: int = -1) -> tuple[str, int]:
   """The worked response and the answer; minus=1 misreads every minus as a plus."""
   total, steps = int(text[0]), []
-  for op, digit in zip(text[1::2], text[2::2]):
+  for op, digit in zip(text[1::2], text[2::2], strict=True):
     op = "+" if minus > 0 else op
     new = total + int(digit) * (1 if op == "+" else -1)
     steps.append(f"{total}{op}{digit}={new}")
@@ -64,7 +64,8 @@ def write_problems(path: str, texts: list[str]) -> None:
   with open(path, "w") as f:
     for i, text in enumerate(texts):
       name = os.path.basename(path).partition(".")[0]
-      f.write(json.dumps({"id": f"{name}-{i}", "problem": text + ">", "answer": str(solve(text)[1]), "source": "arithmetic"}) + "\n")
+      record = {"id": f"{name}-{i}", "problem": text + ">", "answer": str(solve(text)[1]), "source": "arithmetic"}
+      f.write(json.dumps(record) + "\n")
 
 
 def demonstrations(rng: np.random.Generator, held_out: set, wrong: float) -> tuple[np.ndarray, np.ndarray]:
