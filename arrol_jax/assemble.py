@@ -55,7 +55,8 @@ def engine(c: ConfigDict, config: policy.PolicyConfig, mesh: jax.sharding.Mesh, 
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
-  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype)
+  r = c.rollout
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.top_k, r.top_p, r.min_p)
 
 
 def prune_rule(c: ConfigDict) -> PruneRule:

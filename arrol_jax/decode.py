@@ -10,6 +10,7 @@ Which rows live, and in which shapes, is the host's business (engine.py); what a
 
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
@@ -23,10 +24,17 @@ from arrol_jax.sharding import DECODE, constrain
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn. temperature 0 is greedy; log-probs are those of the distribution sampled from (at 0: of T = 1)."""
+  """How tokens are drawn. temperature 0 is greedy. Of the tokens, those are left that pass every filter which is not None.
+
+  Log-probs are those of the tempered distribution before filtering (at temperature 0: of T = 1), so that they compare with the
+  trainer's.
+  """
   temperature: float = 1.0
   stop_ids: tuple[int, ...] = ()
   dtype: str = "bfloat16"
+  top_k: int | None = None     # the k most likely (more where the last ties)
+  top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p
+  min_p: float | None = None   # at least min_p times as likely as the most likely
 
 
 @flax.struct.dataclass
@@ -118,12 +126,27 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) 
   return jnp.einsum("bmgs,bmsh->bmgh", prob, v).reshape(b, n, h)
 
 
+def _filtered(sampling: Sampling, logits: jax.Array) -> jax.Array:
+  """logits f32[B,V] with -inf where a filter takes the token out; the most likely token always stays."""
+  least = jnp.full_like(logits[:, :1], -jnp.inf)  # a token stays if its logit is at least this
+  if sampling.top_k is not None:
+    least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
+  if sampling.top_p is not None:
+    ranked = jnp.sort(logits, axis=1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) - jax.nn.softmax(ranked, axis=1)
+    count = jnp.sum(before < sampling.top_p, axis=1, keepdims=True)
+    least = jnp.maximum(least, jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0), axis=1))
+  if sampling.min_p is not None:
+    least = jnp.maximum(least, jnp.max(logits, axis=1, keepdims=True) + math.log(max(sampling.min_p, 1e-30)))
+  return jnp.where(logits >= least, logits, -jnp.inf)
+
+
 def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Tokens i32[B] and their log-probs f32[B] from logits f32[B,V]; key[B], one a row."""
   if sampling.temperature > 0:
     logits = logits / sampling.temperature
     noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(key)
-    token = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    token = jnp.argmax(_filtered(sampling, logits) + noise, axis=-1).astype(jnp.int32)
   else:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]

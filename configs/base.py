@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
   c.rollout.prompts = 32       # prompts a step (open in the paper)
   c.rollout.group_size = 16    # G, rollouts a prompt (paper)
   c.rollout.temperature = 1.0  # (open in the paper)
+  c.rollout.top_k = config_dict.placeholder(int)    # sampling filters; None: off (open in the paper). Log-probs stay unfiltered
+  c.rollout.top_p = config_dict.placeholder(float)
+  c.rollout.min_p = config_dict.placeholder(float)
   c.rollout.max_prompt = 512   # longer prompts are skipped, with a count
   c.rollout.max_new = 2048     # response tokens at most (open in the paper)
   c.rollout.slots = 512        # rows that decode at once

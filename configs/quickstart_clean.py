@@ -2,7 +2,7 @@
 
 Command:  python -m arrol_jax.train --config=configs/quickstart_clean.py --workdir=runs/clean
 Hardware: 2 CPU cores.
-Expected: head_auc_within stays near 0.5; pruning then saves time but cannot balance the groups.
+Expected: head_auc_within stays near 0.5 (0.51 over steps 6-40, seed 0), and 40 steps do not improve the policy (31% -> 27%).
 """
 
 from configs import quickstart

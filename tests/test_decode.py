@@ -147,6 +147,23 @@ def test_samples_follow_the_softmax():
   np.testing.assert_allclose(jnp.exp(logprobs[:50]), sharp[np.asarray(half[:50])], rtol=1e-5)
 
 
+@pytest.mark.parametrize("filters, left", [
+  (dict(top_k=2), {0, 1}), (dict(top_p=0.5), {0}), (dict(top_p=0.51), {0, 1}), (dict(top_p=1.0), {0, 1, 2, 3}),
+  (dict(min_p=0.39), {0, 1, 2}), (dict(min_p=0.41), {0, 1}), (dict(top_k=3, min_p=0.7), {0}), (dict(top_p=0.0), {0}),
+  (dict(top_k=99), {0, 1, 2, 3})])
+def test_filters_leave_the_likely_tokens(filters, left):
+  """Probabilities 0.5, 0.25, 0.2, 0.05: what is left keeps its proportions, and log-probs stay unfiltered."""
+  p = np.array([0.5, 0.25, 0.2, 0.05])
+  n = 4000
+  logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32))[None] + 3.0, (n, 4))
+  tokens, logprobs = decode.sample(Sampling(1.0, (), "float32", **filters), jax.random.split(jax.random.key(0), n), logits)
+  share = np.bincount(tokens, minlength=4) / n
+  want = np.where([i in left for i in range(4)], p, 0.0)
+  np.testing.assert_allclose(share, want / want.sum(), atol=4 * np.sqrt(0.25 / n))
+  assert set(np.flatnonzero(share)) == left
+  np.testing.assert_allclose(jnp.exp(logprobs[:20]), p[np.asarray(tokens[:20])], rtol=1e-5)
+
+
 def test_a_dead_neighbour_leaves_no_trace():
   """A slot that held a long, finished row gives a new request the tokens of a fresh slot."""
   c, _, layers = make("llama")

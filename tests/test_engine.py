@@ -1,5 +1,6 @@
 """Continuous batching changes nothing: every request gets the tokens it would get alone, whatever its company."""
 
+from hypothesis import HealthCheck, given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,23 @@ def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
     else:
       same(a, b)
   assert 3 <= pruned < 17
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):
+  """Random limits (finish), random cuts (prune), random slots (refill): a request's tokens are a prefix of what it says alone."""
+  rows = data.draw(st.sampled_from([3, 8, 20]))
+  limits = data.draw(st.lists(st.integers(1, 20), min_size=len(alone), max_size=len(alone)))
+  wanted = [r._replace(limit=n) for r, n in zip(requests(), limits, strict=True)]
+  decide = cut_some if data.draw(st.booleans()) else None
+  for a, b, limit in zip(run(mesh, rows, wanted, decide=decide), alone, limits, strict=True):
+    whole = min(limit, len(b.tokens))
+    length = 8 if a.pruned else whole
+    assert len(a.tokens) == length and (not a.pruned or whole > 8)
+    np.testing.assert_array_equal(a.tokens, b.tokens[:length])
+    np.testing.assert_allclose(a.logprobs, b.logprobs[:length], atol=1e-5)
+    assert a.stopped == (not a.pruned and int(b.tokens[length - 1]) in SAMPLING.stop_ids)
 
 
 def test_keep_ratio_one_is_pruning_off_token_for_token(mesh, alone):

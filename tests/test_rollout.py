@@ -151,8 +151,8 @@ def test_calibration_counts_graded_survivors_that_were_scored():
   rollouts = [rollout_of(i, 0, 2, 9, decided=True, score=score, reward=reward)
               for i, (score, reward) in enumerate([(-1.5, 0.0), (1.5, 1.0), (1.5, 0.0), (0.0, 1.0)])]
   rollouts += [
-    rollout_of(5, 0, 2, 8, decided=True, pruned=True, score=1.5, reward=math.nan),  # who knows how it would have ended
-    rollout_of(6, 0, 2, 4, reward=1.0),                                             # ended before it was scored
+    rollout_of(5, 0, 2, 8, decided=True, pruned=True, score=1.5, reward=0.0),  # half a text: its grade says nothing
+    rollout_of(6, 0, 2, 4, score=0.0, reward=1.0),                             # ended before the decision
   ]
   table = update_calibration(Calibration.empty(4), rollouts, None)
   np.testing.assert_array_equal(table.positive, [0, 0, 1, 1])
@@ -276,6 +276,16 @@ def test_survival_is_the_published_rule(decided, table):
       assert RULE.p_min <= r.survival <= RULE.p_max
       seen.add(round(r.survival, 4))
   assert len(seen) > 2
+
+
+def test_before_there_is_a_history_all_survive_alike(mesh, head):
+  """An empty table: q = 1/2 and delta = 0, so p = kappa + lambda (rho - 1/2), whatever the scores."""
+  with jax.set_mesh(mesh):
+    slots = decode.init_slots(C, 8, 16, "float32").replace(hidden=jax.random.normal(jax.random.key(3), (8, C.width)))
+    _, decision = make_decide(head, Calibration.empty(8), RULE, True)(slots)
+  assert np.ptp(decision.score) > 0.1
+  np.testing.assert_allclose(decision.posterior, 0.5)
+  np.testing.assert_allclose(decision.survival, 0.6 + 0.7 * (0.4 - 0.5), rtol=1e-6)
 
 
 def test_draws_depend_on_the_request_alone(mesh, head, table, decided):

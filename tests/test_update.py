@@ -21,7 +21,7 @@ from arrol_jax.types import Batch, TrainState
 # Vocabulary, heads and feed-forward width divide by 8: on a mesh of (1, 1, 8) they really are cut.
 C = PolicyConfig("qwen3", 32, 32, 2, 8, 2, 8, 40, qk_norm=True)
 ROWS, LENGTH = 8, 16
-COMPUTE = update.Compute("float32", None, remat=False, chunk_tokens=24)  # 3 positions of 8 rows at once: 5 chunks
+COMPUTE = update.Compute("float32", "xla", remat=False, chunk_tokens=24)  # 3 positions of 8 rows at once: 5 chunks
 SGD = optax.sgd(1.0)  # with this optimizer a step's change is minus the gradient
 
 
