@@ -109,9 +109,10 @@ class Letters:
   def encode(self, text, add_special_tokens=True):
     return [1] * add_special_tokens + [ord(character) + 2 for character in text]
 
-  def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+  def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
     assert not tokenize and add_generation_prompt
-    return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+    chat = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+    return chat + ("<assistant><think>" if enable_thinking else "<assistant>")
 
 
 PROBLEMS = [Problem(str(i), "q" * i, "1", "s") for i in (3, 30, 2)]
@@ -126,6 +127,12 @@ def test_prompts_of_a_base_model():
   assert prompts[0].tokens.dtype == np.int32
   expected = [1] + [ord(character) + 2 for character in prompts[0].text]
   np.testing.assert_array_equal(prompts[0].tokens, expected)
+
+
+def test_thinking_reaches_the_chat_template():
+  for thinking, end in ((True, "<assistant><think>"), (False, "<assistant>")):
+    prompts, _ = encode_prompts(PROBLEMS, Letters(), "{problem}", True, 99, thinking=thinking)
+    assert all(p.text.endswith(end) for p in prompts)
 
 
 def test_prompts_of_a_chat_model():
