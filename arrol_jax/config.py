@@ -109,7 +109,8 @@ def _check(c: ConfigDict) -> None:
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   _need(c.loss.aggregate in (None, "token", "sequence"),
         f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
-  _need(c.model.attention in IMPLEMENTATIONS, f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+  _need(c.model.attention in IMPLEMENTATIONS,
+        f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
 

@@ -29,12 +29,6 @@ DAPO = LossConfig(clip_high=0.28, aggregate="token")
 ALGORITHMS = {"grpo": GRPO, "dapo": DAPO}
 
 
-def masked_mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-  """Mean of x where mask is 1 (0 where none is). Masked entries may hold anything, NaN included."""
-  total = jnp.sum(jnp.where(mask > 0, x, 0.0) * mask, axis=axis)
-  return total / jnp.maximum(jnp.sum(mask, axis=axis), 1e-9)
-
-
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: bool = True, eps: float = 1e-6) -> np.ndarray:
   """A_i = (R_i - mean R) / (std R + eps) within each group (METHOD section 1), over the rollouts given: the survivors.
 

@@ -24,6 +24,7 @@ from arrol_jax.metrics import rollout_metrics
 from arrol_jax.rewards import Grader
 from arrol_jax.types import UserError
 
+
 def main():
   c, flags = configuration.parse(sys.argv)
   configuration.check(c)
@@ -83,8 +84,8 @@ def main():
       engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
       decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
-      rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
-                                              loaded.tokenizer, grader, decide=decide)
+      rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step),
+                                              sampling, loaded.tokenizer, grader, decide=decide)
       engine.params = None  # the update needs the room
       clock.lap("sec_generate")
       batches = rollout.pack(rollouts, assemble.pack_shape(c), mesh, detect=rule.detect,
@@ -113,7 +114,8 @@ def main():
     # ---- after
     after = evaluate(state, "eval_after")
     if c.checkpoint.export:
-      trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"], calibration=state.calibration)
+      trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"],
+                                    calibration=state.calibration)
       trained.save(f"{workdir}/policy", dtype=c.model.dtype)
     logs.finish(c, before, after, time.time() - started)
   if after:

@@ -18,20 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import config, train
+from arrol_jax import assemble, config, data, train
 from arrol_jax.checkpoint import Checkpoints
+from arrol_jax.losses import LossConfig
 from arrol_jax.prune import Calibration
+from arrol_jax.rollout import PackShape, PruneRule
 from arrol_jax.types import TrainState, UserError
+from arrol_jax.update import Compute
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
 STEPS = 5
 # One compiled shape of everything; a KL term, so that the reference policy has to survive a resume too.
-SMALL = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
-         "rollout.length_buckets": 1, "optim.length_buckets": 1, "optim.micro_tokens": 1024, "optim.lr": 1e-3,
-         "optim.head_lr": 3e-3, "optim.warmup": 2, "quality.hidden": 32, "rollout.max_prompt": 16,
-         "rollout.max_new": 48, "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2,
-         "prune.half_life": 40.0, "loss.kl_weight": 0.05, "eval.problems": 4, "eval.temperature": 1.0,
+SMALL = {"rollout.temperature": 1.1, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16,
+         "rollout.row_buckets": 1, "rollout.length_buckets": 1, "rollout.max_prompt": 16, "rollout.max_new": 48,
+         "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2, "prune.half_life": 40.0,
+         "quality.hidden": 32, "loss.kl_weight": 0.05, "optim.lr": 1e-3, "optim.head_lr": 3e-3, "optim.warmup": 2,
+         "optim.micro_tokens": 1024, "optim.length_buckets": 1, "eval.problems": 4, "eval.temperature": 1.1,
          "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
 
 # CONTRACT: names that users' scripts rely on.
@@ -113,6 +116,14 @@ def test_numbers_of_a_run_make_sense(whole):
   assert any(line["grad_norm"] > 0 for line in lines) and all(line["entropy"] > 0 for line in lines)
 
 
+def test_head_and_table_learn_from_step_to_step(whole):
+  """At first every score is 0 and every posterior 1/2; then the head has been trained and the table filled."""
+  texts = [r for r in read(whole / "rollouts.jsonl") if r["score"] is not None]
+  assert all((r["score"], r["posterior"]) == (0.0, 0.5) for r in texts if r["step"] == 1)
+  assert all(r["score"] != 0.0 and r["posterior"] != 0.5 for r in texts if r["step"] > 1)
+  assert any(r["step"] == 1 for r in texts) and any(r["step"] > 2 for r in texts)
+
+
 def test_nothing_is_pruned_in_the_cold_start_and_some_is_after_it(whole):
   lines = read(whole / "metrics.jsonl")
   assert [line["rollouts_pruned"] for line in lines[:2]] == [0, 0] and not any(line["pruning"] for line in lines[:2])
@@ -158,6 +169,13 @@ def test_the_end_is_announced(whole):
   assert last[-1] == f"{whole}: {STEPS} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there"
 
 
+def test_the_exported_policy_is_the_trained_one(tmp_path, whole):
+  """A run that starts from it finds, before its first step, the accuracy that the other found after its last."""
+  run(tmp_path, model__path=whole / "policy", steps=1)
+  assert read(tmp_path / "eval_before.json") == read(whole / "eval_after.json")
+  assert read(whole / "eval_after.json") != read(whole / "eval_before.json")
+
+
 # ---- resume = uninterrupted
 
 
@@ -185,7 +203,9 @@ def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   first = read(tmp_path / "summary.json")
   assert first["steps"] == 3
   assert timeless(read(tmp_path / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))[:3]
-  assert f"{tmp_path}: going on after step 3" in run(tmp_path).out
+  with mock.patch.object(data, "batch_at", wraps=data.batch_at) as batches:
+    assert f"{tmp_path}: going on after step 3" in run(tmp_path).out
+  assert [call.args[1] for call in batches.call_args_list] == [3, 4]
   assert_same_course(tmp_path, whole)
 
 
@@ -284,11 +304,11 @@ def test_without_evaluation_and_with_tensorboard(unpruned):
 def test_prompts_too_long_are_skipped_with_a_count(tmp_path):
   """Prompts of 10 characters, the last two of more than 16."""
   problems = [f"{i}+1+2+3+4>" for i in range(5)] + ["1+2+3+4+5+6+7+8+9>", "1+2+3+4+5+6+7+8+9+1>"]
-  data = tmp_path / "some.jsonl"
-  data.write_text("".join(json.dumps({"id": str(i), "problem": p, "answer": "1", "source": "t"}) + "\n"
+  path = tmp_path / "some.jsonl"
+  path.write_text("".join(json.dumps({"id": str(i), "problem": p, "answer": "1", "source": "t"}) + "\n"
                           for i, p in enumerate(problems)))
-  result = run(tmp_path / "run", data__train=data, steps=1)
-  assert f"{data}: skipped 2 of 7 prompts longer than 16 tokens (rollout.max_prompt)\n" in result.out
+  result = run(tmp_path / "run", data__train=path, steps=1)
+  assert f"{path}: skipped 2 of 7 prompts longer than 16 tokens (rollout.max_prompt)\n" in result.out
   assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
@@ -456,6 +476,28 @@ def test_overrides_come_from_the_arguments_given():
   assert flags.workdir == os.path.join("runs", "quickstart")
   c, flags = config.parse(["x", "--config", path, "--workdir", "here", "--config.loss.kl_weight=0.1"])
   assert tuple(c.prune.detect) == (16,) and c.loss.kl_weight == 0.1 and flags.workdir == "here"
+
+
+def test_the_config_reaches_its_parts():
+  """Every value lands in the field it is meant for."""
+  values = ("prune.keep=0.4", "prune.target=0.6", "prune.strength=0.7", "prune.p_min=0.2", "prune.p_max=0.8",
+            "loss.name=dapo", "loss.kl_weight=0.1", "loss.clip_low=0.15", "loss.head_weight=0.0",
+            "loss.normalize_std=False", "rollout.max_new=64", "optim.micro_tokens=999",
+            "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
+  c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
+  assert assemble.prune_rule(c) == PruneRule(16, keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
+  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0)
+  assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
+  assert assemble.compute(c) == Compute("float32", "xla", remat=False, chunk_tokens=77)
+
+
+def test_random_keys_differ_by_seed_purpose_and_step():
+  c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py"])
+  other, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", "--config.seed=1"])
+  uses = [(purpose, step) for purpose in (assemble.TRAIN, assemble.EVAL, assemble.INIT) for step in (0, 1)]
+  keys = [jax.random.key_data(assemble.key(k, *use)) for k in (c, other) for use in uses]
+  assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 12
+  np.testing.assert_array_equal(keys[0], jax.random.key_data(assemble.key(c, assemble.TRAIN, 0)))
 
 
 def test_what_belongs_to_a_run():

@@ -238,6 +238,12 @@ def test_micro_batches_do_not_change_the_gradient(whole, cut):
     assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
+def test_a_mean_over_rows_counts_rows_that_are_there():
+  """GRPO divides by the number of rows: the 8 of the batch, not the 16 of two part-filled micro-batches."""
+  cut = [take(BATCH, [3, 1, 4, 0, 5], 3), take(BATCH, [2, 6, 7], 5)]
+  assert gradients(cut)[1]["policy_loss"] == pytest.approx(loop(BATCH, GRPO, 1.0)[1]["policy_loss"], rel=2e-4)
+
+
 def test_shorter_rows_do_not_change_the_gradient(whole):
   """Rows of different lengths in one step, as `pack` makes them: columns of padding cut away."""
   short = [b for b in range(ROWS) if not BATCH.response_mask[b, 10:].any()]
