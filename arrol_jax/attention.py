@@ -4,9 +4,9 @@ Rows are right-padded, so causality alone keeps real tokens from seeing padding:
 padded positions compute is never read. Attention over a cache, one query a row, is decode.py's.
 """
 
+from collections.abc import Callable
 import functools
 import math
-from typing import Callable
 
 import jax
 import jax.numpy as jnp

@@ -18,7 +18,8 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int, read_only: bool = False):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
-    self.manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+    self.manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options,
+                                         item_handlers=ocp.StandardCheckpointHandler())
 
   def latest(self) -> int | None:
     """Number of steps that the newest checkpoint has behind it; None without one."""
@@ -30,7 +31,10 @@ class Checkpoints:
       self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
 
   def restore(self, step: int, state: TrainState) -> TrainState:
-    """The saved state, with the shapes and shardings of `state`."""
+    """The saved state, with the shapes and shardings of `state`; ValueError if it was saved with other shapes."""
+    saved = [tuple(x.shape) for x in jax.tree.leaves(self.manager.item_metadata(step))]
+    if saved != [x.shape for x in _plain(state)]:  # said here: orbax reports it from a background task
+      raise ValueError(f"checkpoint {step} holds arrays of other shapes")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
     saved = self.manager.restore(step, args=ocp.args.StandardRestore(like))
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(saved))

@@ -25,6 +25,9 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
   for name, default in (defaults or {}).items():
     flags.DEFINE_string(name, default, "see README.md", flag_values=values)
+  if {"--help", "-h"} & set(argv[1:]):
+    print("usage: --config=configs/NAME.py [--workdir=DIR] [--config.KEY=VALUE ...]\nconfigs/base.py says what every key means")
+    sys.exit(0)
   given = [a.partition("=")[2] if "=" in a else after for a, after in zip(argv, [*argv[1:], ""], strict=True)
            if a.partition("=")[0] == "--config"]
   if not given:

@@ -9,9 +9,10 @@ The engine knows no quality head: `decide(slots)` is whatever the caller wants d
 """
 
 import collections
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -48,7 +48,11 @@ def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[dict, int]:
   step = checkpoints and checkpoints.latest()
   if step is None:
     raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to evaluate model.path")
-  state = checkpoints.restore(step, assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False))
+  like = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
+  try:
+    state = checkpoints.restore(step, like)
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(f"{workdir}: its checkpoint does not fit this config's model; give the config of that run") from e
   checkpoints.close()
   return state.params["policy"], step
 

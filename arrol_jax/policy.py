@@ -10,10 +10,11 @@ caller wants kept. Training passes attention.py's `causal_attention`; prefill an
 Left out: weights' files (weights.py), sampling and caches (decode.py).
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax

@@ -5,10 +5,11 @@ grades the survivors while later segments decode; `pack` re-batches them into a 
 cold start, are the same program with survival probability 1.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import time
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -150,7 +150,12 @@ def fill_logprobs(c: PolicyConfig, params: dict, reference: dict | None, batches
 
 def step(c: PolicyConfig, state: TrainState, batches: list[Batch], loss: LossConfig, temperature: float, compute: Compute,
          optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
-  """One optimizer step on a whole batch given as micro-batches; metrics are device scalars."""
+  """One optimizer step on a whole batch given as micro-batches; metrics are device scalars.
+
+  Without any survivor there is nothing to learn from: parameters and optimizer state stay as they are.
+  """
+  if not batches:
+    return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "grad_norm")}
   totals = {"tokens": sum(jnp.sum(b.response_mask) for b in batches), "head": sum(jnp.sum(b.head_weight) for b in batches),
             "rows": sum(jnp.sum(jnp.any(b.response_mask > 0, axis=1).astype(jnp.float32)) for b in batches)}
   grads, metrics = zeros(state.params)

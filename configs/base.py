@@ -101,4 +101,4 @@ def get_config() -> ConfigDict:
   c.mesh.data = 1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
-  return c
+  return c.lock()  # a misspelt key in a config file fails too

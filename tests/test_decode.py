@@ -24,7 +24,8 @@ SAMPLING = Sampling(1.0, (), "float32")
 def make(name):
   c = SHAPES[name]
   params = policy.init_params(c, jax.random.key(1))
-  params = jax.jit(lambda p: jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), p))(params)  # norms too
+  shake = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # norms and biases too
+  params = jax.jit(lambda p: jax.tree.map(shake, p))(params)
   return c, params, policy.unstack(params)
 
 

@@ -10,9 +10,9 @@ from arrol_jax import policy, sharding
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.policy import PolicyConfig
-from arrol_jax.rollout import PruneRule, make_decide
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import init_head
+from arrol_jax.rollout import PruneRule, make_decide
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))

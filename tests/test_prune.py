@@ -355,5 +355,5 @@ def test_jit_and_vmap_equal_eager():
   args = (tables, score, reward, jnp.ones((2, 12)), jax.random.split(key, 2))
   at_once = jax.jit(jax.vmap(whole_step))(*args)
   for i in range(2):
-    one = whole_step(*jax.tree.map(lambda x: x[i], args))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-6), at_once, one)
+    one = whole_step(*jax.tree.map(lambda x, i=i: x[i], args))
+    jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-6), at_once, one)

@@ -11,8 +11,7 @@ import textwrap
 import threading
 import time
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import pytest
 
 from arrol_jax.rewards import Graded, Grader, extract_answer, grade

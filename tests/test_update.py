@@ -343,6 +343,15 @@ def test_a_small_step_favours_rows_with_positive_advantage():
   assert rise[good].mean() > rise[~good].mean() + 1e-5 and np.sum(rise * BATCH.advantages) > 0
 
 
+def test_without_survivors_nothing_is_learnt():
+  optimizer = optax.adam(1e-2)
+  state, _ = update.step(C, state_of(PARAMS, optimizer), [BATCH], GRPO, 1.0, COMPUTE, optimizer)  # Adam has momentum now
+  before = jax.device_get(state)
+  after, metrics = update.step(C, state, [], GRPO, 1.0, COMPUTE, optimizer)
+  assert int(after.step) == int(before.step) + 1 and float(metrics["grad_norm"]) == 0.0
+  jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+
+
 # ---- meshes
 
 

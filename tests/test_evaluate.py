@@ -1,0 +1,88 @@
+"""The evaluation command: what it prints is what the model does, and mistakes end in one line."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from arrol_jax import assemble, bench, config as configuration, evaluate
+from arrol_jax.checkpoint import Checkpoints
+
+SMALL = ["--config=configs/quickstart.py", "--config.rollout.slots=8", "--config.rollout.row_buckets=1",
+         "--config.rollout.length_buckets=1", "--config.rollout.prompts=4", "--config.eval.problems=8"]
+
+
+def call(module, monkeypatch, capsys, *arguments):
+  """(exit status, lines of stdout, stderr) of an entry point."""
+  monkeypatch.setattr(sys, "argv", ["prog", *arguments])
+  try:
+    configuration.run(module.main)
+    status = 0
+  except SystemExit as e:
+    status = e.code
+  out = capsys.readouterr()
+  return status, out.out.splitlines(), out.err
+
+
+@pytest.fixture(scope="module")
+def run_with_checkpoint(tmp_path_factory):
+  """A workdir whose checkpoint holds the shipped model with its last norm at zero: it can only say one thing."""
+  workdir = str(tmp_path_factory.mktemp("run"))
+  c, _ = configuration.parse(["prog", *SMALL])
+  mesh = assemble.make_mesh(c)
+  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
+  state.params["policy"]["final_norm"] = jax.numpy.zeros_like(state.params["policy"]["final_norm"])
+  checkpoints = Checkpoints(workdir, 1)
+  checkpoints.save(3, state)
+  checkpoints.close()
+  return workdir
+
+
+def test_a_model_and_a_checkpoint_are_told_apart(monkeypatch, capsys, run_with_checkpoint):
+  status, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL)
+  model = json.loads(lines[-1])
+  assert status == 0 and model["step"] == 0 and model["problems"] == 8 and model["samples"] == 1
+  assert model["accuracy"] * 8 == round(model["accuracy"] * 8) and 0 < model["accuracy"] < 1
+  status, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL, f"--workdir={run_with_checkpoint}")
+  broken = json.loads(lines[-1])
+  assert status == 0 and broken["step"] == 3 and broken["accuracy"] == 0.0 and broken["truncated"] == 1.0
+
+
+@pytest.mark.parametrize("arguments, word", [
+  (["--workdir=nowhere"], "no checkpoint"),
+  (["--config.data.eval="], "nothing to evaluate"),
+  (["--config.data.eval=none.jsonl"], "none.jsonl"),
+])
+def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, word):
+  status, _, err = call(evaluate, monkeypatch, capsys, *SMALL, *arguments)
+  assert status == 2 and word in err and err.startswith("error:") and len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_shape_is_refused(monkeypatch, capsys, run_with_checkpoint):
+  status, _, err = call(evaluate, monkeypatch, capsys, *SMALL, f"--workdir={run_with_checkpoint}", "--config.quality.hidden=8")
+  assert status == 2 and "does not fit" in err and "Traceback" not in err
+
+
+def test_bench_decode_reports_what_it_measured(monkeypatch, capsys):
+  status, lines, _ = call(bench, monkeypatch, capsys, "decode", "--rows=4", "--group=2", "--prompt=8", "--max_new=16",
+                          "--segment=8", "--runs=2")
+  line = json.loads(lines[-1])
+  assert status == 0 and line["case"] == "decode" and line["shape"] == "tiny" and line["runs"] == 2
+  assert line["min"] <= line["tok_s_static"] <= line["max"] and line["tok_s_useful"] > 0
+  np.testing.assert_allclose(line["floor_share"], line["tok_s_static"] / line["floor"]["tok_s_static"])
+
+
+def test_bench_lengths_are_the_workloads():
+  lengths = bench.target_lengths("lognormal", 256, 1024, 0.4, 0.6)
+  assert lengths[0] == 1024 and lengths.min() >= 64 and lengths.max() <= 1024
+  assert abs(np.median(lengths) - 0.4 * 1024) < 40
+  assert bench.target_lengths("full", 3, 7, 0.4, 0.6).tolist() == [7, 7, 7]
+
+
+def test_bench_mistakes(monkeypatch, capsys):
+  status, _, err = call(bench, monkeypatch, capsys, "decode", "--shape=qwen9")
+  assert status == 2 and "qwen9" in err and "tiny" in err
+  status, _, err = call(bench, monkeypatch, capsys, "step", "--detect=65")
+  assert status == 2 and "--detect=65" in err
