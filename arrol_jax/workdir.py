@@ -1,0 +1,120 @@
+"""A run's folder: config.json, metrics.jsonl, rollouts.jsonl, TensorBoard, summary.json.
+
+Whatever moment a run is killed at, what is in the folder can be read and the run goes on: JSON files appear whole or not at
+all, logs lose at most their last line, and lines of steps that will be made again are dropped. Checkpoints are
+checkpoint.py's.
+"""
+
+import json
+import math
+import os
+
+import jax
+import numpy as np
+
+from arrol_jax import config as configuration
+from arrol_jax.types import UserError
+
+
+class Logs:
+  """metrics.jsonl, rollouts.jsonl, TensorBoard and summary.json of a workdir; lines past `start` steps are dropped."""
+
+  def __init__(self, workdir: str, start: int, tensorboard: bool):
+    self.workdir = workdir
+    self.files = {name: resumed(f"{workdir}/{name}.jsonl", start) for name in ("metrics", "rollouts")}
+    self.board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # only where it is wanted
+      self.board = SummaryWriter(f"{workdir}/tensorboard", purge_step=start + 1)
+    self.lines = read_lines(f"{workdir}/metrics.jsonl")
+
+  def write(self, line: dict, rollouts: list, texts: int) -> None:
+    line = {k: finite(v) for k, v in line.items()}
+    self.lines.append(line)
+    for i in np.linspace(0, len(rollouts) - 1, texts, dtype=int):
+      r = rollouts[i]
+      self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
+                                "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
+                                "survival": finite(r.survival), "reward": finite(r.reward), "reason": r.reason})
+    self._append("metrics", line)
+    if self.board:
+      for name, value in line.items():
+        if name != "step" and value is not None:
+          self.board.add_scalar(name, value, line["step"])
+
+  def _append(self, name: str, record: dict) -> None:
+    self.files[name].write(json.dumps(record) + "\n")
+    self.files[name].flush()
+
+  def finish(self, c, before: dict, after: dict, seconds: float) -> None:
+    device = jax.devices()[0]
+    write_json(f"{self.workdir}/summary.json", {
+      "steps": self.lines[-1]["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
+      "config_hash": configuration.fingerprint(c), "eval_before": before, "eval_after": after,
+      "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
+      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": self.lines[-1]["reward"]})
+
+  def close(self) -> None:
+    for file in [*self.files.values(), *filter(None, [self.board])]:
+      file.close()
+
+
+def check_workdir(workdir: str, c) -> None:
+  """Makes the folder, or checks that what it holds belongs to this config."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--workdir={workdir}: {e.strerror}") from e
+  stored = read_json(f"{workdir}/config.json") if os.path.exists(f"{workdir}/config.json") else None
+  if stored and configuration.lasting(type(c)(stored)) != configuration.lasting(c):
+    names = configuration.differing(configuration.lasting(type(c)(stored)), configuration.lasting(c))
+    raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}); choose another --workdir")
+
+
+def claim(workdir: str, c) -> None:
+  """Writes config.json; removes results that this run, longer or evaluated in another way, will replace."""
+  config = json.loads(configuration.to_json(c))
+  stale = ["summary", "eval_after"]
+  if os.path.exists(f"{workdir}/config.json") and read_json(f"{workdir}/config.json")["eval"] != config["eval"]:
+    stale.append("eval_before")
+  for name in stale:
+    if os.path.exists(f"{workdir}/{name}.json"):
+      os.remove(f"{workdir}/{name}.json")
+  write_json(f"{workdir}/config.json", config)
+
+
+def resumed(path: str, start: int):
+  """Opens a JSONL log for appending, without the lines of steps after `start` (they will be made again)."""
+  kept = [x for x in read_lines(path) if x["step"] <= start]
+  with open(path + ".part", "w") as f:
+    f.writelines(json.dumps(x) + "\n" for x in kept)
+  os.replace(path + ".part", path)
+  return open(path, "a")
+
+
+def read_lines(path: str) -> list[dict]:
+  """Complete lines of a JSONL log; a last line cut short by a kill is dropped."""
+  if not os.path.exists(path):
+    return []
+  with open(path) as f:
+    return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def read_json(path: str) -> dict:
+  with open(path) as f:
+    return json.load(f)
+
+
+def write_json(path: str, value: dict) -> None:
+  """Writes in one move: a reader never sees half a file."""
+  with open(path + ".part", "w") as f:
+    json.dump({k: finite(v) for k, v in value.items()}, f, indent=2)
+    f.write("\n")
+  os.replace(path + ".part", path)
+
+
+def finite(x):
+  """JSON has no NaN: null stands for "undefined here". Works through nested dicts."""
+  if isinstance(x, dict):
+    return {k: finite(v) for k, v in x.items()}
+  return None if isinstance(x, float) and not math.isfinite(x) else x
