@@ -97,3 +97,16 @@ def test_modules_say_what_they_are():
   for path in sources():
     text = path.read_text()
     assert not text.strip() or ast.get_docstring(ast.parse(text)), path
+
+
+def test_what_users_rely_on_is_there():
+  """The package's public names, reached the way README.md writes them."""
+  code = """import arrol_jax
+assert arrol_jax.grade(r"so \\\\boxed{12}", "12") == 1.0
+assert arrol_jax.prune.Calibration().positive.shape == (128,)
+assert arrol_jax.voting.vote(["1", "2", "2"]) == "2"
+assert callable(arrol_jax.load_policy) and arrol_jax.Policy.__name__ == "Policy"
+assert not hasattr(arrol_jax, "nothing")
+print("ok")"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == "ok\n", done.stderr
