@@ -36,7 +36,8 @@ class PruneRule:
   p_min: float = 0.1
   p_max: float = 0.9
 
-  def bounds(self) -> dict:
+  def constants(self) -> dict:
+    """Keyword arguments of prune.solve_delta and prune.survival."""
     return dict(kappa=self.keep, rho=self.target, lam=self.strength, p_min=self.p_min, p_max=self.p_max)
 
 
@@ -47,9 +48,8 @@ def _decide(slots: Slots, head: dict, table: Calibration, rule: PruneRule, pruni
   posterior = prune.posterior(table, score)
   survival = jnp.ones_like(score)
   if pruning:
-    delta = prune.solve_delta(table, **rule.bounds())
-    q = rule.bounds() | {"delta": delta}
-    survival = prune.survival(posterior, **q)
+    constants = rule.constants()
+    survival = prune.survival(posterior, delta=prune.solve_delta(table, **constants), **constants)
   key = jax.vmap(lambda k: jax.random.fold_in(k, _DRAW))(slots.key)
   keep = jax.vmap(prune.draw)(key, survival) | ~decided
   return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival)

@@ -387,5 +387,5 @@ def test_measure_generates_and_grades(mesh):
 
 
 def test_rule_constants_are_the_papers():
-  assert PruneRule(detect=512).bounds() == {"kappa": 0.5, "rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
+  assert PruneRule(detect=512).constants() == {"kappa": 0.5, "rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
   assert prune.BINS == 128
