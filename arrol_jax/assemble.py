@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
+from tqdm import tqdm
 
 from arrol_jax import data, policy, quality, sharding, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine
 from arrol_jax.losses import ALGORITHMS, LossConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.rollout import PackShape, PruneRule
+from arrol_jax.rollout import PackShape, PruneRule, measure
 from arrol_jax.types import TrainState, UserError
 from arrol_jax.update import Compute
 from arrol_jax.weights import Policy, load_policy
@@ -52,6 +53,20 @@ def engine(c: ConfigDict, config: policy.PolicyConfig, mesh: jax.sharding.Mesh, 
   r = c.rollout
   return Engine(config, mesh, r.slots, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
                 prefill_rows=min(r.prompts, 32))
+
+
+def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: dict) -> Engine:
+  """An engine for held-out problems, loaded with `params`."""
+  out = engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
+  out.load(params, c.model.dtype)
+  return out
+
+
+def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str) -> dict:
+  """`rollout.measure` as eval.* says, with a progress bar called `name`."""
+  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False) as bar:
+    return measure(engine, prompts, c.eval.samples, key(c, EVAL), sampling(c, loaded, c.eval.temperature), loaded.tokenizer,
+                   grader, progress=lambda _: bar.update())[0]
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:

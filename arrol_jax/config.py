@@ -108,6 +108,10 @@ def _check(c: ConfigDict) -> None:
   _need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "
         "must be at least 2")
   _need(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}; it must be above 0")
+  r = c.rollout
+  _need(r.top_k is None or r.top_k >= 1, f"rollout.top_k is {r.top_k}; it must be at least 1")
+  for name in ("top_p", "min_p"):
+    _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
   _need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   _need(c.loss.aggregate in (None, "token", "sequence"),

@@ -10,9 +10,8 @@ import os
 import sys
 
 import jax
-from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, rollout
+from arrol_jax import assemble, config as configuration
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.rewards import Grader
 from arrol_jax.types import UserError
@@ -30,15 +29,11 @@ def main():
     step = 0
     if any(a.startswith("--workdir") for a in sys.argv):
       loaded.params, step = from_checkpoint(c, loaded, mesh, flags.workdir)
-    engine = assemble.engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
-    engine.load(loaded.params, c.model.dtype)
-    sampling = assemble.sampling(c, loaded, c.eval.temperature)
+    engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
     with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
       for path in dict.fromkeys(paths):
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
-        with tqdm(total=len(prompts) * c.eval.samples, desc=path, unit="response", leave=False) as bar:
-          result, _ = rollout.measure(engine, prompts, c.eval.samples, assemble.key(c, assemble.EVAL), sampling,
-                                      loaded.tokenizer, grader, progress=lambda _, bar=bar: bar.update())
+        result = assemble.accuracy(c, loaded, engine, prompts, grader, path)
         print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
 
 

@@ -50,13 +50,8 @@ def main():
       if not eval_prompts:
         return {}
       if not os.path.exists(path):
-        held_out = assemble.engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
-        held_out.load(state.params["policy"], c.model.dtype)
-        total = len(eval_prompts) * c.eval.samples
-        with tqdm(total=total, desc=name.replace("_", " "), unit="response", leave=False) as bar:
-          result, _ = rollout.measure(held_out, eval_prompts, c.eval.samples, assemble.key(c, assemble.EVAL),
-                                      assemble.sampling(c, loaded, c.eval.temperature), loaded.tokenizer, grader,
-                                      progress=lambda _: bar.update())
+        held_out = assemble.eval_engine(c, loaded, mesh, state.params["policy"])
+        result = assemble.accuracy(c, loaded, held_out, eval_prompts, grader, name.replace("_", " "))
         write_json(path, {benchmark_name(c.data.eval): result})
       return read_json(path)
 
