@@ -1,15 +1,18 @@
 """Measures the engine, the update and a whole step on random weights: one JSON line a case.
 
-  python -m arrol_jax.bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024 --lengths=lognormal
-  python -m arrol_jax.bench update --shape=qwen3-1.7b --rows=128
-  python -m arrol_jax.bench step   --shape=qwen3-1.7b --rows=512 --max_new=2048 --detect=512
+  python -m arrol_jax.bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
+  python -m arrol_jax.bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
+  python -m arrol_jax.bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
+  python -m arrol_jax.bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
 Compiles and warms up first, waits for results, reports the median of --runs with minimum and maximum. The floor is what this
 device's own measured read bandwidth and matrix rate allow; `floor` in the output says what was measured to get it.
---profile=DIR writes a JAX trace of the last run.
+--profile=DIR writes a JAX trace of the last run (of `decode`: two segments).
 """
 
 import argparse
 import contextlib
+import functools
+import heapq
 import json
 import statistics
 import sys
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import config as configuration, policy, prune, quality, rollout, sharding, update
+from arrol_jax import config as configuration, engine as engines, kv_cache, policy, prune, quality, rollout, sharding, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, Request
 from arrol_jax.losses import GRPO
@@ -76,24 +79,100 @@ def spread(values: list[float]) -> dict:
   return {"runs": len(values), "min": min(values), "max": max(values)}
 
 
-def decode(a, c, mesh) -> dict:
+def cache_bytes(c, a) -> int:
+  """Bytes of one token's cache."""
+  return kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, a.cache or a.dtype)
+
+
+def decode_floor(c, a, lengths, slots: int, limits: dict) -> float:
+  """Seconds that reading takes at the measured bandwidth: each token its row's cache, each step all weights once.
+
+  Steps: as many as `slots` rows need when a slot takes the next request the moment it is free.
+  """
+  free = [0] * min(slots, len(lengths))
+  for n in lengths:
+    heapq.heapreplace(free, free[0] + int(n))
+  lengths = np.asarray(lengths, float)
+  context = np.sum(lengths * a.prompt + lengths * (lengths + 1) / 2)
+  weights = c.num_params() * jnp.dtype(a.dtype).itemsize
+  return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]
+
+
+def make_engine(a, c, mesh, slots: int) -> tuple[Engine, Sampling]:
+  return (Engine(c, mesh, slots, a.prompt, a.max_new, a.segment, a.row_buckets),
+          Sampling(1.0, (), a.dtype, a.cache, a.decode_attention))
+
+
+def decode(a, c, mesh) -> list[dict]:
   """W1: static and useful tokens a second of the engine, log-probs and hidden states on."""
   limits = ceilings()
-  engine = Engine(c, mesh, a.slots or a.rows, a.prompt, a.max_new, a.segment)
-  engine.load(policy.init_params(c, jax.random.key(0), a.dtype), a.dtype)
-  sampling, key = Sampling(1.0, (), a.dtype), jax.random.key(1)
-  lengths = target_lengths(a.lengths, a.rows, a.max_new, 0.4, 0.6)
-  full = requests(c, a.rows, a.group, a.prompt, np.full(a.rows, a.max_new))
-  own = requests(c, a.rows, a.group, a.prompt, lengths)
-  static, compile_static = timed(lambda: engine.run(full, key, sampling) and None, a.runs)
-  useful, compile_useful = timed(lambda: engine.run(own, key, sampling) and None, a.runs, a.profile)
-  size = jnp.dtype(a.dtype).itemsize
-  columns = 2 * c.layers * c.kv_heads * c.head_dim * size  # cache bytes a token
-  step = (c.num_params() * size + columns * (a.prompt + a.max_new / 2) * a.rows) / limits["read_bytes_s"]
-  rates = [a.rows * a.max_new / s for s in static]
-  return {"tok_s_static": statistics.median(rates), "tok_s_useful": int(lengths.sum()) / statistics.median(useful),
-          "floor_share": statistics.median(rates) * step / a.rows, "floor": limits | {"tok_s_static": a.rows / step},
-          "compile_s": compile_static + compile_useful - statistics.median(static) - statistics.median(useful)} | spread(rates)
+  engine, sampling = make_engine(a, c, mesh, a.slots or a.rows)
+  engine.load(jax.jit(lambda key: policy.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
+  key, start = jax.random.key(1), time.perf_counter()
+  engine.warm_up(sampling)
+  compile_s = time.perf_counter() - start
+  lengths = target_lengths("lognormal", a.rows, a.max_new, 0.4, 0.6)
+  everything = np.full(a.rows, a.max_new)
+  own, full = (requests(c, a.rows, a.group, a.prompt, x) for x in (lengths, everything))
+  useful, _ = timed(lambda: engine.run(own, key, sampling) and None, a.runs)
+  out = {"tok_s_useful": int(lengths.sum()) / statistics.median(useful),
+         "useful_floor_share": decode_floor(c, a, lengths, engine.rows, limits) / statistics.median(useful), "floor": limits}
+  rates = [int(lengths.sum()) / s for s in useful]
+  if a.static:
+    static, _ = timed(lambda: engine.run(full, key, sampling) and None, a.runs)
+    floor = decode_floor(c, a, everything, engine.rows, limits)
+    rates = [a.rows * a.max_new / s for s in static]
+    out |= {"tok_s_static": statistics.median(rates), "floor_share": floor / statistics.median(static),
+            "floor": limits | {"tok_s_static": a.rows * a.max_new / floor}}
+  if a.profile:
+    short = requests(c, a.rows, a.group, a.prompt, np.full(a.rows, 2 * a.segment))
+    with jax.profiler.trace(a.profile):
+      engine.run(short, key, sampling)
+  return [out | {"compile_s": compile_s, "cache": a.cache or a.dtype} | spread(rates)]
+
+
+def bench_attention(a, c, mesh) -> list[dict]:
+  """One layer's decoding step: microseconds and bandwidth of each way, by rows and by context (all alike, and W1's spread)."""
+  limits, out = ceilings(), []
+  room = -(-(a.prompt + a.max_new) // kv_cache.BLOCK) * kv_cache.BLOCK
+  ways = {"xla": functools.partial(kv_cache.step, "xla")}
+  if jax.default_backend() == "gpu":
+    ways |= {f"triton splits={n} block={block} warps={warps} stages={stages}":
+             lambda columns, q, k, v, position, active, kind=dict(splits=n, block=block, warps=warps, stages=stages):
+             kv_cache.step_triton(columns, q, k, v, position + 1, **kind)
+             for n, block, warps, stages in KERNELS}
+  for rows in a.attention_rows:
+    spread_out = np.random.default_rng(0).permutation(np.linspace(a.prompt, room - 2, rows))
+    contexts = {"start": np.full(rows, a.prompt), "middle": np.full(rows, a.prompt + a.max_new // 2), "spread": spread_out}
+    q = jax.random.normal(jax.random.key(0), (rows, c.heads, c.head_dim), a.dtype)
+    k = jax.random.normal(jax.random.key(1), (rows, c.kv_heads, c.head_dim), a.dtype)
+    active = jnp.ones(rows, bool)
+    for name, way in ways.items():
+      def many(columns, q, k, position, way=way):  # a chain, so that launches do not count
+        return jax.lax.fori_loop(0, 50, lambda _, x: way(x[0], (q + 0.0 * x[1]).astype(q.dtype), k, k, position, active), (columns, q))
+
+      program = jax.jit(many, donate_argnums=0)
+      for context, position in contexts.items():
+        position = jnp.asarray(position, jnp.int32)
+        columns = jax.jit(kv_cache.empty, static_argnums=range(5))(c.kv_heads, rows, room, c.head_dim, a.cache or a.dtype)
+        try:
+          columns, _ = program(columns, q, k, position)
+          seconds = []
+          for _ in range(a.runs):
+            start = time.perf_counter()
+            columns, _ = jax.block_until_ready(program(columns, q, k, position))
+            seconds.append((time.perf_counter() - start) / 50)
+        except Exception as e:  # a variant that the compiler refuses is a result too
+          out.append({"way": name, "rows": rows, "context": context, "error": str(e).splitlines()[0][:200]})
+          continue
+        read = int((position + 1).sum()) * cache_bytes(c, a) / c.layers / min(seconds)
+        out.append({"way": name, "rows": rows, "context": context, "us": min(seconds) * 1e6, "read_bytes_s": read,
+                    "floor_share": read / limits["read_bytes_s"]})
+  return out
+
+
+KERNELS = [(1, 64, 4, 3), (1, 32, 4, 3), (1, 128, 4, 2), (1, 128, 8, 2), (1, 64, 4, 2), (1, 64, 4, 4), (1, 32, 2, 3), (1, 32, 2, 4),
+           (1, 64, 2, 3), (2, 64, 4, 3), (2, 64, 4, 2), (2, 128, 4, 2), (4, 64, 4, 2)]  # splits, block, warps, stages
 
 
 def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
@@ -101,7 +180,7 @@ def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
   rng = np.random.default_rng(0)
   return [rollout.Rollout(i, i // a.group, rng.integers(1, c.vocab - 2, a.prompt).astype(np.int32),
                           rng.integers(1, c.vocab - 2, n).astype(np.int32), np.full(n, -10.0, np.float32), stopped=True,
-                          decided=n > a.detect, reward=float(rng.integers(2))) for i, n in enumerate(lengths)]
+                          decided=n > a.detect[0], reward=float(rng.integers(2))) for i, n in enumerate(lengths)]
 
 
 def fresh_state(c, mesh) -> tuple[TrainState, object]:
@@ -117,13 +196,13 @@ def flops(c, tokens: int, length: float, passes: int) -> float:
   return passes * (2 * c.num_params() * tokens + 2 * c.layers * c.heads * c.head_dim * length * tokens)
 
 
-def bench_update(a, c, mesh) -> dict:
+def bench_update(a, c, mesh) -> list[dict]:
   """W2: tokens a second and MFU of the update, and of the log-prob pass, on full rows."""
   limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
-  compute = update.Compute(a.dtype, a.attention, a.remat)
-  shape = rollout.PackShape(a.prompt + a.max_new, a.micro_tokens, 1)
-  batches = rollout.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=a.detect)
+  compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
+  shape = rollout.PackShape(a.prompt + a.max_new, min(a.micro_tokens, a.rows * (a.prompt + a.max_new)), 1)
+  batches = rollout.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=a.detect[0])
   tokens = a.rows * (a.prompt + a.max_new)
   logprob, _ = timed(lambda: update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute), a.runs)
 
@@ -136,82 +215,138 @@ def bench_update(a, c, mesh) -> dict:
   rates = [tokens / s for s in seconds]
   mfu = lambda s, passes: flops(c, tokens, a.prompt + a.max_new, passes) / s / limits["matmul_flop_s"]
   best = statistics.median(seconds)
-  return {"tokens_s": statistics.median(rates), "mfu": mfu(best, 3), "floor_share": mfu(best, 3), "floor": limits,
-          "logprob_tokens_s": tokens / statistics.median(logprob), "logprob_mfu": mfu(statistics.median(logprob), 1),
-          "compile_s": first - best} | spread(rates)
+  return [{"tokens_s": statistics.median(rates), "mfu": mfu(best, 3), "floor_share": mfu(best, 3), "floor": limits,
+           "logprob_tokens_s": tokens / statistics.median(logprob), "logprob_mfu": mfu(statistics.median(logprob), 1),
+           "remat": a.remat, "micro_tokens": a.micro_tokens, "chunk_tokens": a.chunk_tokens,
+           "compile_s": first - best} | spread(rates)]
 
 
-def bench_step(a, c, mesh) -> dict:
-  """W3: a whole step with and without pruning: phases, and the speed-up that its own tokens would allow at best."""
+def bench_step(a, c, mesh) -> list[dict]:
+  """W3: a whole step without pruning and with it at each --detect: phases, speed-ups, and the ideal for the same rollouts."""
+  limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
-  compute = update.Compute(a.dtype, a.attention, a.remat)
-  engine = Engine(c, mesh, a.slots or a.rows, a.prompt, a.max_new, a.segment)
-  wanted = requests(c, a.rows, a.group, a.prompt, target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5))
-  rule, shape = rollout.PruneRule(a.detect), rollout.PackShape(a.prompt + a.max_new, a.micro_tokens)
-  phases, generated, trained = {}, {}, {}
+  compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
+  engine, sampling = make_engine(a, c, mesh, a.rows)
+  slots = a.slots or engines.slots_that_fit(engine, sampling, a.group, state.params["policy"]) or a.rows
+  engine, _ = make_engine(a, c, mesh, min(slots, a.rows))
+  lengths = target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5)
+  wanted = requests(c, a.rows, a.group, a.prompt, lengths)
+  shape = rollout.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets)
 
-  def once(pruning: bool):
+  def decide_at(detect):
+    rule = rollout.PruneRule(detect or a.detect[0])
+    return rollout.make_decide(state.params["head"], state.calibration, rule, detect is not None)
+
+  def once(detect: int | None) -> tuple[dict, list]:
+    """One step; with detect None the same programs keep every rollout."""
     nonlocal state
     marks = [time.perf_counter()]
     engine.load(state.params["policy"], a.dtype)
-    decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
-    done = engine.run(wanted, jax.random.key(1), Sampling(1.0, (), a.dtype), decide=decide)
+    done = engine.run(wanted, jax.random.key(1), sampling, decide=decide_at(detect))
     engine.params = None
+    marks.append(time.perf_counter())
     for r in done:
       r.reward = float(r.request % 2)
-    marks.append(time.perf_counter())
-    batches = update.fill_logprobs(c, state.params["policy"], None,
-                                   rollout.pack(done, shape, mesh, detect=a.detect), 1.0, compute)
-    jax.block_until_ready(batches)
+    batches = rollout.pack(done, shape, mesh, detect=detect or a.detect[0])
+    batches = jax.block_until_ready(update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute))
     marks.append(time.perf_counter())
     state, metrics = update.step(c, state, batches, GRPO, 1.0, compute, optimizer)
-    jax.block_until_ready(metrics)
+    jax.block_until_ready((state, metrics))
     marks.append(time.perf_counter())
-    phases[pruning].append(dict(zip(("generate", "logprob", "update"), np.diff(marks).tolist(), strict=True)) |
-                           {"step": marks[-1] - marks[0]})
-    generated[pruning] = sum(len(r.tokens) for r in done)
-    trained[pruning] = sum(len(r.tokens) for r in done if not r.pruned)
+    seconds = dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+    return seconds | {"step": marks[-1] - marks[0]}, done
 
-  out, first = {}, {}
-  for pruning in (False, True):
-    phases[pruning] = []
-    _, first[pruning] = timed(lambda p=pruning: once(p), a.runs, a.profile if pruning else None)
-    rows = phases[pruning][1:]
-    median = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-    out |= {f"sec_{k}{'_pruned' if pruning else ''}": v for k, v in median.items()}
-  speedup = {k: out[f"sec_{k}"] / out[f"sec_{k}_pruned"] for k in ("generate", "logprob", "update", "step")}
-  steps = [r["step"] for r in phases[True][1:]]
-  return out | {"speedup": speedup, "tokens_generated": generated[False], "tokens_generated_pruned": generated[True],
-                "ideal_trained": trained[False] / trained[True], "compile_s": sum(first.values()) - out["sec_step"] -
-                out["sec_step_pruned"]} | spread(steps)
+  start = time.perf_counter()
+  warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute, optimizer)
+  compile_s = time.perf_counter() - start
+  results = {}
+  for detect in (None, *a.detect):
+    trace = jax.profiler.trace(a.profile) if a.profile and detect else contextlib.nullcontext()
+    with trace:
+      runs = [once(detect) for _ in range(a.runs)]
+    results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in (*PHASES, "step")}, runs
+
+  base, base_runs = results[None]
+  out = []
+  for detect in a.detect:
+    pruned, runs = results[detect]
+    before, after = base_runs[0][1], runs[0][1]
+    ideal = ideal_speedup(c, a, before, after, engine.rows, limits)
+    ideal["step"] = base["step"] / sum(base[k] / ideal[k] for k in PHASES)
+    speedup = {k: base[k] / pruned[k] for k in (*PHASES, "step")}
+    kept = [r for r in after if not r.pruned]
+    out.append({f"sec_{k}": v for k, v in base.items()} | {f"sec_{k}_pruned": v for k, v in pruned.items()} | {
+      "detect": detect, "speedup": speedup, "ideal": ideal, "ideal_share": {k: speedup[k] / ideal[k] for k in ideal},
+      "floor_share": decode_floor(c, a, [len(r.tokens) for r in before], engine.rows, limits) / base["generate"],
+      "floor": limits, "slots": engine.rows, "kept": len(kept), "tokens_generated": sum(len(r.tokens) for r in before),
+      "tokens_generated_pruned": sum(len(r.tokens) for r in after), "tokens_trained_pruned": sum(len(r.tokens) for r in kept),
+      "compile_s": compile_s, "cache": a.cache or a.dtype} | spread([x["step"] for x, _ in runs]))
+  return out
 
 
-CASES = {"decode": decode, "update": bench_update, "step": bench_step}
+PHASES = ("generate", "logprob", "update")
+
+
+def ideal_speedup(c, a, before: list, after: list, slots: int, limits: dict) -> dict:
+  """By phase, what these rollouts would gain at the floor: bytes read in generation, FLOPs of the rows trained on."""
+  work = lambda done: sum(flops(c, n, n, 1) for n in (len(r.prompt_tokens) + len(r.tokens) for r in done if not r.pruned))
+  read = lambda done: decode_floor(c, a, [len(r.tokens) for r in done], slots, limits)
+  trained = work(before) / work(after)
+  return {"generate": read(before) / read(after), "logprob": trained, "update": trained}
+
+
+def warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute, optimizer) -> None:
+  """Compiles everything a step runs: the engine's shapes, and a micro-batch of each row length."""
+  engine.load(state.params["policy"], a.dtype)
+  for detect in (None, *a.detect):
+    engine.warm_up(sampling, decide_at(detect))
+  engine.params = None
+  totals = {"tokens": jnp.float32(1), "rows": jnp.float32(1), "head": jnp.float32(1)}
+  for batch in rollout.empty_batches(shape, mesh):
+    update.fill_logprobs(c, state.params["policy"], None, [batch], 1.0, compute)
+    grads, metrics = update.zeros(state.params)
+    jax.block_until_ready(update.accumulate(c, state.params, grads, metrics, batch, totals, loss=GRPO, temperature=1.0,
+                                            compute=compute))
+
+
+CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention}
 
 
 def main():
   p = argparse.ArgumentParser(prog="python -m arrol_jax.bench", description=__doc__.partition("\n")[0])
   p.add_argument("case", choices=CASES)
   p.add_argument("--shape", default="tiny")
-  for name, default in dict(rows=64, group=16, prompt=64, max_new=128, slots=0, segment=32, runs=3, detect=64,
-                            micro_tokens=16384).items():
+  p.add_argument("--rows", default="64", help="rollouts; for `attention` several row counts, separated by commas")
+  p.add_argument("--detect", default="64", help="detection lengths of `step`, separated by commas")
+  for name, default in dict(group=16, prompt=64, max_new=128, slots=0, segment=32, runs=3, row_buckets=4, length_buckets=6,
+                            micro_tokens=16384, chunk_tokens=4096).items():
     p.add_argument(f"--{name}", type=int, default=default)
   p.add_argument("--lengths", choices=("full", "lognormal"), default="lognormal")
+  p.add_argument("--static", action=argparse.BooleanOptionalAction, default=True, help="`decode`: also all rows to --max_new")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+  p.add_argument("--cache", choices=("int8",), default=None)
   p.add_argument("--attention", default="auto")
-  p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
+  p.add_argument("--decode_attention", default="auto")
+  p.add_argument("--remat", choices=policy.REMAT, default="dots")
   p.add_argument("--profile", default=None)
   a = p.parse_args(sys.argv[1:])
   if a.shape not in ZOO:
     raise UserError(f"--shape={a.shape} is not known; there are {', '.join(ZOO)}")
-  if a.case == "step" and (a.detect % a.segment or not 2 <= a.detect < a.max_new):
-    raise UserError(f"--detect={a.detect} must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
+  try:
+    a.attention_rows, a.detect = [int(x) for x in a.rows.split(",")], [int(x) for x in a.detect.split(",")]
+  except ValueError as e:
+    raise UserError("--rows and --detect take whole numbers, separated by commas") from e
+  a.rows = a.attention_rows[0]
+  if a.case == "step" and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
+    raise UserError(f"--detect: each must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    result = CASES[a.case](a, ZOO[a.shape], mesh)
+    results = CASES[a.case](a, ZOO[a.shape], mesh)
   line = {"case": a.case, "shape": a.shape, "rows": a.rows, "prompt": a.prompt, "max_new": a.max_new, "lengths": a.lengths,
-          "dtype": a.dtype, "device": jax.devices()[0].device_kind, "jax": jax.__version__} | result
-  print(json.dumps(line | {"peak_bytes": peak_bytes(), "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}))
+          "dtype": a.dtype, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+  for result in results:
+    print(json.dumps(line | result | {"peak_bytes": peak_bytes(),
+                                      "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)
 
 
 if __name__ == "__main__":

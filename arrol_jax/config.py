@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.losses import ALGORITHMS
+from arrol_jax.policy import REMAT
 from arrol_jax.types import UserError
 
 
@@ -118,6 +119,7 @@ def _check(c: ConfigDict) -> None:
         f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
   _need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+  _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
 

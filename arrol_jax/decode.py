@@ -16,15 +16,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from arrol_jax import policy
+from arrol_jax import kv_cache, policy
 from arrol_jax.attention import causal_attention
 from arrol_jax.policy import PolicyConfig
-from arrol_jax.sharding import DECODE, constrain
+
+
+_LANES = 128  # tokens of a vocabulary block
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn. temperature 0 is greedy. Of the tokens, those are left that pass every filter which is not None.
+  """How tokens are drawn and computed. temperature 0 is greedy. Of the tokens, those are left that pass every filter which is not None.
 
   Log-probs are those of the tempered distribution before filtering (at temperature 0: of T = 1), so that they compare with the
   trainer's.
@@ -32,15 +34,21 @@ class Sampling:
   temperature: float = 1.0
   stop_ids: tuple[int, ...] = ()
   dtype: str = "bfloat16"
+  cache: str | None = None     # "int8" halves the cache; None: as dtype
+  attention: str = "auto"      # over the cache, see kv_cache.py
   top_k: int | None = None     # the k most likely (more where the last ties)
   top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p
   min_p: float | None = None   # at least min_p times as likely as the most likely
+
+  @property
+  def cache_dtype(self) -> str:
+    return self.cache or self.dtype
 
 
 @flax.struct.dataclass
 class Prefix:
   """Caches of prompts, to be inserted into slots."""
-  cache: tuple          # per layer (k, v), each [P,M,L,H]
+  cache: tuple           # kv_cache.Columns by layer, P rows of L columns
   last_token: jax.Array  # i32[P]
   length: jax.Array      # i32[P]
 
@@ -48,7 +56,7 @@ class Prefix:
 @flax.struct.dataclass
 class Slots:
   """The state of B rows. `token` at `position` is the next to be fed; columns before `position` of the cache are valid."""
-  cache: tuple           # per layer (k, v), each [B,M,S,H]
+  cache: tuple           # kv_cache.Columns by layer, B rows of S columns
   token: jax.Array       # i32[B]
   position: jax.Array    # i32[B]
   generated: jax.Array   # i32[B]   response tokens so far
@@ -58,30 +66,25 @@ class Slots:
   hidden: jax.Array      # [B,D]    final hidden state of the last step in which the row was active
 
 
-def _columns(cache: jax.Array) -> jax.Array:
-  return constrain(cache, "batch", "kv_heads", None, None, table=DECODE)
-
-
-@functools.partial(jax.jit, static_argnames=("c", "rows", "length", "dtype"))
-def init_slots(c: PolicyConfig, rows: int, length: int, dtype: str) -> Slots:
+@functools.partial(jax.jit, static_argnames=("c", "rows", "length", "sampling"))
+def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> Slots:
   """`rows` empty slots with room for `length` tokens each."""
   zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
-  shape = (rows, c.kv_heads, length, c.head_dim)
-  cache = tuple((_columns(jnp.zeros(shape, dtype)), _columns(jnp.zeros(shape, dtype))) for _ in range(c.layers))
+  cache = tuple(kv_cache.empty(c.kv_heads, rows, length, c.head_dim, sampling.cache_dtype) for _ in range(c.layers))
   return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(),
                active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
-               hidden=jnp.zeros((rows, c.width), dtype))
+               hidden=jnp.zeros((rows, c.width), sampling.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("c", "dtype"))
-def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array, *, dtype: str) -> Prefix:
+@functools.partial(jax.jit, static_argnames=("c", "sampling"))
+def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array, *, sampling: Sampling) -> Prefix:
   """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
   attention = causal_attention("auto")
 
   def attend(layer, q, k, v):
-    return attention(q, k, v)[0], (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return attention(q, k, v)[0], kv_cache.store(k, v, sampling.cache_dtype)
 
-  _, cache = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, dtype=dtype)
+  _, cache = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, dtype=sampling.dtype)
   last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
   return Prefix(cache=tuple(cache), last_token=last, length=length)
 
@@ -91,39 +94,43 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, k
   """Puts prompt `source[r]` into slot `target[r]` with key[r] and limit[r]; a target of B or more is left out. All [R]."""
   def write(slot_columns, prefix_columns):
     width = min(slot_columns.shape[2], prefix_columns.shape[2])  # the host sees to it that real tokens fit
-    rows = prefix_columns[source, :, :width]
-    return _columns(slot_columns.at[target, :, :width].set(rows, mode="drop"))
+    return slot_columns.at[:, target, :width].set(prefix_columns[:, source, :width], mode="drop")
 
   put = lambda old, new: old.at[target].set(new, mode="drop")
+  cache = tuple(kv_cache.pin(jax.tree.map(write, *pair)) for pair in zip(slots.cache, prefix.cache, strict=True))
   # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
   return slots.replace(
-    cache=jax.tree.map(write, slots.cache, prefix.cache), token=put(slots.token, prefix.last_token[source]),
+    cache=cache, token=put(slots.token, prefix.last_token[source]),
     position=put(slots.position, prefix.length[source] - 1), generated=put(slots.generated, jnp.zeros_like(target)),
     limit=put(slots.limit, limit), active=put(slots.active, jnp.ones_like(target, bool)), key=put(slots.key, key))
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
-  """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle."""
-  def columns(x):
-    x = x[rows, :, :length]
-    return _columns(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))))
+  """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle.
 
-  cache = jax.tree.map(columns, slots.cache)
-  rest = jax.tree.map(lambda x: x[rows], slots.replace(cache=()))
+  Deletes the old cache as it goes, layer after layer: beside it only one layer of the new one needs room.
+  """
+  cache = []
+  for old in slots.cache:
+    cache.append(_take_columns(old, rows, length))
+    jax.tree.map(lambda x: x.delete(), old)
+  return _take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def _take_columns(columns: kv_cache.Columns, rows: jax.Array, length: int) -> kv_cache.Columns:
+  def take(x):
+    x = x[:, rows, :length]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
+
+  return kv_cache.pin(jax.tree.map(take, columns))
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def _take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> Slots:
+  rest = jax.tree.map(lambda x: x[rows], slots)
   # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist.
-  return rest.replace(cache=cache, active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
-
-
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
-  """One query a row against the cache: q [B,N,H], k and v [B,M,S,H], columns 0..position i32[B] -> [B,N,H]."""
-  b, n, h = q.shape
-  m, s = k.shape[1:3]
-  q = q.reshape(b, m, n // m, h)
-  score = jnp.einsum("bmgh,bmsh->bmgs", q, k, preferred_element_type=jnp.float32) * h**-0.5
-  seen = jnp.arange(s, dtype=jnp.int32)[None, :] <= position[:, None]
-  prob = jax.nn.softmax(jnp.where(seen[:, None, None, :], score, -1e30), axis=-1).astype(v.dtype)
-  return jnp.einsum("bmgs,bmsh->bmgh", prob, v).reshape(b, n, h)
+  return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
 
 
 def _filtered(sampling: Sampling, logits: jax.Array) -> jax.Array:
@@ -141,16 +148,43 @@ def _filtered(sampling: Sampling, logits: jax.Array) -> jax.Array:
   return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+def _prefix_sums(x: jax.Array) -> jax.Array:
+  """Inclusive sums along the last axis: one small product instead of a ladder of additions."""
+  return jnp.dot(x, jnp.triu(jnp.ones((x.shape[-1],) * 2, x.dtype)), precision=jax.lax.Precision.HIGHEST)
+
+
+def _first_past(weight: jax.Array, u: jax.Array) -> jax.Array:
+  """Index i32[B] drawn with probability proportional to weight f32[B,K] >= 0 by u f32[B] in [0, 1); never one of weight 0."""
+  sums = _prefix_sums(weight)
+  past = (sums > (u * sums[:, -1])[:, None]) & (weight > 0)
+  return jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), jnp.argmax(weight, axis=1)).astype(jnp.int32)
+
+
 def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Tokens i32[B] and their log-probs f32[B] from logits f32[B,V]; key[B], one a row."""
+  """Tokens i32[B] and their log-probs f32[B] from logits f32[B,V]; key[B], one a row.
+
+  By inversion in two levels, a block of the vocabulary and a token in it, each with a uniform number of its own: two
+  random numbers a token, and the blocks' sums are the softmax's denominator.
+  """
   if sampling.temperature > 0:
     logits = logits / sampling.temperature
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(key)
-    token = jnp.argmax(_filtered(sampling, logits) + noise, axis=-1).astype(jnp.int32)
+  rows, vocab = logits.shape
+  top = jnp.max(logits, axis=1, keepdims=True)
+  blocks = lambda x: jnp.pad(x, ((0, 0), (0, -vocab % _LANES)), constant_values=-jnp.inf).reshape(rows, -1, _LANES)
+  sums = jnp.sum(jnp.exp(blocks(logits - top)), axis=2)
+  norm = top[:, 0] + jnp.log(jnp.sum(sums, axis=1))
+  if sampling.temperature > 0:
+    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
+    kept = blocks(_filtered(sampling, logits) - top if any(f is not None for f in filters) else logits - top)
+    if any(f is not None for f in filters):
+      sums = jnp.sum(jnp.exp(kept), axis=2)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
+    block = _first_past(sums, u[:, 0])
+    inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
+    token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])
   else:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-  return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - norm
 
 
 @functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
@@ -167,17 +201,14 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   def step(carry):
     i, s, tokens, logprobs = carry
     cache = list(s.cache)
-
     def attend(layer, q, k, v):  # [B,1,N,H], [B,1,M,H] x 2
-      row = jnp.arange(rows, dtype=jnp.int32)
-      keys, values = (_columns(old.at[row, :, s.position].set(new[:, 0], mode="promise_in_bounds", unique_indices=True))
-                      for old, new in zip(cache[layer], (k, v), strict=True))
-      cache[layer] = (keys, values)
-      return attend_cache(q[:, 0], keys, values, s.position)[:, None], None
+      cache[layer], out = kv_cache.step(sampling.attention, cache[layer], q[:, 0], k[:, 0], v[:, 0], s.position, s.active)
+      return out[:, None], None
 
     hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
-    token, logprob = sample(sampling, key, policy.unembed(params, hidden))
+    with jax.named_scope("sample"):
+      token, logprob = sample(sampling, key, policy.unembed(params, hidden))
     generated = s.generated + s.active.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (generated >= s.limit)
     live = lambda new, old: jnp.where(s.active if new.ndim == 1 else s.active[:, None], new, old)

@@ -2,8 +2,9 @@
 
 Everything that costs device time happens in decode.py's programs; between two segments the host learns which rows
 ended, hands their slots to waiting requests, and when none waits gathers the living rows into the next smaller compiled row
-count. Cache columns come in a few compiled lengths and grow with the longest living row. Shapes therefore come from
-two short lists (`row_sizes`, `lengths`), and each pair is compiled once.
+count. Where a kernel reads each row's own length (kv_cache.py) the cache has its full length from the start and an idle
+row costs no reading; elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore
+come from two short lists (`row_sizes`, `lengths`), and each pair is compiled once.
 
 The engine knows no quality head: `decide(slots)` is whatever the caller wants done at a boundary.
 """
@@ -12,16 +13,17 @@ import collections
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import decode, policy, sharding
+from arrol_jax import decode, kv_cache, policy, sharding
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.policy import PolicyConfig
-from arrol_jax.types import Rollout
+from arrol_jax.types import Rollout, UserError
 
 
 class Request(NamedTuple):
@@ -50,19 +52,23 @@ class Engine:
   max_prompt: int
   max_new: int
   segment: int
-  row_buckets: int = 3        # rows, rows/2, rows/4, ...
-  length_buckets: int = 4     # cache lengths, evenly spaced up to max_prompt + max_new
+  row_buckets: int = 4        # rows, rows/2, rows/4, ...
+  length_buckets: int = 4     # cache lengths, evenly spaced up to max_prompt + max_new (one where a kernel reads own lengths)
   prefill_rows: int = 16      # prompts a prefill program takes
   params: dict | None = None  # set by load()
 
   def __post_init__(self):
     unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    up = lambda n, k: -(-n // k) * k
-    self.row_sizes = sorted({up(max(1, self.rows >> i), unit) for i in range(self.row_buckets)})
+    self.row_sizes = sorted({_up(max(1, self.rows >> i), unit) for i in range(self.row_buckets)})
     self.rows = self.row_sizes[-1]
-    room = up(self.max_prompt + self.max_new + self.segment, 16)
-    self.lengths = sorted({min(room, up(room * (i + 1) // self.length_buckets, 16)) for i in range(self.length_buckets)})
-    self.prefill_rows = up(self.prefill_rows, unit)
+    self.prefill_rows = _up(self.prefill_rows, unit)
+
+  def lengths(self, sampling: Sampling) -> list[int]:
+    """Compiled cache lengths, ascending; the last holds any response."""
+    room = self.max_prompt + self.max_new
+    if kv_cache.resolve(sampling.attention, self.config.head_dim, sampling.cache_dtype) != "xla":
+      return [_up(room, kv_cache.BLOCK)]
+    return sorted({_up(room * (i + 1) // self.length_buckets, 16) for i in range(self.length_buckets)})
 
   def load(self, params: dict, dtype: str) -> None:
     """Takes the training parameters: cast, unstacked and resharded for decoding in one program."""
@@ -70,6 +76,20 @@ class Engine:
     shapes = jax.eval_shape(policy.unstack, params)
     out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
     self.params = _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)(params)
+
+  def warm_up(self, sampling: Sampling, decide: Callable | None = None) -> None:
+    """Compiles every program of a run: all shapes on idle slots, which decode nothing."""
+    columns, prompt = self.lengths(sampling), np.zeros(1, np.int32)
+    for length in columns:
+      for rows in reversed(self.row_sizes):
+        state = _Run(self, [Request(0, 0, prompt, 1)], jax.random.key(0), sampling)
+        state.slots = decode.init_slots(self.config, rows, length, sampling)
+        state.at, state.length = [None] * rows, length
+        state.segment(decide)
+        state.seat(list(state.waiting))
+        if rows > self.row_sizes[0]:
+          state.take([], self.row_sizes[self.row_sizes.index(rows) - 1], length)
+        jax.block_until_ready(state.slots)
 
   def run(self, requests: list[Request], key: jax.Array, sampling: Sampling, *, decide: Callable | None = None,
           on_done: Callable | None = None) -> list[Rollout]:
@@ -91,10 +111,53 @@ class Engine:
     return state.rollouts
 
 
+def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict) -> int | None:
+  """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
+
+  Call it with all that stays in memory (parameters, optimizer state) in place. Raises UserError where not even one group of
+  `group_size` rollouts fits, with what would.
+  """
+  stats = engine.mesh.devices.flat[0].memory_stats() or {}
+  if "bytes_limit" not in stats:
+    return None
+  return _slots_in(engine, sampling, group_size, params, stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])
+
+
+def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict, free: int, limit: int) -> int:
+  c, mesh = engine.config, engine.mesh
+  size = jnp.dtype(sampling.dtype).itemsize
+  shards = mesh.shape["tensor"] if c.kv_heads % mesh.shape["tensor"] == 0 else 1
+  batch = mesh.shape["data"] * mesh.shape["fsdp"]
+  token = kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, sampling.cache_dtype) // shards
+  weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * size // mesh.shape["tensor"]
+  prefix = engine.prefill_rows * engine.max_prompt // batch * (token + 8 * max(c.ffn, c.width) * size)
+  room = free - weights - prefix - limit // 32
+  row = engine.lengths(sampling)[-1] * token + 3 * 4 * c.vocab  # its columns; logits and what sampling makes of them
+  per_device = max(0, room) // row
+  if per_device * batch < group_size:
+    fits = max(0, room) * batch // group_size // token - engine.max_prompt - kv_cache.BLOCK
+    raise UserError(
+      f"one group of {group_size} rollouts needs {group_size * row / batch / 1e9:.2f} GB of cache on a device and "
+      f"{max(0, room) / 1e9:.2f} GB are free beside the weights; " +
+      (f"rollout.max_new={fits} would fit, " if fits > 0 else "") + "a smaller rollout.group_size, a wider mesh" +
+      ("" if sampling.cache_dtype == "int8" else " or rollout.cache=int8") + " would need less")
+  return per_device * batch
+
+
 @functools.lru_cache(maxsize=8)
 def _to_decode(treedef, leaves: tuple, dtype: str):
   out = jax.tree.unflatten(treedef, leaves)
   return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), policy.unstack(p)), out_shardings=out)
+
+
+@dataclasses.dataclass
+class _Seat:
+  """A request in a slot and what it has said so far, a piece a segment."""
+  request: Request
+  rollout: Rollout
+  tokens: list = dataclasses.field(default_factory=list)
+  logprobs: list = dataclasses.field(default_factory=list)
+  count: int = 0
 
 
 class _Run:
@@ -103,10 +166,11 @@ class _Run:
   def __init__(self, engine: Engine, requests: list[Request], key: jax.Array, sampling: Sampling):
     self.e, self.key, self.sampling = engine, key, sampling
     self.rollouts = [Rollout(r.index, r.prompt, r.tokens, np.zeros(0, np.int32), np.zeros(0, np.float32)) for r in requests]
-    self.waiting = collections.deque((r, out) for r, out in zip(requests, self.rollouts, strict=True))
+    self.waiting = collections.deque(_Seat(r, out) for r, out in zip(requests, self.rollouts, strict=True))
+    self.lengths = engine.lengths(sampling)
     self.slots: Slots | None = None
-    self.at: list[tuple[Request, Rollout] | None] = []   # by slot
-    self.length = 0                                      # cache columns
+    self.at: list[_Seat | None] = []   # by slot
+    self.length = 0                    # cache columns
     self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
 
   def refill_and_fit(self) -> bool:
@@ -117,46 +181,48 @@ class _Run:
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
     rows = next(n for n in self.e.row_sizes if n >= wanted)
-    columns = [len(r.tokens) + len(out.tokens) for r, out in [self.at[i] for i in live] + new]
-    length = next(n for n in self.e.lengths if n >= max(columns) + self.e.segment)
+    columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new) + self.e.segment
+    length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
     if self.slots is None:
-      self.slots = decode.init_slots(self.e.config, rows, length, self.sampling.dtype)
+      self.slots = decode.init_slots(self.e.config, rows, length, self.sampling)
       self.at, self.length = [None] * rows, length
     elif rows < len(self.at) or length > self.length:
-      self._take(live, rows, length)
+      self.take(live, rows, length)
     if new:
-      self._insert(new)
+      self.seat(new)
     return True
 
-  def _take(self, live: list[int], rows: int, length: int) -> None:
+  def take(self, live: list[int], rows: int, length: int) -> None:
+    """Gathers the slots `live` into `rows` rows of `length` columns."""
     index = np.zeros(rows, np.int32)
     index[:len(live)] = live
     self.slots = decode.take_rows(self.slots, index, np.arange(rows) < len(live), length=length)
     self.at = [self.at[i] for i in live] + [None] * (rows - len(live))
     self.length = length
 
-  def _insert(self, new: list) -> None:
+  def seat(self, new: list[_Seat]) -> None:
+    """Puts requests into free slots, prompts prefilled once each."""
     free = iter([i for i, x in enumerate(self.at) if not x])
     while new:
-      if new[0][0].prompt not in self.prefixes[0]:
+      if new[0].request.prompt not in self.prefixes[0]:
         self._prefill(new)
       where, prefix = self.prefixes
-      batch = []
-      while new and new[0][0].prompt in where:
-        batch.append((next(free), *new.pop(0)))
-      rows = len(self.at)
+      rows, batch = len(self.at), []
+      while new and new[0].request.prompt in where:
+        batch.append((next(free), new.pop(0)))
       source, target, limit = np.zeros(rows, np.int32), np.full(rows, rows, np.int32), np.ones(rows, np.int32)
       index = np.zeros(rows, np.int32)
-      for j, (slot, request, out) in enumerate(batch):
+      for j, (slot, seat) in enumerate(batch):
+        request = seat.request
         source[j], target[j], limit[j], index[j] = where[request.prompt], slot, request.limit, request.index
-        self.at[slot] = request, out
+        self.at[slot] = seat
       self.slots = decode.insert(self.slots, prefix, source, target, _fold_all(self.key, index), limit)
 
-  def _prefill(self, new: list) -> None:
+  def _prefill(self, new: list[_Seat]) -> None:
     """Prefills the next distinct prompts of the pool, as many as one program takes."""
     prompts = {}
-    for request, _ in [*new, *self.waiting]:
-      prompts.setdefault(request.prompt, request.tokens)
+    for seat in [*new, *self.waiting]:
+      prompts.setdefault(seat.request.prompt, seat.request.tokens)
       if len(prompts) == self.e.prefill_rows:
         break
     tokens = np.zeros((self.e.prefill_rows, self.e.max_prompt), np.int32)
@@ -164,7 +230,8 @@ class _Run:
     for i, x in enumerate(prompts.values()):
       tokens[i, :len(x)], length[i] = x, len(x)
     tokens, length = jax.device_put((tokens, length), sharding.rows(self.e.mesh))
-    prefix = decode.prefill(self.e.config, self.e.params, tokens, length, dtype=self.sampling.dtype)
+    self.prefixes = ({}, None)  # before the next one is made
+    prefix = decode.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
   def segment(self, decide: Callable | None) -> tuple:
@@ -180,22 +247,28 @@ class _Run:
   def retire(self, tokens, logprobs, generated, active, decision) -> list[Rollout]:
     """Books a segment's tokens; returns the rollouts that ended in it and frees their slots."""
     done = []
-    for i, entry in enumerate(self.at):
-      if not entry:
+    generated, active = generated.tolist(), active.tolist()
+    for i, seat in enumerate(self.at):
+      if not seat:
         continue
-      request, out = entry
-      count = generated[i] - len(out.tokens)
-      out.tokens = np.concatenate([out.tokens, tokens[i, :count]])
-      out.logprobs = np.concatenate([out.logprobs, logprobs[i, :count]])
+      count = generated[i] - seat.count
+      seat.tokens.append(tokens[i, :count])
+      seat.logprobs.append(logprobs[i, :count])
+      seat.count, out = generated[i], seat.rollout
       if decision is not None and decision.decided[i]:
         out.decided, out.pruned = True, not decision.keep[i]
         out.score, out.posterior, out.survival = (
           float(x[i]) for x in (decision.score, decision.posterior, decision.survival))
       if not active[i]:
+        out.tokens, out.logprobs = np.concatenate(seat.tokens), np.concatenate(seat.logprobs)
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         done.append(out)
         self.at[i] = None
     return done
+
+
+def _up(n: int, unit: int) -> int:
+  return -(-n // unit) * unit
 
 
 @jax.jit

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from arrol_jax.sharding import constrain
@@ -127,6 +128,13 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+# What remat "dots" keeps: a layer's matrix products. Norms, rotations and activations are computed again.
+keep = functools.partial(checkpoint_name, name="dots")
+_checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
+REMAT = {"none": lambda f: f, "full": _checkpoint,
+         "dots": functools.partial(_checkpoint, policy=jax.checkpoint_policies.save_only_these_names("dots"))}
+
+
 class Block(nnx.Module):
   """One layer, or with `stack=(layers,)` all of them on a leading axis (then only to be scanned over)."""
 
@@ -140,18 +148,24 @@ class Block(nnx.Module):
     """x [B,S,D] -> [B,S,D] and what `attend` kept."""
     c, dtype = self.config, x.dtype
     w = lambda name: getattr(self, name)[...].astype(dtype)
+    with jax.named_scope("attention"):
+      x, kept = self._attention(x, rope, attend, w)
+    with jax.named_scope("mlp"):
+      y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+      y = jax.nn.silu(keep(jnp.einsum("bsd,df->bsf", y, w("gate")))) * keep(jnp.einsum("bsd,df->bsf", y, w("up")))
+      return x + jnp.einsum("bsf,fd->bsd", y, w("down")), kept
+
+  def _attention(self, x, rope, attend, w):
+    c = self.config
     bias = lambda y, name: y + w(name)[None, None] if c.qkv_bias else y
     y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-    q = bias(jnp.einsum("bsd,dnh->bsnh", y, w("q")), "q_bias")
-    k = bias(jnp.einsum("bsd,dmh->bsmh", y, w("k")), "k_bias")
-    v = bias(jnp.einsum("bsd,dmh->bsmh", y, w("v")), "v_bias")
+    q = keep(bias(jnp.einsum("bsd,dnh->bsnh", y, w("q")), "q_bias"))
+    k = keep(bias(jnp.einsum("bsd,dmh->bsmh", y, w("k")), "k_bias"))
+    v = keep(bias(jnp.einsum("bsd,dmh->bsmh", y, w("v")), "v_bias"))
     if c.qk_norm:
       q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
     out, kept = attend(rotate(q, rope), rotate(k, rope), v)
-    x = x + jnp.einsum("bsnh,nhd->bsd", out, w("o"))
-    y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-    y = jax.nn.silu(jnp.einsum("bsd,df->bsf", y, w("gate"))) * jnp.einsum("bsd,df->bsf", y, w("up"))
-    return x + jnp.einsum("bsf,fd->bsd", y, w("down")), kept
+    return keep(x + jnp.einsum("bsnh,nhd->bsd", keep(out), w("o"))), kept
 
 
 class Transformer(nnx.Module):
@@ -201,11 +215,12 @@ def unstack_axes(axes: dict, layers: int) -> dict:
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
-            dtype=jnp.float32, remat: bool = False) -> tuple[jax.Array, object]:
+            dtype=jnp.float32, remat: str = "none") -> tuple[jax.Array, object]:
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
   With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked; with a tuple of layers it is
-  `attend(layer_index, q, k, v)` and what it keeps comes back as a list.
+  `attend(layer_index, q, k, v)` and what it keeps comes back as a list. remat says what the backward pass computes again:
+  "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory).
   """
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)
@@ -223,15 +238,33 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
       kept.append(one)
   else:
     body = lambda x, layer: run(layer, x, attend)
-    x, kept = jax.lax.scan(jax.checkpoint(body) if remat else body, x, params["layers"])
+    x, kept = jax.lax.scan(REMAT[remat](body), x, params["layers"])
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
   if "unembed" in params:
-    return jnp.einsum("...d,dv->...v", hidden, params["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32)
-  return jnp.einsum("...d,vd->...v", hidden, params["embed"].astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return _logits(hidden, params["unembed"].astype(hidden.dtype), "...d,dv->...v")
+  return _logits(hidden, params["embed"].astype(hidden.dtype), "...d,vd->...v")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _logits(hidden: jax.Array, table: jax.Array, equation: str) -> jax.Array:
+  """A product in hidden's dtype with float32 result, whose slopes are products in that dtype too (else they run in float32)."""
+  return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden, table, equation):
+  return _logits(hidden, table, equation), (hidden, table)
+
+
+def _logits_backward(equation, saved, slope):
+  plain = lambda hidden, table: jnp.einsum(equation, hidden, table)
+  return jax.vjp(plain, *saved)[1](slope.astype(saved[0].dtype))
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def default_positions(tokens: jax.Array) -> jax.Array:

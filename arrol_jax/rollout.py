@@ -90,6 +90,17 @@ class PackShape(NamedTuple):
   micro_tokens: int
   buckets: int = 3
 
+  def sizes(self, unit: int) -> list[tuple[int, int]]:
+    """(rows, row length) of each compiled micro-batch, shortest rows first; rows are a multiple of `unit`."""
+    lengths = sorted({-(-self.length * (b + 1) // self.buckets // 16) * 16 for b in range(self.buckets)})
+    return [(-(-max(1, self.micro_tokens // n) // unit) * unit, n) for n in lengths]
+
+
+def empty_batches(shape: PackShape, mesh) -> list[Batch]:
+  """A micro-batch of each size with no rollout in it: for compiling ahead."""
+  sizes = shape.sizes(mesh.shape["data"] * mesh.shape["fsdp"])
+  return [jax.device_put(_micro_batch([], np.zeros(0), *size, None, "skip"), sharding.rows(mesh)) for size in sizes]
+
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: int | None, normalize_std: bool = True,
          short: str = "skip") -> list[Batch]:
@@ -104,9 +115,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: int | None,
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   order = sorted(range(len(kept)), key=lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens))
   batches, held = [], []
-  for b in range(shape.buckets):
-    length = -(-shape.length * (b + 1) // shape.buckets // 16) * 16
-    rows = -(-max(1, shape.micro_tokens // length) // unit) * unit
+  for rows, length in shape.sizes(unit):
     while order and len(kept[order[0]].prompt_tokens) + len(kept[order[0]].tokens) <= length:
       held.append(order.pop(0))
     full = len(held) // rows * rows

@@ -40,9 +40,9 @@ def shardings(axes_tree: dict, shape_tree: dict, mesh: Mesh, table: dict) -> dic
 
 
 def constrain(x: jax.Array, *axes, table: dict = TRAIN) -> jax.Array:
-  """Pins an activation's sharding inside a jitted program; does nothing where no mesh is set."""
+  """Pins an activation's sharding inside a jitted program; does nothing without a mesh or inside a shard_map."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, table))
 

@@ -3,7 +3,7 @@
 Policy loss and head loss are one scalar with one gradient and one optax step (METHOD section 2); `stop_gradient` on the hidden
 state keeps the head's loss out of the backbone. Micro-batches accumulate sums that already carry the whole batch's
 denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks over the
-sequence: float32 logits [B,S,V] never exist.
+responses: float32 logits [B,S,V] never exist, and nothing is unembedded at prompts or where all rows have ended.
 """
 
 import dataclasses
@@ -23,25 +23,31 @@ from arrol_jax.types import Batch, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the training programs compute: dtype of activations, attention (attention.py), remat, tokens a log-prob chunk."""
+  """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens a
+  log-prob chunk."""
   dtype: str = "bfloat16"
   attention: str = "auto"
-  remat: bool = True
-  chunk_tokens: int = 2048
+  remat: str = "dots"
+  chunk_tokens: int = 4096
 
 
-def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, temperature: float,
+def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: float,
                    chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
   """hidden [B,S,D], tokens i32[B,S] -> log-prob of tokens[b,s] given what stands before it, and the entropy there.
 
-  Both f32[B,S]; column 0 has nothing before it and is 0. Logits are divided by `temperature`, as the sampler did.
+  Both f32[B,S], and 0 where mask f32[B,S] is 0; a row's masked tokens stand together and not in column 0. Logits are divided
+  by `temperature`, as the sampler did.
   """
   rows, length, width = hidden.shape
-  size = max(1, min(length, chunk_tokens // rows))
-  count = -(-(length - 1) // size)
-  pad = count * size - (length - 1)
-  h = jnp.pad(hidden[:, :-1], ((0, 0), (0, pad), (0, 0))).reshape(rows, count, size, width).swapaxes(0, 1)
-  t = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, count, size).swapaxes(0, 1)
+  size = min(length, 1 << max(0, (chunk_tokens // rows).bit_length() - 1))
+  chunks = -(-length // size)
+  longest = jnp.max(jnp.sum(mask, axis=1))
+  # Each row is turned so that its first response token comes first: chunk i then holds every row's i-th piece.
+  start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)
+  turn = (start[:, None] + jnp.arange(chunks * size, dtype=jnp.int32)[None, :]) % length
+  take = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds", unique_indices=chunks * size == length))
+  split = lambda x: x.reshape(rows, chunks, size, *x.shape[2:]).swapaxes(0, 1)
+  h, t = split(take(hidden, (turn - 1) % length)), split(take(tokens, turn))
 
   @jax.checkpoint
   def chunk(h, t):
@@ -51,9 +57,12 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, temperatu
     entropy = norm - jnp.sum(jnp.exp(logits - norm[:, :, None]) * logits, axis=-1)
     return chosen, jax.lax.stop_gradient(entropy)
 
-  out = jax.lax.map(lambda x: chunk(*x), (h, t))
-  join = lambda x: jnp.pad(x.swapaxes(0, 1).reshape(rows, count * size)[:, :length - 1], ((0, 0), (1, 0)))
-  return join(out[0]), join(out[1])
+  nothing = lambda h, t: (jnp.zeros((rows, size), jnp.float32),) * 2
+  out = jax.lax.map(lambda x: jax.lax.cond(x[0] * size < longest, chunk, nothing, *x[1:]),
+                    (jnp.arange(chunks, dtype=jnp.int32), h, t))
+  column = jnp.arange(length, dtype=jnp.int32)[None, :]
+  back = lambda x: take(x.swapaxes(0, 1).reshape(rows, chunks * size), (column - start[:, None]) % length)
+  return tuple(jnp.where(mask > 0, back(x), 0.0) for x in out)
 
 
 def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
@@ -66,8 +75,7 @@ def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> ja
 def batch_logprobs(c: PolicyConfig, params: dict, batch: Batch, *, temperature: float, compute: Compute) -> jax.Array:
   """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the response."""
   hidden = _hidden(c, params, batch, compute)
-  logprobs = token_logprobs(params, hidden, batch.tokens, temperature, compute.chunk_tokens)[0]
-  return jnp.where(batch.response_mask > 0, logprobs, 0.0)
+  return token_logprobs(params, hidden, batch.tokens, batch.response_mask, temperature, compute.chunk_tokens)[0]
 
 
 def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: LossConfig, temperature: float,
@@ -77,8 +85,8 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
   params {"policy", "head"}; totals {"tokens", "rows", "head"} f32[]: of the whole batch.
   """
   hidden = _hidden(c, params["policy"], batch, compute)
-  logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, temperature, compute.chunk_tokens)
   mask = batch.response_mask
+  logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
   weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"])
   term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
                                    clip_low=loss.clip_low, clip_high=loss.clip_high)

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   c.model.path = ""            # Hugging Face folder or .gguf file
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
-  c.model.remat = True         # recompute each layer in the backward pass
+  c.model.remat = "dots"       # what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (least memory)
 
   c.data = ConfigDict()
   c.data.train = ""            # JSONL (optionally .gz); several, separated by commas
@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
   c.optim.b1 = 0.9
   c.optim.b2 = 0.99
   c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
-  c.optim.chunk_tokens = 2048  # tokens whose logits exist at once
+  c.optim.chunk_tokens = 4096  # tokens whose logits exist at once
   c.optim.length_buckets = 3   # compiled row lengths of the update
 
   c.reward = ConfigDict()

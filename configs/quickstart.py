@@ -14,7 +14,7 @@ def get_config():
   c.steps = 40
   c.model.path = "experiments/arithmetic/signs"
   c.model.dtype = "float32"
-  c.model.remat = False
+  c.model.remat = "none"
   c.data.train = "experiments/arithmetic/train.jsonl"
   c.data.eval = "experiments/arithmetic/test.jsonl"
   c.reward.pattern = r"A(-?\d+)$"

@@ -56,8 +56,8 @@ def start(c, params, rows=None, length=48, limit=20, key=None):
   tokens = np.zeros((len(PROMPTS), 8), np.int32)
   for i, p in enumerate(PROMPTS):
     tokens[i, :len(p)] = p
-  prefix = decode.prefill(c, params, tokens, np.array([len(p) for p in PROMPTS], np.int32), dtype="float32")
-  slots = decode.init_slots(c, len(rows), length, "float32")
+  prefix = decode.prefill(c, params, tokens, np.array([len(p) for p in PROMPTS], np.int32), sampling=SAMPLING)
+  slots = decode.init_slots(c, len(rows), length, SAMPLING)
   keys = jax.vmap(lambda i: jax.random.fold_in(key if key is not None else jax.random.key(5), i))(jnp.arange(len(rows)))
   return decode.insert(slots, prefix, jnp.asarray(rows), jnp.arange(len(rows)), keys, jnp.full(len(rows), limit))
 
@@ -170,9 +170,9 @@ def test_a_dead_neighbour_leaves_no_trace():
   c, _, layers = make("llama")
   slots, *_ = decode.generate_segment(c, layers, start(c, layers, limit=16), steps=16, sampling=SAMPLING)
   tokens = np.array([[4, 8, 15, 0]], np.int32)
-  prefix = decode.prefill(c, layers, tokens, np.array([3], np.int32), dtype="float32")
+  prefix = decode.prefill(c, layers, tokens, np.array([3], np.int32), sampling=SAMPLING)
   key = jax.random.split(jax.random.key(9), 1)
   put = lambda s, slot: decode.insert(s, prefix, jnp.array([0]), jnp.array([slot]), key, jnp.array([10]))
   _, used, _ = decode.generate_segment(c, layers, put(slots, 2), steps=10, sampling=SAMPLING)
-  _, fresh, _ = decode.generate_segment(c, layers, put(decode.init_slots(c, 4, 48, "float32"), 2), steps=10, sampling=SAMPLING)
+  _, fresh, _ = decode.generate_segment(c, layers, put(decode.init_slots(c, 4, 48, SAMPLING), 2), steps=10, sampling=SAMPLING)
   np.testing.assert_array_equal(used[2], fresh[2])

@@ -34,7 +34,7 @@ def tokens_of(c, rows=2, length=12, seed=3):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
-def logits(c, params, tokens, remat=False):
+def logits(c, params, tokens, remat="none"):
   attend = causal_attention("xla")
   hidden, _ = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, remat=remat)
   return policy.unembed(params, hidden)
@@ -78,15 +78,16 @@ def loss(c, params, tokens, remat):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_reaches_every_weight_of_every_layer(name):
   c, params = make(name)
-  _, gradient = loss(c, params, tokens_of(c), False)
+  _, gradient = loss(c, params, tokens_of(c), "none")
   for path, g in jax.tree.leaves_with_path(gradient["layers"]):
     if path[0].key != "k_bias":  # shifts all scores of a query alike but for rotation: close to zero by nature
       assert np.all(np.abs(g).reshape(c.layers, -1).max(axis=1) > 1e-6), path
 
 
-def test_remat_changes_neither_value_nor_gradient():
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_value_nor_gradient(remat):
   c, params = make("qwen3")
-  plain, saved = loss(c, params, tokens_of(c), False), loss(c, params, tokens_of(c), True)
+  plain, saved = loss(c, params, tokens_of(c), "none"), loss(c, params, tokens_of(c), remat)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, saved)
 
 

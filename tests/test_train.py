@@ -491,7 +491,7 @@ def test_the_config_reaches_its_parts():
   assert assemble.prune_rule(c) == PruneRule(16, keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
   assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0)
   assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
-  assert assemble.compute(c) == Compute("float32", "xla", remat=False, chunk_tokens=77)
+  assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77)
 
 
 def test_random_keys_differ_by_seed_purpose_and_step():

@@ -1,0 +1,131 @@
+"""Every way to read the cache gives plain attention over a row's own columns; int8 stays close; writes touch one column."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax import kv_cache, sharding
+
+B, M, G, S, H = 5, 2, 3, 192, 128
+LENGTH = np.array([0, 1, 64, 101, 192], np.int32)
+
+
+def inputs(dtype, cache=None, head_dim=H):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in
+             ((B, M * G, head_dim), (B, S, M, head_dim), (B, S, M, head_dim)))
+  return q, k, v, kv_cache.store(k, v, cache or dtype)
+
+
+def plain(q, k, v):
+  """Softmax attention of one query a row over its own columns, in NumPy; zero where there is none."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  for b in range(B):
+    for n in range(M * G) if LENGTH[b] else ():
+      score = k[b, :LENGTH[b], n // G] @ q[b, n] / np.sqrt(q.shape[-1])
+      weight = np.exp(score - score.max())
+      out[b, n] = weight / weight.sum() @ v[b, :LENGTH[b], n // G]
+  return out
+
+
+def run_triton(splits, block=64):
+  """The kernel's step, made to look like plain reading: the last column is taken out of the cache and given as the new one."""
+  def run(q, columns, length):
+    q, length = jnp.asarray(q), jnp.asarray(length)
+    at = jnp.maximum(length - 1, 0)
+    last = lambda x, scale: (x[:, jnp.arange(B), at] * (1 if scale is None else scale[:, jnp.arange(B), at][..., None])).swapaxes(0, 1)
+    k, v = last(columns.k, columns.k_scale), last(columns.v, columns.v_scale)
+    hole = jax.tree.map(lambda x: x.at[:, jnp.arange(B), at].set(0), columns)
+    after, out = kv_cache.step_triton(hole, q, k, v, length, interpret=True, splits=splits, block=block)
+    some = lambda x: np.asarray(x)[:, 1:]  # row 0 is idle: nothing is written
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(columns), strict=True):
+      np.testing.assert_allclose(some(a), some(b), rtol=1e-6)
+    return out
+
+  return run
+
+
+@pytest.mark.parametrize("run", [kv_cache.attend_xla, run_triton(1), run_triton(2), run_triton(3, 32)],
+                         ids=["xla", "triton", "two splits", "three splits"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_each_way_is_plain_attention(run, head_dim):
+  q, k, v, columns = inputs("float32", head_dim=head_dim)
+  got = np.asarray(run(q, columns, LENGTH))
+  np.testing.assert_allclose(got[1:], plain(q, k, v)[1:], atol=2e-6)
+  assert np.all(np.isfinite(got[0]))
+
+
+def test_the_tpu_kernel_is_plain_attention_in_bfloat16():
+  q, k, v, columns = inputs("bfloat16")
+  got = np.asarray(kv_cache.attend_tpu(q, columns, LENGTH, interpret=True), np.float32)
+  np.testing.assert_allclose(got[1:], plain(q, k, v)[1:], atol=0.02)
+
+
+@pytest.mark.parametrize("run", [kv_cache.attend_xla, run_triton(1), run_triton(2)], ids=["xla", "triton", "two splits"])
+def test_an_int8_cache_is_close_and_exact_in_what_it_holds(run):
+  q, k, v, columns = inputs("float32", "int8")
+  assert columns.k.dtype == jnp.int8
+  held = [np.asarray(x, np.float32) * np.asarray(s)[..., None] for x, s in ((columns.k, columns.k_scale), (columns.v, columns.v_scale))]
+  step = np.asarray(columns.k_scale)[..., None]
+  assert np.all(np.abs(held[0] - np.asarray(k).transpose(2, 0, 1, 3)) <= 0.5001 * step)
+  got = np.asarray(run(q, columns, LENGTH))
+  np.testing.assert_allclose(got[1:], plain(q, *(x.transpose(1, 2, 0, 3) for x in held))[1:], atol=2e-6)
+  np.testing.assert_allclose(got[1:], plain(q, k, v)[1:], atol=0.05)
+
+
+def test_columns_beyond_a_rows_length_are_never_read():
+  q, k, v, columns = inputs("float32")
+  beyond = np.arange(S)[None, None, :, None] >= LENGTH[None, :, None, None]
+  wild = jax.tree.map(lambda x: jnp.where(beyond, jnp.where(x > 0, 1e30, -1e30), x), columns)
+  for run in (kv_cache.attend_xla, run_triton(1), run_triton(2)):
+    np.testing.assert_array_equal(run(q, wild, LENGTH)[1:], run(q, columns, LENGTH)[1:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_write_touches_one_column_a_row(dtype):
+  _, k, v, columns = inputs("float32", dtype)
+  position = jnp.array([0, 191, 7, 7, 100])
+  new = jax.random.normal(jax.random.key(0), (2, B, M, H))
+  after = kv_cache.write(columns, new[0], new[1], position)
+  want = kv_cache.store(k.at[jnp.arange(B), position].set(new[0]), v.at[jnp.arange(B), position].set(new[1]), dtype)
+  jax.tree.map(np.testing.assert_array_equal, after, want)
+
+
+def test_a_write_to_a_donated_cache_copies_nothing():
+  """The compiled program has no second cache: its temporary memory is smaller than one."""
+  columns = jax.eval_shape(lambda: kv_cache.empty(8, 64, 1024, 128, "float32"))
+  new = jax.ShapeDtypeStruct((64, 8, 128), jnp.float32)
+  program = jax.jit(kv_cache.write, donate_argnums=0).lower(columns, new, new, jax.ShapeDtypeStruct((64,), jnp.int32)).compile()
+  memory = program.memory_analysis()
+  assert memory.alias_size_in_bytes == 2 * 8 * 64 * 1024 * 128 * 4
+  assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 50
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 2)])
+def test_sharded_reading_and_writing(shape):
+  """Rows over data and fsdp, heads over tensor: same values, and no device asks another for its columns."""
+  mesh = sharding.make_mesh(*shape)
+  rng = np.random.default_rng(1)
+  q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6, 64), (8, 128, 2, 64), (8, 128, 2, 64)))
+  length, columns = jnp.arange(8, dtype=jnp.int32) * 16 + 1, kv_cache.store(k, v, "float32")
+
+  def step(columns, q, k, v, implementation):
+    return kv_cache.step(implementation, columns, q, k, v, length - 1, length > 1)
+
+  want = jax.jit(step, static_argnums=4)(columns, q, k[:, 0], v[:, 0], "xla")
+  for implementation in ("xla", "triton"):
+    with jax.set_mesh(mesh):
+      placed = jax.jit(kv_cache.pin)(columns)
+      program = jax.jit(step, static_argnums=4).lower(placed, q, k[:, 0], v[:, 0], implementation).compile()
+      got = program(placed, q, k[:, 0], v[:, 0])
+    np.testing.assert_allclose(got[1][1:], want[1][1:], atol=2e-6)  # row 0 is idle
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, 1:], b[:, 1:], atol=2e-6), got[0], want[0])
+    assert "all-gather" not in program.as_text() or implementation == "triton"  # the interpreter's loops gather, a kernel cannot
+
+
+def test_an_unknown_name_is_refused():
+  q, k, v, columns = inputs("float32")
+  with pytest.raises(ValueError, match="must be one of"):
+    kv_cache.step("flash", columns, q, k[:, 0], v[:, 0], LENGTH, LENGTH > 0)
