@@ -26,6 +26,7 @@ from arrol_jax import config as configuration, engine as engines, kv_cache, poli
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, Request
 from arrol_jax.losses import GRPO
+from arrol_jax.norms import Turn
 from arrol_jax.types import TrainState, UserError
 from arrol_jax.zoo import ZOO
 
@@ -135,32 +136,40 @@ def bench_attention(a, c, mesh) -> list[dict]:
   """One layer's decoding step: microseconds and bandwidth of each way, by rows and by context (all alike, and W1's spread)."""
   limits, out = ceilings(), []
   room = -(-(a.prompt + a.max_new) // kv_cache.BLOCK) * kv_cache.BLOCK
+  def step_triton(columns, qkv, turn, position, active, kind):
+    turn = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
+    columns, out = kv_cache.step_triton(columns, qkv[:, 0], position + 1, turn, **kind)
+    return columns, out[:, None]
+
   ways = {"xla": functools.partial(kv_cache.step, "xla")}
   if jax.default_backend() == "gpu":
     ways |= {f"triton splits={n} block={block} warps={warps} stages={stages}":
-             lambda columns, q, k, v, position, active, kind=dict(splits=n, block=block, warps=warps, stages=stages):
-             kv_cache.step_triton(columns, q, k, v, position + 1, **kind)
+             functools.partial(step_triton, kind=dict(splits=n, block=block, warps=warps, stages=stages))
              for n, block, warps, stages in KERNELS}
+  scale = jnp.ones(c.head_dim) if c.qk_norm else None
   for rows in a.attention_rows:
     spread_out = np.random.default_rng(0).permutation(np.linspace(a.prompt, room - 2, rows))
     contexts = {"start": np.full(rows, a.prompt), "middle": np.full(rows, a.prompt + a.max_new // 2), "spread": spread_out}
-    q = jax.random.normal(jax.random.key(0), (rows, c.heads, c.head_dim), a.dtype)
-    k = jax.random.normal(jax.random.key(1), (rows, c.kv_heads, c.head_dim), a.dtype)
+    group = c.heads // c.kv_heads
+    qkv = jax.random.normal(jax.random.key(0), (rows, 1, c.kv_heads, group + 2, c.head_dim), a.dtype)
     active = jnp.ones(rows, bool)
     for name, way in ways.items():
-      def many(columns, q, k, position, way=way):  # a chain, so that launches do not count
-        return jax.lax.fori_loop(0, 50, lambda _, x: way(x[0], (q + 0.0 * x[1]).astype(q.dtype), k, k, position, active), (columns, q))
+      def many(columns, qkv, position, way=way):  # a chain, so that launches do not count
+        turn = Turn(*policy.rope_tables(c, position[:, None]), scale, scale, c.norm_eps)
+        return jax.lax.fori_loop(
+          0, 50, lambda _, x: way(x[0], (qkv + 0.0 * x[1][:, :, :1, None]).astype(qkv.dtype), turn, position, active),
+          (columns, qkv[:, :, :, :group].reshape(rows, 1, -1, c.head_dim)))
 
       program = jax.jit(many, donate_argnums=0)
       for context, position in contexts.items():
         position = jnp.asarray(position, jnp.int32)
         columns = jax.jit(kv_cache.empty, static_argnums=range(5))(c.kv_heads, rows, room, c.head_dim, a.cache or a.dtype)
         try:
-          columns, _ = program(columns, q, k, position)
+          columns, _ = program(columns, qkv, position)
           seconds = []
           for _ in range(a.runs):
             start = time.perf_counter()
-            columns, _ = jax.block_until_ready(program(columns, q, k, position))
+            columns, _ = jax.block_until_ready(program(columns, qkv, position))
             seconds.append((time.perf_counter() - start) / 50)
         except Exception as e:  # a variant that the compiler refuses is a result too
           out.append({"way": name, "rows": rows, "context": context, "error": str(e).splitlines()[0][:200]})

@@ -81,7 +81,9 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
   """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
   attention = causal_attention("auto")
 
-  def attend(layer, q, k, v):
+  def attend(layer, qkv, turn):
+    q, k, v = policy.split_qkv(qkv)
+    q, k = turn(q, k)
     return attention(q, k, v)[0], kv_cache.store(k, v, sampling.cache_dtype)
 
   _, cache = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, dtype=sampling.dtype)
@@ -90,19 +92,21 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def insert(slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, key: jax.Array, limit: jax.Array) -> Slots:
-  """Puts prompt `source[r]` into slot `target[r]` with key[r] and limit[r]; a target of B or more is left out. All [R]."""
-  def write(slot_columns, prefix_columns):
-    width = min(slot_columns.shape[2], prefix_columns.shape[2])  # the host sees to it that real tokens fit
-    return slot_columns.at[:, target, :width].set(prefix_columns[:, source, :width], mode="drop")
+def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limit: jax.Array) -> Slots:
+  """Puts prompt `source[b]` i32[B] into slot b with key[b] and limit[b]; a slot whose source is negative stays as it is."""
+  new, source = source >= 0, jnp.maximum(source, 0)
 
-  put = lambda old, new: old.at[target].set(new, mode="drop")
+  def write(old, prompts):
+    width = min(old.shape[2], prompts.shape[2])  # the host sees to it that real tokens fit
+    mask = new.reshape(1, -1, *(1,) * (old.ndim - 2))
+    return jax.lax.dynamic_update_slice(old, jnp.where(mask, prompts[:, source, :width], old[:, :, :width]), (0,) * old.ndim)
+
+  put = lambda old, value: jnp.where(new, value, old)
   cache = tuple(kv_cache.pin(jax.tree.map(write, *pair)) for pair in zip(slots.cache, prefix.cache, strict=True))
   # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
   return slots.replace(
-    cache=cache, token=put(slots.token, prefix.last_token[source]),
-    position=put(slots.position, prefix.length[source] - 1), generated=put(slots.generated, jnp.zeros_like(target)),
-    limit=put(slots.limit, limit), active=put(slots.active, jnp.ones_like(target, bool)), key=put(slots.key, key))
+    cache=cache, token=put(slots.token, prefix.last_token[source]), position=put(slots.position, prefix.length[source] - 1),
+    generated=put(slots.generated, 0), limit=put(slots.limit, limit), active=slots.active | new, key=put(slots.key, key))
 
 
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
@@ -153,11 +157,13 @@ def _prefix_sums(x: jax.Array) -> jax.Array:
   return jnp.dot(x, jnp.triu(jnp.ones((x.shape[-1],) * 2, x.dtype)), precision=jax.lax.Precision.HIGHEST)
 
 
-def _first_past(weight: jax.Array, u: jax.Array) -> jax.Array:
-  """Index i32[B] drawn with probability proportional to weight f32[B,K] >= 0 by u f32[B] in [0, 1); never one of weight 0."""
+def _first_past(weight: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Index i32[B] drawn with probability proportional to weight f32[B,K] >= 0 by u f32[B] in [0, 1), never one of weight 0;
+  and the weights' sum."""
   sums = _prefix_sums(weight)
   past = (sums > (u * sums[:, -1])[:, None]) & (weight > 0)
-  return jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), jnp.argmax(weight, axis=1)).astype(jnp.int32)
+  index = jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), jnp.argmax(weight, axis=1))
+  return index.astype(jnp.int32), sums[:, -1]
 
 
 def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,21 +176,20 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.A
     logits = logits / sampling.temperature
   rows, vocab = logits.shape
   top = jnp.max(logits, axis=1, keepdims=True)
-  blocks = lambda x: jnp.pad(x, ((0, 0), (0, -vocab % _LANES)), constant_values=-jnp.inf).reshape(rows, -1, _LANES)
-  sums = jnp.sum(jnp.exp(blocks(logits - top)), axis=2)
-  norm = top[:, 0] + jnp.log(jnp.sum(sums, axis=1))
-  if sampling.temperature > 0:
-    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
-    kept = blocks(_filtered(sampling, logits) - top if any(f is not None for f in filters) else logits - top)
-    if any(f is not None for f in filters):
-      sums = jnp.sum(jnp.exp(kept), axis=2)
-    u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
-    block = _first_past(sums, u[:, 0])
-    inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
-    token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])
-  else:
+  blocks = lambda x: jnp.pad(x - top, ((0, 0), (0, -vocab % _LANES)), constant_values=-jnp.inf).reshape(rows, -1, _LANES)
+  sums = lambda x: jnp.sum(jnp.exp(x), axis=2)
+  u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
+  kept = blocks(logits)
+  block, total = _first_past(sums(kept), u[:, 0])
+  if sampling.temperature == 0:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - norm
+  else:
+    if any(f is not None for f in (sampling.top_k, sampling.top_p, sampling.min_p)):
+      kept = blocks(_filtered(sampling, logits))
+      block, _ = _first_past(sums(kept), u[:, 0])
+    inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
+    token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
+  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
@@ -197,15 +202,18 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   """
   rows = slots.token.shape[0]
   stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+  mesh = jax.sharding.get_abstract_mesh()
+  fused = (mesh.empty or mesh.size == 1) and kv_cache.resolve(sampling.attention, c.head_dim, sampling.cache_dtype) == "triton"
 
   def step(carry):
     i, s, tokens, logprobs = carry
     cache = list(s.cache)
-    def attend(layer, q, k, v):  # [B,1,N,H], [B,1,M,H] x 2
-      cache[layer], out = kv_cache.step(sampling.attention, cache[layer], q[:, 0], k[:, 0], v[:, 0], s.position, s.active)
-      return out[:, None], None
+    def attend(layer, qkv, turn):
+      cache[layer], out = kv_cache.step(sampling.attention, cache[layer], qkv, turn, s.position, s.active)
+      return out, None
 
-    hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype)[0][:, 0]
+    hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype,
+                            fused=fused)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
     with jax.named_scope("sample"):
       token, logprob = sample(sampling, key, policy.unembed(params, hidden))

@@ -210,13 +210,11 @@ class _Run:
       rows, batch = len(self.at), []
       while new and new[0].request.prompt in where:
         batch.append((next(free), new.pop(0)))
-      source, target, limit = np.zeros(rows, np.int32), np.full(rows, rows, np.int32), np.ones(rows, np.int32)
-      index = np.zeros(rows, np.int32)
-      for j, (slot, seat) in enumerate(batch):
-        request = seat.request
-        source[j], target[j], limit[j], index[j] = where[request.prompt], slot, request.limit, request.index
+      source, limit, index = np.full(rows, -1, np.int32), np.ones(rows, np.int32), np.zeros(rows, np.int32)
+      for slot, seat in batch:
+        source[slot], limit[slot], index[slot] = where[seat.request.prompt], seat.request.limit, seat.request.index
         self.at[slot] = seat
-      self.slots = decode.insert(self.slots, prefix, source, target, _fold_all(self.key, index), limit)
+      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit)
 
   def _prefill(self, new: list[_Seat]) -> None:
     """Prefills the next distinct prompts of the pool, as many as one program takes."""

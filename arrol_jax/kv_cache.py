@@ -16,12 +16,13 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from arrol_jax.norms import Turn
 from arrol_jax.sharding import DECODE, constrain
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "tpu")
 BLOCK = 64      # columns a kernel reads at once: a cache's length is a multiple of it where a kernel reads it
 _QUERIES = 16   # rows of the smallest matrix product on a tensor core; query heads of a group are padded to it
-_PROGRAMS = 1024  # a row is split over several programs until there are about so many
+_PROGRAMS = 512  # a row is split over several programs until there are about so many
 
 
 @flax.struct.dataclass
@@ -53,7 +54,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """int8 values and f32 scales of [...,H] with x = values * scale[..., None] to within half a step."""
   x = x.astype(jnp.float32)
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127.0
-  return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+  return jnp.floor(x / scale[..., None] + 0.5).astype(jnp.int8), scale
 
 
 def store(k: jax.Array, v: jax.Array, dtype: str) -> Columns:
@@ -73,9 +74,10 @@ def write(columns: Columns, k: jax.Array, v: jax.Array, position: jax.Array) -> 
   return pin(jax.tree.map(lambda old, x: put(old, x[:, :, 0], position), columns, new))
 
 
-def step(implementation: str, columns: Columns, q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array,
+def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, position: jax.Array,
          active: jax.Array) -> tuple[Columns, jax.Array]:
-  """Writes k, v [B,M,H] at position i32[B] and lets q [B,N,H] attend to columns 0..position -> (columns, [B,N,H]).
+  """One decoding step: qkv [B,1,M,N/M+2,H] as projected (policy.unstack), turned, its key and value written at position
+  i32[B], its queries' attention over columns 0..position -> (columns, [B,1,N,H]).
 
   A row that is not active bool[B] reads nothing and gives anything finite. Raises ValueError for another implementation's name.
   """
@@ -83,25 +85,39 @@ def step(implementation: str, columns: Columns, q: jax.Array, k: jax.Array, v: j
     raise ValueError(f"decode attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   choice = resolve(implementation, columns.k.shape[3], columns.k.dtype)
   length = jnp.where(active, position + 1, 0)
-  if choice == "xla":
-    columns = write(columns, k, v, position)
-    return columns, attend_xla(q, columns, length)
   interpret = jax.default_backend() == "cpu"
+  cache, heads, rows = _specs(columns, qkv.shape[0])
   if choice == "triton":
-    kernel = functools.partial(step_triton, interpret=interpret)
-  else:
-    columns = write(columns, k, v, position)
-    kernel = lambda columns, q, k, v, length: (columns, attend_tpu(q, columns, length, interpret=interpret))
+    def kernel(columns, qkv, length, cos, sin, scales):
+      return step_triton(columns, qkv, length, Turn(cos, sin, *scales, turn.eps), interpret=interpret)
+    run = _by_shard(kernel, (cache, heads, rows, rows, rows, PartitionSpec()), (cache, heads))
+    columns, out = run(columns, qkv[:, 0], length, turn.cos[:, 0, 0], turn.sin[:, 0, 0], turn[2:4])
+    return columns, out[:, None]
+  parts = qkv.shape[3]
+  q, k = turn(qkv[:, :, :, :-2].reshape(qkv.shape[0], 1, -1, qkv.shape[4]), qkv[:, :, :, parts - 2])
+  columns = write(columns, k[:, 0], qkv[:, 0, :, parts - 1], position)
+  if choice == "xla":
+    return columns, attend_xla(q[:, 0], columns, length)[:, None]
+  run = _by_shard(functools.partial(attend_tpu, interpret=interpret), (heads, cache, rows), heads)
+  return columns, run(q[:, 0], columns, length)[:, None]
+
+
+def _specs(columns: Columns, rows: int) -> tuple:
+  """How a kernel's arguments are split over the mesh: the cache, arrays of heads [B,N,...], arrays of rows [B,...]."""
+  mesh = jax.sharding.get_abstract_mesh()
+  share = lambda size, *axes: size % math.prod(mesh.shape.get(a, 1) for a in axes) == 0
+  batch = ("data", "fsdp") if share(rows, "data", "fsdp") else None
+  heads = "tensor" if share(columns.k.shape[0], "tensor") else None
+  cache = jax.tree.map(lambda x: PartitionSpec(heads, batch, *(None,) * (x.ndim - 2)), columns)
+  return cache, PartitionSpec(batch, heads), PartitionSpec(batch)
+
+
+def _by_shard(kernel, in_specs: tuple, out_specs):
+  """A kernel, which the partitioner cannot split, run by each device on its own rows and heads."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return kernel(columns, q, k, v, length)
-  # The partitioner cannot split a kernel: each device runs it on its own rows and heads.
-  batch = ("data", "fsdp") if q.shape[0] % math.prod(mesh.shape[a] for a in ("data", "fsdp")) == 0 else None
-  heads = "tensor" if columns.k.shape[0] % mesh.shape["tensor"] == 0 else None
-  cache = jax.tree.map(lambda x: PartitionSpec(heads, batch, *(None,) * (x.ndim - 2)), columns)
-  spec = PartitionSpec(batch, heads, None)
-  return jax.shard_map(kernel, in_specs=(cache, spec, spec, spec, PartitionSpec(batch)), out_specs=(cache, spec),
-                       check_vma=False)(columns, q, k, v, length)
+    return kernel
+  return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def resolve(implementation: str, head_dim: int, dtype) -> str:
@@ -147,75 +163,100 @@ def attend_tpu(q: jax.Array, columns: Columns, length: jax.Array, *, interpret: 
     return run()
 
 
-def step_triton(columns: Columns, q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, *, interpret: bool = False,
-                splits: int | None = None, block: int = BLOCK, warps: int = 4, stages: int = 3) -> tuple[Columns, jax.Array]:
-  """Flash decoding: a program streams one row and KV head, `block` columns at a time, up to the row's own length.
+def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn, *,
+                interpret: bool = False, splits: int | None = None, block: int = BLOCK, warps: int = 2,
+                stages: int = 3) -> tuple[Columns, jax.Array]:
+  """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, `block` columns at a time, to the row's own length.
 
-  The new column, number length - 1, starts the online softmax from registers and is stored in place. With few rows a row's
+  Queries and the new key are turned (`turn` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new
+  column, number length - 1, starts the online softmax from registers and is stored in place. With few rows a row's
   columns are split over `splits` programs, whose partial softmaxes are joined afterwards.
   """
   from jax.experimental.pallas import triton as plt
-  b, n, h = q.shape
-  m, _, s, _ = columns.k.shape
-  group = n // m
+  b, m, parts, h = qkv.shape
+  group, dtype = parts - 2, qkv.dtype
   splits = splits or max(1, min(8, _PROGRAMS // (b * m)))
-  new = store(k[:, None], v[:, None], columns.k.dtype.name)
   fields = [x for x in (columns.k, columns.v, columns.k_scale, columns.v_scale) if x is not None]
-  added = [x[:, :, 0] for x in (new.k, new.v, new.k_scale, new.v_scale) if x is not None]  # [M,B,H] x 2, [M,B] x 2
-  by_row = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, j, t: (i, j) + (0,) * len(shape))
-  by_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, j, t: (j, i) + (0,) * len(shape))
+  scales = [x for x in turn[2:4] if x is not None]
+  inputs = [length, qkv, turn.cos, turn.sin, *scales]
+  by_row = lambda *shape: pl.BlockSpec((None, *shape), lambda i, j, t: (i,) + (0,) * len(shape))
+  by_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, j, t: (i, j) + (0,) * len(shape))
+  cache_specs = [pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, t, r=x.ndim: (j, i) + (0,) * (r - 2)) for x in fields]
   part = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda i, j, t: (i, j, t) + (0,) * len(shape))
-  cache_specs = [by_head(*x.shape[2:]) for x in fields]
+  in_specs = [by_row(), by_head(_QUERIES + 2, h), by_row(h // 2), by_row(h // 2)]
+  in_specs += [pl.BlockSpec((h,), lambda i, j, t: (0,))] * len(scales)
   out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in fields]
-  out_shape += [jax.ShapeDtypeStruct((b, m, splits, group, h), q.dtype if splits == 1 else jnp.float32)]
+  out_shape += [jax.ShapeDtypeStruct((b, m, splits, group, h), dtype if splits == 1 else jnp.float32)]
   out_specs = cache_specs + [part(_QUERIES, h)]
   if splits > 1:
     out_shape += [jax.ShapeDtypeStruct((b, m, splits, group), jnp.float32)] * 2
     out_specs += [part(_QUERIES)] * 2
+  kernel = functools.partial(_triton_kernel, fields=len(fields), norm=bool(scales), eps=turn.eps, group=group, splits=splits, block=block)
   out = pl.pallas_call(
-    functools.partial(_triton_kernel, fields=len(fields), group=group, splits=splits, block=block),
-    grid=(b, m, splits), out_shape=out_shape, out_specs=out_specs, name="decode_attention", interpret=interpret,
-    in_specs=[pl.BlockSpec((None,), lambda i, j, t: (i,)), by_row(_QUERIES, h), *(by_head(*x.shape[2:]) for x in added), *cache_specs],
-    input_output_aliases={2 + len(added) + i: i for i in range(len(fields))},
-    compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-  )(length, q.reshape(b, m, group, h), *added, *fields)
+    kernel, grid=(b, m, splits), in_specs=in_specs + cache_specs, out_shape=out_shape, out_specs=out_specs,
+    input_output_aliases={len(inputs) + i: i for i in range(len(fields))}, name="decode_attention", interpret=interpret,
+    compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages))(*inputs, *fields)
   columns, (value, *parts) = Columns(*out[:len(fields)]), out[len(fields):]
   if splits > 1:
     top, total = parts
     weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
     value = jnp.sum(value * weight[..., None], axis=2) / jnp.maximum(jnp.sum(total * weight, axis=2), 1e-30)[..., None]
-  return columns, value.astype(q.dtype).reshape(b, n, h)
+  return columns, value.astype(dtype).reshape(b, m * group, h)
 
 
-def _triton_kernel(length_ref, q_ref, *refs, fields: int, group: int, splits: int, block: int):
-  """One (row, KV head, split): online softmax over its blocks of columns, in powers of two."""
+def _triton_kernel(length_ref, qkv_ref, cos_ref, sin_ref, *refs, fields: int, norm: bool, eps: float, group: int,
+                   splits: int, block: int):
+  """One (row, KV head, split): turn, then online softmax over its blocks of columns, in powers of two."""
   from jax.experimental.pallas import triton as plt
-  new, cache, (*cache_out, out_ref), parts = refs[:fields], refs[fields:2 * fields], refs[2 * fields:3 * fields + 1], refs[3 * fields + 1:]
-  h, split = q_ref.shape[1], pl.program_id(2)
-  position = length_ref[...] - 1  # -1: an idle row
+  scales, refs = (refs[:2], refs[2:]) if norm else ((None, None), refs)
+  cache, stored, out_ref, parts = refs[:fields], refs[fields:2 * fields], refs[2 * fields], refs[2 * fields + 1:]
+  h, dtype = qkv_ref.shape[1], qkv_ref.dtype
+  halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
+  split, position = pl.program_id(2), length_ref[...] - 1  # -1: an idle row
   real = jnp.arange(_QUERIES) < group
-  wide = jnp.broadcast_to(real[:, None], (_QUERIES, h))
-  q = plt.load(q_ref.at[...], mask=wide, other=0.0)
-  unit = h**-0.5 * math.log2(math.e)
-  mine = (split == 0) & (position >= 0)  # the program that has the new column
+  wide = lambda width: jnp.broadcast_to(real[:, None], (_QUERIES, width))
+  cos, sin = cos_ref[...], sin_ref[...]
 
-  k, v = (x[...].astype(jnp.float32) * (1.0 if scale is None else scale[...])
-          for x, scale in zip(new[:2], new[2:] or (None, None), strict=True))
-  score = jnp.sum(q.astype(jnp.float32) * k[None, :], axis=1) * unit
+  def turned(x, scale):
+    """A pair of halves f32[..., H/2], rounded as the plain way rounds them."""
+    if norm:
+      total = sum(jnp.sum(y * y, axis=-1, keepdims=True) for y in x)
+      x = [(y * jax.lax.rsqrt(total / h + eps) * scale[half].astype(jnp.float32)[None, :]).astype(dtype).astype(jnp.float32)
+           for y, half in zip(x, halves, strict=True)]
+    return [y.astype(dtype) for y in (x[0] * cos[None, :] - x[1] * sin[None, :], x[1] * cos[None, :] + x[0] * sin[None, :])]
+
+  q = turned([plt.load(qkv_ref.at[pl.ds(0, _QUERIES), half], mask=wide(h // 2), other=0.0).astype(jnp.float32) for half in halves], scales[0])
+  k = turned([qkv_ref[group, half].astype(jnp.float32)[None, :] for half in halves], scales[1])
+  v, at = qkv_ref[group + 1, :], jnp.maximum(position, 0)
+  mine = (split == 0) & (position >= 0)  # the program that has the new column
+  whether = lambda x: jnp.broadcast_to(mine, x.shape)
+
+  def put(ref, where, x):
+    plt.store(ref.at[where], x.astype(ref.dtype), mask=whether(x))
+
+  new_k, new_v = [y.astype(jnp.float32) for y in k], v.astype(jnp.float32)
+  if fields == 4:  # what later steps will read is what this one reads
+    step = jnp.maximum(jnp.maximum(jnp.max(jnp.abs(new_k[0])), jnp.max(jnp.abs(new_k[1]))), 1e-30) / 127.0
+    v_step = jnp.maximum(jnp.max(jnp.abs(new_v)), 1e-30) / 127.0
+    k = [jnp.floor(y / step + 0.5) for y in new_k]
+    v = jnp.floor(new_v / v_step + 0.5)
+    new_k, new_v = [y * step for y in k], v * v_step
+    put(stored[2], at, step)
+    put(stored[3], at, v_step)
+  for half, y in zip(halves, k, strict=True):
+    put(stored[0], (pl.ds(at, 1), half), y)
+  put(stored[1], (at, slice(None)), v)
+
+  unit = h**-0.5 * math.log2(math.e)
+  score = sum(jnp.sum(x.astype(jnp.float32) * y, axis=1) for x, y in zip(q, new_k, strict=True)) * unit
   top = jnp.where(mine, score, -1e30)
   total = jnp.where(mine, jnp.ones_like(score), 0.0)
-  value = total[:, None] * v[None, :]
-  at = jnp.maximum(position, 0)
-  for ref, x in zip(cache_out, new, strict=True):
-    if x.shape:
-      plt.store(ref.at[at, :], x[...], mask=jnp.broadcast_to(mine, x.shape))
-    else:
-      plt.store(ref.at[at], x[...], mask=mine)
+  value = total[:, None] * new_v[None, :]
 
   def body(i, carry):
     value, top, total = carry
     here = pl.ds(i * block, block)
-    score = plt.dot(q, cache[0][here, :].astype(q.dtype).T) * unit
+    score = sum(plt.dot(x, cache[0][here, half].astype(dtype).T) for x, half in zip(q, halves, strict=True)) * unit
     if fields == 4:
       score *= cache[2][here][None, :]
     seen = i * block + jnp.arange(block) < position
@@ -225,12 +266,12 @@ def _triton_kernel(length_ref, q_ref, *refs, fields: int, group: int, splits: in
     total = total * shrink + jnp.sum(prob, axis=1)
     if fields == 4:
       prob *= cache[3][here][None, :]
-    return value * shrink[:, None] + plt.dot(prob.astype(q.dtype), cache[1][here, :].astype(q.dtype)), new_top, total
+    return value * shrink[:, None] + plt.dot(prob.astype(dtype), cache[1][here, :].astype(dtype)), new_top, total
 
-  blocks = pl.cdiv(position, block)
+  blocks = pl.cdiv(jnp.maximum(position, 0), block)
   value, top, total = jax.lax.fori_loop(blocks * split // splits, blocks * (split + 1) // splits, body, (value, top, total))
   if splits == 1:
     value = value / jnp.maximum(total, 1e-30)[:, None]
-  plt.store(out_ref.at[...], value.astype(out_ref.dtype), mask=wide)
+  plt.store(out_ref.at[...], value.astype(out_ref.dtype), mask=wide(h))
   for ref, x in zip(parts, (top, total), strict=False):
     plt.store(ref.at[...], x, mask=real)

@@ -5,8 +5,7 @@ What differs between the families is three fields of `PolicyConfig`: `qk_norm` (
 initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
 with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
 
-A layer does not know where keys and values come from: `attend(q, k, v)` does the attention and returns what the
-caller wants kept. Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
+A layer does not know where keys and values come from: `attend` does the attention and returns what the caller wants kept. Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
 Left out: weights' files (weights.py), sampling and caches (decode.py).
 """
 
@@ -21,6 +20,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from arrol_jax.norms import Turn, add_norm, rms_norm
 from arrol_jax.sharding import constrain
 
 
@@ -102,13 +102,6 @@ def _param(weight: Weight, key: jax.Array, dtype, stack: tuple = ()) -> nnx.Para
   return nnx.Param(value, axes=axes)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """Root-mean-square norm over the last axis, in float32."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * jnp.expand_dims(scale.astype(jnp.float32), range(y.ndim - 1))).astype(x.dtype)
-
-
 def rope_tables(c: PolicyConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
   """cos and sin, f32[B,S,1,H/2], for positions i32[B,S]."""
   freq = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
@@ -119,13 +112,6 @@ def rope_tables(c: PolicyConfig, positions: jax.Array) -> tuple[jax.Array, jax.A
     freq = freq * keep + (freq / s.factor) * (1.0 - keep)
   angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of x [B,S,N,H], first half paired with second half (Hugging Face's convention)."""
-  cos, sin = rope
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 # What remat "dots" keeps: a layer's matrix products. Norms, rotations and activations are computed again.
@@ -145,27 +131,39 @@ class Block(nnx.Module):
       setattr(self, name, _param(weight, k, dtype, stack))
 
   def __call__(self, x: jax.Array, rope: tuple, attend: Callable) -> tuple[jax.Array, object]:
-    """x [B,S,D] -> [B,S,D] and what `attend` kept."""
-    c, dtype = self.config, x.dtype
-    w = lambda name: getattr(self, name)[...].astype(dtype)
-    with jax.named_scope("attention"):
-      x, kept = self._attention(x, rope, attend, w)
-    with jax.named_scope("mlp"):
-      y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-      y = jax.nn.silu(keep(jnp.einsum("bsd,df->bsf", y, w("gate")))) * keep(jnp.einsum("bsd,df->bsf", y, w("up")))
-      return x + jnp.einsum("bsf,fd->bsd", y, w("down")), kept
+    """x [B,S,D] -> [B,S,D] and what attend(q, k, v) kept."""
+    weights = {name: getattr(self, name)[...] for name in block_weights(self.config)}
+    x, delta, kept = layer(self.config, weights, x, None, rope, lambda q, k, v, turn: attend(*turn(q, k), v))
+    return x + delta, kept
 
-  def _attention(self, x, rope, attend, w):
-    c = self.config
-    bias = lambda y, name: y + w(name)[None, None] if c.qkv_bias else y
-    y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-    q = keep(bias(jnp.einsum("bsd,dnh->bsnh", y, w("q")), "q_bias"))
-    k = keep(bias(jnp.einsum("bsd,dmh->bsmh", y, w("k")), "k_bias"))
-    v = keep(bias(jnp.einsum("bsd,dmh->bsmh", y, w("v")), "v_bias"))
-    if c.qk_norm:
-      q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
-    out, kept = attend(rotate(q, rope), rotate(k, rope), v)
-    return keep(x + jnp.einsum("bsnh,nhd->bsd", keep(out), w("o"))), kept
+
+def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None, rope: tuple, attend: Callable,
+          fused: bool = False) -> tuple[jax.Array, jax.Array, object]:
+  """x and the branch `delta` not yet added to it, [B,S,D] -> x after attention, the MLP's branch, what `attend` kept.
+
+  Branches are added where the next norm reads the sum. attend(q, k, v, turn) gets queries and keys as projected; with merged
+  weights (`unstack`) it is attend(qkv, turn), qkv [B,S,M,N/M+2,H].
+  """
+  w = lambda name: weights[name].astype(x.dtype)
+  project = lambda y, equation, name: (keep(jnp.einsum(equation, y, w(name))) if name + "_bias" not in weights else
+                                       keep(jnp.einsum(equation, y, w(name)) + w(name + "_bias")[None, None]))
+  with jax.named_scope("attention"):
+    x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
+    turn = Turn(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
+    if "qkv" in weights:
+      out, kept = attend(project(y, "bsd,dmgh->bsmgh", "qkv"), turn)
+    else:
+      q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
+      out, kept = attend(q, k, v, turn)
+    out = project(keep(out), "bsnh,nhd->bsd", "o")
+  with jax.named_scope("mlp"):
+    x, y = add_norm(x, out, weights["mlp_norm"], c.norm_eps, fused=fused)
+    if "gate_up" in weights:
+      gate, up = jnp.split(project(y, "bsd,dcf->bscf", "gate_up"), 2, axis=2)
+      gate, up = gate[:, :, 0], up[:, :, 0]
+    else:
+      gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
+    return x, jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w("down")), kept
 
 
 class Transformer(nnx.Module):
@@ -204,41 +202,63 @@ def logical_axes(c: PolicyConfig) -> dict:
 
 
 def unstack(params: dict) -> dict:
-  """Training layout -> decoding layout: `layers` becomes a tuple of single layers."""
+  """Training layout -> decoding layout: `layers` becomes a tuple of single layers, whose projections that read the same
+  input are merged into one product: qkv [D,M,N/M+2,H] (a KV head's queries, its key, its value) and gate_up [D,2,F]."""
   count = params["layers"]["q"].shape[0]
-  return params | {"layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))}
+  return params | {"layers": tuple(_merge({name: x[i] for name, x in params["layers"].items()}) for i in range(count))}
+
+
+def _merge(w: dict) -> dict:
+  """One layer's weights in the decoding layout."""
+  d, m, h = w["k"].shape
+  group = lambda q, k, v: jnp.concatenate([q.reshape(*q.shape[:-2], m, -1, h), k[..., None, :], v[..., None, :]], axis=-2)
+  merged = {"qkv": group(w["q"], w["k"], w["v"]), "gate_up": jnp.stack([w["gate"], w["up"]], axis=1)}
+  if "q_bias" in w:
+    merged["qkv_bias"] = group(w["q_bias"], w["k_bias"], w["v_bias"])
+  gone = ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias")
+  return {name: x for name, x in w.items() if name not in gone} | merged
+
+
+def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """qkv [B,S,M,N/M+2,H] -> queries [B,S,N,H], keys and values [B,S,M,H]."""
+  b, s, m, parts, h = qkv.shape
+  return qkv[:, :, :, :-2].reshape(b, s, m * (parts - 2), h), qkv[:, :, :, -2], qkv[:, :, :, -1]
 
 
 def unstack_axes(axes: dict, layers: int) -> dict:
   """`logical_axes` of the decoding layout."""
-  return axes | {"layers": tuple({name: a[1:] for name, a in axes["layers"].items()} for _ in range(layers))}
+  kept = {name: a[1:] for name, a in axes["layers"].items() if name in ("attn_norm", "o", "mlp_norm", "down", "q_norm", "k_norm")}
+  merged = {"qkv": ("embed", "kv_heads", None, None), "gate_up": ("embed", None, "ffn")}
+  if "q_bias" in axes["layers"]:
+    merged["qkv_bias"] = ("kv_heads", None, None)
+  return axes | {"layers": (kept | merged,) * layers}
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
-            dtype=jnp.float32, remat: str = "none") -> tuple[jax.Array, object]:
+            dtype=jnp.float32, remat: str = "none", fused: bool = False) -> tuple[jax.Array, object]:
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
-  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked; with a tuple of layers it is
-  `attend(layer_index, q, k, v)` and what it keeps comes back as a list. remat says what the backward pass computes again:
-  "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory).
+  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked. With a tuple of layers (`unstack`) it is
+  `attend(layer_index, qkv, turn)`, queries and keys still to be turned (norms.Turn), and what it keeps comes back as a list. remat says what the backward pass computes again: "none", "dots" (all but a layer's matrix products and attention's
+  result) or "full" (whole layers, least memory). fused: norms.add_norm's kernel, forward only.
   """
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)
   x = constrain(params["embed"].astype(dtype)[tokens], "batch", None, None)
 
-  def run(layer: dict, x, attend):
-    block = nnx.merge(block_def, nnx.State(layer))
-    x, kept = block(x, rope, attend)
+  if isinstance(params["layers"], tuple):
+    kept, delta = [], None
+    for i, weights in enumerate(params["layers"]):
+      x, delta, one = layer(c, weights, x, delta, rope, functools.partial(attend, i), fused)
+      x = constrain(x, "batch", None, None)
+      kept.append(one)
+    return add_norm(x, delta, params["final_norm"], c.norm_eps, fused=fused)[1], kept
+
+  def body(x, weights):
+    x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend)
     return constrain(x, "batch", None, None), kept
 
-  if isinstance(params["layers"], tuple):
-    kept = []
-    for i, layer in enumerate(params["layers"]):
-      x, one = run(layer, x, functools.partial(attend, i))
-      kept.append(one)
-  else:
-    body = lambda x, layer: run(layer, x, attend)
-    x, kept = jax.lax.scan(REMAT[remat](body), x, params["layers"])
+  x, kept = jax.lax.scan(REMAT[remat](body), x, params["layers"])
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from arrol_jax import kv_cache, sharding
+from arrol_jax.norms import Turn
 
 B, M, G, S, H = 5, 2, 3, 192, 128
 LENGTH = np.array([0, 1, 64, 101, 192], np.int32)
@@ -30,6 +31,12 @@ def plain(q, k, v):
   return out
 
 
+def merged(q, k, v):
+  """q [B,N,H], k and v [B,M,H] as one projection gives them, [B,M,N/M+2,H]."""
+  b, m, h = k.shape
+  return jnp.concatenate([q.reshape(b, m, -1, h), k[:, :, None], v[:, :, None]], axis=2)
+
+
 def run_triton(splits, block=64):
   """The kernel's step, made to look like plain reading: the last column is taken out of the cache and given as the new one."""
   def run(q, columns, length):
@@ -38,7 +45,8 @@ def run_triton(splits, block=64):
     last = lambda x, scale: (x[:, jnp.arange(B), at] * (1 if scale is None else scale[:, jnp.arange(B), at][..., None])).swapaxes(0, 1)
     k, v = last(columns.k, columns.k_scale), last(columns.v, columns.v_scale)
     hole = jax.tree.map(lambda x: x.at[:, jnp.arange(B), at].set(0), columns)
-    after, out = kv_cache.step_triton(hole, q, k, v, length, interpret=True, splits=splits, block=block)
+    still = Turn(jnp.ones((B, q.shape[2] // 2)), jnp.zeros((B, q.shape[2] // 2)), None, None, 1e-6)
+    after, out = kv_cache.step_triton(hole, merged(q, k, v), length, still, interpret=True, splits=splits, block=block)
     some = lambda x: np.asarray(x)[:, 1:]  # row 0 is idle: nothing is written
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(columns), strict=True):
       np.testing.assert_allclose(some(a), some(b), rtol=1e-6)
@@ -103,6 +111,29 @@ def test_a_write_to_a_donated_cache_copies_nothing():
   assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 50
 
 
+def turn_of(position, scaled=True, head_dim=64):
+  angle = position.astype(jnp.float32)[:, None, None, None] * (1000.0 ** -jnp.linspace(0, 1, head_dim // 2))[None, None, None, :]
+  scale = 1.0 + 0.3 * jax.random.normal(jax.random.key(8), (2, head_dim)) if scaled else (None, None)
+  return Turn(jnp.cos(angle), jnp.sin(angle), *scale, 1e-6)
+
+
+@pytest.mark.parametrize("dtype, scaled, splits", [("float32", True, 1), ("float32", False, 2), ("int8", True, 1)])
+def test_the_kernel_turns_and_writes_as_the_plain_way_does(dtype, scaled, splits):
+  _, k, v, columns = inputs("float32", dtype, head_dim=64)
+  rng = np.random.default_rng(2)
+  q, k, v = (jnp.asarray(rng.normal(size=(B, 1, n, 64)), jnp.float32) for n in (M * G, M, M))
+  length = jnp.asarray(LENGTH)
+  turn = turn_of(length - 1, scaled)
+  qkv = merged(q[:, 0], k[:, 0], v[:, 0])
+  want_columns, want = kv_cache.step("xla", columns, qkv[:, None], turn, jnp.maximum(length - 1, 0), length > 0)
+  flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
+  got_columns, got = kv_cache.step_triton(columns, qkv, length, flat, interpret=True, splits=splits)
+  np.testing.assert_allclose(got[1:], want[1:, 0], atol=3e-6)
+  for a, b in zip(jax.tree.leaves(got_columns), jax.tree.leaves(want_columns), strict=True):
+    np.testing.assert_allclose(a[:, 1:], b[:, 1:], atol=1e-6)  # row 0 is idle
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, 0], b[:, 0]), got_columns, columns)
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 2)])
 def test_sharded_reading_and_writing(shape):
   """Rows over data and fsdp, heads over tensor: same values, and no device asks another for its columns."""
@@ -111,16 +142,19 @@ def test_sharded_reading_and_writing(shape):
   q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6, 64), (8, 128, 2, 64), (8, 128, 2, 64)))
   length, columns = jnp.arange(8, dtype=jnp.int32) * 16 + 1, kv_cache.store(k, v, "float32")
 
-  def step(columns, q, k, v, implementation):
-    return kv_cache.step(implementation, columns, q, k, v, length - 1, length > 1)
+  turn = turn_of(length - 1)
 
-  want = jax.jit(step, static_argnums=4)(columns, q, k[:, 0], v[:, 0], "xla")
+  def step(columns, qkv, implementation):
+    return kv_cache.step(implementation, columns, qkv, turn, length - 1, length > 1)
+
+  qkv = merged(q, k[:, 0], v[:, 0])[:, None]
+  want = jax.jit(step, static_argnums=2)(columns, qkv, "xla")
   for implementation in ("xla", "triton"):
     with jax.set_mesh(mesh):
       placed = jax.jit(kv_cache.pin)(columns)
-      program = jax.jit(step, static_argnums=4).lower(placed, q, k[:, 0], v[:, 0], implementation).compile()
-      got = program(placed, q, k[:, 0], v[:, 0])
-    np.testing.assert_allclose(got[1][1:], want[1][1:], atol=2e-6)  # row 0 is idle
+      program = jax.jit(step, static_argnums=2).lower(placed, qkv, implementation).compile()
+      got = program(placed, qkv)
+    np.testing.assert_allclose(got[1][1:], want[1][1:], atol=3e-6)  # row 0 is idle
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, 1:], b[:, 1:], atol=2e-6), got[0], want[0])
     assert "all-gather" not in program.as_text() or implementation == "triton"  # the interpreter's loops gather, a kernel cannot
 
@@ -128,4 +162,4 @@ def test_sharded_reading_and_writing(shape):
 def test_an_unknown_name_is_refused():
   q, k, v, columns = inputs("float32")
   with pytest.raises(ValueError, match="must be one of"):
-    kv_cache.step("flash", columns, q, k[:, 0], v[:, 0], LENGTH, LENGTH > 0)
+    kv_cache.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn_of(jnp.asarray(LENGTH), head_dim=H), LENGTH, LENGTH > 0)

@@ -10,6 +10,7 @@ import pytest
 
 from arrol_jax import policy, sharding
 from arrol_jax.attention import causal_attention
+from arrol_jax.norms import rotate
 from arrol_jax.policy import PolicyConfig, RopeScaling
 from arrol_jax.zoo import ZOO
 
@@ -45,8 +46,13 @@ def test_scanned_layers_equal_unrolled_ones(name):
   c, params = make(name)
   tokens = tokens_of(c)
   attend = causal_attention("xla")
+
+  def turned(attend, qkv, turn):
+    q, k, v = policy.split_qkv(qkv)
+    return attend(*turn(q, k), v)[0]
+
   run = jax.jit(lambda p: policy.forward(c, policy.unstack(p), tokens, policy.default_positions(tokens),
-                                         lambda i, q, k, v: (attend(q, k, v)[0], i)))
+                                         lambda i, qkv, turn: (turned(attend, qkv, turn), i)))
   unrolled, kept = run(params)
   np.testing.assert_allclose(policy.unembed(params, unrolled), logits(c, params, tokens), atol=1e-5)
   assert kept == [0, 1, 2]
@@ -110,7 +116,7 @@ def test_rope_frequencies_by_hand():
 def test_rotation_by_hand():
   x = jnp.array([1.0, 2.0, 3.0, 4.0])[None, None, None]  # pairs (1, 3) and (2, 4), turned by 90 and by 0 degrees
   quarter = (jnp.array([0.0, 1.0])[None, None, None], jnp.array([1.0, 0.0])[None, None, None])
-  np.testing.assert_allclose(policy.rotate(x, quarter)[0, 0, 0], [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
+  np.testing.assert_allclose(rotate(x, *quarter)[0, 0, 0], [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
 
 
 def test_llama3_rope_scaling_known_values():

@@ -22,8 +22,8 @@ from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
-SAMPLING = Sampling(1.0, (7, 13, 21), "float32")
-KEY = jax.random.key(11)
+SAMPLING = Sampling(1.0, (7, 13), "float32")
+KEY = jax.random.key(12)
 RULE = PruneRule(detect=8, keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
 GROUP = 4
 
