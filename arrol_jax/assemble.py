@@ -71,7 +71,7 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.P
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
   r = c.rollout
-  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.top_k, r.top_p, r.min_p)
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p)
 
 
 def prune_rule(c: ConfigDict) -> PruneRule:

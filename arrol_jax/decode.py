@@ -22,6 +22,8 @@ from arrol_jax.policy import PolicyConfig
 
 
 _LANES = 128  # tokens of a vocabulary block
+_MANY_ROWS = 128
+_STRIDE = 8   # steps between two looks at whether any row is active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +194,6 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.A
   return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
   """Up to `steps` tokens for every active row; ends early when no row is active.
 
@@ -200,6 +201,11 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
+  many = jax.default_backend() == "gpu" and slots.token.shape[0] >= _MANY_ROWS
+  return (_segment_many if many else _segment)(c, params, slots, steps=steps, sampling=sampling)
+
+
+def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
   rows = slots.token.shape[0]
   stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
   mesh = jax.sharding.get_abstract_mesh()
@@ -225,6 +231,15 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
     put = lambda out, new: jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), i))
     return i + 1, s, put(tokens, token), put(logprobs, logprob)
 
+  # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
+  stride = math.gcd(steps, _STRIDE)
   carry = (jnp.int32(0), slots, jnp.zeros((rows, steps), jnp.int32), jnp.zeros((rows, steps), jnp.float32))
-  _, slots, tokens, logprobs = jax.lax.while_loop(lambda x: (x[0] < steps) & jnp.any(x[1].active), step, carry)
+  _, slots, tokens, logprobs = jax.lax.while_loop(
+    lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x), carry)
   return slots, tokens, logprobs
+
+
+_jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
+_segment = _jit(_generate)
+# Measured on an H100 (experiments/LOG.md): with many rows cuBLAS is faster than what XLA's autotuner takes instead.
+_segment_many = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": False})

@@ -85,7 +85,7 @@ class Engine:
         state = _Run(self, [Request(0, 0, prompt, 1)], jax.random.key(0), sampling)
         state.slots = decode.init_slots(self.config, rows, length, sampling)
         state.at, state.length = [None] * rows, length
-        state.segment(decide)
+        state.start_segment(decide)
         state.seat(list(state.waiting))
         if rows > self.row_sizes[0]:
           state.take([], self.row_sizes[self.row_sizes.index(rows) - 1], length)
@@ -100,13 +100,16 @@ class Engine:
     segment runs.
     """
     state = _Run(self, requests, key, sampling)
-    finished = []
     while state.refill_and_fit():
-      pending = state.segment(decide)
-      for rollout in finished:  # the host works while the device does
+      state.start_segment(decide)
+      for rollout in state.take_finished():  # the host works while the device does
         on_done and on_done(rollout)
-      finished = state.retire(*jax.device_get(pending))
-    for rollout in finished:
+      # With nobody waiting for a slot the device may be a segment ahead of what the host has seen.
+      while len(state.unseen) > (0 if state.waiting else 1):
+        state.look()
+    while state.unseen:
+      state.look()
+    for rollout in state.take_finished():
       on_done and on_done(rollout)
     return state.rollouts
 
@@ -134,6 +137,7 @@ def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict,
   room = free - weights - prefix - limit // 32
   row = engine.lengths(sampling)[-1] * token + 3 * 4 * c.vocab  # its columns; logits and what sampling makes of them
   per_device = max(0, room) // row
+  per_device -= per_device % 16 if per_device > 16 else 0  # shapes that matrix units like
   if per_device * batch < group_size:
     fits = max(0, room) * batch // group_size // token - engine.max_prompt - kv_cache.BLOCK
     raise UserError(
@@ -172,6 +176,13 @@ class _Run:
     self.at: list[_Seat | None] = []   # by slot
     self.length = 0                    # cache columns
     self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
+    self.unseen: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
+    self.finished: list[Rollout] = []
+
+  def take_finished(self) -> list[Rollout]:
+    """Rollouts that ended since the last call."""
+    out, self.finished = self.finished, []
+    return out
 
   def refill_and_fit(self) -> bool:
     """Puts waiting requests into free slots and brings the batch to the smallest shape that holds it. False: all done."""
@@ -181,7 +192,8 @@ class _Run:
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
     rows = next(n for n in self.e.row_sizes if n >= wanted)
-    columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new) + self.e.segment
+    columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new)
+    columns += self.e.segment * (1 + len(self.unseen))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
     if self.slots is None:
       self.slots = decode.init_slots(self.e.config, rows, length, self.sampling)
@@ -232,22 +244,24 @@ class _Run:
     prefix = decode.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
-  def segment(self, decide: Callable | None) -> tuple:
-    """Starts the next segment and the decision after it; returns device arrays for `retire`, without waiting."""
+  def start_segment(self, decide: Callable | None) -> None:
+    """Starts the next segment and the decision after it, without waiting for either."""
     self.slots, tokens, logprobs = decode.generate_segment(
       self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling)
     decision = None
     if decide:
       self.slots, decision = decide(self.slots)
     # Copies: the slots' own buffers are donated to the next program before the host may have read them.
-    return tokens, logprobs, *_copy((self.slots.generated, self.slots.active)), decision
+    self.unseen.append((list(self.at), (tokens, logprobs, *_copy((self.slots.generated, self.slots.active)), decision)))
 
-  def retire(self, tokens, logprobs, generated, active, decision) -> list[Rollout]:
-    """Books a segment's tokens; returns the rollouts that ended in it and frees their slots."""
-    done = []
+  def look(self) -> None:
+    """Waits for the oldest unseen segment, books its tokens and frees the slots of the rollouts that ended in it."""
+    seats, results = self.unseen.popleft()
+    tokens, logprobs, generated, active, decision = jax.device_get(results)
     generated, active = generated.tolist(), active.tolist()
-    for i, seat in enumerate(self.at):
-      if not seat:
+    ended = set()
+    for i, seat in enumerate(seats):
+      if not seat or generated[i] == seat.count:  # empty, or ended in a segment seen before
         continue
       count = generated[i] - seat.count
       seat.tokens.append(tokens[i, :count])
@@ -260,9 +274,9 @@ class _Run:
       if not active[i]:
         out.tokens, out.logprobs = np.concatenate(seat.tokens), np.concatenate(seat.logprobs)
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
-        done.append(out)
-        self.at[i] = None
-    return done
+        self.finished.append(out)
+        ended.add(id(seat))
+    self.at = [None if seat and id(seat) in ended else seat for seat in self.at]
 
 
 def _up(n: int, unit: int) -> int:

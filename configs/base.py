@@ -34,10 +34,12 @@ def get_config() -> ConfigDict:
   c.rollout.min_p = config_dict.placeholder(float)
   c.rollout.max_prompt = 512   # longer prompts are skipped, with a count
   c.rollout.max_new = 2048     # response tokens at most (open in the paper)
-  c.rollout.slots = 512        # rows that decode at once
+  c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: what free memory holds, at most a step's rollouts
+  c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
+  c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
-  c.rollout.row_buckets = 3    # compiled row counts: slots, slots/2, slots/4, ...
-  c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced
+  c.rollout.row_buckets = 4    # compiled row counts: slots, slots/2, slots/4, ...
+  c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced (one where attention reads each row's own length)
 
   c.prune = ConfigDict()
   c.prune.enabled = True
