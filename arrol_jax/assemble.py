@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
-from arrol_jax import data, policy, quality, sharding, update
+from arrol_jax import data, quality, sharding, update
 from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine
+from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.losses import ALGORITHMS, LossConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.rollout import PackShape, PruneRule, measure
@@ -49,15 +49,21 @@ def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0) -> list[da
   return out
 
 
-def engine(c: ConfigDict, config: policy.PolicyConfig, mesh: jax.sharding.Mesh, max_new: int) -> Engine:
+def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict) -> Engine:
+  """An engine for the policy in training, `params`; call it with all in place that stays in memory while it runs."""
   r = c.rollout
-  return Engine(config, mesh, r.slots, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
-                prefill_rows=min(r.prompts, 32))
+  most = r.prompts * r.group_size
+  build = lambda rows: Engine(loaded.config, mesh, rows, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
+                              prefill_rows=min(r.prompts, 32))
+  if r.slots is not None:
+    return build(r.slots)
+  fits = slots_that_fit(build(most), sampling(c, loaded, r.temperature), r.group_size, params)
+  return build(most if fits is None else min(most, fits))
 
 
 def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: dict) -> Engine:
   """An engine for held-out problems, loaded with `params`."""
-  out = engine(c, loaded.config, mesh, c.eval.max_new or c.rollout.max_new)
+  out = engine(c, loaded, mesh, c.eval.max_new or c.rollout.max_new, params)
   out.load(params, c.model.dtype)
   return out
 

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from arrol_jax.attention import IMPLEMENTATIONS
+from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.losses import ALGORITHMS
 from arrol_jax.policy import REMAT
 from arrol_jax.types import UserError
@@ -110,6 +111,9 @@ def _check(c: ConfigDict) -> None:
         "must be at least 2")
   _need(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}; it must be above 0")
   r = c.rollout
+  _need(r.slots is None or r.slots >= 1, f"rollout.slots is {r.slots}; it must be at least 1")
+  _need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
+  _need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
   _need(r.top_k is None or r.top_k >= 1, f"rollout.top_k is {r.top_k}; it must be at least 1")
   for name in ("top_p", "min_p"):
     _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
@@ -125,7 +129,7 @@ def _check(c: ConfigDict) -> None:
 
 def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
-  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.slots", "rollout.segment",
+  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
                 "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "checkpoint.every", "checkpoint.keep",
                 "eval.samples", "mesh.data", "mesh.fsdp", "mesh.tensor")

@@ -20,15 +20,13 @@ from arrol_jax import kv_cache, policy
 from arrol_jax.attention import causal_attention
 from arrol_jax.policy import PolicyConfig
 
-
 _LANES = 128  # tokens of a vocabulary block
-_MANY_ROWS = 128
 _STRIDE = 8   # steps between two looks at whether any row is active
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn and computed. temperature 0 is greedy. Of the tokens, those are left that pass every filter which is not None.
+  """How tokens are drawn and computed. temperature 0 is greedy. Tokens are left that pass every filter which is not None.
 
   Log-probs are those of the tempered distribution before filtering (at temperature 0: of T = 1), so that they compare with the
   trainer's.
@@ -201,8 +199,8 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
-  many = jax.default_backend() == "gpu" and slots.token.shape[0] >= _MANY_ROWS
-  return (_segment_many if many else _segment)(c, params, slots, steps=steps, sampling=sampling)
+  run = _segment_gpu if jax.default_backend() == "gpu" else _segment
+  return run(c, params, slots, steps=steps, sampling=sampling)
 
 
 def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
@@ -241,5 +239,5 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
 
 _jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
 _segment = _jit(_generate)
-# Measured on an H100 (experiments/LOG.md): with many rows cuBLAS is faster than what XLA's autotuner takes instead.
-_segment_many = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": False})
+# Measured on an H100 (experiments/LOG.md): cuBLAS is faster than the kernels that XLA's autotuner takes instead.
+_segment_gpu = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": False})

@@ -166,7 +166,7 @@ def attend_tpu(q: jax.Array, columns: Columns, length: jax.Array, *, interpret: 
 def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn, *,
                 interpret: bool = False, splits: int | None = None, block: int = BLOCK, warps: int = 2,
                 stages: int = 3) -> tuple[Columns, jax.Array]:
-  """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, `block` columns at a time, to the row's own length.
+  """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, `block` columns at a time, to the row's length.
 
   Queries and the new key are turned (`turn` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new
   column, number length - 1, starts the online softmax from registers and is stored in place. With few rows a row's
@@ -191,7 +191,8 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn,
   if splits > 1:
     out_shape += [jax.ShapeDtypeStruct((b, m, splits, group), jnp.float32)] * 2
     out_specs += [part(_QUERIES)] * 2
-  kernel = functools.partial(_triton_kernel, fields=len(fields), norm=bool(scales), eps=turn.eps, group=group, splits=splits, block=block)
+  kernel = functools.partial(_triton_kernel, fields=len(fields), norm=bool(scales), eps=turn.eps, group=group, splits=splits,
+                             block=block)
   out = pl.pallas_call(
     kernel, grid=(b, m, splits), in_specs=in_specs + cache_specs, out_shape=out_shape, out_specs=out_specs,
     input_output_aliases={len(inputs) + i: i for i in range(len(fields))}, name="decode_attention", interpret=interpret,
@@ -225,7 +226,8 @@ def _triton_kernel(length_ref, qkv_ref, cos_ref, sin_ref, *refs, fields: int, no
            for y, half in zip(x, halves, strict=True)]
     return [y.astype(dtype) for y in (x[0] * cos[None, :] - x[1] * sin[None, :], x[1] * cos[None, :] + x[0] * sin[None, :])]
 
-  q = turned([plt.load(qkv_ref.at[pl.ds(0, _QUERIES), half], mask=wide(h // 2), other=0.0).astype(jnp.float32) for half in halves], scales[0])
+  read = lambda half: plt.load(qkv_ref.at[pl.ds(0, _QUERIES), half], mask=wide(h // 2), other=0.0)
+  q = turned([read(half).astype(jnp.float32) for half in halves], scales[0])
   k = turned([qkv_ref[group, half].astype(jnp.float32)[None, :] for half in halves], scales[1])
   v, at = qkv_ref[group + 1, :], jnp.maximum(position, 0)
   mine = (split == 0) & (position >= 0)  # the program that has the new column

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, rotary embedding and the residual sum before a norm; the latter as one kernel for decoding on NVIDIA GPUs.
+"""Root-mean-square norm, rotary embedding, and the residual sum before a norm: the latter also as one kernel for NVIDIA GPUs.
 
 In a decoding step the tensors between two matrix products are small and every extra program costs its launch: there the sum
 and the norm run as one Pallas program a row. Everywhere else XLA's fusions do the same.

@@ -5,7 +5,8 @@ What differs between the families is three fields of `PolicyConfig`: `qk_norm` (
 initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
 with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
 
-A layer does not know where keys and values come from: `attend` does the attention and returns what the caller wants kept. Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
+A layer does not know where keys and values come from: `attend` does the attention and returns what the caller wants kept.
+Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
 Left out: weights' files (weights.py), sampling and caches (decode.py).
 """
 
@@ -239,8 +240,9 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
   With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked. With a tuple of layers (`unstack`) it is
-  `attend(layer_index, qkv, turn)`, queries and keys still to be turned (norms.Turn), and what it keeps comes back as a list. remat says what the backward pass computes again: "none", "dots" (all but a layer's matrix products and attention's
-  result) or "full" (whole layers, least memory). fused: norms.add_norm's kernel, forward only.
+  `attend(layer_index, qkv, turn)`, queries and keys still to be turned (norms.Turn), and what it keeps comes back as a list.
+  remat says what the backward pass computes again: "none", "dots" (all but a layer's matrix products and attention's result) or
+  "full" (whole layers, least memory). fused: norms.add_norm's kernel, forward only.
   """
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)

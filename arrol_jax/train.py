@@ -41,7 +41,6 @@ def main():
     train_prompts = assemble.prompts(c, loaded, c.data.train)
     eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
     loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
-    engine = assemble.engine(c, loaded.config, mesh, c.rollout.max_new)
     sampling = assemble.sampling(c, loaded, c.rollout.temperature)
     claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
 
@@ -59,6 +58,7 @@ def main():
     optimizer = assemble.optimizer(c)
     reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble.init_state(c, loaded, optimizer, mesh, keep_params=reference is not None)
+    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
     before = evaluate(state, "eval_before")
     if before:
       print("held-out accuracy before:", summary_line(before))

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   c.model.path = ""            # Hugging Face folder or .gguf file
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
-  c.model.remat = "dots"       # what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (least memory)
+  c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
 
   c.data = ConfigDict()
   c.data.train = ""            # JSONL (optionally .gz); several, separated by commas
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   c.rollout.min_p = config_dict.placeholder(float)
   c.rollout.max_prompt = 512   # longer prompts are skipped, with a count
   c.rollout.max_new = 2048     # response tokens at most (open in the paper)
-  c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: what free memory holds, at most a step's rollouts
+  c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: as many as free memory holds
   c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect

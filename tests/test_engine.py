@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import policy, sharding
+from arrol_jax import engine as engines, policy, sharding
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import init_head
 from arrol_jax.rollout import PruneRule, make_decide
+from arrol_jax.types import UserError
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
@@ -146,3 +147,25 @@ def test_a_real_rule_keeps_about_kappa(mesh):
   kept = np.mean([not r.pruned for r in decided])
   assert len(decided) > 80 and abs(kept - 0.3) < 4 * np.sqrt(0.21 / len(decided))
   assert all(not r.pruned for r in out if not r.decided)
+
+
+def free_memory(mesh, limit, used=0, cache=None, params=PARAMS, **other):
+  """Slots of an engine whose device says that it has so many bytes."""
+  e = Engine(C, mesh, rows=64, max_prompt=8, max_new=20, segment=4, prefill_rows=4, **other)
+  return engines._slots_in(e, Sampling(dtype="float32", cache=cache), 4, params, limit - used, limit)
+
+
+def test_slots_fill_the_free_memory_and_no_more(mesh):
+  room = 28 + -28 % 16
+  row = room * 2 * C.layers * C.kv_heads * C.head_dim * 4 + 12 * C.vocab  # its cache, and logits thrice
+  fixed = free_memory(mesh, 10**6)
+  weights = sum(x.size for x in jax.tree.leaves(PARAMS)) * 4
+  assert (10**6 * 31 / 32 - weights) / row * 0.8 < fixed < (10**6 * 31 / 32 - weights) / row
+  assert free_memory(mesh, 2 * 10**6) > 2 * fixed > 2 * free_memory(mesh, 10**6, used=10**5)
+  assert free_memory(mesh, 10**6, cache="int8") > 2 * fixed
+  assert free_memory(sharding.make_mesh(2, 2, 2), 10**6) > 4 * fixed  # 4 shares of the rows, half the heads each
+
+
+def test_no_room_for_a_group_says_what_would_do(mesh):
+  with pytest.raises(UserError, match="one group of 4 rollouts needs .* GB .* free .*rollout.cache=int8"):
+    free_memory(mesh, 10**5)

@@ -42,7 +42,8 @@ def run_triton(splits, block=64):
   def run(q, columns, length):
     q, length = jnp.asarray(q), jnp.asarray(length)
     at = jnp.maximum(length - 1, 0)
-    last = lambda x, scale: (x[:, jnp.arange(B), at] * (1 if scale is None else scale[:, jnp.arange(B), at][..., None])).swapaxes(0, 1)
+    pick = lambda x: 1 if x is None else x[:, jnp.arange(B), at]
+    last = lambda x, scale: (pick(x) * (pick(scale)[..., None] if scale is not None else 1)).swapaxes(0, 1)
     k, v = last(columns.k, columns.k_scale), last(columns.v, columns.v_scale)
     hole = jax.tree.map(lambda x: x.at[:, jnp.arange(B), at].set(0), columns)
     still = Turn(jnp.ones((B, q.shape[2] // 2)), jnp.zeros((B, q.shape[2] // 2)), None, None, 1e-6)
@@ -75,7 +76,8 @@ def test_the_tpu_kernel_is_plain_attention_in_bfloat16():
 def test_an_int8_cache_is_close_and_exact_in_what_it_holds(run):
   q, k, v, columns = inputs("float32", "int8")
   assert columns.k.dtype == jnp.int8
-  held = [np.asarray(x, np.float32) * np.asarray(s)[..., None] for x, s in ((columns.k, columns.k_scale), (columns.v, columns.v_scale))]
+  pairs = (columns.k, columns.k_scale), (columns.v, columns.v_scale)
+  held = [np.asarray(x, np.float32) * np.asarray(s)[..., None] for x, s in pairs]
   step = np.asarray(columns.k_scale)[..., None]
   assert np.all(np.abs(held[0] - np.asarray(k).transpose(2, 0, 1, 3)) <= 0.5001 * step)
   got = np.asarray(run(q, columns, LENGTH))
@@ -162,4 +164,5 @@ def test_sharded_reading_and_writing(shape):
 def test_an_unknown_name_is_refused():
   q, k, v, columns = inputs("float32")
   with pytest.raises(ValueError, match="must be one of"):
-    kv_cache.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn_of(jnp.asarray(LENGTH), head_dim=H), LENGTH, LENGTH > 0)
+    turn = turn_of(jnp.asarray(LENGTH), head_dim=H)
+    kv_cache.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn, LENGTH, LENGTH > 0)

@@ -9,7 +9,8 @@ from arrol_jax.norms import add_norm, add_norm_kernel, rms_norm
 
 
 def test_norm_by_hand():
-  np.testing.assert_allclose(rms_norm(jnp.array([[3.0, 4.0]]), jnp.array([1.0, 2.0]), 0.0), [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-6)
+  got = rms_norm(jnp.array([[3.0, 4.0]]), jnp.array([1.0, 2.0]), 0.0)
+  np.testing.assert_allclose(got, [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, width", [("float32", 48), ("bfloat16", 64)])

@@ -24,6 +24,7 @@ C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
 SAMPLING = Sampling(1.0, (7, 13), "float32")
 KEY = jax.random.key(12)
+PLAIN = Sampling(dtype="float32")
 RULE = PruneRule(detect=8, keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
 GROUP = 4
 
@@ -231,7 +232,7 @@ def test_only_active_rows_of_just_that_length_are_decided(mesh, head, table):
   active = np.array([1, 1, 0, 1, 1, 1, 1, 0], bool)
   rule = dataclasses.replace(RULE, keep=1e-9, p_min=1e-9)  # as good as none survives
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 8, 16, Sampling(dtype="float32")).replace(generated=jnp.asarray(generated), active=jnp.asarray(active))
+    slots = decode.init_slots(C, 8, 16, PLAIN).replace(generated=jnp.asarray(generated), active=jnp.asarray(active))
     slots, decision = make_decide(head, table, rule, True)(slots)
   up = active & (generated == 8)
   np.testing.assert_array_equal(decision.decided, up)
@@ -281,7 +282,7 @@ def test_survival_is_the_published_rule(decided, table):
 def test_before_there_is_a_history_all_survive_alike(mesh, head):
   """An empty table: q = 1/2 and delta = 0, so p = kappa + lambda (rho - 1/2), whatever the scores."""
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 8, 16, Sampling(dtype="float32")).replace(hidden=jax.random.normal(jax.random.key(3), (8, C.width)))
+    slots = decode.init_slots(C, 8, 16, PLAIN).replace(hidden=jax.random.normal(jax.random.key(3), (8, C.width)))
     _, decision = make_decide(head, Calibration.empty(8), RULE, True)(slots)
   assert np.ptp(decision.score) > 0.1
   np.testing.assert_allclose(decision.posterior, 0.5)
@@ -301,7 +302,7 @@ def test_draws_follow_the_survival_probability(mesh, head, table):
   """4000 rows with the same state: the share that survives is within four standard errors of p."""
   rows = 4000
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, rows, 1, Sampling(dtype="float32")).replace(
+    slots = decode.init_slots(C, rows, 1, PLAIN).replace(
       generated=jnp.full(rows, 8, jnp.int32), active=jnp.ones(rows, bool), hidden=jnp.ones((rows, C.width)))
     _, decision = make_decide(head, table, RULE, True)(slots)
   p = float(decision.survival[0])
