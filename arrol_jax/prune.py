@@ -9,10 +9,10 @@ probabilities of success, those into survival probabilities, and a draw decides 
   keep  = draw(key, p)                            # True = survives
 
 Everything is pure jnp and works under jit and vmap; nothing here knows about a model, a prompt or a step.
-The defaults are the published rule; two departures from it are switches: `weight` and `half_life` in `update`
-(inverse-propensity weights, forgetting) and `method="systematic"` in `draw` (a fixed number of survivors).
-
-Left out: an offset solved within each group, one table per detection length, a floor of survivors per group.
+The defaults are the published rule. Departures from it (METHOD section 9) are switches or functions of their own: `weight` and
+`half_life` in `update` (inverse-propensity weights, forgetting), `group_survival` (balance solved within the group), and in
+`draw` `method="systematic"` (a fixed number of survivors) and `floor` (never fewer than so many a group). Several detection
+lengths are several tables, kept by the caller; `best_subset` is a baseline that chooses after the rewards are known.
 
 Axes: B rollouts, Q calibration bins.
 """
@@ -20,6 +20,7 @@ Axes: B rollouts, Q calibration bins.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BINS = 128
 ALPHA = 1.0
@@ -181,6 +182,65 @@ def solve_delta(table, *, kappa, rho, lam, p_min, p_max):
   delta = jnp.where(total > 0, 0.5 * (low + high), 0.0)
   delta = jnp.where(kappa <= p_min, bottom, delta)
   return jnp.where(kappa >= p_max, top, delta)
+
+
+# ---- within the group --------------------------------------------------------------------------------------
+
+TILT_MAX = 64.0  # steepness at which nearly every p is at p_min or p_max
+
+
+def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
+  """Survival probabilities that bring each group's expected positive ratio as near rho as kappa allows (METHOD 9.5).
+
+  Within a group p_i = clip(kappa + delta + t (q_i - rho), p_min, p_max), with delta such that the group's mean p is kappa. The
+  ratio sum p q / sum p never decreases in t, so t is found by bisection in [-TILT_MAX, TILT_MAX]; a positive t keeps the promising
+  ones. Only rows that are `decided` now take part, each group by itself. Where all q are equal every p is kappa.
+
+  Args: q f32[B] posterior; group i32[B] labels; decided bool[B]; tilt a fixed t for every group instead (None: solved).
+  Returns: f32[B]; kappa where not decided.
+  """
+  q = jnp.asarray(q, jnp.float32)
+  same = ((group[:, None] == group[None, :]) & decided[:, None] & decided[None, :]).astype(jnp.float32)
+  size = jnp.maximum(jnp.sum(same, axis=1), 1.0)
+  mean = lambda x: jnp.dot(same, x, precision=jax.lax.Precision.HIGHEST) / size  # of the row's group
+
+  def solved(t):
+    tilted = t * (q - rho)
+    def halve(_, bracket):
+      low, high = bracket
+      middle = 0.5 * (low + high)
+      enough = mean(jnp.clip(kappa + middle + tilted, p_min, p_max)) >= kappa
+      return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    reach = jnp.full_like(q, 1.0 + BRACKET_SLACK) + jnp.abs(t)
+    low, high = jax.lax.fori_loop(0, BISECTION_STEPS, halve, (-reach, reach))
+    return jnp.clip(kappa + 0.5 * (low + high) + tilted, p_min, p_max)
+
+  def steer(_, bracket):
+    low, high = bracket
+    middle = 0.5 * (low + high)
+    p = solved(middle)
+    above = mean(p * q) >= rho * mean(p)
+    return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+  if tilt is None:
+    edge = jnp.full_like(q, TILT_MAX)
+    low, high = jax.lax.fori_loop(0, BISECTION_STEPS // 2, steer, (-edge, edge))
+    tilt = 0.5 * (low + high)
+  return jnp.where(decided, solved(jnp.broadcast_to(jnp.asarray(tilt, jnp.float32), q.shape)), kappa)
+
+
+def best_subset(reward, keep):
+  """The `keep` rollouts of one group whose rewards vary most (PODS' max-variance rule, arXiv 2504.13818): bool[B], NumPy.
+
+  They are the i lowest and the keep - i highest for some i; the first such i wins, ties among equal rewards go by position.
+  """
+  reward = np.asarray(reward, float)
+  order = np.argsort(reward, kind="stable")
+  picks = [np.r_[order[:i], order[len(reward) - (keep - i):]].astype(int) for i in range(keep + 1)]
+  chosen = max(picks, key=lambda rows: np.var(reward[rows]) if len(rows) else 0.0)
+  out = np.zeros(len(reward), bool)
+  out[chosen] = True
+  return out
 
 
 # ---- draws -------------------------------------------------------------------------------------------------

@@ -1,0 +1,250 @@
+"""Pruning without a model: rollouts with known chances of success and noisy scores, through the real prune.py.
+
+  python -m experiments.sim_pruning [--out=experiments/results/sim_pruning] [--rollouts=1000000] [--seed=0]
+
+Five questions, each a JSON line in OUT/results.jsonl and a panel of OUT/sim_pruning.png; about a minute on a CPU:
+theory    do Lemmas 4.1, A.1, A.2 and Theorem 4.2 hold on random groups (METHOD section 8)?
+bias      what does the published table get wrong under its own pruning, and do inverse-propensity weights mend it?
+draws     do systematic draws keep each rollout's probability at a fixed number of survivors?
+balance   E[rho_hat (1 - rho_hat)] of the survivors by rule, for hard, even and easy prompts
+lengths   tokens saved by decisions at several lengths against one at the last, at the same final keep ratio
+A rollout's chance q* is its prompt's logit plus its own; its score is logit(q*) plus noise.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import shlex
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from arrol_jax import config, prune
+
+RULE = dict(kappa=0.5, rho=0.5, lam=0.5, p_min=0.1, p_max=0.9)
+GROUP = 16
+HARDNESS = {"hard": -1.5, "even": 0.0, "easy": 1.5}  # mean logit of a prompt
+
+
+def rollouts(rng, prompts: int, hardness: float = 0.0, between: float = 1.0, within: float = 1.0, noise: float = 1.0):
+  """Chances q*, scores and rewards, each [prompts, GROUP]."""
+  logit = hardness + between * rng.normal(size=(prompts, 1)) + within * rng.normal(size=(prompts, GROUP))
+  chance = 1.0 / (1.0 + np.exp(-logit))
+  return chance, logit + noise * rng.normal(size=logit.shape), (rng.random(logit.shape) < chance).astype(np.float32)
+
+
+# ---- theory
+
+
+def theory(rng, instances: int) -> dict:
+  """Counts of random groups that break each statement; all should be 0 (the theorem's: at most its delta)."""
+  broken = dict.fromkeys(("lemma_4_1", "lemma_a_1", "lemma_a_2"), 0)
+  over, slack, delta, rho = 0, [], 0.1, 0.5
+  for _ in range(instances):
+    n = int(rng.integers(3, 17))
+    true = rng.random(n)
+    eps = rng.uniform(0.0, 0.2)
+    seen = np.clip(true + rng.uniform(-eps, eps, n), 0.0, 1.0)
+    without = lambda x, n=n: (x.sum() - x) / (n - 1)
+    mean, left = true.mean(), without(true)
+    for j in range(n):  # Lemma 4.1: dropping one on the far side of the mean moves it toward rho, unless past it
+      toward = (mean > rho and true[j] > mean) or (mean < rho and true[j] < mean)
+      overshoots = (left[j] - rho) * (mean - rho) < 0
+      broken["lemma_4_1"] += bool(toward and not overshoots and abs(left[j] - rho) > abs(mean - rho) + 1e-12)
+    broken["lemma_a_1"] += bool(np.max(np.abs(without(seen) - left)) > eps + 1e-12)
+    pick = int(np.argmin(np.abs(without(seen) - rho)))
+    best = np.min(np.abs(left - rho))
+    broken["lemma_a_2"] += bool(abs(left[pick] - rho) > best + 2 * eps + 1e-12)
+    rewards = rng.random(n) < true
+    error = abs(np.delete(rewards, pick).mean() - rho)
+    bound = best + 2 * eps + np.sqrt(np.log(2 / delta) / (2 * (n - 1)))
+    over += bool(error > bound)
+    slack.append((error, bound))
+  return {"question": "theory", "instances": instances, **broken, "theorem_4_2_exceeded": over / instances,
+          "theorem_4_2_delta": delta, "points": [[round(float(x), 4) for x in p] for p in slack[:400]]}
+
+
+# ---- bias
+
+
+@jax.jit
+def _prune_step(key, table, score, reward, weighted):
+  """One step's draws by the published rule, and the table with its survivors."""
+  p = prune.survival(prune.posterior(table, score), delta=prune.solve_delta(table, **RULE), **RULE)
+  keep = prune.draw(key, p)
+  weight = jnp.where(keep, jnp.where(weighted, 1.0 / p, 1.0), 0.0)
+  return prune.update(table, score, reward, weight), p, keep
+
+
+def bias(rng, total: int) -> dict:
+  """The prior, the keep ratio and the bins' posteriors after `total` rollouts, unweighted and weighted."""
+  step, out = 1024, {"question": "bias", "rollouts": total}
+  chance, score, reward = (x.reshape(-1) for x in rollouts(rng, total // GROUP, hardness=0.5, noise=0.5))
+  truth = prune.update(prune.Calibration(), jnp.asarray(score), jnp.asarray(reward))
+  share = np.asarray(truth.positive + truth.negative)
+  for name, weighted in (("published", False), ("weighted", True)):
+    table, kept, ratio = prune.Calibration(), [], []
+    for i in range(total // step):
+      rows = slice(i * step, (i + 1) * step)
+      table, p, keep = _prune_step(jax.random.fold_in(jax.random.key(0), i), table, score[rows], reward[rows], weighted)
+      kept.append(np.stack([np.asarray(p), np.asarray(keep)]))
+      ratio.append(float(jnp.mean(p)))
+    p, keep = np.concatenate(kept, axis=1)
+    r, w = reward[:p.size], keep / p if weighted else keep
+    prior = float((w * r).sum() / w.sum())
+    error = float(np.sqrt(np.sum((w * (r - prior))**2)) / w.sum())  # delta method
+    off = np.abs(np.asarray(prune.bin_posterior(table)) - np.asarray(prune.bin_posterior(truth)))
+    out[name] = {"prior": prior, "standard_error": error, "bias": prior - float(chance.mean()),
+                 "bias_in_errors": (prior - float(chance.mean())) / error, "keep_ratio": float(np.mean(ratio[20:])),
+                 "posterior_error": float((off * share).sum() / share.sum())}
+  return out
+
+
+# ---- draws
+
+
+def draws(rng, repeats: int) -> dict:
+  """Chi-square of survivors' counts against their probabilities, and the numbers of survivors seen."""
+  p = rng.uniform(0.1, 0.9, GROUP)
+  p *= 8 / p.sum()
+  keys = jax.random.split(jax.random.key(1), repeats)
+  out = {"question": "draws", "repeats": repeats}
+  for method in ("bernoulli", "systematic"):
+    keep = np.asarray(jax.jit(jax.vmap(lambda k, m=method: prune.draw(k, jnp.asarray(p, jnp.float32), method=m)))(keys))
+    # One z-score a rollout: under a right marginal its square is chi-square with one degree of freedom.
+    z = (keep.sum(0) - repeats * p) / np.sqrt(repeats * p * (1 - p))
+    size = keep.sum(1)
+    out[method] = {"largest_z": float(np.abs(z).max()), "smallest_p_value": float(2 * stats.norm.sf(np.abs(z).max()) * GROUP),
+                   "fewest": int(size.min()), "most": int(size.max()), "sizes": np.bincount(size, minlength=GROUP + 1).tolist()}
+  return out
+
+
+# ---- balance
+
+
+def survivors(rule: str, key, table, score: np.ndarray) -> np.ndarray:
+  """Which of [prompts, GROUP] survive under `rule`."""
+  flat = jnp.asarray(score.reshape(-1), jnp.float32)
+  group = jnp.repeat(jnp.arange(score.shape[0], dtype=jnp.int32), GROUP)
+  limits = {k: RULE[k] for k in ("kappa", "rho", "p_min", "p_max")}
+  q, method = prune.posterior(table, flat), "bernoulli"
+  if rule == "none":
+    return np.ones(score.shape, bool)
+  if rule == "random":
+    p = jnp.full_like(q, RULE["kappa"])
+  elif rule == "published":
+    p = prune.survival(q, delta=prune.solve_delta(table, **RULE), **RULE)
+  else:
+    by_row = lambda q, g: prune.group_survival(q, g, jnp.ones(q.shape, bool), **limits)
+    pieces = [by_row(q[i:i + 512], group[i:i + 512]) for i in range(0, q.size, 512)]
+    p, method = jnp.concatenate(pieces), "systematic" if rule == "group, fixed size" else "bernoulli"
+  return np.asarray(prune.draw(key, p, method=method, groups=group)).reshape(score.shape)
+
+
+RULES = ("none", "random", "published", "group", "group, fixed size")
+
+
+def balance(rng, prompts: int) -> dict:
+  """E[rho_hat], E[rho_hat (1 - rho_hat)] and the share of mixed groups, by hardness and rule."""
+  out = {"question": "balance", "prompts": prompts}
+  for name, hardness in HARDNESS.items():
+    _, score, reward = rollouts(rng, 4 * prompts, hardness)
+    table = prune.update(prune.Calibration(), jnp.asarray(score.reshape(-1)), jnp.asarray(reward.reshape(-1)))
+    _, score, reward = rollouts(rng, prompts, hardness)
+    for rule in RULES:
+      keep = survivors(rule, jax.random.key(2), table, score)
+      count = keep.sum(1)
+      ratio = np.where(count > 0, (keep * reward).sum(1) / np.maximum(count, 1), np.nan)
+      value = np.nan_to_num(ratio * (1 - ratio))  # a group without survivors teaches nothing
+      out.setdefault(name, {})[rule] = {
+        "pos_ratio": float(np.nanmean(ratio)), "pos_var": float(value.mean()),
+        "standard_error": float(value.std() / np.sqrt(prompts)), "mixed": float((value > 0).mean()),
+        "kept": float(keep.mean())}
+  return out
+
+
+# ---- lengths
+
+
+def lengths(rng, prompts: int) -> dict:
+  """Tokens generated and trained on with one decision at 512, and with four whose keep ratios multiply to the same."""
+  total = np.clip(rng.lognormal(np.log(0.6 * 2048), 0.5, (prompts, GROUP)), 128, 2048)
+  logit = rng.normal(size=(prompts, 1)) + rng.normal(size=(prompts, GROUP))
+  reward = (rng.random(logit.shape) < 1 / (1 + np.exp(-logit))).astype(np.float32)
+  out = {"question": "lengths", "rollouts": prompts * GROUP, "unpruned": float(total.sum())}
+  for name, stops in (("one", (512,)), ("four", (64, 128, 256, 512))):
+    rule = RULE | {"kappa": RULE["kappa"]**(1 / len(stops))}
+    alive, tokens, reached = np.ones(total.shape, bool), total.copy(), total >= stops[-1]
+    for c, stop in enumerate(stops):
+      score = logit + rng.normal(size=logit.shape) * np.sqrt(512 / stop)  # a shorter prefix says less
+      up = alive & (total > stop)
+      table = prune.update(prune.Calibration(), jnp.asarray(score[up]), jnp.asarray(reward[up]))
+      p = prune.survival(prune.posterior(table, jnp.asarray(score)), delta=prune.solve_delta(table, **rule), **rule)
+      cut = up & ~np.asarray(prune.draw(jax.random.key(c), p))
+      tokens[cut], alive[cut] = stop, False
+    out[name] = {"tokens": float(tokens.sum()), "saved": float(1 - tokens.sum() / total.sum()),
+                 "kept": float(alive[reached].mean()), "detect": stops}
+  return out
+
+
+# ---- plots
+
+
+def plot(results: dict, path: Path) -> None:
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(1, 5, figsize=(23, 4.2), layout="constrained")
+  x, y = np.array(results["theory"]["points"]).T
+  axes[0].scatter(y, x, s=5, alpha=0.5)
+  axes[0].plot([0, y.max()], [0, y.max()], color="k", lw=1)
+  axes[0].set(xlabel="bound of Theorem 4.2 (delta = 0.1)", ylabel="|positive ratio - rho|", title="theory: below the line, the bound holds")
+  names = ("published", "weighted")
+  b = results["bias"]
+  axes[1].bar(names, [b[n]["bias"] for n in names], yerr=[2 * b[n]["standard_error"] for n in names], capsize=6, color=["C3", "C0"])
+  axes[1].axhline(0, color="k", lw=1)
+  keep = ", ".join(f"{n} {b[n]['keep_ratio']:.3f}" for n in names)
+  axes[1].set(ylabel="prior - truth (bars: 2 standard errors)", title=f"bias of the prior; mean p (aim 0.5): {keep}")
+  for method, shift in (("bernoulli", -0.2), ("systematic", 0.2)):
+    sizes = np.array(results["draws"][method]["sizes"]) / results["draws"]["repeats"]
+    axes[2].bar(np.arange(GROUP + 1) + shift, sizes, width=0.4, label=method)
+  axes[2].set(xlabel="survivors of 16, sum p = 8", ylabel="share of draws", title="draws")
+  axes[2].legend()
+  width = 0.8 / len(RULES)
+  for i, rule in enumerate(RULES):
+    cells = [results["balance"][h][rule] for h in HARDNESS]
+    axes[3].bar(np.arange(3) + (i - 2) * width, [c["pos_var"] for c in cells], width, label=rule,
+                yerr=[2 * c["standard_error"] for c in cells])
+  axes[3].set_xticks(range(3), HARDNESS)
+  axes[3].set(ylabel="E[rho_hat (1 - rho_hat)]", title="balance of survivors (bars: 2 standard errors)", ylim=(0, 0.3))
+  axes[3].legend(ncols=2, fontsize=8)
+  n = results["lengths"]
+  axes[4].bar(["512", "64, 128, 256, 512"], [100 * n[k]["saved"] for k in ("one", "four")])
+  axes[4].set(ylabel="tokens saved, %", title=f"decisions; kept {n['one']['kept']:.3f} and {n['four']['kept']:.3f} of the long ones")
+  figure.savefig(path, dpi=80)
+
+
+def main():
+  p = argparse.ArgumentParser(prog="python -m experiments.sim_pruning", description=__doc__.partition("\n")[0])
+  p.add_argument("--out", default="experiments/results/sim_pruning")
+  p.add_argument("--rollouts", type=int, default=1_000_000)
+  p.add_argument("--seed", type=int, default=0)
+  a = p.parse_args()
+  rng, out = np.random.default_rng(a.seed), Path(a.out)
+  out.mkdir(parents=True, exist_ok=True)
+  results = {r["question"]: r for r in (
+    theory(rng, max(100, a.rollouts // 200)), bias(rng, a.rollouts), draws(rng, max(1000, a.rollouts // 25)),
+    balance(rng, max(320, a.rollouts // 250)), lengths(rng, max(320, a.rollouts // 250)))}
+  command = "python -m experiments.sim_pruning " + shlex.join(sys.argv[1:])
+  with open(out / "results.jsonl", "w") as f:
+    for r in results.values():
+      f.write(json.dumps(r | {"seed": a.seed, "command": command.strip()}) + "\n")
+      print(json.dumps({k: v for k, v in r.items() if k != "points"}))
+  plot(results, out / "sim_pruning.png")
+
+
+if __name__ == "__main__":
+  config.run(main)
