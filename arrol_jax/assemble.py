@@ -82,7 +82,7 @@ def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
 
 def prune_rule(c: ConfigDict) -> PruneRule:
   p = c.prune
-  return PruneRule(p.detect[0], p.keep, p.target, p.strength, p.p_min, p.p_max)
+  return PruneRule(tuple(p.detect), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.control)
 
 
 def loss(c: ConfigDict) -> LossConfig:
@@ -113,6 +113,7 @@ def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransform
   head = jax.device_put(quality.init_head(loaded.config.width, c.quality.hidden, key(c, INIT)), sharding.replicated(mesh))
   weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
   params = {"policy": weights, "head": head}
+  tables = jax.tree.map(lambda x: jnp.stack([x] * len(c.prune.detect)), Calibration.empty(c.prune.bins))
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), Calibration.empty(c.prune.bins), jnp.zeros((), jnp.int32)))
+  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), tables, jnp.zeros((), jnp.int32)))
   return TrainState(params, *rest)

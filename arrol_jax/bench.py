@@ -190,7 +190,8 @@ def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
   rng = np.random.default_rng(0)
   return [rollout.Rollout(i, i // a.group, rng.integers(1, c.vocab - 2, a.prompt).astype(np.int32),
                           rng.integers(1, c.vocab - 2, n).astype(np.int32), np.full(n, -10.0, np.float32), stopped=True,
-                          decided=n > a.detect[0], reward=float(rng.integers(2))) for i, n in enumerate(lengths)]
+                          scores=(0.0,) * sum(n > d for d in a.detect), reward=float(rng.integers(2)))
+          for i, n in enumerate(lengths)]
 
 
 def fresh_state(c, mesh) -> tuple[TrainState, object]:
@@ -212,7 +213,7 @@ def bench_update(a, c, mesh) -> list[dict]:
   state, optimizer = fresh_state(c, mesh)
   compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
   shape = rollout.PackShape(a.prompt + a.max_new, min(a.micro_tokens, a.rows * (a.prompt + a.max_new)), 1)
-  batches = rollout.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=a.detect[0])
+  batches = rollout.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=tuple(a.detect))
   tokens = a.rows * (a.prompt + a.max_new)
   logprob, _ = timed(lambda: update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute), a.runs)
 
@@ -244,7 +245,7 @@ def bench_step(a, c, mesh) -> list[dict]:
   shape = rollout.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets)
 
   def decide_at(detect):
-    rule = rollout.PruneRule(detect or a.detect[0])
+    rule = rollout.PruneRule((detect or a.detect[0],))
     return rollout.make_decide(state.params["head"], state.calibration, rule, detect is not None)
 
   def once(detect: int | None) -> tuple[dict, list]:
@@ -257,7 +258,7 @@ def bench_step(a, c, mesh) -> list[dict]:
     marks.append(time.perf_counter())
     for r in done:
       r.reward = float(r.request % 2)
-    batches = rollout.pack(done, shape, mesh, detect=detect or a.detect[0])
+    batches = rollout.pack(done, shape, mesh, detect=(detect or a.detect[0],))
     batches = jax.block_until_ready(update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute))
     marks.append(time.perf_counter())
     state, metrics = update.step(c, state, batches, GRPO, 1.0, compute, optimizer)
@@ -312,7 +313,7 @@ def warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute,
     engine.warm_up(sampling, decide_at(detect))
   engine.params = None
   totals = {"tokens": jnp.float32(1), "rows": jnp.float32(1), "head": jnp.float32(1)}
-  for batch in rollout.empty_batches(shape, mesh):
+  for batch in rollout.empty_batches(shape, mesh, (a.detect[0],)):
     update.fill_logprobs(c, state.params["policy"], None, [batch], 1.0, compute)
     grads, metrics = update.zeros(state.params)
     jax.block_until_ready(update.accumulate(c, state.params, grads, metrics, batch, totals, loss=GRPO, temperature=1.0,

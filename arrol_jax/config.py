@@ -17,6 +17,7 @@ from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.losses import ALGORITHMS
 from arrol_jax.policy import REMAT
+from arrol_jax.rollout import DRAWS, RULES, WEIGH
 from arrol_jax.types import UserError
 
 
@@ -141,14 +142,19 @@ def _check_counts(c: ConfigDict) -> None:
 
 
 def _check_prune(c: ConfigDict) -> None:
-  p = c.prune
-  _need(len(p.detect) == 1 and isinstance(p.detect[0], int),
-        f"prune.detect is {tuple(p.detect)}; it takes one length, such as (512,)")
-  detect = p.detect[0]
-  _need(2 <= detect < c.rollout.max_new, f"prune.detect is {detect} and rollout.max_new is {c.rollout.max_new}; detection must "
+  p, r = c.prune, c.rollout
+  detect = tuple(p.detect)
+  _need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
+        f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
+  _need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "
         "come before the end of a response")
-  _need(detect % c.rollout.segment == 0,
-        f"prune.detect is {detect}; it must be a multiple of rollout.segment ({c.rollout.segment})")
+  _need(all(d % r.segment == 0 for d in detect),
+        f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
+  _need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
+  _need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
+  _need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
+  _need(0 <= p.control <= 1, f"prune.control is {p.control}; it is a share between 0 and 1")
+  _need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
   _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
         f"({p.p_max}), and these in (0, 1]")
   _need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")

@@ -62,6 +62,7 @@ class Slots:
   generated: jax.Array   # i32[B]   response tokens so far
   limit: jax.Array       # i32[B]   response tokens at most
   active: jax.Array      # bool[B]  still generating
+  group: jax.Array       # i32[B]   the request's prompt
   key: jax.Array         # key[B]   the request's own: its tokens depend on no other row
   hidden: jax.Array      # [B,D]    final hidden state of the last step in which the row was active
 
@@ -71,7 +72,7 @@ def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> S
   """`rows` empty slots with room for `length` tokens each."""
   zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
   cache = tuple(kv_cache.empty(c.kv_heads, rows, length, c.head_dim, sampling.cache_dtype) for _ in range(c.layers))
-  return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(),
+  return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(), group=zeros(),
                active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
                hidden=jnp.zeros((rows, c.width), sampling.dtype))
 
@@ -92,8 +93,8 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limit: jax.Array) -> Slots:
-  """Puts prompt `source[b]` i32[B] into slot b with key[b] and limit[b]; a slot whose source is negative stays as it is."""
+def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limit: jax.Array, group: jax.Array) -> Slots:
+  """Puts prompt source[b] into slot b with key[b], limit[b] and group[b]; a slot whose source is negative stays as it is."""
   new, source = source >= 0, jnp.maximum(source, 0)
 
   def write(old, prompts):
@@ -106,7 +107,8 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limi
   # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
   return slots.replace(
     cache=cache, token=put(slots.token, prefix.last_token[source]), position=put(slots.position, prefix.length[source] - 1),
-    generated=put(slots.generated, 0), limit=put(slots.limit, limit), active=slots.active | new, key=put(slots.key, key))
+    generated=put(slots.generated, 0), limit=put(slots.limit, limit), group=put(slots.group, group),
+    active=slots.active | new, key=put(slots.key, key))
 
 
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:

@@ -40,7 +40,8 @@ class Decision(NamedTuple):
   keep: jax.Array       # bool[B]
   score: jax.Array      # f32[B]
   posterior: jax.Array  # f32[B]
-  survival: jax.Array   # f32[B]
+  survival: jax.Array   # f32[B]   probability with which the row was kept
+  planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept
 
 
 @dataclasses.dataclass
@@ -222,11 +223,12 @@ class _Run:
       rows, batch = len(self.at), []
       while new and new[0].request.prompt in where:
         batch.append((next(free), new.pop(0)))
-      source, limit, index = np.full(rows, -1, np.int32), np.ones(rows, np.int32), np.zeros(rows, np.int32)
+      source, limit, index, group = np.full(rows, -1, np.int32), *(np.zeros(rows, np.int32) for _ in range(3))
       for slot, seat in batch:
-        source[slot], limit[slot], index[slot] = where[seat.request.prompt], seat.request.limit, seat.request.index
+        request = seat.request
+        source[slot], limit[slot], index[slot], group[slot] = where[request.prompt], request.limit, request.index, request.prompt
         self.at[slot] = seat
-      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit)
+      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group)
 
   def _prefill(self, new: list[_Seat]) -> None:
     """Prefills the next distinct prompts of the pool, as many as one program takes."""
@@ -268,9 +270,10 @@ class _Run:
       seat.logprobs.append(logprobs[i, :count])
       seat.count, out = generated[i], seat.rollout
       if decision is not None and decision.decided[i]:
-        out.decided, out.pruned = True, not decision.keep[i]
-        out.score, out.posterior, out.survival = (
-          float(x[i]) for x in (decision.score, decision.posterior, decision.survival))
+        out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
+        out.scores += (float(decision.score[i]),)
+        out.survival *= float(decision.survival[i])
+        out.planned *= float(decision.planned[i])
       if not active[i]:
         out.tokens, out.logprobs = np.concatenate(seat.tokens), np.concatenate(seat.logprobs)
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids

@@ -29,6 +29,13 @@ def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10
   return float(sum(gaps) / len(label))
 
 
+def spearman(score: np.ndarray, label: np.ndarray) -> float:
+  """Rank correlation; NaN where one of them does not vary."""
+  if len(set(score)) < 2 or len(set(label)) < 2:
+    return float("nan")
+  return float(np.corrcoef(rankdata(score), rankdata(label))[0, 1])
+
+
 def mean(values) -> float:
   """Mean, NaN of nothing (without NumPy's warning)."""
   values = list(values)
@@ -45,6 +52,8 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict:
   scored = [r for r in kept if r.decided]
   within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
   score, reward = [r.score for r in scored], [r.reward for r in scored]
+  # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
+  controls = [r for r in scored if r.survival == 1.0 and r.planned < 1.0]
   return {
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
@@ -57,4 +66,8 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict:
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),
+    "head_brier": mean((r.posterior - r.reward)**2 for r in scored),
+    "head_spearman": spearman(score, reward),
+    "false_prune": mean(1 - r.planned for r in controls if r.reward > 0),
+    "survivors_fewest": min(len(groups.get(p, ())) for p in {r.prompt for r in rollouts}),
   }

@@ -193,7 +193,7 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
   """Survival probabilities that bring each group's expected positive ratio as near rho as kappa allows (METHOD 9.5).
 
   Within a group p_i = clip(kappa + delta + t (q_i - rho), p_min, p_max), with delta such that the group's mean p is kappa. The
-  ratio sum p q / sum p never decreases in t, so t is found by bisection in [-TILT_MAX, TILT_MAX]; a positive t keeps the promising
+  ratio sum p q / sum p never decreases in t, so t is found by bisection in [-TILT_MAX, TILT_MAX]; t above 0 keeps the promising
   ones. Only rows that are `decided` now take part, each group by itself. Where all q are equal every p is kappa.
 
   Args: q f32[B] posterior; group i32[B] labels; decided bool[B]; tilt a fixed t for every group instead (None: solved).
@@ -227,6 +227,12 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
     low, high = jax.lax.fori_loop(0, BISECTION_STEPS // 2, steer, (-edge, edge))
     tilt = 0.5 * (low + high)
   return jnp.where(decided, solved(jnp.broadcast_to(jnp.asarray(tilt, jnp.float32), q.shape)), kappa)
+
+
+def at_least(floor, order, group, decided):
+  """The `floor` decided rows of each group that come first by `order` f32[B] (u / p: who was nearest to surviving): bool[B]."""
+  ahead = (order[None, :] < order[:, None]) & (group[:, None] == group[None, :]) & decided[None, :]
+  return decided & (jnp.sum(ahead, axis=1) < floor)
 
 
 def best_subset(reward, keep):

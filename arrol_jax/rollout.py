@@ -23,41 +23,79 @@ from arrol_jax.prune import Calibration
 from arrol_jax.quality import quality_logit
 from arrol_jax.types import Batch, Rollout
 
-_DRAW = 0x7FFFFFFF  # folded into a request's key for its survival draw; token n uses n
+# Folded into a request's key for its survival draws (downward, one a decision) and for being a control; token n uses n.
+_DRAW, _CONTROL = 0x7FFFFFFF, 0x7FFF0000
+RULES = ("published", "group", "random", "lowest", "highest")
+DRAWS = ("bernoulli", "systematic")
+WEIGH = ("table", "head", "policy")
+_STEEP = 50.0  # a strength at which the rule is as good as a threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class PruneRule:
-  """Constants of METHOD sections 3-4. `detect`: response tokens at detection; `keep` kappa, `target` rho, `strength` lambda."""
-  detect: int
+  """How rollouts are cut: constants of METHOD sections 3-4 and the departures of section 9.
+
+  detect: response tokens at each decision; keep kappa, target rho, strength lambda. The keep ratios of several decisions
+  multiply to `keep`, and so do the limits p_min and p_max. kind: "published"; "group" steers each group's expected ratio to
+  rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table. draw: "bernoulli"
+  or "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. control: share of rollouts
+  that are never cut.
+  """
+  detect: tuple[int, ...]
   keep: float = 0.5
   target: float = 0.5
   strength: float = 0.5
   p_min: float = 0.1
   p_max: float = 0.9
+  kind: str = "published"
+  draw: str = "bernoulli"
+  floor: int = 0
+  control: float = 0.0
 
   def constants(self) -> dict:
-    """Keyword arguments of prune.solve_delta and prune.survival."""
-    return dict(kappa=self.keep, rho=self.target, lam=self.strength, p_min=self.p_min, p_max=self.p_max)
+    """Keyword arguments of prune.solve_delta and prune.survival for one of the decisions."""
+    root = 1.0 / len(self.detect)
+    strength = {"random": 0.0, "lowest": _STEEP, "highest": -_STEEP}.get(self.kind, self.strength)
+    return dict(kappa=self.keep**root, rho=self.target, lam=strength, p_min=self.p_min**root, p_max=self.p_max**root)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "pruning"), donate_argnames=("slots",))
-def _decide(slots: Slots, head: dict, table: Calibration, rule: PruneRule, pruning: bool) -> tuple[Slots, Decision]:
-  decided = slots.active & (slots.generated == rule.detect)
+def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool) -> tuple[Slots, Decision]:
+  tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
+  here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
+  decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
+  of_row = lambda by_decision: jnp.take_along_axis(by_decision, which[None], axis=0)[0]  # [C,B] -> [B]
   score = quality_logit(head, slots.hidden)
-  posterior = prune.posterior(table, score)
-  survival = jnp.ones_like(score)
+  posterior = of_row(jax.vmap(prune.posterior, (0, None))(tables, score))
+  planned = jnp.ones_like(score)
+  # Members of a group that decide together, at the same length.
+  group = slots.group * len(rule.detect) + which.astype(jnp.int32)
   if pruning:
     constants = rule.constants()
-    survival = prune.survival(posterior, delta=prune.solve_delta(table, **constants), **constants)
-  key = jax.vmap(lambda k: jax.random.fold_in(k, _DRAW))(slots.key)
-  keep = jax.vmap(prune.draw)(key, survival) | ~decided
-  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival)
+    if rule.kind == "group":
+      limits = {k: constants[k] for k in ("kappa", "rho", "p_min", "p_max")}
+      planned = prune.group_survival(posterior, group, decided, **limits)
+    else:
+      delta = jax.vmap(lambda table: prune.solve_delta(table, **constants))(tables)
+      planned = prune.survival(posterior, delta=delta[which], **constants)
+  key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
+  control = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _CONTROL)))(slots.key) < rule.control
+  survival = jnp.where(control, 1.0, planned)
+  u = jax.vmap(jax.random.uniform)(key)
+  if rule.draw == "systematic":
+    # Its draw is a group's: any member's key will do.
+    keep = prune.draw(key[jnp.argmax(decided)], jnp.where(decided, survival, 1.0), method="systematic", groups=group)
+  else:
+    keep = u < survival
+  if rule.floor:
+    keep |= prune.at_least(rule.floor, u / survival, group, decided)
+  keep |= ~decided
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival, planned)
 
 
-def make_decide(head: dict, table: Calibration, rule: PruneRule, pruning: bool) -> Callable:
-  """decide(slots) for Engine.run. pruning False scores and keeps every rollout (survival probability 1)."""
-  return lambda slots: _decide(slots, head, table, rule, pruning)
+def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool) -> Callable:
+  """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout."""
+  return lambda slots: _decide(slots, head, tables, rule, pruning)
 
 
 def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
@@ -96,22 +134,24 @@ class PackShape(NamedTuple):
     return [(-(-max(1, self.micro_tokens // n) // unit) * unit, n) for n in lengths]
 
 
-def empty_batches(shape: PackShape, mesh) -> list[Batch]:
+def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   sizes = shape.sizes(mesh.shape["data"] * mesh.shape["fsdp"])
-  return [jax.device_put(_micro_batch([], np.zeros(0), *size, None, "skip"), sharding.rows(mesh)) for size in sizes]
+  return [jax.device_put(_micro_batch([], np.zeros(0), *size, detect, "skip", ()), sharding.rows(mesh)) for size in sizes]
 
 
-def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: int | None, normalize_std: bool = True,
-         short: str = "skip") -> list[Batch]:
+def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, ...], normalize_std: bool = True,
+         short: str = "skip", weigh: tuple[str, ...] = ()) -> list[Batch]:
   """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows last, padded with empty rows.
 
   Advantages are taken over a group's survivors. `short` says what a rollout that ended before the detection length
   teaches the head: "skip" nothing (the head learns the question it will be asked), "last" its last hidden state (the
-  paper leaves this open). Old and reference log-probs are the update's to fill.
+  paper leaves this open). weigh: where a survivor counts 1 / survival times (METHOD 9.1), "head" in the head's loss,
+  "policy" in group means and advantages, scaled to mean 1. Old and reference log-probs are the update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
-  advantages = group_advantages([r.reward for r in kept], np.array([r.prompt for r in kept], int), normalize_std)
+  weights = np.array([1.0 / r.survival for r in kept]) if "policy" in weigh else None
+  advantages = group_advantages([r.reward for r in kept], np.array([r.prompt for r in kept], int), normalize_std, weights=weights)
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   order = sorted(range(len(kept)), key=lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens))
   batches, held = [], []
@@ -123,43 +163,55 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: int | None,
       take, held = held[:full], held[full:]
     else:
       take, held = held, []
-    batches += [_micro_batch([kept[i] for i in take[j:j + rows]], advantages[take[j:j + rows]], rows, length, detect, short)
-                for j in range(0, len(take), rows)]
+    batches += [_micro_batch([kept[i] for i in part], advantages[part], rows, length, detect, short, weigh)
+                for part in (take[j:j + rows] for j in range(0, len(take), rows))]
     if not order:
       break
   return [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
 
 
-def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length: int, detect: int | None, short: str) -> Batch:
+def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length: int, detect: tuple[int, ...], short: str,
+                 weigh: tuple[str, ...]) -> Batch:
   grid = lambda dtype: np.zeros((count, length), dtype)
   tokens, mask, sampled = grid(np.int32), grid(np.float32), grid(np.float32)
-  reward, position, weight, advantage = (np.zeros(count, t) for t in (np.float32, np.int32, np.float32, np.float32))
+  reward, advantage = np.zeros(count, np.float32), np.zeros(count, np.float32)
+  position, weight = np.zeros((count, len(detect)), np.int32), np.zeros((count, len(detect)), np.float32)
   for i, r in enumerate(rows):
     start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
     tokens[i, :start], tokens[i, start:end] = r.prompt_tokens, r.tokens
     mask[i, start:end], sampled[i, start:end] = 1.0, r.logprobs
     reward[i], advantage[i] = r.reward, advantages[i]
     # The state that sampled response token number n stands at start + n - 2.
-    position[i] = start + (detect if r.decided else len(r.tokens)) - 2
-    weight[i] = float(r.decided or short == "last")
+    reads = detect[:len(r.scores)] or ((len(r.tokens),) if short == "last" else ())
+    position[i, :len(reads)] = start + np.array(reads, int) - 2
+    weight[i, :len(reads)] = 1.0 / r.survival if "head" in weigh else 1.0
   return Batch(tokens=tokens, response_mask=mask, sampler_logprobs=sampled, old_logprobs=np.zeros_like(sampled),
                ref_logprobs=np.zeros_like(sampled), advantages=advantage, rewards=reward, head_position=position,
                head_weight=weight)
 
 
-def update_calibration(table: Calibration, rollouts: list[Rollout], half_life: float | None) -> Calibration:
-  """The table with this step's graded survivors that were scored (METHOD section 3)."""
-  scored = [r for r in rollouts if r.decided and not r.pruned]
+def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: float | None,
+                       weigh: tuple[str, ...] = ()) -> Calibration:
+  """The tables [C,Q] (or one, [Q]) with this step's graded survivors, each at every length where it was scored (METHOD 3).
+
+  weigh holding "table": a survivor counts 1 / survival times.
+  """
+  kept = [r for r in rollouts if not r.pruned]
+  count = tables.positive.shape[0] if tables.positive.ndim == 2 else 1
   size = 1 << max(0, len(rollouts) - 1).bit_length()  # one compiled shape a step size
-  score, reward, weight = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32)
-  for i, r in enumerate(scored):
-    score[i], reward[i], weight[i] = r.score, r.reward, 1.0
-  return _update_table(table, score, reward, weight, half_life)
+  score, weight = np.zeros((2, count, size), np.float32)
+  reward = np.zeros(size, np.float32)
+  for i, r in enumerate(kept):
+    score[:len(r.scores), i], reward[i] = r.scores, r.reward
+    weight[:len(r.scores), i] = 1.0 / r.survival if "table" in weigh else 1.0
+  return _update_tables(tables, score, reward, weight, half_life)
 
 
 @functools.partial(jax.jit, static_argnames=("half_life",))
-def _update_table(table, score, reward, weight, half_life):
-  return prune.update(table, score, reward, weight, half_life=half_life)
+def _update_tables(tables, score, reward, weight, half_life):
+  if tables.positive.ndim == 1:
+    return prune.update(tables, score[0], reward, weight[0], half_life=half_life)
+  return jax.vmap(lambda t, s, w: prune.update(t, s, reward, w, half_life=half_life))(tables, score, weight)
 
 
 def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader,

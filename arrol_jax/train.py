@@ -83,11 +83,12 @@ def main():
       engine.params = None  # the update needs the room
       clock.lap("sec_generate")
       batches = rollout.pack(rollouts, assemble.pack_shape(c), mesh, detect=rule.detect,
-                             normalize_std=loss.normalize_std, short=c.quality.short)
+                             normalize_std=loss.normalize_std, short=c.quality.short, weigh=tuple(c.prune.weigh))
       batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
       clock.lap("sec_logprob", batches)
       state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
-      state = state.replace(calibration=rollout.update_calibration(state.calibration, rollouts, c.prune.half_life))
+      state = state.replace(calibration=rollout.update_calibration(state.calibration, rollouts, c.prune.half_life,
+                                                                   tuple(c.prune.weigh)))
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       clock.lap("sec_update", state.step)
       clock.seconds["sec_generate"] -= sec_reward

@@ -2,7 +2,7 @@
 
 Array axes are capitals: `P` prompts, `G` rollouts per prompt, `B` rows (slots in the engine, sequences in a batch),
 `L` prompt length, `T` response length, `S` row length, `V` vocabulary, `D` model width, `N`/`M` query/KV heads,
-`H` head dimension, `F` feed-forward width, `Q` calibration bins. Mesh axes are lowercase strings.
+`H` head dimension, `F` feed-forward width, `Q` calibration bins, `C` detection lengths. Mesh axes are lowercase strings.
 
 Rows are contiguous and right-padded: prompt, then response, then padding.
 """
@@ -28,8 +28,8 @@ class Batch:
   ref_logprobs: jax.Array      # f32[B,S]  the same under the reference policy (0 where the KL weight is 0)
   advantages: jax.Array        # f32[B]
   rewards: jax.Array           # f32[B]    in {0, 1}
-  head_position: jax.Array     # i32[B]    position whose hidden state the quality head reads
-  head_weight: jax.Array       # f32[B]    weight in the head loss; 0 for rows that give it no example
+  head_position: jax.Array     # i32[B,C]  positions whose hidden states the quality head reads, one a decision
+  head_weight: jax.Array       # f32[B,C]  weight in the head loss; 0 where a row gives no example
 
 
 @flax.struct.dataclass
@@ -51,10 +51,20 @@ class Rollout:
   logprobs: np.ndarray         # f32[T]
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
-  decided: bool = False        # reached the detection length and was scored there
-  score: float = float("nan")       # the head's logit at detection
-  posterior: float = float("nan")   # q, METHOD section 3
-  survival: float = 1.0             # p, the probability with which it was kept
+  scores: tuple = ()           # the head's logit at each detection length reached
+  posterior: float = float("nan")   # q at the last of them, METHOD section 3
+  survival: float = 1.0             # product of the probabilities p with which it was kept
+  planned: float = 1.0              # the same by the rule, where a control rollout's survival is 1
   reward: float = float("nan")      # NaN where pruned
   reason: str = ""             # what the grader said
   text: str = ""
+
+  @property
+  def decided(self) -> bool:
+    """Whether it reached a detection length and was scored there."""
+    return bool(self.scores)
+
+  @property
+  def score(self) -> float:
+    """The head's logit at the last detection length reached, NaN if none was."""
+    return self.scores[-1] if self.scores else float("nan")

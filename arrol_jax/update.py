@@ -93,9 +93,10 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
 
-  read = jnp.take_along_axis(hidden, batch.head_position[:, None, None], axis=1)[:, 0]
-  logit = quality_logit(params["head"], jax.lax.stop_gradient(read))
-  head_loss = jnp.sum(batch.head_weight * losses.binary_cross_entropy(logit, batch.rewards)) / jnp.maximum(totals["head"], 1.0)
+  read = jnp.take_along_axis(hidden, batch.head_position[:, :, None], axis=1)  # [B,C,D]
+  logit = quality_logit(params["head"], jax.lax.stop_gradient(read.reshape(-1, read.shape[2]))).reshape(read.shape[:2])
+  bce = losses.binary_cross_entropy(logit, batch.rewards[:, None])
+  head_loss = jnp.sum(batch.head_weight * bce) / jnp.maximum(totals["head"], 1.0)
 
   per_token = mask / jnp.maximum(totals["tokens"], 1.0)
   gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)

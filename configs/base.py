@@ -43,14 +43,19 @@ def get_config() -> ConfigDict:
 
   c.prune = ConfigDict()
   c.prune.enabled = True
-  c.prune.detect = (512,)      # response tokens at the decision (paper); a tuple: one length for now
-  c.prune.keep = 0.5           # kappa, target keep ratio (paper)
+  c.prune.detect = (512,)      # response tokens at each decision (paper: one, at 512), ascending; a table each
+  c.prune.keep = 0.5           # kappa, target keep ratio (paper); that of all decisions together
   c.prune.target = 0.5         # rho, target positive ratio (paper)
   c.prune.strength = 0.5       # lambda (paper)
   c.prune.p_min = 0.1          # (paper)
   c.prune.p_max = 0.9          # (paper)
   c.prune.cold_start = 20      # first steps without pruning, while head and table gather data (paper)
   c.prune.bins = 128           # B (paper)
+  c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); baselines: "random", "lowest", "highest" posterior
+  c.prune.draw = "bernoulli"   # (paper); "systematic": a fixed number of survivors a group, same probabilities
+  c.prune.floor = 0            # survivors of a group that decides together, at least
+  c.prune.control = 0.0        # share of rollouts that are never pruned: unbiased false-prune rate
+  c.prune.weigh = ()           # where survivors count 1 / survival times (METHOD 9.1): any of "table", "head", "policy"
   c.prune.half_life = config_dict.placeholder(float)  # rollouts after which a count weighs half; None: never forget (open)
 
   c.quality = ConfigDict()

@@ -12,6 +12,7 @@ A rollout's chance q* is its prompt's logit plus its own; its score is logit(q*)
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 import shlex
@@ -70,13 +71,17 @@ def theory(rng, instances: int) -> dict:
 # ---- bias
 
 
-@jax.jit
-def _prune_step(key, table, score, reward, weighted):
-  """One step's draws by the published rule, and the table with its survivors."""
-  p = prune.survival(prune.posterior(table, score), delta=prune.solve_delta(table, **RULE), **RULE)
-  keep = prune.draw(key, p)
-  weight = jnp.where(keep, jnp.where(weighted, 1.0 / p, 1.0), 0.0)
-  return prune.update(table, score, reward, weight), p, keep
+@functools.partial(jax.jit, static_argnames="weighted")
+def prune_steps(key, score, reward, weighted: bool):
+  """Steps of the published rule, [steps, rollouts]: the last table, and by step the probabilities and who survived."""
+  def step(table, x):
+    key, score, reward = x
+    p = prune.survival(prune.posterior(table, score), delta=prune.solve_delta(table, **RULE), **RULE)
+    keep = prune.draw(key, p)
+    weight = jnp.where(keep, 1.0 / p if weighted else 1.0, 0.0)
+    return prune.update(table, score, reward, weight), (p, keep)
+
+  return jax.lax.scan(step, prune.Calibration(), (jax.random.split(key, len(score)), score, reward))
 
 
 def bias(rng, total: int) -> dict:
@@ -86,19 +91,15 @@ def bias(rng, total: int) -> dict:
   truth = prune.update(prune.Calibration(), jnp.asarray(score), jnp.asarray(reward))
   share = np.asarray(truth.positive + truth.negative)
   for name, weighted in (("published", False), ("weighted", True)):
-    table, kept, ratio = prune.Calibration(), [], []
-    for i in range(total // step):
-      rows = slice(i * step, (i + 1) * step)
-      table, p, keep = _prune_step(jax.random.fold_in(jax.random.key(0), i), table, score[rows], reward[rows], weighted)
-      kept.append(np.stack([np.asarray(p), np.asarray(keep)]))
-      ratio.append(float(jnp.mean(p)))
-    p, keep = np.concatenate(kept, axis=1)
+    shaped = lambda x: jnp.asarray(x[:total // step * step].reshape(-1, step), jnp.float32)
+    table, (p, keep) = prune_steps(jax.random.key(0), shaped(score), shaped(reward), weighted)
+    ratio, p, keep = np.asarray(jnp.mean(p, axis=1)), np.asarray(p, float).reshape(-1), np.asarray(keep).reshape(-1)
     r, w = reward[:p.size], keep / p if weighted else keep
     prior = float((w * r).sum() / w.sum())
     error = float(np.sqrt(np.sum((w * (r - prior))**2)) / w.sum())  # delta method
     off = np.abs(np.asarray(prune.bin_posterior(table)) - np.asarray(prune.bin_posterior(truth)))
     out[name] = {"prior": prior, "standard_error": error, "bias": prior - float(chance.mean()),
-                 "bias_in_errors": (prior - float(chance.mean())) / error, "keep_ratio": float(np.mean(ratio[20:])),
+                 "bias_in_errors": (prior - float(chance.mean())) / error, "keep_ratio": float(ratio[20:].mean()),
                  "posterior_error": float((off * share).sum() / share.sum())}
   return out
 
@@ -108,8 +109,8 @@ def bias(rng, total: int) -> dict:
 
 def draws(rng, repeats: int) -> dict:
   """Chi-square of survivors' counts against their probabilities, and the numbers of survivors seen."""
-  p = rng.uniform(0.1, 0.9, GROUP)
-  p *= 8 / p.sum()
+  p = rng.uniform(0.1, 0.9, GROUP // 2)
+  p = np.r_[p, 1 - p]  # sums to 8
   keys = jax.random.split(jax.random.key(1), repeats)
   out = {"question": "draws", "repeats": repeats}
   for method in ("bernoulli", "systematic"):
@@ -138,10 +139,10 @@ def survivors(rule: str, key, table, score: np.ndarray) -> np.ndarray:
   elif rule == "published":
     p = prune.survival(q, delta=prune.solve_delta(table, **RULE), **RULE)
   else:
-    by_row = lambda q, g: prune.group_survival(q, g, jnp.ones(q.shape, bool), **limits)
-    pieces = [by_row(q[i:i + 512], group[i:i + 512]) for i in range(0, q.size, 512)]
-    p, method = jnp.concatenate(pieces), "systematic" if rule == "group, fixed size" else "bernoulli"
-  return np.asarray(prune.draw(key, p, method=method, groups=group)).reshape(score.shape)
+    by_group = jax.vmap(lambda q: prune.group_survival(q, jnp.zeros(GROUP, jnp.int32), jnp.ones(GROUP, bool), **limits))
+    p = jax.jit(by_group)(q.reshape(-1, GROUP)).reshape(-1)
+    method = "systematic" if rule == "group, fixed size" else "bernoulli"
+  return np.asarray(jax.jit(prune.draw, static_argnames="method")(key, p, method=method, groups=group)).reshape(score.shape)
 
 
 RULES = ("none", "random", "published", "group", "group, fixed size")
@@ -201,10 +202,12 @@ def plot(results: dict, path: Path) -> None:
   x, y = np.array(results["theory"]["points"]).T
   axes[0].scatter(y, x, s=5, alpha=0.5)
   axes[0].plot([0, y.max()], [0, y.max()], color="k", lw=1)
-  axes[0].set(xlabel="bound of Theorem 4.2 (delta = 0.1)", ylabel="|positive ratio - rho|", title="theory: below the line, the bound holds")
+  axes[0].set(xlabel="bound of Theorem 4.2 (delta = 0.1)", ylabel="|positive ratio - rho|",
+              title="theory: below the line, the bound holds")
   names = ("published", "weighted")
   b = results["bias"]
-  axes[1].bar(names, [b[n]["bias"] for n in names], yerr=[2 * b[n]["standard_error"] for n in names], capsize=6, color=["C3", "C0"])
+  axes[1].bar(names, [b[n]["bias"] for n in names], yerr=[2 * b[n]["standard_error"] for n in names], capsize=6,
+              color=["C3", "C0"])
   axes[1].axhline(0, color="k", lw=1)
   keep = ", ".join(f"{n} {b[n]['keep_ratio']:.3f}" for n in names)
   axes[1].set(ylabel="prior - truth (bars: 2 standard errors)", title=f"bias of the prior; mean p (aim 0.5): {keep}")
@@ -223,7 +226,7 @@ def plot(results: dict, path: Path) -> None:
   axes[3].legend(ncols=2, fontsize=8)
   n = results["lengths"]
   axes[4].bar(["512", "64, 128, 256, 512"], [100 * n[k]["saved"] for k in ("one", "four")])
-  axes[4].set(ylabel="tokens saved, %", title=f"decisions; kept {n['one']['kept']:.3f} and {n['four']['kept']:.3f} of the long ones")
+  axes[4].set(ylabel="tokens saved, %", title=f"decisions; of the long, {n['one']['kept']:.3f} and {n['four']['kept']:.3f} kept")
   figure.savefig(path, dpi=80)
 
 

@@ -59,7 +59,7 @@ def start(c, params, rows=None, length=48, limit=20, key=None):
   prefix = decode.prefill(c, params, tokens, np.array([len(p) for p in PROMPTS], np.int32), sampling=SAMPLING)
   slots = decode.init_slots(c, len(rows), length, SAMPLING)
   keys = jax.vmap(lambda i: jax.random.fold_in(key if key is not None else jax.random.key(5), i))(jnp.arange(len(rows)))
-  return decode.insert(slots, prefix, jnp.asarray(rows), keys, jnp.full(len(rows), limit))
+  return decode.insert(slots, prefix, jnp.asarray(rows), keys, jnp.full(len(rows), limit), jnp.asarray(rows))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -172,7 +172,8 @@ def test_a_dead_neighbour_leaves_no_trace():
   tokens = np.array([[4, 8, 15, 0]], np.int32)
   prefix = decode.prefill(c, layers, tokens, np.array([3], np.int32), sampling=SAMPLING)
   key = jax.random.split(jax.random.key(9), 4)
-  put = lambda s, slot: decode.insert(s, prefix, jnp.where(jnp.arange(4) == slot, 0, -1), key, jnp.full(4, 10))
+  put = lambda s, slot: decode.insert(s, prefix, jnp.where(jnp.arange(4) == slot, 0, -1), key, jnp.full(4, 10),
+                                      jnp.zeros(4, jnp.int32))
   _, used, _ = decode.generate_segment(c, layers, put(slots, 2), steps=10, sampling=SAMPLING)
   _, fresh, _ = decode.generate_segment(c, layers, put(decode.init_slots(c, 4, 48, SAMPLING), 2), steps=10, sampling=SAMPLING)
   np.testing.assert_array_equal(used[2], fresh[2])

@@ -92,7 +92,7 @@ def cut_some(slots):
   decided = slots.active & (slots.generated == 8)
   keep = (jax.random.key_data(slots.key)[:, 1] % 2 == 0) | ~decided
   value = jnp.full(keep.shape, 0.25, jnp.float32)
-  return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value)
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value, value)
 
 
 def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
@@ -128,7 +128,7 @@ def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):
 def test_keep_ratio_one_is_pruning_off_token_for_token(mesh, alone):
   head = init_head(C.width, 8, jax.random.key(1))
   head["w2"] = jax.random.normal(jax.random.key(2), head["w2"].shape)
-  rule = PruneRule(detect=8, keep=1.0, p_max=1.0)
+  rule = PruneRule((8,), keep=1.0, p_max=1.0)
   on = run(mesh, 8, requests(), decide=make_decide(head, Calibration(), rule, True))
   off = run(mesh, 8, requests(), decide=make_decide(head, Calibration(), rule, False))
   for a, b, c in zip(on, off, alone, strict=True):
@@ -142,7 +142,7 @@ def test_keep_ratio_one_is_pruning_off_token_for_token(mesh, alone):
 def test_a_real_rule_keeps_about_kappa(mesh):
   """With an empty table every rollout that reaches detection survives with probability kappa."""
   head = init_head(C.width, 8, jax.random.key(1))
-  out = run(mesh, 32, requests(20, 8), decide=make_decide(head, Calibration(), PruneRule(detect=4, keep=0.3), True))
+  out = run(mesh, 32, requests(20, 8), decide=make_decide(head, Calibration(), PruneRule((4,), keep=0.3), True))
   decided = [r for r in out if r.decided]
   kept = np.mean([not r.pruned for r in decided])
   assert len(decided) > 80 and abs(kept - 0.3) < 4 * np.sqrt(0.21 / len(decided))

@@ -50,7 +50,7 @@ def test_mean_of_nothing_is_nan():
 
 def rollout(prompt, length=10, stopped=True, score=math.nan, posterior=0.5, **fields):
   return Rollout(0, prompt, np.zeros(3, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32), stopped,
-                 decided=not math.isnan(score), score=score, posterior=posterior, **fields)
+                 scores=() if math.isnan(score) else (score,), posterior=posterior, **fields)
 
 
 STEP = [
@@ -81,7 +81,16 @@ def test_rollout_metrics_by_hand():
     # scored survivors: positives 2.0 and 0.5, negatives -1.0 and 3.0
     "head_auc": 0.5, "head_auc_within": 1.0,
     "head_ece": pytest.approx((abs(0.8 - 1) + abs(0.3 - 0) + abs(0.6 - 1) + abs(0.9 - 0)) / 4),
+    "head_brier": pytest.approx((0.2**2 + 0.3**2 + 0.4**2 + 0.9**2) / 4),
+    "head_spearman": pytest.approx(0, abs=1e-9),                    # ranks 3, 1, 2, 4 of right, wrong, right, wrong
+    "false_prune": pytest.approx(math.nan, nan_ok=True), "survivors_fewest": 0,
   }
+
+
+def test_false_prune_rate_is_that_of_the_right_controls():
+  step = [rollout(0, reward=1, score=0.0, planned=0.3), rollout(0, reward=1, score=0.0, planned=0.7),
+          rollout(0, reward=0, score=0.0, planned=0.1), rollout(0, reward=1, score=0.0, survival=0.4, planned=0.4)]
+  assert rollout_metrics(step)["false_prune"] == pytest.approx((0.7 + 0.3) / 2)
 
 
 def test_reward_ipw_is_unbiased():
@@ -106,13 +115,14 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 
 @pytest.mark.parametrize("step, undefined", [
   ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "response_len", "truncated", "head_auc",
-                                          "head_auc_within", "head_ece"}),                 # nothing survived
-  ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece"}),  # nothing was scored
+                                          "head_auc_within", "head_ece", "head_brier", "head_spearman"}),  # nothing survived
+  ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier",
+                                                          "head_spearman"}),              # nothing was scored
   ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
-  ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within"}),     # no mixed group, one label
+  ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within", "head_spearman"}),  # no mixed group, one label
 ])
 def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   out = rollout_metrics(step)
-  assert {name for name, value in out.items() if math.isnan(value)} == undefined
+  assert {name for name, value in out.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
   assert out["rollouts_started"] == len(step)
   assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in out.values())

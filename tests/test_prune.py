@@ -1,6 +1,7 @@
 """Calibration, posterior, survival and draws: numbers worked by hand, then properties on random tables."""
 
 import functools
+import itertools
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -22,7 +23,7 @@ survival_jit = jax.jit(prune.survival)
 
 counts = st.lists(st.integers(0, 50), min_size=8, max_size=8)
 tables = st.tuples(counts, counts).map(lambda pair: make_table(*pair))
-unit = st.floats(0.0, 1.0, width=32)
+unit = st.floats(0.0, 1.0, width=32, allow_subnormal=False)  # float32 programs flush those to zero
 batches = st.lists(
   st.tuples(st.floats(-30.0, 30.0, width=32), st.integers(0, 1), st.integers(0, 3)), min_size=12, max_size=12
 )
@@ -357,3 +358,55 @@ def test_jit_and_vmap_equal_eager():
   for i in range(2):
     one = whole_step(*jax.tree.map(lambda x, i=i: x[i], args))
     jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-6), at_once, one)
+
+
+# ---- within the group
+
+
+@quick
+@given(st.integers(0, 10**6), st.floats(0.1, 0.9), st.sampled_from([0.3, 0.5, 0.7]))
+def test_group_survival_keeps_kappa_in_each_group_and_steers_to_rho(seed, hardness, kappa):
+  rng = np.random.default_rng(seed)
+  q = np.clip(rng.normal(hardness, 0.25, 12), 0.01, 0.99).astype(np.float32)
+  group, decided = np.repeat([4, 7, 9], 4).astype(np.int32), rng.random(12) < 0.9
+  order = rng.permutation(12)
+  p = np.asarray(group_survival_jit(q, group, decided, kappa))
+  shuffled = np.asarray(group_survival_jit(q[order], group[order], decided[order], kappa))
+  np.testing.assert_allclose(shuffled, p[order], atol=1e-4)
+  assert np.all((p >= 0.1 - 1e-6) & (p <= 0.9 + 1e-6)) and np.all(p[~decided] == np.float32(kappa))
+  for g in (4, 7, 9):
+    rows = (group == g) & decided
+    if rows.any():
+      assert abs(p[rows].mean() - kappa) < 1e-3
+      ratio, plain = (p[rows] * q[rows]).sum() / p[rows].sum(), q[rows].mean()
+      assert abs(ratio - 0.5) <= abs(plain - 0.5) + 1e-3  # never farther from rho than keeping all alike
+
+
+group_survival_jit = jax.jit(lambda q, g, d, kappa: prune.group_survival(q, g, d, kappa=kappa, rho=0.5, p_min=0.1, p_max=0.9))
+
+
+def test_equal_posteriors_survive_alike():
+  p = group_survival_jit(np.full(4, 0.8, np.float32), np.zeros(4, np.int32), np.ones(4, bool), 0.5)
+  np.testing.assert_allclose(p, 0.5, atol=1e-4)
+
+
+def test_group_survival_by_hand():
+  """Posteriors 0, 0, 1, 1, 1, 1 and three to keep: 1.5 expected of each kind, so 0.75 each and 0.375 each."""
+  p = group_survival_jit(np.array([0, 0, 1, 1, 1, 1], np.float32), np.zeros(6, np.int32), np.ones(6, bool), 0.5)
+  np.testing.assert_allclose(p, [0.75, 0.75, 0.375, 0.375, 0.375, 0.375], atol=2e-3)
+
+
+def test_at_least_keeps_those_who_were_nearest():
+  order = jnp.array([1.4, 1.1, 1.2, 3.0, 2.0, 0.1])
+  group, decided = jnp.array([0, 0, 0, 1, 1, 1], jnp.int32), jnp.array([True, True, True, True, True, False])
+  assert prune.at_least(2, order, group, decided).tolist() == [False, True, True, True, True, False]
+
+
+def test_best_subset_has_the_largest_variance():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    reward, keep = rng.integers(0, 4, 7) / 3, int(rng.integers(1, 7))
+    chosen = prune.best_subset(reward, keep)
+    assert chosen.sum() == keep
+    best = max(np.var(reward[list(rows)]) for rows in itertools.combinations(range(7), keep))
+    assert np.var(reward[chosen]) == pytest.approx(best)

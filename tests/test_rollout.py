@@ -25,7 +25,7 @@ PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C,
 SAMPLING = Sampling(1.0, (7, 13), "float32")
 KEY = jax.random.key(12)
 PLAIN = Sampling(dtype="float32")
-RULE = PruneRule(detect=8, keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
+RULE = PruneRule((8,), keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
 GROUP = 4
 
 # ---- pack
@@ -33,6 +33,9 @@ GROUP = 4
 
 def rollout_of(index, prompt, prompt_length, length, **fields):
   """Tokens that name their place: prompt tokens 1000 * index + 1.., response tokens 1000 * index + 501.."""
+  if fields.pop("decided", False):
+    fields["scores"] = (fields.pop("score", 0.0),)
+  fields.pop("score", None)
   first, logprobs = 1000 * index + 1, -0.001 * (1 + np.arange(length, dtype=np.float32))
   return Rollout(index, prompt, first + np.arange(prompt_length, dtype=np.int32),
                  first + 500 + np.arange(length, dtype=np.int32), logprobs, **{"reward": 0.0} | fields)
@@ -63,7 +66,7 @@ def some_rollouts(count=23, seed=0):
 @pytest.mark.parametrize("buckets, micro_tokens", [(1, 64), (2, 100), (3, 128), (3, 10**6), (4, 1)])
 def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens):
   rollouts = some_rollouts()
-  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh, detect=8)
+  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh, detect=(8,))
   places = found(batches)
   assert sorted(places) == [r.request for r in rollouts if not r.pruned]
   for r in rollouts:
@@ -84,7 +87,7 @@ def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens)
   (1, 64, {(2, 32)}), (2, 100, {(6, 16), (3, 32)}), (3, 128, {(8, 16), (4, 32)}), (4, 1, {(1, 16), (1, 32)})])
 def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
   """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; short rows first."""
-  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh, detect=8)
+  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh, detect=(8,))
   seen = [b.tokens.shape for b in batches]
   assert set(seen) == shapes and [s for _, s in seen] == sorted(s for _, s in seen)
 
@@ -92,14 +95,14 @@ def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
 def test_part_filled_micro_batches_are_few(mesh):
   """Rows left over at one length go up to the next; only the last micro-batch of all has empty rows."""
   for seed in range(5):
-    batches = pack(some_rollouts(40, seed), PackShape(32, 128, 3), mesh, detect=8)
+    batches = pack(some_rollouts(40, seed), PackShape(32, 128, 3), mesh, detect=(8,))
     empty = [int(np.sum(~np.any(np.asarray(b.response_mask) > 0, axis=1))) for b in batches]
     assert all(n == 0 for n in empty[:-1]) and empty[-1] < len(batches[-1].tokens)
 
 
 def test_empty_rows_weigh_nothing(mesh):
   rollouts = [rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)]
-  batch, = pack(rollouts, PackShape(16, 64, 1), mesh, detect=4, short="last")
+  batch, = pack(rollouts, PackShape(16, 64, 1), mesh, detect=(4,), short="last")
   assert batch.tokens.shape == (4, 16)
   for x in jax.tree.leaves(batch):
     np.testing.assert_array_equal(np.asarray(x)[2:], 0)
@@ -113,7 +116,7 @@ def test_advantages_are_taken_over_a_groups_survivors(mesh):
   root = math.sqrt(2)
   for normalize, expected in ((True, {1: 1, 6: -1, 4: root, 2: -root / 2, 7: -root / 2, 5: 0}),
                               (False, {1: 0.5, 6: -0.5, 4: 2 / 3, 2: -1 / 3, 7: -1 / 3, 5: 0})):
-    batches = pack(rollouts, PackShape(16, 48, 1), mesh, detect=4, normalize_std=normalize)
+    batches = pack(rollouts, PackShape(16, 48, 1), mesh, detect=(4,), normalize_std=normalize)
     got = {i: float(batches[n].advantages[row]) for i, (n, row) in found(batches).items()}
     assert got == pytest.approx(expected, rel=1e-5)
 
@@ -122,24 +125,25 @@ def test_advantages_are_taken_over_a_groups_survivors(mesh):
 def test_what_the_head_reads(mesh, short, weights):
   """The state that sampled response token `detect`; of a rollout that ended before, its last token."""
   rollouts = [rollout_of(1, 0, 4, 12, decided=True), rollout_of(2, 0, 3, 6), rollout_of(3, 0, 5, 1)]
-  batches = pack(rollouts, PackShape(32, 32, 1), mesh, detect=8, short=short)
+  batches = pack(rollouts, PackShape(32, 32, 1), mesh, detect=(8,), short=short)
   places = found(batches)
   at = [(batches[places[i][0]], places[i][1]) for i in (1, 2, 3)]
-  assert [float(b.head_weight[row]) for b, row in at] == weights
+  assert [float(b.head_weight[row, 0]) for b, row in at] == weights
   # Response token n stands at prompt + n - 1; the state one before it sampled it.
-  assert [int(b.head_position[row]) for b, row in at] == [4 + 8 - 2, 3 + 6 - 2, 5 + 1 - 2]
-  sampled = [int(b.tokens[row, b.head_position[row] + 1]) for b, row in at]
-  assert sampled == [1000 + 508, 2000 + 506, 3000 + 501]
+  read = [(b, row) for (b, row), weight in zip(at, weights, strict=True) if weight]
+  assert [int(b.head_position[row, 0]) for b, row in read] == [4 + 8 - 2, 3 + 6 - 2, 5 + 1 - 2][:len(read)]
+  sampled = [int(b.tokens[row, b.head_position[row, 0] + 1]) for b, row in read]
+  assert sampled == [1000 + 508, 2000 + 506, 3000 + 501][:len(read)]
 
 
 @pytest.mark.parametrize("rollouts", [[], [rollout_of(1, 0, 3, 8, pruned=True, decided=True, reward=math.nan)]])
 def test_no_survivors_no_batches(mesh, rollouts):
-  assert pack(rollouts, PackShape(32, 64, 3), mesh, detect=8) == []
+  assert pack(rollouts, PackShape(32, 64, 3), mesh, detect=(8,)) == []
 
 
 def test_pack_divides_rows_over_the_mesh():
   mesh = sharding.make_mesh(2, 2, 2)
-  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh, detect=8)
+  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh, detect=(8,))
   assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32)}  # 6 and 3 rows, up to a multiple of data * fsdp = 4
   assert all(b.tokens.sharding.shard_shape(b.tokens.shape)[0] == len(b.tokens) // 4 for b in batches)
 
@@ -258,7 +262,7 @@ def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
     if r.decided:
       tokens = np.zeros((1, 28), np.int32)
       tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
-      hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + RULE.detect - 2]
+      hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + RULE.detect[0] - 2]
       assert r.score == pytest.approx(float(quality_logit(head, hidden[None])[0]), abs=1e-4)
   assert len({r.score for r in decided if r.decided}) > 5
 
@@ -388,5 +392,82 @@ def test_measure_generates_and_grades(mesh):
 
 
 def test_rule_constants_are_the_papers():
-  assert PruneRule(detect=512).constants() == {"kappa": 0.5, "rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
+  assert PruneRule((512,)).constants() == {"kappa": 0.5, "rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
   assert prune.BINS == 128
+
+
+# ---- departures from the published rule
+
+
+def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
+  """Cut at 4 and at 8: survival is the product, every score is kept, each table counts those that reached its length."""
+  rule = PruneRule((4, 8), keep=0.49)
+  tables = jax.tree.map(lambda x: jnp.stack([x, x]), Calibration.empty(8))
+  with jax.set_mesh(mesh):
+    out = engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, tables, rule, True))
+  for r in out:
+    assert len(r.scores) == (len(r.tokens) >= 4) + (len(r.tokens) >= 8) or r.stopped
+    if not r.pruned and len(r.tokens) > 8:
+      assert r.survival == pytest.approx(0.49, rel=1e-5) == r.planned and len(r.scores) == 2
+    elif r.pruned:
+      assert len(r.tokens) in (4, 8) and r.survival == pytest.approx(0.7**len(r.scores), rel=1e-5)
+    r.reward = math.nan if r.pruned else 1.0
+  after = update_calibration(tables, out, None)
+  kept = [r for r in out if not r.pruned]
+  assert after.positive.sum(1).tolist() == [sum(len(r.scores) > c for r in kept) for c in (0, 1)]
+  batch, = pack(out, PackShape(32, 32 * len(kept), 1), mesh, detect=rule.detect)
+  assert batch.head_position.shape[1] == 2 and float(batch.head_weight.sum()) == sum(len(r.scores) for r in kept)
+
+
+def decide_once(head, table, rule, slots):
+  """One decision on rows that all stand at the detection length, two groups of eight."""
+  return make_decide(head, table, rule, True)(jax.tree.map(jnp.copy, slots))[1]
+
+
+@pytest.fixture
+def standing(mesh):
+  with jax.set_mesh(mesh):
+    slots = decode.init_slots(C, 16, 16, PLAIN)
+  keys = jax.random.split(jax.random.key(5), 16)
+  hidden = jax.random.normal(jax.random.key(3), (16, C.width))
+  return slots.replace(generated=jnp.full(16, 8), active=jnp.ones(16, bool), key=keys, hidden=hidden,
+                       group=jnp.repeat(jnp.arange(2, dtype=jnp.int32), 8))
+
+
+def test_a_systematic_draw_keeps_the_same_number_in_each_group(head, table, standing):
+  keep = decide_once(head, table, PruneRule((8,), kind="random", draw="systematic"), standing).keep
+  assert np.asarray(keep).reshape(2, 8).sum(1).tolist() == [4, 4]
+
+
+def test_a_floor_of_survivors(head, table, standing):
+  rule = PruneRule((8,), keep=0.01, p_min=0.01, kind="random", floor=3)
+  assert np.asarray(decide_once(head, table, rule, standing).keep).reshape(2, 8).sum(1).tolist() == [3, 3]
+
+
+def test_controls_are_never_cut_and_the_rules_probability_is_noted(head, table, standing):
+  decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", control=0.5), standing)
+  survival = np.asarray(decision.survival)
+  controls = survival == 1.0
+  assert 2 < controls.sum() < 14 and np.all(np.asarray(decision.keep)[controls])
+  np.testing.assert_allclose(decision.planned, 0.01, rtol=1e-5)
+
+
+def test_rules_prefer_what_they_say(head, table, standing):
+  p = {kind: np.asarray(decide_once(head, table, PruneRule((8,), kind=kind), standing).survival)
+       for kind in ("random", "lowest", "highest", "group", "published")}
+  q = np.asarray(decide_once(head, table, PruneRule((8,)), standing).posterior)
+  assert np.ptp(q) > 0.1 and np.allclose(p["random"], 0.5)
+  assert np.corrcoef(p["lowest"], q)[0, 1] < -0.5 < 0.5 < np.corrcoef(p["highest"], q)[0, 1]
+  np.testing.assert_allclose(p["group"].reshape(2, 8).mean(1), 0.5, atol=1e-3)
+
+
+def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh):
+  rollouts = [rollout_of(1, 0, 3, 9, decided=True, score=0.0, reward=1.0, survival=0.25),
+              rollout_of(2, 0, 3, 9, decided=True, score=0.0, reward=0.0, survival=0.5)]
+  table = update_calibration(Calibration.empty(2), rollouts, None, ("table",))
+  assert (table.positive.tolist(), table.negative.tolist()) == ([0, 4], [0, 2])
+  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), weigh=("head", "policy"), normalize_std=False)
+  rows = {i: row for i, (_, row) in found([batch]).items()}
+  assert [float(batch.head_weight[rows[i], 0]) for i in (1, 2)] == [4, 2]
+  # The group's mean is 4/6; advantages 1/3 and -2/3 times 4 and 2 over the mean weight 3.
+  assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == pytest.approx([4 / 9, -4 / 9])

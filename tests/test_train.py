@@ -350,12 +350,12 @@ def assert_refused(result, *words):
   ("rollout.top_p=0", ["rollout.top_p is 0"]),
   ("rollout.min_p=1.5", ["rollout.min_p is 1.5"]),
   ("rollout.max_new=16", ["prune.detect is 16 and rollout.max_new is 16"]),
-  ("prune.detect=(64,)", ["prune.detect is 64 and rollout.max_new is 48"]),
-  ("prune.detect=(20,)", ["prune.detect is 20", "multiple of rollout.segment (8)"]),
-  ("prune.detect=(8,16)", ["prune.detect is (8, 16)", "one length"]),
-  ("prune.detect=()", ["prune.detect is ()", "one length"]),
-  ("prune.detect=('a',)", ["prune.detect is ('a',)", "one length"]),
-  ("prune.detect=(16.0,)", ["prune.detect is (16.0,)", "one length"]),
+  ("prune.detect=(64,)", ["prune.detect is (64,) and rollout.max_new is 48"]),
+  ("prune.detect=(20,)", ["prune.detect is (20,)", "multiple of rollout.segment (8)"]),
+  ("prune.detect=(16,8)", ["prune.detect is (16, 8)", "ascending"]),
+  ("prune.detect=()", ["prune.detect is ()", "ascending"]),
+  ("prune.detect=('a',)", ["prune.detect is ('a',)", "ascending"]),
+  ("prune.detect=(16.0,)", ["prune.detect is (16.0,)", "ascending"]),
   ("prune.keep=0.05", ["prune.keep is 0.05", "p_min (0.1)"]),
   ("prune.keep=0.95", ["prune.keep is 0.95", "p_max (0.9)"]),
   ("prune.p_min=0", ["p_min (0.0)"]),
@@ -488,7 +488,7 @@ def test_the_config_reaches_its_parts():
             "loss.normalize_std=False", "rollout.max_new=64", "optim.micro_tokens=999",
             "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
   c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
-  assert assemble.prune_rule(c) == PruneRule(16, keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
+  assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
   assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0)
   assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
   assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77)

@@ -52,14 +52,14 @@ def make_batch(rows=ROWS):
   reward = rng.integers(0, 2, rows).astype(np.float32)
   return empty(tokens, mask).replace(
     sampler_logprobs=noisy(0.1), old_logprobs=noisy(0.3), ref_logprobs=noisy(0.5), rewards=reward,
-    advantages=np.where(reward > 0, 1.2, -0.8).astype(np.float32), head_position=position,
-    head_weight=(np.arange(rows) % 3 > 0).astype(np.float32))
+    advantages=np.where(reward > 0, 1.2, -0.8).astype(np.float32), head_position=position[:, None],
+    head_weight=(np.arange(rows) % 3 > 0).astype(np.float32)[:, None])
 
 
 def empty(tokens, mask):
   grid, row = np.zeros(tokens.shape, np.float32), np.zeros(len(tokens), np.float32)
   return Batch(tokens=tokens, response_mask=mask, sampler_logprobs=grid, old_logprobs=grid, ref_logprobs=grid,
-               advantages=row, rewards=row, head_position=np.zeros(len(tokens), np.int32), head_weight=row)
+               advantages=row, rewards=row, head_position=np.zeros((len(tokens), 1), np.int32), head_weight=row[:, None])
 
 
 BATCH = make_batch()
@@ -203,8 +203,8 @@ def loop(batch, loss: LossConfig, temperature):
     if loss.kl_weight:
       out["kl"] += (math.exp(d) - d - 1) / count
       weighted_kl += weight * (math.exp(d) - d - 1)
-  for b in np.flatnonzero(batch.head_weight):
-    p = 1 / (1 + math.exp(-head_by_hand(hidden[b, batch.head_position[b]])))
+  for b in np.flatnonzero(batch.head_weight[:, 0]):
+    p = 1 / (1 + math.exp(-head_by_hand(hidden[b, batch.head_position[b, 0]])))
     out["head_loss"] -= math.log(p if batch.rewards[b] else 1 - p) / batch.head_weight.sum()
   return out["policy_loss"] + loss.kl_weight * weighted_kl + loss.head_weight * out["head_loss"], out
 
@@ -286,7 +286,7 @@ def test_head_loss_does_not_reach_the_policy():
 
 
 def test_policy_loss_does_not_reach_the_head():
-  grads, metrics = gradients([BATCH.replace(head_weight=np.zeros(ROWS, np.float32))], loss=KL)
+  grads, metrics = gradients([BATCH.replace(head_weight=np.zeros((ROWS, 1), np.float32))], loss=KL)
   assert all(np.all(x == 0) for x in jax.tree.leaves(grads["head"])) and metrics["head_loss"] == 0
   assert all(np.any(x != 0) for x in jax.tree.leaves(grads["policy"]))
 
@@ -380,9 +380,9 @@ def test_sharded_is_unsharded(whole, shape):
 def test_head_reads_the_hidden_state_at_its_position():
   """Of two positions in the same row, the head's loss follows the one that is named."""
   hidden = np.asarray(hidden_states(BATCH))
-  only = BATCH.replace(head_weight=np.eye(ROWS, dtype=np.float32)[4])
+  only = BATCH.replace(head_weight=np.eye(ROWS, dtype=np.float32)[4][:, None])
   for position in (1, 7):
-    _, metrics = micro_loss(PARAMS, only.replace(head_position=np.full(ROWS, position, np.int32)), GRPO, 1.0)
+    _, metrics = micro_loss(PARAMS, only.replace(head_position=np.full((ROWS, 1), position, np.int32)), GRPO, 1.0)
     logit = float(quality_logit(PARAMS["head"], hidden[4:5, position])[0])
     expected = math.log1p(math.exp(-logit if BATCH.rewards[4] else logit))
     assert float(metrics["head_loss"]) == pytest.approx(expected, rel=1e-4)
