@@ -91,7 +91,7 @@ def loss(c: ConfigDict) -> LossConfig:
 
 
 def compute(c: ConfigDict) -> Compute:
-  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens)
+  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens, c.rollout.max_new)
 
 
 def pack_shape(c: ConfigDict) -> PackShape:

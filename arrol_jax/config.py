@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
-from arrol_jax.losses import ALGORITHMS
+from arrol_jax.losses import AGGREGATES, ALGORITHMS, RATIOS
 from arrol_jax.policy import REMAT
 from arrol_jax.rollout import DRAWS, RULES, WEIGH
 from arrol_jax.types import UserError
@@ -120,8 +120,9 @@ def _check(c: ConfigDict) -> None:
     _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
   _need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
-  _need(c.loss.aggregate in (None, "token", "sequence"),
-        f"loss.aggregate is {c.loss.aggregate!r}; it must be 'token' or 'sequence'")
+  for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
+    _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
+  _need(c.loss.overlong is None or 0 <= c.loss.overlong <= 1, f"loss.overlong is {c.loss.overlong}; it is a share of max_new")
   _need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
@@ -130,7 +131,7 @@ def _check(c: ConfigDict) -> None:
 
 def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
-  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment",
+  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.rounds",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
                 "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "checkpoint.every", "checkpoint.keep",
                 "eval.samples", "mesh.data", "mesh.fsdp", "mesh.tensor")

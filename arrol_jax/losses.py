@@ -1,9 +1,9 @@
 """Advantages, the clipped policy surrogate with its GRPO and DAPO settings, KL and the quality head's loss.
 
-An algorithm is a value of `LossConfig`, not a subclass: GRPO (Shao et al. 2024) and DAPO (Yu et al. 2025) differ in three
-numbers and in what is averaged over. Everything is float32. Sums are returned with their denominators apart, so that
-micro-batches of any shape add up to the loss of the whole batch. Left out: DAPO's dynamic sampling and overlong
-punishment, which act on rewards and batches, not in the loss.
+An algorithm is a value of `LossConfig`, not a subclass: GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al.
+2025) and GSPO (Zheng et al. 2025) differ in a few numbers and in what is averaged over. Everything is float32. Sums are
+returned with their denominators apart, so that micro-batches of any shape add up to the loss of the whole batch. DAPO's
+dynamic sampling chooses batches and is rollout.py's.
 """
 
 import dataclasses
@@ -15,18 +15,36 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """One algorithm. `aggregate`: "token" = mean over all response tokens; "sequence" = mean over rows of row means."""
+  """One algorithm.
+
+  aggregate: "token" = mean over all response tokens; "sequence" = mean over rows of row means; "constant" = sum over tokens
+  by rows and the longest response allowed. ratio: "token", or "sequence" = geometric mean over the row's tokens. overlong:
+  share of the longest response over which a growing punishment is added to the reward (`overlong_punishment`), 0 none.
+  """
   clip_low: float = 0.2
   clip_high: float = 0.2
   aggregate: str = "sequence"
   kl_weight: float = 0.0
   normalize_std: bool = True
   head_weight: float = 1.0
+  ratio: str = "token"
+  overlong: float = 0.0
 
 
 GRPO = LossConfig()
-DAPO = LossConfig(clip_high=0.28, aggregate="token")
-ALGORITHMS = {"grpo": GRPO, "dapo": DAPO}
+DAPO = LossConfig(clip_high=0.28, aggregate="token", overlong=0.2)  # 4,096 of 20,480 tokens
+DR_GRPO = LossConfig(aggregate="constant", normalize_std=False)
+GSPO = LossConfig(clip_low=3e-4, clip_high=4e-4, ratio="sequence")
+ALGORITHMS = {"grpo": GRPO, "dapo": DAPO, "dr_grpo": DR_GRPO, "gspo": GSPO}
+AGGREGATES, RATIOS = ("token", "sequence", "constant"), ("token", "sequence")
+
+
+def overlong_punishment(length: np.ndarray, longest: int, share: float) -> np.ndarray:
+  """DAPO's soft punishment in tokens: 0 up to longest - buffer, then linearly down to -1 at `longest`; buffer = share of it."""
+  buffer = round(share * longest)
+  if not buffer:
+    return np.zeros(len(length), np.float32)
+  return np.clip((longest - buffer - np.asarray(length)) / buffer, -1.0, 0.0).astype(np.float32)
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: bool = True, eps: float = 1e-6,
@@ -51,12 +69,17 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
 
 
 def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *,
-              clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
+              clip_low: float, clip_high: float, ratio: str = "token") -> tuple[jax.Array, jax.Array]:
   """Clipped surrogate per token, -min(r A, clip(r, 1 - low, 1 + high) A), and where the clip binds: both f32[B,S].
 
-  logprobs, old_logprobs, mask f32[B,S], advantages f32[B]; r = exp(logprobs - old_logprobs).
+  logprobs, old_logprobs, mask f32[B,S], advantages f32[B]; r = exp(logprobs - old_logprobs), with ratio "sequence" (GSPO)
+  the exponential of its mean over the row's tokens.
   """
-  ratio = jnp.exp(jnp.where(mask > 0, logprobs - old_logprobs, 0.0))
+  change = jnp.where(mask > 0, logprobs - old_logprobs, 0.0)
+  if ratio == "sequence":
+    mean = jnp.sum(change, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+    change = jnp.broadcast_to(mean, change.shape)
+  ratio = jnp.exp(change)
   a = advantages[:, None]
   plain, clipped = ratio * a, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * a
   return -jnp.minimum(plain, clipped), (clipped < plain).astype(jnp.float32)
@@ -68,13 +91,16 @@ def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
   return jnp.exp(d) - d - 1.0
 
 
-def token_weights(mask: jax.Array, aggregate: str, num_tokens: jax.Array, num_rows: jax.Array) -> jax.Array:
-  """Weight of each token in the batch mean, f32[B,S]; num_tokens and num_rows are of the whole batch, f32[]."""
+def token_weights(mask: jax.Array, aggregate: str, num_tokens: jax.Array, num_rows: jax.Array, longest: int) -> jax.Array:
+  """Weight of each token in the batch mean, f32[B,S]; num_tokens and num_rows are of the whole batch, f32[]; longest:
+  response tokens at most."""
   if aggregate == "token":
     return mask / jnp.maximum(num_tokens, 1.0)
   if aggregate == "sequence":
     return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0) / jnp.maximum(num_rows, 1.0)
-  raise ValueError(f"loss.aggregate is {aggregate!r}; it must be 'token' or 'sequence'")
+  if aggregate == "constant":
+    return mask / (jnp.maximum(num_rows, 1.0) * longest)
+  raise ValueError(f"loss.aggregate is {aggregate!r}; it must be one of {', '.join(AGGREGATES)}")
 
 
 def binary_cross_entropy(logit: jax.Array, label: jax.Array) -> jax.Array:

@@ -99,20 +99,20 @@ def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool)
 
 
 def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
-             decide: Callable | None = None, progress: Callable | None = None) -> tuple[list[Rollout], float]:
+             decide: Callable | None = None, progress: Callable | None = None, first: int = 0) -> tuple[list[Rollout], float]:
   """Rolls out `group_size` responses to each prompt (data.Prompt) and grades those that were not pruned.
 
   Returns P * G rollouts in order (rollout i belongs to prompt i // G) and the seconds spent waiting for grades after the
-  last token. progress(rollout) is called for each that ends.
+  last token. progress(rollout) is called for each that ends. first: number of the first prompt within the step.
   """
   requests = [Request(p * group_size + g, p, prompt.tokens, engine.max_new)
-              for p, prompt in enumerate(prompts) for g in range(group_size)]
+              for p, prompt in enumerate(prompts, first) for g in range(group_size)]
   pending = []
 
   def on_done(rollout: Rollout):
     rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
     if not rollout.pruned:
-      pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt].problem.answer)])))
+      pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt - first].problem.answer)])))
     progress and progress(rollout)
 
   rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)
@@ -120,6 +120,32 @@ def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sam
   for rollout, grade in pending:
     rollout.reward, rollout.reason = grade.result()[0]
   return rollouts, time.perf_counter() - waited
+
+
+def mixed_groups(rollouts: list[Rollout]) -> list[int]:
+  """Prompts whose survivors' raw rewards are not all alike, ascending."""
+  rewards = {}
+  for r in rollouts:
+    if not r.pruned:
+      rewards.setdefault(r.prompt, set()).add(r.reward)
+  return sorted(p for p, seen in rewards.items() if len(seen) > 1)
+
+
+def until_mixed(roll_out: Callable, wanted: int, rounds: int) -> tuple[list[Rollout], list[Rollout], int]:
+  """DAPO's dynamic sampling: rolls out new prompts until `wanted` groups have variance, or `rounds` rounds are spent.
+
+  roll_out(round) -> rollouts of that round's prompts, numbered on from the rounds before. Returns the rollouts to learn from
+  (the first `wanted` mixed groups), all rollouts, and the rounds taken.
+  """
+  everything, mixed = [], []
+  for n in range(rounds):
+    new = roll_out(n)
+    everything += new
+    mixed += mixed_groups(new)
+    if len(mixed) >= wanted:
+      break
+  chosen = set(mixed[:wanted])
+  return [r for r in everything if r.prompt in chosen], everything, n + 1
 
 
 class PackShape(NamedTuple):
@@ -141,17 +167,21 @@ def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch
 
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, ...], normalize_std: bool = True,
-         short: str = "skip", weigh: tuple[str, ...] = ()) -> list[Batch]:
+         short: str = "skip", weigh: tuple[str, ...] = (), punish: Callable | None = None) -> list[Batch]:
   """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows last, padded with empty rows.
 
   Advantages are taken over a group's survivors. `short` says what a rollout that ended before the detection length
   teaches the head: "skip" nothing (the head learns the question it will be asked), "last" its last hidden state (the
   paper leaves this open). weigh: where a survivor counts 1 / survival times (METHOD 9.1), "head" in the head's loss,
-  "policy" in group means and advantages, scaled to mean 1. Old and reference log-probs are the update's to fill.
+  "policy" in group means and advantages, scaled to mean 1. punish(lengths): added to the rewards that advantages are taken
+  from, not to those that the head learns. Old and reference log-probs are the update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.survival for r in kept]) if "policy" in weigh else None
-  advantages = group_advantages([r.reward for r in kept], np.array([r.prompt for r in kept], int), normalize_std, weights=weights)
+  shaped = np.array([r.reward for r in kept], np.float32)
+  if punish:
+    shaped = shaped + punish(np.array([len(r.tokens) for r in kept]))
+  advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), normalize_std, weights=weights)
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   order = sorted(range(len(kept)), key=lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens))
   batches, held = [], []

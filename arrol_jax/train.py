@@ -16,7 +16,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, data, rollout, update
+from arrol_jax import assemble, config as configuration, data, losses, rollout, update
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
 from arrol_jax.rewards import Grader
@@ -54,6 +54,27 @@ def main():
         write_json(path, {benchmark_name(c.data.eval): result})
       return read_json(path)
 
+    def punish(lengths):
+      return losses.overlong_punishment(lengths, c.rollout.max_new, loss.overlong)
+
+    def roll_out(step: int, decide) -> tuple[list, list, int, float]:
+      """Step's rollouts, those to learn from, rounds of prompts taken and seconds waited for grades."""
+      waited = []
+
+      def one(n: int) -> list:
+        # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
+        batch = data.batch_at(train_prompts, step * c.rollout.rounds + n, c.seed, c.rollout.prompts)
+        done, seconds = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
+                                         loaded.tokenizer, grader, decide=decide, first=n * c.rollout.prompts)
+        waited.append(seconds)
+        return done
+
+      if c.rollout.rounds == 1:
+        rollouts = one(0)
+        return rollouts, rollouts, 1, waited[0]
+      learned, rollouts, rounds = rollout.until_mixed(one, c.rollout.prompts, c.rollout.rounds)
+      return rollouts, learned, rounds, sum(waited)
+
     # ---- state, resume
     optimizer = assemble.optimizer(c)
     reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
@@ -74,16 +95,14 @@ def main():
     bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step"))
     for step in bar:
       clock = Clock()
-      batch = data.batch_at(train_prompts, step, c.seed, c.rollout.prompts)
       engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
       decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
-      rollouts, sec_reward = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step),
-                                              sampling, loaded.tokenizer, grader, decide=decide)
+      rollouts, learned, rounds, sec_reward = roll_out(step, decide)
       engine.params = None  # the update needs the room
       clock.lap("sec_generate")
-      batches = rollout.pack(rollouts, assemble.pack_shape(c), mesh, detect=rule.detect,
-                             normalize_std=loss.normalize_std, short=c.quality.short, weigh=tuple(c.prune.weigh))
+      batches = rollout.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
+                             short=c.quality.short, weigh=tuple(c.prune.weigh), punish=punish)
       batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
       clock.lap("sec_logprob", batches)
       state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
@@ -94,8 +113,9 @@ def main():
       clock.seconds["sec_generate"] -= sec_reward
 
       line = {"step": step + 1} | rollout_metrics(rollouts) | metrics | {
-        "pruning": pruning, "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward,
-        **clock.seconds, "sec_step": clock.total()}
+        "pruning": pruning, "rounds": rounds, "groups_learned": len({r.prompt for r in learned}),
+        "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward, **clock.seconds,
+        "sec_step": clock.total()}
       logs.write(line, rollouts, c.log.rollouts)
       if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "

@@ -24,11 +24,12 @@ from arrol_jax.types import Batch, TrainState
 @dataclasses.dataclass(frozen=True)
 class Compute:
   """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens a
-  log-prob chunk."""
+  log-prob chunk, response tokens at most."""
   dtype: str = "bfloat16"
   attention: str = "auto"
   remat: str = "dots"
   chunk_tokens: int = 4096
+  max_new: int = 1
 
 
 def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: float,
@@ -87,9 +88,9 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
   hidden = _hidden(c, params["policy"], batch, compute)
   mask = batch.response_mask
   logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
-  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"])
+  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"], compute.max_new)
   term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
-                                   clip_low=loss.clip_low, clip_high=loss.clip_high)
+                                   clip_low=loss.clip_low, clip_high=loss.clip_high, ratio=loss.ratio)
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
 

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
   c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: as many as free memory holds
   c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
+  c.rollout.rounds = 1         # above 1: DAPO's dynamic sampling, at most so many batches of prompts till enough groups are mixed
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
   c.rollout.row_buckets = 4    # compiled row counts: slots, slots/2, slots/4, ...
   c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced (one where attention reads each row's own length)
@@ -63,10 +64,12 @@ def get_config() -> ConfigDict:
   c.quality.short = "skip"     # rollouts that end before detection: "skip" or "last" hidden state (open in the paper)
 
   c.loss = ConfigDict()
-  c.loss.name = "grpo"         # "grpo" or "dapo"; the fields below override what the name prescribes (None: as prescribed)
+  c.loss.name = "grpo"         # "grpo", "dapo", "dr_grpo", "gspo"; the fields below override what it prescribes (None: nothing)
   c.loss.clip_low = config_dict.placeholder(float)
   c.loss.clip_high = config_dict.placeholder(float)
-  c.loss.aggregate = config_dict.placeholder(str)        # "token" or "sequence"
+  c.loss.aggregate = config_dict.placeholder(str)        # "token", "sequence" or "constant"
+  c.loss.ratio = config_dict.placeholder(str)            # "token" or "sequence"
+  c.loss.overlong = config_dict.placeholder(float)       # share of max_new over which long responses are punished
   c.loss.kl_weight = config_dict.placeholder(float)
   c.loss.normalize_std = config_dict.placeholder(bool)
   c.loss.head_weight = config_dict.placeholder(float)

@@ -15,6 +15,7 @@ from arrol_jax.losses import (
   binary_cross_entropy,
   group_advantages,
   kl_estimate,
+  overlong_punishment,
   surrogate,
   token_weights,
 )
@@ -129,7 +130,7 @@ def test_kl_by_hand_and_unbiased():
 
 def test_token_weights_are_the_loop():
   """8 response tokens in 3 rows of 4, 1 and 3, of a batch that has 20 tokens and 5 rows in all."""
-  weights = lambda how: np.asarray(token_weights(MASK, how, jnp.float32(20), jnp.float32(5)))
+  weights = lambda how: np.asarray(token_weights(MASK, how, jnp.float32(20), jnp.float32(5), 7))
   by_token, by_row = weights("token"), weights("sequence")
   for b in range(ROWS):
     for s in range(LENGTH):
@@ -140,20 +141,20 @@ def test_token_weights_are_the_loop():
 @pytest.mark.parametrize("how", ["token", "sequence"])
 def test_weights_of_a_whole_batch_sum_to_one_and_empty_rows_weigh_nothing(how):
   mask = np.concatenate([MASK, np.zeros((2, LENGTH), np.float32)])
-  weight = np.asarray(token_weights(mask, how, jnp.float32(8), jnp.float32(3)))
+  weight = np.asarray(token_weights(mask, how, jnp.float32(8), jnp.float32(3), 7))
   assert weight.sum() == pytest.approx(1.0, rel=1e-6) and np.all(weight[3:] == 0)
 
 
 def test_unknown_aggregate_is_refused():
-  with pytest.raises(ValueError, match="loss.aggregate is 'mean'; it must be 'token' or 'sequence'"):
-    token_weights(MASK, "mean", jnp.float32(1), jnp.float32(1))
+  with pytest.raises(ValueError, match="loss.aggregate is 'mean'; it must be one of token, sequence, constant"):
+    token_weights(MASK, "mean", jnp.float32(1), jnp.float32(1), 7)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_is_masked_may_hold_anything(logprobs, garbage):
   """Neither the value nor any gradient sees it; the same loss with zeros there is the same number."""
   def loss(new, old, ref):
-    weight = token_weights(MASK, "sequence", jnp.float32(8), jnp.float32(3))
+    weight = token_weights(MASK, "sequence", jnp.float32(8), jnp.float32(3), 7)
     term = surrogate(new, old, ADVANTAGES, MASK, clip_low=0.2, clip_high=0.2)[0]
     return jnp.sum(weight * (term + 0.1 * kl_estimate(new, ref, MASK)))
 
@@ -171,9 +172,9 @@ def test_what_is_masked_may_hold_anything(logprobs, garbage):
 
 
 def test_grpo_and_dapo_differ_in_clip_and_average():
-  assert ALGORITHMS == {"grpo": GRPO, "dapo": DAPO}
+  assert ALGORITHMS["grpo"] == GRPO and ALGORITHMS["dapo"] == DAPO
   assert GRPO == LossConfig(0.2, 0.2, "sequence", kl_weight=0.0, normalize_std=True, head_weight=1.0)
-  assert DAPO == LossConfig(0.2, 0.28, "token", kl_weight=0.0, normalize_std=True, head_weight=1.0)
+  assert DAPO == LossConfig(0.2, 0.28, "token", kl_weight=0.0, normalize_std=True, head_weight=1.0, overlong=0.2)
 
 
 def test_a_long_row_counts_more_under_dapo():
@@ -181,7 +182,7 @@ def test_a_long_row_counts_more_under_dapo():
   mask = np.array([[1, 0, 0], [1, 1, 1]], np.float32)
   loss = np.array([[1, 1, 1], [0, 0, 0]], np.float32)
   for algorithm, expected in ((GRPO, 1 / 2), (DAPO, 1 / 4)):
-    weight = token_weights(mask, algorithm.aggregate, jnp.float32(4), jnp.float32(2))
+    weight = token_weights(mask, algorithm.aggregate, jnp.float32(4), jnp.float32(2), 7)
     assert float(jnp.sum(weight * loss)) == pytest.approx(expected)
 
 
@@ -202,3 +203,33 @@ def test_binary_cross_entropy_far_out_and_its_slope():
   logit, label = jnp.array([0.0, 1.2, -400.0, 400.0]), jnp.array([1.0, 0.0, 1.0, 0.0])
   slope = jax.grad(lambda x: jnp.sum(binary_cross_entropy(x, label)))(logit)
   np.testing.assert_allclose(slope, [-0.5, 1 / (1 + math.exp(-1.2)), -1.0, 1.0], rtol=1e-5)
+
+
+# ---- Dr. GRPO, GSPO, overlong responses, weighted groups
+
+
+def test_the_constant_aggregate_divides_by_rows_and_the_longest_response():
+  np.testing.assert_allclose(token_weights(jnp.asarray(MASK), "constant", 8.0, 3.0, 10), MASK / 30, rtol=1e-6)
+
+
+def test_the_sequence_ratio_is_one_number_a_row(logprobs):
+  new, old, _ = logprobs
+  term, clipped = surrogate(new, old, ADVANTAGES, MASK, clip_low=0.1, clip_high=0.2, ratio="sequence")
+  for b in range(ROWS):
+    tokens = MASK[b] > 0
+    r = math.exp(np.mean((new - old)[b, tokens]))
+    want = -min(r * ADVANTAGES[b], min(max(r, 0.9), 1.2) * ADVANTAGES[b])
+    np.testing.assert_allclose(np.asarray(term)[b, tokens], want, rtol=1e-5)
+    assert np.ptp(np.asarray(clipped)[b, tokens]) == 0
+
+
+def test_overlong_punishment_counts_tokens():
+  """A fifth of 100: from 80 tokens on, one twentieth a token."""
+  np.testing.assert_allclose(overlong_punishment(np.array([10, 80, 81, 90, 100, 120]), 100, 0.2), [0, 0, -0.05, -0.5, -1, -1])
+  assert not overlong_punishment(np.array([100]), 100, 0.0).any()
+
+
+def test_weighted_advantages_estimate_the_whole_groups():
+  """Two right kept with 1/4 and 1/2, one wrong kept for sure: weights 4, 2, 1 in mean and as factors, mean weight 7/3."""
+  out = group_advantages([1, 1, 0], np.zeros(3, int), normalize_std=False, weights=np.array([4, 2, 1]))
+  np.testing.assert_allclose(out, np.array([4 / 7, 2 / 7, -6 / 7]) / (7 / 3), rtol=1e-5)

@@ -17,7 +17,7 @@ from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import init_head, quality_logit
 from arrol_jax.rewards import Grader
-from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, measure, pack, update_calibration
+from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, measure, pack, until_mixed, update_calibration
 from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
@@ -471,3 +471,25 @@ def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh):
   assert [float(batch.head_weight[rows[i], 0]) for i in (1, 2)] == [4, 2]
   # The group's mean is 4/6; advantages 1/3 and -2/3 times 4 and 2 over the mean weight 3.
   assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == pytest.approx([4 / 9, -4 / 9])
+
+
+def test_dynamic_sampling_goes_on_until_enough_groups_are_mixed():
+  """Rounds of two groups: none, one, two mixed; two are wanted. Pruned rollouts have no say, and a cap ends it."""
+  rewards = [[(1, 1), (0, 0)], [(1, 0), (0, 0)], [(0, 1), (1, 0)]]
+
+  def roll_out(n):
+    return [rollout_of(10 * n + 4 * i + j, 2 * n + i, 2, 4, reward=float(r)) for i, pair in enumerate(rewards[n])
+            for j, r in enumerate(pair)] + [rollout_of(10 * n + 9, 2 * n, 2, 4, reward=math.nan, pruned=True)]
+
+  learned, everything, rounds = until_mixed(roll_out, 2, 5)
+  assert rounds == 3 and len(everything) == 15 and {r.prompt for r in learned} == {2, 4}
+  learned, everything, rounds = until_mixed(roll_out, 2, 2)
+  assert rounds == 2 and {r.prompt for r in learned} == {2} and len(everything) == 10
+
+
+def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh):
+  rollouts = [rollout_of(1, 0, 3, 9, reward=1.0), rollout_of(2, 0, 3, 5, reward=1.0)]
+  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), normalize_std=False, punish=lambda n: -1.0 * (n > 8))
+  rows = {i: row for i, (_, row) in found([batch]).items()}
+  assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == [-0.5, 0.5]
+  assert [float(batch.rewards[rows[i]]) for i in (1, 2)] == [1, 1]

@@ -295,6 +295,22 @@ def test_pruning_off_prunes_nothing(unpruned):
     assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
 
 
+def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
+  """Two decisions, group rule, fixed sizes, floor, controls, weights, dynamic sampling, DAPO: stopped and resumed, or not."""
+  every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__control=0.2,
+               prune__weigh="('table','head','policy')", prune__cold_start=1, rollout__rounds=2, loss__name="dapo",
+               loss__kl_weight=0.0, data__eval="", steps=3)
+  run(tmp_path / "whole", **every)
+  run(tmp_path / "parts", **every | {"steps": 2})
+  run(tmp_path / "parts", **every)
+  timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("sec_")}
+  whole, parts = ([timeless(x) for x in read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts"))
+  assert whole == parts
+  assert all(1 <= x["rounds"] <= 2 and x["groups_learned"] <= 4 for x in whole)
+  assert all(x["rollouts_started"] == 16 * x["rounds"] for x in whole) and sum(x["rollouts_pruned"] for x in whole) > 0
+  assert any(x["false_prune"] is not None for x in whole)
+
+
 def test_without_evaluation_and_with_tensorboard(unpruned):
   summary = read(unpruned / "summary.json")
   assert summary["eval_before"] == summary["eval_after"] == {}
@@ -349,7 +365,7 @@ def assert_refused(result, *words):
   ("rollout.top_k=0", ["rollout.top_k is 0"]),
   ("rollout.top_p=0", ["rollout.top_p is 0"]),
   ("rollout.min_p=1.5", ["rollout.min_p is 1.5"]),
-  ("rollout.max_new=16", ["prune.detect is 16 and rollout.max_new is 16"]),
+  ("rollout.max_new=16", ["prune.detect is (16,) and rollout.max_new is 16"]),
   ("prune.detect=(64,)", ["prune.detect is (64,) and rollout.max_new is 48"]),
   ("prune.detect=(20,)", ["prune.detect is (20,)", "multiple of rollout.segment (8)"]),
   ("prune.detect=(16,8)", ["prune.detect is (16, 8)", "ascending"]),
@@ -489,9 +505,9 @@ def test_the_config_reaches_its_parts():
             "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
   c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
   assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
-  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0)
+  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2)
   assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
-  assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77)
+  assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77, max_new=64)
 
 
 def test_random_keys_differ_by_seed_purpose_and_step():
