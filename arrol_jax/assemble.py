@@ -68,11 +68,12 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
   return out
 
 
-def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str) -> dict:
+def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str,
+             head: dict | None = None, table: Calibration | None = None) -> dict:
   """`rollout.measure` as eval.* says, with a progress bar called `name`."""
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False) as bar:
     return measure(engine, prompts, c.eval.samples, key(c, EVAL), sampling(c, loaded, c.eval.temperature), loaded.tokenizer,
-                   grader, progress=lambda _: bar.update())[0]
+                   grader, head=head, table=table, pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:

@@ -276,6 +276,7 @@ class _Run:
         out.planned *= float(decision.planned[i])
       if not active[i]:
         out.tokens, out.logprobs = np.concatenate(seat.tokens), np.concatenate(seat.logprobs)
+        out.final = float(decision.score[i]) if decision is not None else out.final
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
         ended.add(id(seat))

@@ -1,8 +1,10 @@
-"""Accuracy on held-out problems, greedy or sampled, from a model or a run's newest checkpoint.
+"""Accuracy on held-out problems, greedy or sampled, from a model, a run's newest checkpoint or its exported policy.
 
   python -m arrol_jax.evaluate --config=configs/NAME.py                      # the config's model
   python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint of that run
-Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout. Left out: voting.
+  python -m arrol_jax.evaluate --config=configs/NAME.py --config.model.path=DIR/policy --config.eval.samples=16 \\
+      --config.eval.temperature=1.0                                          # pass@k and votes, with the head exported there
+Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout, its keys as in rollout.measure.
 """
 
 import json
@@ -14,7 +16,7 @@ import jax
 from arrol_jax import assemble, config as configuration
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.rewards import Grader
-from arrol_jax.types import UserError
+from arrol_jax.types import TrainState, UserError
 
 
 def main():
@@ -28,17 +30,19 @@ def main():
     loaded = assemble.load(c, mesh)
     step = 0
     if any(a.startswith("--workdir") for a in sys.argv):
-      loaded.params, step = from_checkpoint(c, loaded, mesh, flags.workdir)
+      state, step = from_checkpoint(c, loaded, mesh, flags.workdir)
+      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
+      del state  # the optimizer's part is not needed
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
     with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
       for path in dict.fromkeys(paths):
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
-        result = assemble.accuracy(c, loaded, engine, prompts, grader, path)
+        result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
         print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
 
 
-def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[dict, int]:
-  """The policy's parameters in the newest checkpoint of `workdir`, and its step."""
+def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[TrainState, int]:
+  """The newest checkpoint of `workdir`, and its step."""
   checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
   step = checkpoints and checkpoints.latest()
   if step is None:
@@ -49,7 +53,7 @@ def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[dict, int]:
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(f"{workdir}: its checkpoint does not fit this config's model; give the config of that run") from e
   checkpoints.close()
-  return state.params["policy"], step
+  return state, step
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ NumPy on host records; every figure is defined in README.md and named in metrics
 mixed group, no scored rollout), written as null.
 """
 
+import math
+
 import numpy as np
 from scipy.stats import rankdata
 
@@ -34,6 +36,19 @@ def spearman(score: np.ndarray, label: np.ndarray) -> float:
   if len(set(score)) < 2 or len(set(label)) < 2:
     return float("nan")
   return float(np.corrcoef(rankdata(score), rankdata(label))[0, 1])
+
+
+def pass_at_k(rewards: np.ndarray, k: int) -> float:
+  """Chance that k of these n samples, drawn without putting back, hold a right one: 1 - C(n - c, k) / C(n, k)."""
+  wrong = int(np.sum(np.asarray(rewards) <= 0))
+  return 1.0 - math.comb(wrong, k) / math.comb(len(rewards), k)
+
+
+def bootstrap_interval(values, resamples: int = 2000, seed: int = 0) -> list[float]:
+  """95% percentile interval of the mean over problems, [low, high]."""
+  values = np.asarray(values, float)
+  index = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+  return [float(x) for x in np.percentile(values[index].mean(axis=1), [2.5, 97.5])]
 
 
 def mean(values) -> float:

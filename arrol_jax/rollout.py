@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import prune, sharding
+from arrol_jax import prune, sharding, voting
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.losses import group_advantages
+from arrol_jax.metrics import bootstrap_interval, pass_at_k
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import quality_logit
+from arrol_jax.rewards import extract_answer, grade
 from arrol_jax.types import Batch, Rollout
 
 # Folded into a request's key for its survival draws (downward, one a decision) and for being a control; token n uses n.
@@ -117,8 +119,8 @@ def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sam
 
   rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)
   waited = time.perf_counter()
-  for rollout, grade in pending:
-    rollout.reward, rollout.reason = grade.result()[0]
+  for rollout, waiting in pending:
+    rollout.reward, rollout.reason = waiting.result()[0]
   return rollouts, time.perf_counter() - waited
 
 
@@ -244,18 +246,46 @@ def _update_tables(tables, score, reward, weight, half_life):
   return jax.vmap(lambda t, s, w: prune.update(t, s, reward, w, half_life=half_life))(tables, score, weight)
 
 
-def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader,
+def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
+            head: dict | None = None, table: Calibration | None = None, pattern: str | None = None,
             progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts, nothing pruned: metrics and the rollouts behind them.
 
-  accuracy: mean reward over all samples; ci95: half-width of its normal interval over problems; pass: share of problems
-  with at least one right answer; truncated: share that hit the length limit.
+  accuracy: mean reward over all samples (avg@k); ci95: half-width of its normal interval over problems; pass: share of
+  problems with at least one right answer; truncated: share that hit the length limit. With several samples also pass@k for
+  k = 1, 2, 4, ... (the unbiased estimator) and the accuracy of the answer voted for by all: maj@k, and with a head
+  rank@k (the paper's rule) and posterior@k (`table`'s posterior of the last score). Each of these comes with a bootstrap
+  interval over problems, "..._ci". pattern: the grader's, to read the answers that are voted on.
   """
-  rollouts, _ = generate(engine, prompts, samples, key, sampling, tokenizer, grader, progress=progress)
+  voters = head is not None and samples > 1
+  table = Calibration() if table is None else table
+  decide = make_decide(head, table, PruneRule((engine.max_new + 1,)), False) if voters else None  # scores, decides nothing
+  rollouts, _ = generate(engine, prompts, samples, key, sampling, tokenizer, grader, decide=decide, progress=progress)
   rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)
   by_problem = rewards.mean(axis=1)
-  return {"accuracy": float(by_problem.mean()),
-          "ci95": float(1.96 * by_problem.std(ddof=1) / np.sqrt(len(prompts))) if len(prompts) > 1 else float("nan"),
-          "problems": len(prompts), "samples": samples, "pass": float((rewards.max(axis=1) > 0).mean()),
-          "response_len": float(np.mean([len(r.tokens) for r in rollouts])),
-          "truncated": float(np.mean([not r.stopped for r in rollouts]))}, rollouts
+  out = {"accuracy": float(by_problem.mean()),
+         "ci95": float(1.96 * by_problem.std(ddof=1) / np.sqrt(len(prompts))) if len(prompts) > 1 else float("nan"),
+         "problems": len(prompts), "samples": samples, "pass": float((rewards.max(axis=1) > 0).mean()),
+         "response_len": float(np.mean([len(r.tokens) for r in rollouts])),
+         "truncated": float(np.mean([not r.stopped for r in rollouts]))}
+  if samples > 1:
+    per_problem = {f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length()))
+                   if k <= samples}
+    groups = [rollouts[i:i + samples] for i in range(0, len(rollouts), samples)]
+    for name, rule in (("maj", "majority"), ("rank", "rank"), ("posterior", "posterior"))[:3 if voters else 1]:
+      per_problem[f"{name}@{samples}"] = [voted_reward(group, rule, table, pattern) for group in groups]
+    for name, values in per_problem.items():
+      out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
+  return out, rollouts
+
+
+def voted_reward(group: list[Rollout], rule: str, table: Calibration | None, pattern: str | None) -> float:
+  """Reward of the answer that one problem's rollouts vote for; math-equal answers pool their votes, no answer is wrong."""
+  answers = [extract_answer(r.text, pattern) for r in group]
+  scores = None if rule == "majority" else np.array([r.final for r in group])
+  if rule == "posterior":
+    last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], table)
+    scores = np.asarray(prune.posterior(last, scores))
+  boxed = lambda text: f"\\boxed{{{text}}}"
+  winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(boxed(b), a) > 0)
+  return 0.0 if winner is None else next(r.reward for r, a in zip(group, answers, strict=True) if a == winner)

@@ -50,7 +50,8 @@ def main():
         return {}
       if not os.path.exists(path):
         held_out = assemble.eval_engine(c, loaded, mesh, state.params["policy"])
-        result = assemble.accuracy(c, loaded, held_out, eval_prompts, grader, name.replace("_", " "))
+        result = assemble.accuracy(c, loaded, held_out, eval_prompts, grader, name.replace("_", " "),
+                                   state.params["head"], state.calibration)
         write_json(path, {benchmark_name(c.data.eval): result})
       return read_json(path)
 

@@ -1,12 +1,13 @@
 """Metrics of a step: each figure from a few rollouts whose answer can be worked out by hand."""
 
+import itertools
 import math
 
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.metrics import auc, calibration_error, mean, rollout_metrics
+from arrol_jax.metrics import auc, bootstrap_interval, calibration_error, mean, pass_at_k, rollout_metrics
 from arrol_jax.types import Rollout
 
 
@@ -126,3 +127,17 @@ def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   assert {name for name, value in out.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
   assert out["rollouts_started"] == len(step)
   assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in out.values())
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+  rewards = np.array([1, 0, 0, 1, 0, 0])
+  for k in range(1, 7):
+    draws = list(itertools.combinations(rewards, k))
+    assert pass_at_k(rewards, k) == pytest.approx(np.mean([max(d) for d in draws]))
+
+
+def test_bootstrap_interval_covers_and_narrows():
+  values = np.random.default_rng(1).integers(0, 2, 400)
+  low, high = bootstrap_interval(values)
+  assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+  assert bootstrap_interval([0.5] * 9) == [0.5, 0.5]

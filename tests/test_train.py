@@ -295,22 +295,6 @@ def test_pruning_off_prunes_nothing(unpruned):
     assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
 
 
-def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
-  """Two decisions, group rule, fixed sizes, floor, controls, weights, dynamic sampling, DAPO: stopped and resumed, or not."""
-  every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__control=0.2,
-               prune__weigh="('table','head','policy')", prune__cold_start=1, rollout__rounds=2, loss__name="dapo",
-               loss__kl_weight=0.0, data__eval="", steps=3)
-  run(tmp_path / "whole", **every)
-  run(tmp_path / "parts", **every | {"steps": 2})
-  run(tmp_path / "parts", **every)
-  timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("sec_")}
-  whole, parts = ([timeless(x) for x in read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts"))
-  assert whole == parts
-  assert all(1 <= x["rounds"] <= 2 and x["groups_learned"] <= 4 for x in whole)
-  assert all(x["rollouts_started"] == 16 * x["rounds"] for x in whole) and sum(x["rollouts_pruned"] for x in whole) > 0
-  assert any(x["false_prune"] is not None for x in whole)
-
-
 def test_without_evaluation_and_with_tensorboard(unpruned):
   summary = read(unpruned / "summary.json")
   assert summary["eval_before"] == summary["eval_after"] == {}
