@@ -69,17 +69,19 @@ def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, prun
   of_row = lambda by_decision: jnp.take_along_axis(by_decision, which[None], axis=0)[0]  # [C,B] -> [B]
   score = quality_logit(head, slots.hidden)
   posterior = of_row(jax.vmap(prune.posterior, (0, None))(tables, score))
-  planned = jnp.ones_like(score)
   # Members of a group that decide together, at the same length.
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
-  if pruning:
-    constants = rule.constants()
+  constants = rule.constants()
+
+  def by_rule():
     if rule.kind == "group":
       limits = {k: constants[k] for k in ("kappa", "rho", "p_min", "p_max")}
-      planned = prune.group_survival(posterior, group, decided, **limits)
-    else:
-      delta = jax.vmap(lambda table: prune.solve_delta(table, **constants))(tables)
-      planned = prune.survival(posterior, delta=delta[which], **constants)
+      return prune.group_survival(posterior, group, decided, **limits)
+    delta = jax.vmap(lambda table: prune.solve_delta(table, **constants))(tables)
+    return prune.survival(posterior, delta=delta[which], **constants)
+
+  keep_all = lambda: jnp.ones_like(score)
+  planned = jax.lax.cond(jnp.any(decided), by_rule, keep_all) if pruning else keep_all()  # most boundaries decide nothing
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
   control = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _CONTROL)))(slots.key) < rule.control
   survival = jnp.where(control, 1.0, planned)
