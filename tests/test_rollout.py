@@ -287,7 +287,8 @@ def test_survival_is_the_published_rule(decided, table):
 def test_before_there_is_a_history_all_survive_alike(mesh, head):
   """An empty table: q = 1/2 and delta = 0, so p = kappa + lambda (rho - 1/2), whatever the scores."""
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 8, 16, PLAIN).replace(hidden=jax.random.normal(jax.random.key(3), (8, C.width)))
+    slots = decode.init_slots(C, 8, 16, PLAIN).replace(
+      hidden=jax.random.normal(jax.random.key(3), (8, C.width)), generated=jnp.full(8, 8), active=jnp.ones(8, bool))
     _, decision = make_decide(head, Calibration.empty(8), RULE, True)(slots)
   assert np.ptp(decision.score) > 0.1
   np.testing.assert_allclose(decision.posterior, 0.5)
