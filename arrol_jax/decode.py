@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from arrol_jax import kv_cache, policy
 from arrol_jax.attention import causal_attention
+from arrol_jax.norms import split_qkv
 from arrol_jax.policy import PolicyConfig
 
 _LANES = 128  # tokens of a vocabulary block
@@ -83,7 +84,7 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
   attention = causal_attention("auto")
 
   def attend(layer, qkv, turn):
-    q, k, v = policy.split_qkv(qkv)
+    q, k, v = split_qkv(qkv)
     q, k = turn(q, k)
     return attention(q, k, v)[0], kv_cache.store(k, v, sampling.cache_dtype)
 

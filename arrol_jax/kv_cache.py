@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from arrol_jax.norms import Turn
+from arrol_jax.norms import Turn, split_qkv
 from arrol_jax.sharding import DECODE, constrain
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "tpu")
@@ -93,9 +93,9 @@ def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, posi
     run = _by_shard(kernel, (cache, heads, rows, rows, rows, PartitionSpec()), (cache, heads))
     columns, out = run(columns, qkv[:, 0], length, turn.cos[:, 0, 0], turn.sin[:, 0, 0], turn[2:4])
     return columns, out[:, None]
-  parts = qkv.shape[3]
-  q, k = turn(qkv[:, :, :, :-2].reshape(qkv.shape[0], 1, -1, qkv.shape[4]), qkv[:, :, :, parts - 2])
-  columns = write(columns, k[:, 0], qkv[:, 0, :, parts - 1], position)
+  q, k, v = split_qkv(qkv)
+  q, k = turn(q, k)
+  columns = write(columns, k[:, 0], v[:, 0], position)
   if choice == "xla":
     return columns, attend_xla(q[:, 0], columns, length)[:, None]
   run = _by_shard(functools.partial(attend_tpu, interpret=interpret), (heads, cache, rows), heads)

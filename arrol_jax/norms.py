@@ -40,6 +40,12 @@ class Turn(NamedTuple):
     return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
 
 
+def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """qkv [B,S,M,N/M+2,H] -> queries [B,S,N,H], keys and values [B,S,M,H]."""
+  b, s, m, parts, h = qkv.shape
+  return qkv[:, :, :, :-2].reshape(b, s, m * (parts - 2), h), qkv[:, :, :, -2], qkv[:, :, :, -1]
+
+
 def add_norm(x: jax.Array, delta: jax.Array | None, scale: jax.Array, eps: float, *,
              fused: bool = False) -> tuple[jax.Array, jax.Array]:
   """(x + delta, its norm) for x and delta [...,D]; delta None adds nothing. fused: as one kernel (forward only)."""

@@ -220,12 +220,6 @@ def _merge(w: dict) -> dict:
   return {name: x for name, x in w.items() if name not in gone} | merged
 
 
-def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """qkv [B,S,M,N/M+2,H] -> queries [B,S,N,H], keys and values [B,S,M,H]."""
-  b, s, m, parts, h = qkv.shape
-  return qkv[:, :, :, :-2].reshape(b, s, m * (parts - 2), h), qkv[:, :, :, -2], qkv[:, :, :, -1]
-
-
 def unstack_axes(axes: dict, layers: int) -> dict:
   """`logical_axes` of the decoding layout."""
   kept = {name: a[1:] for name, a in axes["layers"].items() if name in ("attn_norm", "o", "mlp_norm", "down", "q_norm", "k_norm")}

@@ -273,21 +273,23 @@ def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, samplin
   if samples > 1:
     per_problem = {f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length()))
                    if k <= samples}
-    groups = [rollouts[i:i + samples] for i in range(0, len(rollouts), samples)]
-    for name, rule in (("maj", "majority"), ("rank", "rank"), ("posterior", "posterior"))[:3 if voters else 1]:
-      per_problem[f"{name}@{samples}"] = [voted_reward(group, rule, table, pattern) for group in groups]
+    answers = [extract_answer(r.text, pattern) for r in rollouts]
+    scores = {"majority": np.zeros(len(rollouts))}
+    if voters:
+      final = np.array([r.final for r in rollouts])
+      last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], table)
+      scores |= {"rank": final, "posterior": np.asarray(prune.posterior(last, final))}
+    for rule, score in scores.items():
+      name = "maj" if rule == "majority" else rule
+      said = (answers[i:i + samples] for i in range(0, len(answers), samples))
+      rows = zip(rewards, said, score.reshape(-1, samples), strict=True)
+      per_problem[f"{name}@{samples}"] = [voted_reward(*row, rule) for row in rows]
     for name, values in per_problem.items():
       out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
   return out, rollouts
 
 
-def voted_reward(group: list[Rollout], rule: str, table: Calibration | None, pattern: str | None) -> float:
-  """Reward of the answer that one problem's rollouts vote for; math-equal answers pool their votes, no answer is wrong."""
-  answers = [extract_answer(r.text, pattern) for r in group]
-  scores = None if rule == "majority" else np.array([r.final for r in group])
-  if rule == "posterior":
-    last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], table)
-    scores = np.asarray(prune.posterior(last, scores))
-  boxed = lambda text: f"\\boxed{{{text}}}"
-  winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(boxed(b), a) > 0)
-  return 0.0 if winner is None else next(r.reward for r, a in zip(group, answers, strict=True) if a == winner)
+def voted_reward(rewards: np.ndarray, answers: list[str | None], scores: np.ndarray, rule: str) -> float:
+  """Reward of the answer that one problem's traces vote for; math-equal answers pool their votes, no answer is wrong."""
+  winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(f"\\boxed{{{b}}}", a) > 0)
+  return 0.0 if winner is None else float(rewards[answers.index(winner)])

@@ -16,3 +16,20 @@ def mesh():
   """A mesh of one device."""
   from arrol_jax import sharding
   return sharding.make_mesh()
+
+
+@pytest.fixture(scope="session")
+def head():
+  """A quality head for states of width 32 with random weights in both layers: its scores differ."""
+  from arrol_jax.quality import init_head
+  out = init_head(32, 8, jax.random.key(1))
+  return out | {"w2": jax.random.normal(jax.random.key(2), out["w2"].shape)}
+
+
+@pytest.fixture(scope="session")
+def table():
+  """A history in which higher scores went with success, in 8 bins."""
+  import jax.numpy as jnp
+
+  from arrol_jax.prune import Calibration
+  return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))

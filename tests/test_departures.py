@@ -11,21 +11,7 @@ from test_train import read, run
 
 from arrol_jax import decode
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head
 from arrol_jax.rollout import PackShape, PruneRule, make_decide, pack, until_mixed, update_calibration
-
-
-@pytest.fixture(scope="module")
-def head():
-  """A head with random weights in both layers: its scores differ."""
-  out = init_head(C.width, 8, jax.random.key(1))
-  return out | {"w2": jax.random.normal(jax.random.key(2), out["w2"].shape)}
-
-
-@pytest.fixture(scope="module")
-def table():
-  """The higher the score, the likelier right."""
-  return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))
 
 
 def test_several_decisions_multiply_and_each_has_its_table(mesh, head):

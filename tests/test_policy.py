@@ -10,7 +10,7 @@ import pytest
 
 from arrol_jax import policy, sharding
 from arrol_jax.attention import causal_attention
-from arrol_jax.norms import rotate
+from arrol_jax.norms import rotate, split_qkv
 from arrol_jax.policy import PolicyConfig, RopeScaling
 from arrol_jax.zoo import ZOO
 
@@ -48,7 +48,7 @@ def test_scanned_layers_equal_unrolled_ones(name):
   attend = causal_attention("xla")
 
   def turned(attend, qkv, turn):
-    q, k, v = policy.split_qkv(qkv)
+    q, k, v = split_qkv(qkv)
     return attend(*turn(q, k), v)[0]
 
   run = jax.jit(lambda p: policy.forward(c, policy.unstack(p), tokens, policy.default_positions(tokens),

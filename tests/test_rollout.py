@@ -179,18 +179,6 @@ def test_nothing_scored_leaves_the_table_as_it_is():
 # ---- the decision
 
 
-@pytest.fixture(scope="module")
-def head():
-  out = init_head(C.width, 8, jax.random.key(1))
-  return out | {"w2": jax.random.normal(jax.random.key(2), out["w2"].shape)}
-
-
-@pytest.fixture(scope="module")
-def table():
-  """A history in which higher scores went with success, in 8 bins."""
-  return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))
-
-
 def survival_by_hand(table, rule, score):
   """METHOD sections 3 and 4 in NumPy: posterior and survival probability of one logit; delta by trying them all."""
   positive, negative = np.asarray(table.positive, np.float64), np.asarray(table.negative, np.float64)
