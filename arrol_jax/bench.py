@@ -4,6 +4,7 @@
   python -m arrol_jax.bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
   python -m arrol_jax.bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
   python -m arrol_jax.bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
+  python -m arrol_jax.bench gather --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
 Compiles and warms up first, waits for results, reports the median of --runs with minimum and maximum. The floor is what this
 device's own measured read bandwidth and matrix rate allow; `floor` in the output says what was measured to get it.
 --profile=DIR writes a JAX trace of the last run (of `decode`: two segments).
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrol_jax import config as configuration, engine as engines, kv_cache, policy, prune, quality, rollout, sharding, update
-from arrol_jax.decode import Sampling
+from arrol_jax.decode import Sampling, generate_segment, init_slots, take_rows
 from arrol_jax.engine import Engine, Request
 from arrol_jax.losses import GRPO
 from arrol_jax.norms import Turn
@@ -130,6 +131,40 @@ def decode(a, c, mesh) -> list[dict]:
     with jax.profiler.trace(a.profile):
       engine.run(short, key, sampling)
   return [out | {"compile_s": compile_s, "cache": a.cache or a.dtype} | spread(rates)]
+
+
+def bench_gather(a, c, mesh) -> list[dict]:
+  """Compaction: milliseconds to gather half the rows into the next smaller row count, and the steps after which it has paid.
+
+  Both row counts step on half the rows living at half of --max_new, the worst case for compacting: it saves least there.
+  """
+  engine, sampling = make_engine(a, c, mesh, a.slots or a.rows)
+  engine.load(jax.jit(lambda key: policy.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
+  length, out = engine.lengths(sampling)[-1], []
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def half_alive(rows: int, living: int):
+    slots = init_slots(c, rows, length, sampling)
+    return slots.replace(active=jnp.arange(rows) < living, position=jnp.full(rows, a.prompt + a.max_new // 2, jnp.int32),
+                         limit=jnp.full(rows, a.max_new, jnp.int32))
+
+  def step_ms(rows: int, living: int) -> float:
+    run = lambda: generate_segment(c, engine.params, half_alive(rows, living), steps=a.segment, sampling=sampling)
+    idle = min(timed(lambda: half_alive(rows, living), a.runs)[0])
+    return 1e3 * (statistics.median(timed(run, a.runs)[0]) - idle) / a.segment
+
+  for rows, fewer in ((a.rows >> i, a.rows >> i + 1) for i in range(a.row_buckets - 1)):
+    seconds = []
+    for _ in range(a.runs + 1):
+      slots = jax.block_until_ready(half_alive(rows, fewer))
+      start = time.perf_counter()
+      jax.block_until_ready(take_rows(slots, np.arange(fewer, dtype=np.int32) * 2 % rows, np.ones(fewer, bool),
+                                               length=length))
+      seconds.append(1e3 * (time.perf_counter() - start))
+    wide, narrow, gather = step_ms(rows, fewer), step_ms(fewer, fewer), statistics.median(seconds[1:])
+    out.append({"from": rows, "to": fewer, "ms_gather": gather, "ms_step_before": wide, "ms_step_after": narrow,
+                "steps_to_pay": gather / (wide - narrow) if wide > narrow else None} | spread(seconds[1:]))
+  return out
 
 
 def bench_attention(a, c, mesh) -> list[dict]:
@@ -320,7 +355,7 @@ def warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute,
                                             compute=compute))
 
 
-CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention}
+CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention, "gather": bench_gather}
 
 
 def main():

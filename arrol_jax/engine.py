@@ -4,7 +4,7 @@ Everything that costs device time happens in decode.py's programs; between two s
 ended, hands their slots to waiting requests, and when none waits gathers the living rows into the next smaller compiled row
 count. Where a kernel reads each row's own length (kv_cache.py) the cache has its full length from the start and an idle
 row costs no reading; elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore
-come from two short lists (`row_sizes`, `lengths`), and each pair is compiled once.
+come from two short lists (`row_counts`, `lengths`), and each pair is compiled once.
 
 The engine knows no quality head: `decide(slots)` is whatever the caller wants done at a boundary.
 """
@@ -44,6 +44,10 @@ class Decision(NamedTuple):
   planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept
 
 
+# Measured on an H200 (experiments/LOG.md): a step of 64 rows, half of them idle, takes as long as one of 32.
+_FEWEST_ROWS = 64
+
+
 @dataclasses.dataclass
 class Engine:
   """`rows`: slots; `max_prompt`, `max_new`: tokens; `segment`: steps between two looks of the host."""
@@ -60,14 +64,23 @@ class Engine:
 
   def __post_init__(self):
     unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    self.row_sizes = sorted({_up(max(1, self.rows >> i), unit) for i in range(self.row_buckets)})
-    self.rows = self.row_sizes[-1]
+    self.rows = _up(self.rows, unit)
     self.prefill_rows = _up(self.prefill_rows, unit)
+
+  def row_counts(self, sampling: Sampling) -> list[int]:
+    """Compiled row counts, ascending; where idle rows read nothing, none so small that gathering into it never pays."""
+    unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    counts = {_up(max(1, self.rows >> i), unit) for i in range(self.row_buckets)}
+    return sorted(n for n in counts if n == self.rows or n >= _FEWEST_ROWS * unit or not self._own_lengths(sampling))
+
+  def _own_lengths(self, sampling: Sampling) -> bool:
+    """Whether a kernel reads each row's own length, and nothing of an idle row."""
+    return kv_cache.resolve(sampling.attention, self.config.head_dim, sampling.cache_dtype) != "xla"
 
   def lengths(self, sampling: Sampling) -> list[int]:
     """Compiled cache lengths, ascending; the last holds any response."""
     room = self.max_prompt + self.max_new
-    if kv_cache.resolve(sampling.attention, self.config.head_dim, sampling.cache_dtype) != "xla":
+    if self._own_lengths(sampling):
       return [_up(room, kv_cache.BLOCK)]
     return sorted({_up(room * (i + 1) // self.length_buckets, 16) for i in range(self.length_buckets)})
 
@@ -80,16 +93,16 @@ class Engine:
 
   def warm_up(self, sampling: Sampling, decide: Callable | None = None) -> None:
     """Compiles every program of a run: all shapes on idle slots, which decode nothing."""
-    columns, prompt = self.lengths(sampling), np.zeros(1, np.int32)
-    for length in columns:
-      for rows in reversed(self.row_sizes):
+    counts, prompt = self.row_counts(sampling), np.zeros(1, np.int32)
+    for length in self.lengths(sampling):
+      for rows in reversed(counts):
         state = _Run(self, [Request(0, 0, prompt, 1)], jax.random.key(0), sampling)
         state.slots = decode.init_slots(self.config, rows, length, sampling)
         state.at, state.length = [None] * rows, length
         state.start_segment(decide)
         state.seat(list(state.waiting))
-        if rows > self.row_sizes[0]:
-          state.take([], self.row_sizes[self.row_sizes.index(rows) - 1], length)
+        if rows > counts[0]:
+          state.take([], counts[counts.index(rows) - 1], length)
         jax.block_until_ready(state.slots)
 
   def run(self, requests: list[Request], key: jax.Array, sampling: Sampling, *, decide: Callable | None = None,
@@ -172,7 +185,7 @@ class _Run:
     self.e, self.key, self.sampling = engine, key, sampling
     self.rollouts = [Rollout(r.index, r.prompt, r.tokens, np.zeros(0, np.int32), np.zeros(0, np.float32)) for r in requests]
     self.waiting = collections.deque(_Seat(r, out) for r, out in zip(requests, self.rollouts, strict=True))
-    self.lengths = engine.lengths(sampling)
+    self.counts, self.lengths = engine.row_counts(sampling), engine.lengths(sampling)
     self.slots: Slots | None = None
     self.at: list[_Seat | None] = []   # by slot
     self.length = 0                    # cache columns
@@ -192,7 +205,7 @@ class _Run:
     if not wanted:
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
-    rows = next(n for n in self.e.row_sizes if n >= wanted)
+    rows = next(n for n in self.counts if n >= wanted)
     columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new)
     columns += self.e.segment * (1 + len(self.unseen))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])

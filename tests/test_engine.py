@@ -80,6 +80,13 @@ def test_rows_and_columns_shrink_and_grow_with_need(mesh, monkeypatch):
   assert columns[0] < columns[-1]
 
 
+def test_rows_are_gathered_only_where_fewer_are_faster(mesh):
+  counts = lambda rows, attention: engine(mesh, rows, row_buckets=4).row_counts(Sampling(attention=attention))
+  assert counts(256, "xla") == [32, 64, 128, 256]
+  assert counts(256, "triton") == [64, 128, 256]  # idle rows read nothing: 64 rows of which 32 live are as fast as 32
+  assert counts(16, "triton") == [16]
+
+
 def test_done_is_reported_once_each_and_in_full(mesh, alone):
   with jax.set_mesh(mesh):
     seen = []
