@@ -14,14 +14,16 @@ from tqdm import tqdm
 from arrol_jax import data, quality, sharding, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
+from arrol_jax.held_out import Voters, measure
 from arrol_jax.losses import ALGORITHMS, LossConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.rollout import PackShape, PruneRule, measure
+from arrol_jax.rollout import PackShape, PruneRule
 from arrol_jax.types import TrainState, UserError
 from arrol_jax.update import Compute
 from arrol_jax.weights import Policy, load_policy
 
 TRAIN, EVAL, INIT = range(3)  # purposes of random keys
+TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
 def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
@@ -69,16 +71,20 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
 
 
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str,
-             head: dict | None = None, table: Calibration | None = None) -> dict:
-  """`rollout.measure` as eval.* says, with a progress bar called `name`."""
+             head: dict | None = None, tables: Calibration | None = None) -> dict:
+  """`held_out.measure` as eval.* says, with a progress bar called `name`."""
+  voters = Voters(head, tables, tuple(c.prune.detect), c.eval.stop_below, c.eval.window)
+  how = dataclasses.replace(sampling(c, loaded, c.eval.temperature), confidence=TOP_K if c.eval.deepconf else None,
+                            pool=head is not None and "mean" in quality.inputs_of(head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False) as bar:
-    return measure(engine, prompts, c.eval.samples, key(c, EVAL), sampling(c, loaded, c.eval.temperature), loaded.tokenizer,
-                   grader, head=head, table=table, pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
+    return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, loaded.tokenizer, grader, voters=voters,
+                   pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
   r = c.rollout
-  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p)
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p,
+                  TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs)
 
 
 def prune_rule(c: ConfigDict) -> PruneRule:
@@ -88,11 +94,11 @@ def prune_rule(c: ConfigDict) -> PruneRule:
 
 def loss(c: ConfigDict) -> LossConfig:
   given = {k: v for k, v in c.loss.items() if k != "name" and v is not None}
-  return dataclasses.replace(ALGORITHMS[c.loss.name], **given)
+  return dataclasses.replace(ALGORITHMS[c.loss.name], longest=c.rollout.max_new, **given)
 
 
 def compute(c: ConfigDict) -> Compute:
-  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens, c.rollout.max_new)
+  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens)
 
 
 def pack_shape(c: ConfigDict) -> PackShape:
@@ -109,12 +115,18 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
   return update.make_optimizer(o.lr, o.head_lr, o.warmup, o.clip_norm, o.weight_decay, o.b1, o.b2)
 
 
+def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:
+  """What goes over the head's buffer."""
+  return optax.adamw(c.optim.head_lr, weight_decay=c.quality.weight_decay)
+
+
 def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
   """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
-  head = jax.device_put(quality.init_head(loaded.config.width, c.quality.hidden, key(c, INIT)), sharding.replicated(mesh))
+  q, width = c.quality, loaded.config.width
+  head = jax.device_put(quality.init_head(width, q.hidden, key(c, INIT), tuple(q.inputs)), sharding.replicated(mesh))
   weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
   params = {"policy": weights, "head": head}
   tables = jax.tree.map(lambda x: jnp.stack([x] * len(c.prune.detect)), Calibration.empty(c.prune.bins))
+  recent = quality.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  rest = jax.tree.map(place, (jax.jit(optimizer.init)(params), tables, jnp.zeros((), jnp.int32)))
-  return TrainState(params, *rest)
+  return TrainState(params, *jax.tree.map(place, (jax.jit(optimizer.init)(params), tables, jnp.zeros((), jnp.int32), recent)))

@@ -17,6 +17,7 @@ from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.losses import AGGREGATES, ALGORITHMS, RATIOS
 from arrol_jax.policy import REMAT
+from arrol_jax.quality import INPUTS
 from arrol_jax.rollout import DRAWS, RULES, WEIGH
 from arrol_jax.types import UserError
 
@@ -118,7 +119,7 @@ def _check(c: ConfigDict) -> None:
   _need(r.top_k is None or r.top_k >= 1, f"rollout.top_k is {r.top_k}; it must be at least 1")
   for name in ("top_p", "min_p"):
     _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
-  _need(c.quality.short in ("skip", "last"), f"quality.short is {c.quality.short!r}; it must be 'skip' or 'last'")
+  _check_quality(c)
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
     _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
@@ -129,12 +130,21 @@ def _check(c: ConfigDict) -> None:
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
 
+def _check_quality(c: ConfigDict) -> None:
+  q, e = c.quality, c.eval
+  _need(q.short in ("skip", "last"), f"quality.short is {q.short!r}; it must be 'skip' or 'last'")
+  _need(len(q.inputs) > 0 and set(q.inputs) <= set(INPUTS),
+        f"quality.inputs is {tuple(q.inputs)}; it takes some of {', '.join(INPUTS)}")
+  _need(q.buffer is None or q.buffer >= 1, f"quality.buffer is {q.buffer}; it is a number of rollouts, or None")
+  _need(e.stop_below is None or 0 <= e.stop_below <= 1, f"eval.stop_below is {e.stop_below}; it is a probability, or None")
+
+
 def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
   at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.rounds",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
                 "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "checkpoint.every", "checkpoint.keep",
-                "eval.samples", "mesh.data", "mesh.fsdp", "mesh.tensor")
+                "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
   at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
   for names, least in ((at_least_1, 1), (at_least_0, 0)):
     for name in names:

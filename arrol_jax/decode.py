@@ -40,6 +40,8 @@ class Sampling:
   top_k: int | None = None     # the k most likely (more where the last ties)
   top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p
   min_p: float | None = None   # at least min_p times as likely as the most likely
+  confidence: int | None = None  # k of DeepConf's token confidence, the mean -log-prob of the k likeliest tokens; None: 0
+  pool: bool = False           # keep the sum of each row's hidden states
 
   @property
   def cache_dtype(self) -> str:
@@ -66,16 +68,21 @@ class Slots:
   group: jax.Array       # i32[B]   the request's prompt
   key: jax.Array         # key[B]   the request's own: its tokens depend on no other row
   hidden: jax.Array      # [B,D]    final hidden state of the last step in which the row was active
+  hidden_sum: jax.Array  # f32[B,D] of all steps that gave a response token ([B,0] where Sampling.pool is off)
+  logprob_sum: jax.Array     # f32[B]  over the response's tokens so far
+  logprob_min: jax.Array     # f32[B]
+  confidence_sum: jax.Array  # f32[B]
 
 
 @functools.partial(jax.jit, static_argnames=("c", "rows", "length", "sampling"))
 def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> Slots:
   """`rows` empty slots with room for `length` tokens each."""
-  zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
+  zeros, sums = (functools.partial(jnp.zeros, (rows,), dtype) for dtype in (jnp.int32, jnp.float32))
   cache = tuple(kv_cache.empty(c.kv_heads, rows, length, c.head_dim, sampling.cache_dtype) for _ in range(c.layers))
   return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(), group=zeros(),
                active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
-               hidden=jnp.zeros((rows, c.width), sampling.dtype))
+               hidden=jnp.zeros((rows, c.width), sampling.dtype), logprob_sum=sums(), logprob_min=sums(), confidence_sum=sums(),
+               hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("c", "sampling"))
@@ -109,7 +116,9 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limi
   return slots.replace(
     cache=cache, token=put(slots.token, prefix.last_token[source]), position=put(slots.position, prefix.length[source] - 1),
     generated=put(slots.generated, 0), limit=put(slots.limit, limit), group=put(slots.group, group),
-    active=slots.active | new, key=put(slots.key, key))
+    active=slots.active | new, key=put(slots.key, key), logprob_sum=put(slots.logprob_sum, 0.0),
+    logprob_min=put(slots.logprob_min, 0.0), confidence_sum=put(slots.confidence_sum, 0.0),
+    hidden_sum=jnp.where(new[:, None], 0.0, slots.hidden_sum))
 
 
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
@@ -169,8 +178,16 @@ def _first_past(weight: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
   return index.astype(jnp.int32), sums[:, -1]
 
 
-def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Tokens i32[B] and their log-probs f32[B] from logits f32[B,V]; key[B], one a row.
+def _top(blocks: jax.Array, k: int) -> jax.Array:
+  """The k largest of f32[B,blocks,128], f32[B,k]: they lie in the k blocks with the largest maxima."""
+  k = min(k, blocks.shape[1] * blocks.shape[2])
+  where = jax.lax.top_k(jnp.max(blocks, axis=2), min(k, blocks.shape[1]))[1]
+  inside = jnp.take_along_axis(blocks, where[:, :, None], axis=1)
+  return jax.lax.top_k(inside.reshape(inside.shape[0], -1), k)[0]
+
+
+def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Tokens i32[B], their log-probs and DeepConf's confidence there, f32[B], from logits f32[B,V]; key[B], one a row.
 
   By inversion in two levels, a block of the vocabulary and a token in it, each with a uniform number of its own: two
   random numbers a token, and the blocks' sums are the softmax's denominator.
@@ -184,6 +201,9 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.A
   u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
   kept = blocks(logits)
   block, total = _first_past(sums(kept), u[:, 0])
+  confidence = jnp.zeros_like(total)
+  if sampling.confidence:  # before filtering, which would make log-probs infinite
+    confidence = jnp.log(total) - jnp.mean(_top(kept, min(sampling.confidence, vocab)), axis=1)
   if sampling.temperature == 0:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   else:
@@ -192,14 +212,14 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.A
       block, _ = _first_past(sums(kept), u[:, 0])
     inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
     token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
-  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total)
+  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total), confidence
 
 
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
   """Up to `steps` tokens for every active row; ends early when no row is active.
 
-  Returns (slots, tokens i32[B,steps], logprobs f32[B,steps]); a row's new tokens come first, as many as its
-  `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
+  Returns (slots, tokens i32[B,steps], logprobs f32[B,steps], confidences f32[B,steps]); a row's new tokens come first, as
+  many as its `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
   run = _segment_gpu if jax.default_backend() == "gpu" else _segment
@@ -213,7 +233,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
   fused = (mesh.empty or mesh.size == 1) and kv_cache.resolve(sampling.attention, c.head_dim, sampling.cache_dtype) == "triton"
 
   def step(carry):
-    i, s, tokens, logprobs = carry
+    i, s, said = carry
     cache = list(s.cache)
     def attend(layer, qkv, turn):
       cache[layer], out = kv_cache.step(sampling.attention, cache[layer], qkv, turn, s.position, s.active)
@@ -223,21 +243,26 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
                             fused=fused)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
     with jax.named_scope("sample"):
-      token, logprob = sample(sampling, key, policy.unembed(params, hidden))
+      token, logprob, confidence = sample(sampling, key, policy.unembed(params, hidden))
     generated = s.generated + s.active.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (generated >= s.limit)
     live = lambda new, old: jnp.where(s.active if new.ndim == 1 else s.active[:, None], new, old)
     s = s.replace(cache=tuple(cache), token=live(token, s.token), position=live(s.position + 1, s.position),
-                  generated=generated, active=s.active & ~stopped, hidden=live(hidden, s.hidden))
+                  generated=generated, active=s.active & ~stopped, hidden=live(hidden, s.hidden),
+                  hidden_sum=live(s.hidden_sum + hidden[:, :s.hidden_sum.shape[1]].astype(jnp.float32), s.hidden_sum),
+                  logprob_sum=live(s.logprob_sum + logprob, s.logprob_sum),
+                  logprob_min=live(jnp.minimum(s.logprob_min, logprob), s.logprob_min),
+                  confidence_sum=live(s.confidence_sum + confidence, s.confidence_sum))
     put = lambda out, new: jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), i))
-    return i + 1, s, put(tokens, token), put(logprobs, logprob)
+    return i + 1, s, tuple(map(put, said, (token, logprob, confidence)))
 
   # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
   stride = math.gcd(steps, _STRIDE)
-  carry = (jnp.int32(0), slots, jnp.zeros((rows, steps), jnp.int32), jnp.zeros((rows, steps), jnp.float32))
-  _, slots, tokens, logprobs = jax.lax.while_loop(
-    lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x), carry)
-  return slots, tokens, logprobs
+  said = tuple(jnp.zeros((rows, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
+  _, slots, said = jax.lax.while_loop(
+    lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x),
+    (jnp.int32(0), slots, said))
+  return slots, *said
 
 
 _jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))

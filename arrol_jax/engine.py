@@ -42,6 +42,7 @@ class Decision(NamedTuple):
   posterior: jax.Array  # f32[B]
   survival: jax.Array   # f32[B]   probability with which the row was kept
   planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept
+  reading: tuple | None = None  # what was scored, f32[B,...] each, where it is wanted on the host
 
 
 # Measured on an H200 (experiments/LOG.md): a step of 64 rows, half of them idle, takes as long as one of 32.
@@ -175,6 +176,7 @@ class _Seat:
   rollout: Rollout
   tokens: list = dataclasses.field(default_factory=list)
   logprobs: list = dataclasses.field(default_factory=list)
+  confidences: list = dataclasses.field(default_factory=list)
   count: int = 0
 
 
@@ -261,18 +263,18 @@ class _Run:
 
   def start_segment(self, decide: Callable | None) -> None:
     """Starts the next segment and the decision after it, without waiting for either."""
-    self.slots, tokens, logprobs = decode.generate_segment(
+    self.slots, *said = decode.generate_segment(
       self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling)
     decision = None
     if decide:
       self.slots, decision = decide(self.slots)
     # Copies: the slots' own buffers are donated to the next program before the host may have read them.
-    self.unseen.append((list(self.at), (tokens, logprobs, *_copy((self.slots.generated, self.slots.active)), decision)))
+    self.unseen.append((list(self.at), (*said, *_copy((self.slots.generated, self.slots.active)), decision)))
 
   def look(self) -> None:
     """Waits for the oldest unseen segment, books its tokens and frees the slots of the rollouts that ended in it."""
     seats, results = self.unseen.popleft()
-    tokens, logprobs, generated, active, decision = jax.device_get(results)
+    tokens, logprobs, confidences, generated, active, decision = jax.device_get(results)
     generated, active = generated.tolist(), active.tolist()
     ended = set()
     for i, seat in enumerate(seats):
@@ -281,14 +283,17 @@ class _Run:
       count = generated[i] - seat.count
       seat.tokens.append(tokens[i, :count])
       seat.logprobs.append(logprobs[i, :count])
+      seat.confidences.append(confidences[i, :count])
       seat.count, out = generated[i], seat.rollout
       if decision is not None and decision.decided[i]:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)
+        if decision.reading is not None:
+          out.readings += (jax.tree.map(lambda x, i=i: x[i], decision.reading),)
         out.survival *= float(decision.survival[i])
         out.planned *= float(decision.planned[i])
       if not active[i]:
-        out.tokens, out.logprobs = np.concatenate(seat.tokens), np.concatenate(seat.logprobs)
+        out.tokens, out.logprobs, out.confidences = map(np.concatenate, (seat.tokens, seat.logprobs, seat.confidences))
         out.final = float(decision.score[i]) if decision is not None else out.final
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)

@@ -4,7 +4,7 @@
   python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint of that run
   python -m arrol_jax.evaluate --config=configs/NAME.py --config.model.path=DIR/policy --config.eval.samples=16 \\
       --config.eval.temperature=1.0                                          # pass@k and votes, with the head exported there
-Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout, its keys as in rollout.measure.
+Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout, its keys as in held_out.measure.
 """
 
 import json
@@ -33,6 +33,8 @@ def main():
       state, step = from_checkpoint(c, loaded, mesh, flags.workdir)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
+    if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
+      raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
     with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
       for path in dict.fromkeys(paths):

@@ -18,8 +18,9 @@ class LossConfig:
   """One algorithm.
 
   aggregate: "token" = mean over all response tokens; "sequence" = mean over rows of row means; "constant" = sum over tokens
-  by rows and the longest response allowed. ratio: "token", or "sequence" = geometric mean over the row's tokens. overlong:
-  share of the longest response over which a growing punishment is added to the reward (`overlong_punishment`), 0 none.
+  by rows and `longest`, the longest response allowed in tokens. ratio: "token", or "sequence" = geometric mean over the row's
+  tokens. overlong: share of the longest response over which a growing punishment is added to the reward
+  (`overlong_punishment`), 0 none.
   """
   clip_low: float = 0.2
   clip_high: float = 0.2
@@ -29,6 +30,7 @@ class LossConfig:
   head_weight: float = 1.0
   ratio: str = "token"
   overlong: float = 0.0
+  longest: int = 1
 
 
 GRPO = LossConfig()
@@ -65,7 +67,7 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
     out[rows] = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
     if np.all(rewards[rows] == rewards[rows[0]]):
       out[rows] = 0.0
-  return out if weights is None else out * share / share.mean()
+  return out if weights is None or not len(out) else out * share / share.mean()
 
 
 def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *,

@@ -57,12 +57,15 @@ def mean(values) -> float:
   return float(np.mean(values)) if values else float("nan")
 
 
-def rollout_metrics(rollouts: list[Rollout]) -> dict:
-  """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none."""
+def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None) -> dict:
+  """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none; learned: those that the update
+  sees (None: all survivors)."""
   kept = [r for r in rollouts if not r.pruned]
+  trained = [r for r in (rollouts if learned is None else learned) if not r.pruned]
   groups = {}
   for r in kept:
     groups.setdefault(r.prompt, []).append(r)
+  survivors = [len(groups.get(p, ())) for p in {r.prompt for r in rollouts}]
   ratios = [mean(r.reward for r in g) for g in groups.values()]
   scored = [r for r in kept if r.decided]
   within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
@@ -77,12 +80,14 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict:
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
     "groups_mixed": sum(0 < p < 1 for p in ratios),
-    "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in kept),
+    "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
+    # What all rollouts would have been, by the same weights, less what they were
+    "tokens_saved": sum(len(r.tokens) / r.survival for r in kept) - sum(len(r.tokens) for r in rollouts),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),
     "head_brier": mean((r.posterior - r.reward)**2 for r in scored),
     "head_spearman": spearman(score, reward),
     "false_prune": mean(1 - r.planned for r in controls if r.reward > 0),
-    "survivors_fewest": min(len(groups.get(p, ())) for p in {r.prompt for r in rollouts}),
+    "survivors_fewest": min(survivors), "survivors_histogram": np.bincount(survivors).tolist(),  # groups by survivors
   }

@@ -231,8 +231,26 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
 
 def at_least(floor, order, group, decided):
   """The `floor` decided rows of each group that come first by `order` f32[B] (u / p: who was nearest to surviving): bool[B]."""
-  ahead = (order[None, :] < order[:, None]) & (group[:, None] == group[None, :]) & decided[None, :]
+  ahead = _before(order) & (group[:, None] == group[None, :]) & decided[None, :]
   return decided & (jnp.sum(ahead, axis=1) < floor)
+
+
+def _before(order):
+  """bool[B,B]: whether column j comes before row i by `order` f32[B], lowest first, ties by index."""
+  index = jnp.arange(order.shape[0])
+  return (order[None, :] < order[:, None]) | ((order[None, :] == order[:, None]) & (index[None, :] < index[:, None]))
+
+
+def top_share(order, group, decided, *, kappa, p_min, p_max):
+  """Survival p_max for the first of each group by `order` f32[B], highest first, p_min for the rest, one between, mean kappa.
+
+  The rule behind pruning by trace confidence (DeepConf, arXiv 2508.15260, keeps the most confident traces): f32[B]; kappa where
+  not decided bool[B].
+  """
+  same = (group[:, None] == group[None, :]) & decided[None, :]
+  size, rank = jnp.sum(same, axis=1), jnp.sum(_before(-order) & same, axis=1)
+  share = jnp.clip(size * (kappa - p_min) / (p_max - p_min) - rank, 0.0, 1.0)
+  return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
 
 
 def best_subset(reward, keep):

@@ -1,45 +1,144 @@
-"""The quality head: a 2-layer MLP that reads one hidden state and gives one logit s (METHOD section 2; paper section 4.1).
+"""The quality head: from what a rollout is like at a detection token to one logit s, trained while the policy trains.
 
-Its input is the backbone's hidden state after the final norm at the detection token: the position whose forward pass
-samples response token number L_detect, so that one forward gives next-token logits and quality logit. The hidden
-state is detached by the caller's `stop_gradient` in the loss and scaled to unit root-mean-square here, because its scale
-differs by an order of magnitude between model families. Left out: the loss (losses.py) and what follows from the logit
-(prune.py).
+A 2-layer MLP (ARRoL, section on the quality head; METHOD section 2). Published input: the hidden state after the final norm at
+the detection token, the position whose forward pass samples response token number L_detect, so that one forward gives next-token
+logits and quality logit. Further inputs (METHOD 9.6): the mean of these states over the response so far, and its tokens'
+mean and lowest log-prob. States are scaled to unit root-mean-square, because their scale differs by an order of magnitude between
+model families; the caller's `stop_gradient` keeps the loss out of the backbone.
+
+`Recent` holds the last readings whose rewards are known, for further passes of the head alone. Left out: the loss
+(losses.py) and what follows from the logit (prune.py).
 """
 
 import functools
+from typing import NamedTuple
 
 from flax import nnx
+import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
+
+from arrol_jax.losses import binary_cross_entropy
+
+INPUTS = {"last": "w1", "mean": "w1_mean", "logprobs": "w1_logprobs"}  # input -> its weights in the first layer
+STATISTICS = 2  # mean and lowest log-prob
+
+
+class Reading(NamedTuple):
+  """What a head may read of rollouts at one place; None where none does. Any float dtype, leading axes alike."""
+  last: jax.Array | None = None      # [...,D] hidden state
+  mean: jax.Array | None = None      # [...,D] mean hidden state since the first response token was sampled
+  logprobs: jax.Array | None = None  # [...,2] mean and lowest log-prob of the response's tokens
 
 
 class QualityHead(nnx.Module):
-  """hidden [B,D] -> logit f32[B]. The last layer starts at zero: an untrained head says 0 (q = prior) of everything."""
+  """Reading -> logit f32[...]. The last layer starts at zero: an untrained head says 0 (q = prior) of everything."""
 
-  def __init__(self, width: int, hidden: int, key: jax.Array):
-    self.w1 = nnx.Param(jax.random.normal(key, (width, hidden), jnp.float32) * width**-0.5, axes=("embed", None))
+  def __init__(self, width: int, hidden: int, key: jax.Array, inputs: tuple[str, ...] = ("last",)):
+    for i, name in enumerate(inputs):
+      fan = STATISTICS if name == "logprobs" else width
+      weights = jax.random.normal(jax.random.fold_in(key, i) if i else key, (fan, hidden), jnp.float32)
+      weights *= (fan * len(inputs))**-0.5
+      setattr(self, INPUTS[name], nnx.Param(weights, axes=("embed" if fan == width else None, None)))
     self.b1 = nnx.Param(jnp.zeros((hidden,), jnp.float32), axes=(None,))
     self.w2 = nnx.Param(jnp.zeros((hidden,), jnp.float32), axes=(None,))
     self.b2 = nnx.Param(jnp.zeros((), jnp.float32), axes=())
 
-  def __call__(self, hidden: jax.Array) -> jax.Array:
-    x = hidden.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    x = jax.nn.gelu(x @ self.w1[...] + self.b1[...][None])
-    return x @ self.w2[...] + self.b2[...]
+  def __call__(self, reading: Reading) -> jax.Array:
+    x = self.b1[...]
+    for name, weights in INPUTS.items():
+      if hasattr(self, weights):
+        y = getattr(reading, name).astype(jnp.float32)
+        if name != "logprobs":
+          y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+        x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim))) + y @ getattr(self, weights)[...]
+    return jax.nn.gelu(x) @ self.w2[...] + self.b2[...]
+
+
+def init_head(width: int, hidden: int, key: jax.Array, inputs: tuple[str, ...] = ("last",)) -> dict:
+  """Parameters of a head with `hidden` units W, float32: a first layer an input ("w1" [D,W], "w1_mean" [D,W], "w1_logprobs"
+  [2,W]; those present say what it reads), "b1" [W], "w2" [W], "b2" []. Raises ValueError for an unknown input."""
+  unknown = set(inputs) - set(INPUTS)
+  if unknown or not inputs:
+    raise ValueError(f"a quality head reads some of {', '.join(INPUTS)}, not {inputs}")
+  return nnx.to_pure_dict(nnx.state(QualityHead(width, hidden, key, inputs)))
+
+
+def inputs_of(head: dict) -> tuple[str, ...]:
+  """Which inputs a head reads."""
+  return tuple(name for name, weights in INPUTS.items() if weights in head)
 
 
 @functools.cache
-def _structure():
-  return nnx.split(nnx.eval_shape(lambda: QualityHead(2, 2, jax.random.key(0))))[0]
+def _structure(inputs: tuple[str, ...]):
+  return nnx.split(nnx.eval_shape(lambda: QualityHead(2, 2, jax.random.key(0), inputs)))[0]
 
 
-def init_head(width: int, hidden: int, key: jax.Array) -> dict:
-  """Parameters {"w1" [D,W], "b1" [W], "w2" [W], "b2" []}, float32, of a head with `hidden` units."""
-  return nnx.to_pure_dict(nnx.state(QualityHead(width, hidden, key)))
+def quality_logit(head: dict, reading: Reading) -> jax.Array:
+  """The head's logit s, f32[...], for readings [...]."""
+  return nnx.merge(_structure(inputs_of(head)), nnx.State(head))(reading)
 
 
-def quality_logit(head: dict, hidden: jax.Array) -> jax.Array:
-  """The head's logit s, f32[B], for hidden states [B,D] of any float dtype."""
-  return nnx.merge(_structure(), nnx.State(head))(hidden)
+def read(head: dict, hidden: jax.Array, mask: jax.Array, logprobs: jax.Array, position: jax.Array) -> Reading:
+  """What `head` reads of whole rows at `position` i32[B,C]: hidden [B,S,D] of the trainer, mask and the sampler's logprobs
+  f32[B,S]. The state at p samples token p + 1, so the response's states begin one column before its mask."""
+  inputs = inputs_of(head)
+  last = jnp.take_along_axis(hidden, position[:, :, None], axis=1) if "last" in inputs else None
+  column = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, None, :]
+  start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)[:, None, None]
+  so_far = lambda first, end: ((column >= first) & (column <= end[:, :, None])).astype(jnp.float32)  # [B,C,S]
+  count = jnp.maximum(position - start[:, :, 0] + 2, 1).astype(jnp.float32)[:, :, None]
+  mean = statistics = None
+  if "mean" in inputs:
+    mean = jnp.einsum("bcs,bsd->bcd", (so_far(start - 1, position) / count).astype(hidden.dtype), hidden,
+                      preferred_element_type=jnp.float32)
+  if "logprobs" in inputs:
+    seen = so_far(start, position + 1)
+    lowest = jnp.min(jnp.where(seen > 0, logprobs[:, None], 0.0), axis=2)
+    statistics = jnp.stack([jnp.sum(seen * logprobs[:, None], axis=2) / count[:, :, 0], lowest], axis=2)
+  return Reading(last, mean, statistics)
+
+
+# ---- further passes over recent rollouts --------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Recent:
+  """A ring of the last R readings with known reward, and the state of the optimizer that goes over them."""
+  reading: Reading       # f32[R,...]
+  reward: jax.Array      # f32[R]
+  weight: jax.Array      # f32[R]  0 where the ring is still empty
+  next: jax.Array        # i32[]   where the next reading goes
+  opt_state: object
+
+
+def no_recent(head: dict, width: int, size: int, optimizer: optax.GradientTransformation) -> Recent:
+  """An empty ring of `size` readings for a model of `width`."""
+  wide = lambda name: jnp.zeros((size, STATISTICS if name == "logprobs" else width), jnp.float32)
+  reading = Reading(**{name: wide(name) for name in inputs_of(head)})
+  return Recent(reading, jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
+
+
+@functools.partial(jax.jit, static_argnames=("passes", "optimizer"), donate_argnames=("recent",))
+def refit(head: dict, recent: Recent, reading: Reading, reward: jax.Array, weight: jax.Array, *, passes: int,
+          optimizer: optax.GradientTransformation) -> tuple[dict, Recent]:
+  """Adds n <= R readings (reward, weight f32[n]; weight 0 adds nothing) and takes `passes` full-batch steps on the ring."""
+  size, used = recent.reward.shape[0], weight > 0
+  # Readings that count come one after the other; the others fall off the ring's end.
+  place = jnp.where(used, (recent.next + jnp.cumsum(used.astype(jnp.int32)) - 1) % size, size)
+  put = lambda ring, new: ring.at[place].set(new.astype(ring.dtype), mode="drop")
+  recent = recent.replace(reading=jax.tree.map(put, recent.reading, reading), reward=put(recent.reward, reward),
+                          weight=put(recent.weight, weight), next=(recent.next + jnp.sum(used, dtype=jnp.int32)) % size)
+
+  def loss(head):
+    bce = binary_cross_entropy(quality_logit(head, recent.reading), recent.reward)
+    return jnp.sum(recent.weight * bce) / jnp.maximum(jnp.sum(recent.weight), 1e-6)
+
+  def one(_, carry):
+    head, opt_state = carry
+    updates, opt_state = optimizer.update(jax.grad(loss)(head), opt_state, head)
+    return optax.apply_updates(head, updates), opt_state
+
+  head, opt_state = jax.lax.fori_loop(0, passes, one, (head, recent.opt_state))
+  return head, recent.replace(opt_state=opt_state)

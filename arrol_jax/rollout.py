@@ -14,20 +14,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from arrol_jax import prune, sharding, voting
+from arrol_jax import prune, quality, sharding
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.losses import group_advantages
-from arrol_jax.metrics import bootstrap_interval, pass_at_k
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import quality_logit
-from arrol_jax.rewards import extract_answer, grade
-from arrol_jax.types import Batch, Rollout
+from arrol_jax.quality import Reading
+from arrol_jax.types import Batch, Rollout, TrainState
 
 # Folded into a request's key for its survival draws (downward, one a decision) and for being a control; token n uses n.
 _DRAW, _CONTROL = 0x7FFFFFFF, 0x7FFF0000
-RULES = ("published", "group", "random", "lowest", "highest")
+RULES = ("published", "group", "random", "lowest", "highest", "confidence", "max_variance")
 DRAWS = ("bernoulli", "systematic")
 WEIGH = ("table", "head", "policy")
 _STEEP = 50.0  # a strength at which the rule is as good as a threshold
@@ -39,9 +38,10 @@ class PruneRule:
 
   detect: response tokens at each decision; keep kappa, target rho, strength lambda. The keep ratios of several decisions
   multiply to `keep`, and so do the limits p_min and p_max. kind: "published"; "group" steers each group's expected ratio to
-  rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table. draw: "bernoulli"
-  or "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. control: share of rollouts
-  that are never cut.
+  rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a
+  group whose tokens are most confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`;
+  "threshold", for inference, stops those whose posterior is below `keep`. draw: "bernoulli" or "systematic", a fixed number a
+  group. floor: rows of a group that survive a decision at least. control: share of rollouts that are never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
@@ -61,26 +61,41 @@ class PruneRule:
     return dict(kappa=self.keep**root, rho=self.target, lam=strength, p_min=self.p_min**root, p_max=self.p_max**root)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "pruning"), donate_argnames=("slots",))
-def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool) -> tuple[Slots, Decision]:
+def reading_of(slots: Slots, head: dict) -> Reading:
+  """What `head` reads of each slot as it stands."""
+  inputs, count = quality.inputs_of(head), jnp.maximum(slots.generated, 1).astype(jnp.float32)
+  return Reading(slots.hidden if "last" in inputs else None, slots.hidden_sum / count[:, None] if "mean" in inputs else None,
+                 jnp.stack([slots.logprob_sum / count, slots.logprob_min], axis=1) if "logprobs" in inputs else None)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "pruning", "readings"), donate_argnames=("slots",))
+def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
+            readings: bool) -> tuple[Slots, Decision]:
   tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
   here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
   of_row = lambda by_decision: jnp.take_along_axis(by_decision, which[None], axis=0)[0]  # [C,B] -> [B]
-  score = quality_logit(head, slots.hidden)
+  reading = reading_of(slots, head)
+  score = quality.quality_logit(head, reading)
   posterior = of_row(jax.vmap(prune.posterior, (0, None))(tables, score))
   # Members of a group that decide together, at the same length.
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
   constants = rule.constants()
 
+  limits = {k: constants[k] for k in ("kappa", "p_min", "p_max")}
+
   def by_rule():
     if rule.kind == "group":
-      limits = {k: constants[k] for k in ("kappa", "rho", "p_min", "p_max")}
-      return prune.group_survival(posterior, group, decided, **limits)
+      return prune.group_survival(posterior, group, decided, rho=rule.target, **limits)
+    if rule.kind == "confidence":
+      return prune.top_share(slots.confidence_sum / jnp.maximum(slots.generated, 1), group, decided, **limits)
+    if rule.kind == "threshold":
+      return (posterior >= rule.keep).astype(jnp.float32)
     delta = jax.vmap(lambda table: prune.solve_delta(table, **constants))(tables)
     return prune.survival(posterior, delta=delta[which], **constants)
 
   keep_all = lambda: jnp.ones_like(score)
+  pruning &= rule.kind != "max_variance"
   planned = jax.lax.cond(jnp.any(decided), by_rule, keep_all) if pruning else keep_all()  # most boundaries decide nothing
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
   control = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _CONTROL)))(slots.key) < rule.control
@@ -92,14 +107,16 @@ def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, prun
   else:
     keep = u < survival
   if rule.floor:
-    keep |= prune.at_least(rule.floor, u / survival, group, decided)
+    keep |= prune.at_least(rule.floor, -posterior if rule.kind == "threshold" else u / survival, group, decided)
   keep |= ~decided
-  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival, planned)
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival, planned,
+                                                             reading if readings else None)
 
 
-def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool) -> Callable:
-  """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout."""
-  return lambda slots: _decide(slots, head, tables, rule, pruning)
+def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, readings: bool = False) -> Callable:
+  """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout; readings:
+  rollouts bring home what the head read."""
+  return lambda slots: _decide(slots, head, tables, rule, pruning, readings)
 
 
 def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
@@ -150,6 +167,18 @@ def until_mixed(roll_out: Callable, wanted: int, rounds: int) -> tuple[list[Roll
       break
   chosen = set(mixed[:wanted])
   return [r for r in everything if r.prompt in chosen], everything, n + 1
+
+
+def down_sample(rollouts: list[Rollout], keep: float) -> list[Rollout]:
+  """PODS (arXiv 2504.13818): of each group's finished rollouts the share `keep` whose raw rewards vary most."""
+  groups, out = {}, []
+  for r in rollouts:
+    if not r.pruned:
+      groups.setdefault(r.prompt, []).append(r)
+  for group in groups.values():
+    chosen = prune.best_subset([r.reward for r in group], max(1, round(keep * len(group))))
+    out += [r for r, taken in zip(group, chosen, strict=True) if taken]
+  return out
 
 
 class PackShape(NamedTuple):
@@ -248,48 +277,19 @@ def _update_tables(tables, score, reward, weight, half_life):
   return jax.vmap(lambda t, s, w: prune.update(t, s, reward, w, half_life=half_life))(tables, score, weight)
 
 
-def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
-            head: dict | None = None, table: Calibration | None = None, pattern: str | None = None,
-            progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
-  """Accuracy on held-out prompts, nothing pruned: metrics and the rollouts behind them.
+def refit_head(state: TrainState, rollouts: list[Rollout], *, passes: int, optimizer: optax.GradientTransformation,
+               weigh: tuple[str, ...] = ()) -> TrainState:
+  """The state after `passes` more steps of the head alone, over its buffer and this step's scored survivors.
 
-  accuracy: mean reward over all samples (avg@k); ci95: half-width of its normal interval over problems; pass: share of
-  problems with at least one right answer; truncated: share that hit the length limit. With several samples also pass@k for
-  k = 1, 2, 4, ... (the unbiased estimator) and the accuracy of the answer voted for by all: maj@k, and with a head
-  rank@k (the paper's rule) and posterior@k (`table`'s posterior of the last score). Each of these comes with a bootstrap
-  interval over problems, "..._ci". pattern: the grader's, to read the answers that are voted on.
+  weigh holding "head": a survivor counts 1 / survival times. Needs rollouts with readings (`make_decide`).
   """
-  voters = head is not None and samples > 1
-  table = Calibration() if table is None else table
-  decide = make_decide(head, table, PruneRule((engine.max_new + 1,)), False) if voters else None  # scores, decides nothing
-  rollouts, _ = generate(engine, prompts, samples, key, sampling, tokenizer, grader, decide=decide, progress=progress)
-  rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)
-  by_problem = rewards.mean(axis=1)
-  out = {"accuracy": float(by_problem.mean()),
-         "ci95": float(1.96 * by_problem.std(ddof=1) / np.sqrt(len(prompts))) if len(prompts) > 1 else float("nan"),
-         "problems": len(prompts), "samples": samples, "pass": float((rewards.max(axis=1) > 0).mean()),
-         "response_len": float(np.mean([len(r.tokens) for r in rollouts])),
-         "truncated": float(np.mean([not r.stopped for r in rollouts]))}
-  if samples > 1:
-    per_problem = {f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length()))
-                   if k <= samples}
-    answers = [extract_answer(r.text, pattern) for r in rollouts]
-    scores = {"majority": np.zeros(len(rollouts))}
-    if voters:
-      final = np.array([r.final for r in rollouts])
-      last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], table)
-      scores |= {"rank": final, "posterior": np.asarray(prune.posterior(last, final))}
-    for rule, score in scores.items():
-      name = "maj" if rule == "majority" else rule
-      said = (answers[i:i + samples] for i in range(0, len(answers), samples))
-      rows = zip(rewards, said, score.reshape(-1, samples), strict=True)
-      per_problem[f"{name}@{samples}"] = [voted_reward(*row, rule) for row in rows]
-    for name, values in per_problem.items():
-      out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
-  return out, rollouts
-
-
-def voted_reward(rewards: np.ndarray, answers: list[str | None], scores: np.ndarray, rule: str) -> float:
-  """Reward of the answer that one problem's traces vote for; math-equal answers pool their votes, no answer is wrong."""
-  winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(f"\\boxed{{{b}}}", a) > 0)
-  return 0.0 if winner is None else float(rewards[answers.index(winner)])
+  scored = [(reading, r) for r in rollouts if not r.pruned for reading in r.readings][-state.recent.reward.shape[0]:]
+  if not scored:
+    return state
+  size = 1 << (len(scored) - 1).bit_length()
+  reading = jax.tree.map(lambda *x: np.pad(np.stack(x).astype(np.float32), ((0, size - len(x)), (0, 0))), *(x for x, _ in scored))
+  reward, weight = np.zeros((2, size), np.float32)
+  reward[:len(scored)] = [r.reward for _, r in scored]
+  weight[:len(scored)] = [1.0 / r.survival if "head" in weigh else 1.0 for _, r in scored]
+  head, recent = quality.refit(state.params["head"], state.recent, reading, reward, weight, passes=passes, optimizer=optimizer)
+  return state.replace(params=state.params | {"head": head}, recent=recent)

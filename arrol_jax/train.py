@@ -77,7 +77,7 @@ def main():
       return rollouts, learned, rounds, sum(waited)
 
     # ---- state, resume
-    optimizer = assemble.optimizer(c)
+    optimizer, head_optimizer = assemble.optimizer(c), assemble.head_optimizer(c)
     reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble.init_state(c, loaded, optimizer, mesh, keep_params=reference is not None)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
@@ -98,8 +98,10 @@ def main():
       clock = Clock()
       engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
-      decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning)
+      decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning, readings=bool(c.quality.buffer))
       rollouts, learned, rounds, sec_reward = roll_out(step, decide)
+      if pruning and rule.kind == "max_variance":
+        learned = rollout.down_sample(learned, rule.keep)
       engine.params = None  # the update needs the room
       clock.lap("sec_generate")
       batches = rollout.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
@@ -109,11 +111,14 @@ def main():
       state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
       state = state.replace(calibration=rollout.update_calibration(state.calibration, rollouts, c.prune.half_life,
                                                                    tuple(c.prune.weigh)))
+      if c.quality.buffer:
+        state = rollout.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
+                                   weigh=tuple(c.prune.weigh))
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       clock.lap("sec_update", state.step)
       clock.seconds["sec_generate"] -= sec_reward
 
-      line = {"step": step + 1} | rollout_metrics(rollouts) | metrics | {
+      line = {"step": step + 1} | rollout_metrics(rollouts, learned) | metrics | {
         "pruning": pruning, "rounds": rounds, "groups_learned": len({r.prompt for r in learned}),
         "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward, **clock.seconds,
         "sec_step": clock.total()}

@@ -39,6 +39,7 @@ class TrainState:
   opt_state: object
   calibration: object          # prune.Calibration
   step: jax.Array              # i32[]
+  recent: object = None        # quality.Recent, None without a buffer for the head
 
 
 @dataclasses.dataclass
@@ -52,6 +53,8 @@ class Rollout:
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
   scores: tuple = ()           # the head's logit at each detection length reached
+  readings: tuple = ()         # what it read there (quality.Reading), where asked for
+  confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off
   posterior: float = float("nan")   # q at the last of them, METHOD section 3
   survival: float = 1.0             # product of the probabilities p with which it was kept
   planned: float = 1.0              # the same by the rule, where a control rollout's survival is 1

@@ -13,23 +13,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arrol_jax import losses, policy
+from arrol_jax import losses, policy, quality
 from arrol_jax.attention import causal_attention
 from arrol_jax.losses import LossConfig
 from arrol_jax.policy import PolicyConfig
-from arrol_jax.quality import quality_logit
 from arrol_jax.types import Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
   """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens a
-  log-prob chunk, response tokens at most."""
+  log-prob chunk."""
   dtype: str = "bfloat16"
   attention: str = "auto"
   remat: str = "dots"
   chunk_tokens: int = 4096
-  max_new: int = 1
 
 
 def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: float,
@@ -88,14 +86,14 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
   hidden = _hidden(c, params["policy"], batch, compute)
   mask = batch.response_mask
   logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
-  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"], compute.max_new)
+  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"], loss.longest)
   term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
                                    clip_low=loss.clip_low, clip_high=loss.clip_high, ratio=loss.ratio)
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
 
-  read = jnp.take_along_axis(hidden, batch.head_position[:, :, None], axis=1)  # [B,C,D]
-  logit = quality_logit(params["head"], jax.lax.stop_gradient(read.reshape(-1, read.shape[2]))).reshape(read.shape[:2])
+  reading = quality.read(params["head"], jax.lax.stop_gradient(hidden), mask, batch.sampler_logprobs, batch.head_position)
+  logit = quality.quality_logit(params["head"], reading)  # f32[B,C]
   bce = losses.binary_cross_entropy(logit, batch.rewards[:, None])
   head_loss = jnp.sum(batch.head_weight * bce) / jnp.maximum(totals["head"], 1.0)
 

@@ -129,16 +129,21 @@ def trace_confidence(logprobs_topk, window=2048, kind="mean"):
   Returns: float.
   Raises: ValueError for an unknown kind, another shape, an empty trace, a window below 1 or infinite values.
   """
-  if kind not in CONFIDENCES:
-    raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(CONFIDENCES)}")
   logprobs = np.asarray(logprobs_topk, np.float64)
   if logprobs.ndim != 2 or 0 in logprobs.shape:
     raise ValueError(f"expected log-probabilities [T,k] with T, k >= 1, got shape {logprobs.shape}")
-  if window < 1:
-    raise ValueError(f"window must be at least 1, got {window}")
   if not np.all(np.isfinite(logprobs)):
     raise ValueError("log-probabilities must be finite: take them before top-k or top-p masks")
-  token = -logprobs.mean(axis=1)
+  return summarize_confidence(-logprobs.mean(axis=1), window, kind)
+
+
+def summarize_confidence(token, window=2048, kind="mean"):
+  """`trace_confidence` from the confidences of a trace's tokens, f[T]."""
+  if kind not in CONFIDENCES:
+    raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(CONFIDENCES)}")
+  if window < 1:
+    raise ValueError(f"window must be at least 1, got {window}")
+  token = np.asarray(token, np.float64)
   if kind == "mean":
     return float(token.mean())
   if kind == "tail":

@@ -39,7 +39,7 @@ class Logs:
     self._append("metrics", line)
     if self.board:
       for name, value in line.items():
-        if name != "step" and value is not None:
+        if name != "step" and isinstance(value, int | float):
           self.board.add_scalar(name, value, line["step"])
 
   def _append(self, name: str, record: dict) -> None:

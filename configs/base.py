@@ -52,7 +52,8 @@ def get_config() -> ConfigDict:
   c.prune.p_max = 0.9          # (paper)
   c.prune.cold_start = 20      # first steps without pruning, while head and table gather data (paper)
   c.prune.bins = 128           # B (paper)
-  c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); baselines: "random", "lowest", "highest" posterior
+  c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); baselines: "random", "lowest", "highest" posterior,
+                               # "confidence" (DeepConf's, in its group), "max_variance" (PODS: all finish, a share is trained on)
   c.prune.draw = "bernoulli"   # (paper); "systematic": a fixed number of survivors a group, same probabilities
   c.prune.floor = 0            # survivors of a group that decides together, at least
   c.prune.control = 0.0        # share of rollouts that are never pruned: unbiased false-prune rate
@@ -60,7 +61,11 @@ def get_config() -> ConfigDict:
   c.prune.half_life = config_dict.placeholder(float)  # rollouts after which a count weighs half; None: never forget (open)
 
   c.quality = ConfigDict()
+  c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
   c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
+  c.quality.buffer = config_dict.placeholder(int)  # scored rollouts kept for more passes of the head alone; None: no passes
+  c.quality.passes = 8         # full-batch steps over the buffer after each training step
+  c.quality.weight_decay = 0.0  # in those steps
   c.quality.short = "skip"     # rollouts that end before detection: "skip" or "last" hidden state (open in the paper)
 
   c.loss = ConfigDict()
@@ -102,6 +107,9 @@ def get_config() -> ConfigDict:
   c.eval.samples = 1           # responses a problem
   c.eval.temperature = 0.0     # 0: greedy
   c.eval.max_new = 0           # 0: as rollout.max_new
+  c.eval.deepconf = False      # with several samples: also vote by DeepConf's trace confidences, over groups of `window` tokens
+  c.eval.window = 2048         # (DeepConf)
+  c.eval.stop_below = config_dict.placeholder(float)  # ends traces of lower posterior at prune.detect; a problem's best goes on
 
   c.log = ConfigDict()
   c.log.rollouts = 4           # texts a step written to rollouts.jsonl

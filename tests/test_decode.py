@@ -65,7 +65,7 @@ def start(c, params, rows=None, length=48, limit=20, key=None):
 @pytest.mark.parametrize("name", SHAPES)
 def test_cached_decode_equals_full_forward(name):
   c, params, layers = make(name)
-  slots, tokens, logprobs = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
+  slots, tokens, logprobs, _ = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
   for i, prompt in enumerate(PROMPTS):
     row = prompt + tokens[i].tolist()
     logits = full_logits(c, params, row)[len(prompt) - 1:-1]
@@ -75,7 +75,7 @@ def test_cached_decode_equals_full_forward(name):
 
 def test_greedy_takes_the_most_likely_token():
   c, params, layers = make("qwen3")
-  slots, tokens, _ = decode.generate_segment(c, layers, start(c, layers), steps=6, sampling=Sampling(0.0, (), "float32"))
+  slots, tokens, *_ = decode.generate_segment(c, layers, start(c, layers), steps=6, sampling=Sampling(0.0, (), "float32"))
   for i, prompt in enumerate(PROMPTS):
     logits = full_logits(c, params, prompt + tokens[i].tolist())
     np.testing.assert_array_equal(tokens[i], logits[len(prompt) - 1:-1].argmax(-1))
@@ -83,7 +83,7 @@ def test_greedy_takes_the_most_likely_token():
 
 def test_hidden_is_the_state_that_sampled_the_last_token():
   c, params, layers = make("qwen2")
-  slots, tokens, _ = decode.generate_segment(c, layers, start(c, layers), steps=5, sampling=SAMPLING)
+  slots, tokens, *_ = decode.generate_segment(c, layers, start(c, layers), steps=5, sampling=SAMPLING)
   for i, prompt in enumerate(PROMPTS):
     hidden, _ = full(c, params, prompt + tokens[i].tolist())
     np.testing.assert_allclose(slots.hidden[i], hidden[len(prompt) + 5 - 2], atol=2e-5)
@@ -91,7 +91,7 @@ def test_hidden_is_the_state_that_sampled_the_last_token():
 
 def test_segments_equal_one_long_decode():
   c, _, layers = make("llama")
-  slots, long, long_logprobs = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
+  slots, long, long_logprobs, _ = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
   slots, parts = start(c, layers), []
   for _ in range(3):
     slots, *part = decode.generate_segment(c, layers, slots, steps=4, sampling=SAMPLING)
@@ -103,10 +103,10 @@ def test_segments_equal_one_long_decode():
 def test_gather_then_decode_equals_decode_then_select():
   c, _, layers = make("qwen3")
   first = lambda: decode.generate_segment(c, layers, start(c, layers), steps=4, sampling=SAMPLING)[0]
-  _, all_rows, _ = decode.generate_segment(c, layers, first(), steps=6, sampling=SAMPLING)
+  _, all_rows, *_ = decode.generate_segment(c, layers, first(), steps=6, sampling=SAMPLING)
   rows = np.array([2, 0, 0])
   taken = decode.take_rows(first(), rows, np.array([True, True, False]), length=32)
-  after, some_rows, _ = decode.generate_segment(c, layers, taken, steps=6, sampling=SAMPLING)
+  after, some_rows, *_ = decode.generate_segment(c, layers, taken, steps=6, sampling=SAMPLING)
   np.testing.assert_array_equal(some_rows[:2], np.asarray(all_rows)[rows[:2]])
   assert after.generated.tolist() == [10, 10, 4] and not after.active[2]
 
@@ -114,7 +114,7 @@ def test_gather_then_decode_equals_decode_then_select():
 def test_rows_of_a_group_share_the_prompt_and_differ_by_key():
   c, params, layers = make("qwen3")
   rows = [2, 2, 2, 1]
-  _, tokens, logprobs = decode.generate_segment(c, layers, start(c, layers, rows), steps=8, sampling=SAMPLING)
+  _, tokens, logprobs, _ = decode.generate_segment(c, layers, start(c, layers, rows), steps=8, sampling=SAMPLING)
   assert len({tuple(t) for t in tokens[:3].tolist()}) == 3
   for i, r in enumerate(rows):
     logits = full_logits(c, params, PROMPTS[r] + tokens[i].tolist())[len(PROMPTS[r]) - 1:-1]
@@ -123,9 +123,9 @@ def test_rows_of_a_group_share_the_prompt_and_differ_by_key():
 
 def test_rows_stop_at_stop_tokens_and_limits():
   c, _, layers = make("qwen3")
-  _, free, _ = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
+  _, free, *_ = decode.generate_segment(c, layers, start(c, layers), steps=12, sampling=SAMPLING)
   stop = int(free[0, 3])
-  slots, tokens, _ = decode.generate_segment(
+  slots, tokens, *_ = decode.generate_segment(
     c, layers, start(c, layers, limit=9), steps=12, sampling=Sampling(1.0, (stop,), "float32"))
   for i in range(len(PROMPTS)):
     row = free[i].tolist()
@@ -138,11 +138,11 @@ def test_samples_follow_the_softmax():
   logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
   n = 20000
   keys = jax.random.split(jax.random.key(0), n)
-  tokens, logprobs = decode.sample(SAMPLING, keys, jnp.broadcast_to(logits[None], (n, 3)))
+  tokens, logprobs, _ = decode.sample(SAMPLING, keys, jnp.broadcast_to(logits[None], (n, 3)))
   share = np.bincount(tokens, minlength=3) / n
   np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=4 * np.sqrt(0.25 / n))
   np.testing.assert_allclose(jnp.exp(logprobs[:50]), np.array([0.5, 0.3, 0.2])[np.asarray(tokens[:50])], rtol=1e-5)
-  half, logprobs = decode.sample(Sampling(0.5, (), "float32"), keys, jnp.broadcast_to(logits[None], (n, 3)))
+  half, logprobs, _ = decode.sample(Sampling(0.5, (), "float32"), keys, jnp.broadcast_to(logits[None], (n, 3)))
   sharp = np.array([0.25, 0.09, 0.04]) / 0.38
   np.testing.assert_allclose(np.bincount(half, minlength=3) / n, sharp, atol=4 * np.sqrt(0.25 / n))
   np.testing.assert_allclose(jnp.exp(logprobs[:50]), sharp[np.asarray(half[:50])], rtol=1e-5)
@@ -157,7 +157,7 @@ def test_filters_leave_the_likely_tokens(filters, left):
   p = np.array([0.5, 0.25, 0.2, 0.05])
   n = 4000
   logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32))[None] + 3.0, (n, 4))
-  tokens, logprobs = decode.sample(Sampling(1.0, (), "float32", **filters), jax.random.split(jax.random.key(0), n), logits)
+  tokens, logprobs, _ = decode.sample(Sampling(1.0, (), "float32", **filters), jax.random.split(jax.random.key(0), n), logits)
   share = np.bincount(tokens, minlength=4) / n
   want = np.where([i in left for i in range(4)], p, 0.0)
   np.testing.assert_allclose(share, want / want.sum(), atol=4 * np.sqrt(0.25 / n))
@@ -174,6 +174,6 @@ def test_a_dead_neighbour_leaves_no_trace():
   key = jax.random.split(jax.random.key(9), 4)
   put = lambda s, slot: decode.insert(s, prefix, jnp.where(jnp.arange(4) == slot, 0, -1), key, jnp.full(4, 10),
                                       jnp.zeros(4, jnp.int32))
-  _, used, _ = decode.generate_segment(c, layers, put(slots, 2), steps=10, sampling=SAMPLING)
-  _, fresh, _ = decode.generate_segment(c, layers, put(decode.init_slots(c, 4, 48, SAMPLING), 2), steps=10, sampling=SAMPLING)
+  _, used, *_ = decode.generate_segment(c, layers, put(slots, 2), steps=10, sampling=SAMPLING)
+  _, fresh, *_ = decode.generate_segment(c, layers, put(decode.init_slots(c, 4, 48, SAMPLING), 2), steps=10, sampling=SAMPLING)
   np.testing.assert_array_equal(used[2], fresh[2])

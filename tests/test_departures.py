@@ -11,7 +11,7 @@ from test_train import read, run
 
 from arrol_jax import decode
 from arrol_jax.prune import Calibration
-from arrol_jax.rollout import PackShape, PruneRule, make_decide, pack, until_mixed, update_calibration
+from arrol_jax.rollout import PackShape, PruneRule, down_sample, make_decide, pack, until_mixed, update_calibration
 
 
 def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
@@ -52,6 +52,25 @@ def standing(mesh):
 def test_a_systematic_draw_keeps_the_same_number_in_each_group(head, table, standing):
   keep = decide_once(head, table, PruneRule((8,), kind="random", draw="systematic"), standing).keep
   assert np.asarray(keep).reshape(2, 8).sum(1).tolist() == [4, 4]
+
+
+def test_confidence_keeps_a_groups_most_confident(head, table, standing):
+  """Of eight with p in [0.1, 0.9] and a mean of 0.3: two at 0.9, six at 0.1, and the confidence that counts is a token's mean."""
+  confident = np.random.default_rng(0).permutation(16).astype(np.float32)
+  slots = standing.replace(confidence_sum=jnp.asarray(confident))
+  planned = np.asarray(decide_once(head, table, PruneRule((8,), keep=0.3, kind="confidence"), slots).planned).reshape(2, 8)
+  for p, c in zip(planned, confident.reshape(2, 8), strict=True):
+    assert p.mean() == pytest.approx(0.3, abs=1e-6)
+    np.testing.assert_allclose(p[np.argsort(-c)], [0.9, 0.9] + [0.1] * 6, atol=1e-6)
+
+
+def test_max_variance_cuts_nothing_in_generation_and_trains_on_the_most_varied(head, table, standing):
+  assert np.asarray(decide_once(head, table, PruneRule((8,), kind="max_variance"), standing).keep).all()
+  rewards = {0: [1, 0, 0, 0, 0, 0, 0, 1], 1: [1] * 8, 2: [0, 1, 1, 1]}
+  rollouts = [rollout_of(10 * p + i, p, 2, 9, reward=float(r)) for p, group in rewards.items() for i, r in enumerate(group)]
+  kept = down_sample(rollouts, 0.5)
+  by_group = {p: [r.reward for r in kept if r.prompt == p] for p in rewards}
+  assert sorted(by_group[0]) == [0, 0, 1, 1] and by_group[1] == [1] * 4 and sorted(by_group[2]) == [0, 1]
 
 
 def test_a_floor_of_survivors(head, table, standing):
@@ -111,10 +130,12 @@ def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh):
 
 
 def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
-  """Two decisions, group rule, fixed sizes, floor, controls, weights, dynamic sampling, DAPO: stopped and resumed, or not."""
+  """Two decisions, group rule, fixed sizes, floor, controls, weights, dynamic sampling, DAPO, a head that reads all and goes over
+  a buffer: stopped and resumed, or not."""
   every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__control=0.2,
                prune__weigh="('table','head','policy')", prune__cold_start=1, rollout__rounds=2, loss__name="dapo",
-               loss__kl_weight=0.0, data__eval="", steps=3)
+               loss__kl_weight=0.0, data__eval="", steps=3, quality__inputs="('last','mean','logprobs')", quality__buffer=40,
+               quality__passes=4)
   run(tmp_path / "whole", **every)
   run(tmp_path / "parts", **every | {"steps": 2})
   run(tmp_path / "parts", **every)

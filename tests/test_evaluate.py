@@ -50,6 +50,23 @@ def test_a_model_and_a_checkpoint_are_told_apart(monkeypatch, capsys, run_with_c
   assert status == 0 and broken["step"] == 3 and broken["accuracy"] == 0.0 and broken["truncated"] == 1.0
 
 
+def test_votes_and_early_stopping_from_a_checkpoint(monkeypatch, capsys, run_with_checkpoint):
+  """The untrained head calls every trace as likely as not: below 0.6 all but a problem's best end at the detection length."""
+  options = ["--config.eval.problems=4", "--config.eval.samples=8", "--config.eval.temperature=1.0",
+             "--config.eval.deepconf=True", f"--workdir={run_with_checkpoint}"]
+  _, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL, *options)
+  free = json.loads(lines[-1])
+  assert {"maj@8", "rank@8", "posterior@8", "best@8", "deepconf_tail@8", "pass@8", "pass@8_ci"} <= set(free)
+  _, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL, *options, "--config.eval.stop_below=0.6")
+  stopped = json.loads(lines[-1])
+  assert stopped["stopped"] > 0 and free["stopped"] == 0.0 and stopped["tokens"] < free["tokens"]
+
+
+def test_early_stopping_needs_a_head(monkeypatch, capsys):
+  status, _, err = call(evaluate, monkeypatch, capsys, *SMALL, "--config.eval.stop_below=0.5")
+  assert status == 2 and "eval.stop_below" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("arguments, word", [
   (["--workdir=nowhere"], "no checkpoint"),
   (["--config.data.eval="], "nothing to evaluate"),

@@ -65,6 +65,7 @@ def test_advantages_of_ragged_groups_in_any_order():
 
 def test_no_survivors_no_advantages():
   assert group_advantages([], np.zeros(0, int)).shape == (0,)
+  assert group_advantages([], np.zeros(0, int), weights=np.zeros(0)).shape == (0,)
 
 
 # ---- surrogate, KL, weights

@@ -78,6 +78,7 @@ def test_rollout_metrics_by_hand():
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
+    "tokens_saved": pytest.approx(20 / 0.5 + 30 / 0.25 + 6 + 12 / 0.4 + 24 / 0.8 - 116),
     "response_len": pytest.approx(92 / 5), "truncated": pytest.approx(1 / 5),
     # scored survivors: positives 2.0 and 0.5, negatives -1.0 and 3.0
     "head_auc": 0.5, "head_auc_within": 1.0,
@@ -85,7 +86,12 @@ def test_rollout_metrics_by_hand():
     "head_brier": pytest.approx((0.2**2 + 0.3**2 + 0.4**2 + 0.9**2) / 4),
     "head_spearman": pytest.approx(0, abs=1e-9),                    # ranks 3, 1, 2, 4 of right, wrong, right, wrong
     "false_prune": pytest.approx(math.nan, nan_ok=True), "survivors_fewest": 0,
+    "survivors_histogram": [1, 2, 0, 1],
   }
+
+
+def test_tokens_trained_are_those_the_update_sees():
+  assert rollout_metrics(STEP, STEP[1:4])["tokens_trained"] == 30 + 6
 
 
 def test_false_prune_rate_is_that_of_the_right_controls():
@@ -124,7 +130,8 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 ])
 def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   out = rollout_metrics(step)
-  assert {name for name, value in out.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
+  numbers = {name: value for name, value in out.items() if name != "survivors_histogram"}
+  assert {name for name, value in numbers.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
   assert out["rollouts_started"] == len(step)
   assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in out.values())
 

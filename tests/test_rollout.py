@@ -2,23 +2,22 @@
 
 import dataclasses
 import math
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import decode, policy, prune, rollout, sharding
+from arrol_jax import decode, policy, prune, sharding
 from arrol_jax.attention import causal_attention
 from arrol_jax.data import Problem, Prompt
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, Request
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head, quality_logit
+from arrol_jax.quality import Reading, quality_logit
 from arrol_jax.rewards import Grader
-from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, measure, pack, update_calibration
+from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, pack, update_calibration
 from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
@@ -252,7 +251,7 @@ def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
       tokens = np.zeros((1, 28), np.int32)
       tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
       hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + RULE.detect[0] - 2]
-      assert r.score == pytest.approx(float(quality_logit(head, hidden[None])[0]), abs=1e-4)
+      assert r.score == pytest.approx(float(quality_logit(head, Reading(hidden[None]))[0]), abs=1e-4)
   assert len({r.score for r in decided if r.decided}) > 5
 
 
@@ -353,62 +352,6 @@ def test_generate_stops_at_the_engines_limit(mesh):
   with jax.set_mesh(mesh), Grader(1) as grader:
     out, _ = generate(engine(mesh, max_new=9), prompts()[:2], 3, KEY, SAMPLING, Words(), grader)
   assert max(len(r.tokens) for r in out) == 9
-
-
-def test_measure_by_hand(monkeypatch):
-  """3 problems, 2 samples: 2, 1 and 0 right. Means 1, 1/2, 0: accuracy 1/2, standard deviation 1/2."""
-  plan = [(0, 1, 4, True), (0, 1, 6, True), (1, 0, 10, False), (1, 1, 4, True), (2, 0, 8, True), (2, 0, 10, False)]
-  rollouts = [rollout_of(i, p, 2, n, reward=float(r), stopped=s) for i, (p, r, n, s) in enumerate(plan)]
-
-  def given(engine, prompts, samples, *rest, **options):
-    assert options.get("decide") is None  # nothing is pruned in an evaluation
-    return rollouts[:len(prompts) * samples], 0.0
-
-  monkeypatch.setattr(rollout, "generate", given)
-  result, behind = measure(None, [None] * 3, 2, KEY, SAMPLING, None, None)
-  assert behind == rollouts
-  plain = {k: v for k, v in result.items() if "@" not in k}
-  assert plain == {"accuracy": 0.5, "ci95": pytest.approx(1.96 * 0.5 / math.sqrt(3)), "problems": 3, "samples": 2,
-                   "pass": pytest.approx(2 / 3), "response_len": pytest.approx(7.0), "truncated": pytest.approx(1 / 3)}
-  assert (result["pass@1"], result["pass@2"]) == (0.5, pytest.approx(2 / 3))
-  assert result["pass@2_ci"][0] <= 2 / 3 <= result["pass@2_ci"][1]
-  alone, _ = measure(None, [None], 2, KEY, SAMPLING, None, None)
-  assert alone["accuracy"] == 1.0 and math.isnan(alone["ci95"])
-
-
-def test_votes_by_hand(monkeypatch):
-  """Three say 7 (wrong), in two spellings; two say 5 (right) with the best scores. Weights by rank: 0, 1/4, 1/2; 3/4, 1."""
-  said = [("7", -3.0), ("7.0", -2.0), ("7", -1.0), ("5", 1.0), ("5", 2.0)]
-  rollouts = [rollout_of(i, 0, 2, 4, reward=float(a == "5"), text=f"so \\boxed{{{a}}}", final=s) for i, (a, s) in enumerate(said)]
-  monkeypatch.setattr(rollout, "generate", lambda *a, **k: (rollouts, 0.0))
-  head = init_head(C.width, 8, jax.random.key(1))
-  table = Calibration(jnp.array([0.0, 0.0, 0.0, 9.0]), jnp.array([9.0, 0.0, 0.0, 0.0]))
-  result, _ = measure(engine_of_length(9), [None], 5, KEY, SAMPLING, None, None, head=head, table=table)
-  assert (result["maj@5"], result["rank@5"], result["posterior@5"]) == (0.0, 1.0, 1.0)
-  no_head, _ = measure(engine_of_length(9), [None], 5, KEY, SAMPLING, None, None)
-  assert no_head["maj@5"] == 0.0 and "rank@5" not in no_head
-
-
-def engine_of_length(max_new):
-  return types.SimpleNamespace(max_new=max_new)
-
-
-def test_the_last_score_is_the_heads_at_the_last_token(mesh, head):
-  with jax.set_mesh(mesh), Grader(1) as grader:
-    _, out = measure(engine(mesh), prompts()[:2], 2, KEY, SAMPLING, Words(), grader, head=head)
-  for r in out:
-    tokens = np.zeros((1, 28), np.int32)
-    tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
-    hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + len(r.tokens) - 2]
-    assert r.final == pytest.approx(float(quality_logit(head, hidden[None])[0]), abs=1e-4)
-
-
-def test_measure_generates_and_grades(mesh):
-  with jax.set_mesh(mesh), Grader(1) as grader:
-    result, rollouts = measure(engine(mesh), prompts(), 2, KEY, SAMPLING, Words(), grader)
-  right = np.array([int(np.sum(r.tokens)) % 3 == r.prompt % 3 for r in rollouts]).reshape(5, 2)
-  assert result["accuracy"] == pytest.approx(right.mean()) and result["pass"] == pytest.approx(right.any(axis=1).mean())
-  assert not any(r.pruned for r in rollouts)
 
 
 def test_rule_constants_are_the_papers():

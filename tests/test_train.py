@@ -100,7 +100,8 @@ def test_metrics_hold_every_key_once_a_step(whole):
   assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
   for line in lines:
     assert set(METRICS) <= set(line)
-    assert all(v is None or isinstance(v, (int, float)) for v in line.values())
+    assert all(v is None or isinstance(v, (int, float)) for k, v in line.items() if k != "survivors_histogram")
+    assert sum(line["survivors_histogram"]) == 4
     assert line["rollouts_started"] == 16 == line["rollouts_kept"] + line["rollouts_pruned"]
     assert line["keep_ratio"] == line["rollouts_kept"] / 16 and line["tokens_trained"] <= line["tokens_generated"]
     assert line["sec_step"] >= line["sec_generate"] + line["sec_logprob"] + line["sec_update"] - 1e-6
@@ -489,7 +490,8 @@ def test_the_config_reaches_its_parts():
             "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
   c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
   assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
-  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2)
+  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2,
+                                            longest=64)
   assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
   assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77, max_new=64)
 

@@ -15,7 +15,7 @@ from arrol_jax.attention import causal_attention
 from arrol_jax.losses import DAPO, GRPO, LossConfig
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head, quality_logit
+from arrol_jax.quality import Reading, init_head, quality_logit
 from arrol_jax.types import Batch, TrainState
 
 # Vocabulary, heads and feed-forward width divide by 8: on a mesh of (1, 1, 8) they really are cut.
@@ -383,6 +383,6 @@ def test_head_reads_the_hidden_state_at_its_position():
   only = BATCH.replace(head_weight=np.eye(ROWS, dtype=np.float32)[4][:, None])
   for position in (1, 7):
     _, metrics = micro_loss(PARAMS, only.replace(head_position=np.full((ROWS, 1), position, np.int32)), GRPO, 1.0)
-    logit = float(quality_logit(PARAMS["head"], hidden[4:5, position])[0])
+    logit = float(quality_logit(PARAMS["head"], Reading(hidden[4:5, position]))[0])
     expected = math.log1p(math.exp(-logit if BATCH.rewards[4] else logit))
     assert float(metrics["head_loss"]) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,99 @@
+"""Held-out accuracy and test-time scaling: avg@k, pass@k, and what the votes of METHOD section 7 make of the same samples.
+
+Nothing is pruned unless `stop` names a posterior below which a trace is hopeless: the head then ends it at the detection lengths
+and the others vote without it. Left out: the rules of voting (voting.py), reading files and printing (evaluate.py).
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrol_jax import prune, voting
+from arrol_jax.decode import Sampling
+from arrol_jax.engine import Engine
+from arrol_jax.metrics import bootstrap_interval, pass_at_k
+from arrol_jax.prune import Calibration
+from arrol_jax.rewards import extract_answer, grade
+from arrol_jax.rollout import PruneRule, generate, make_decide
+from arrol_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Voters:
+  """What votes are weighed by: the quality head and its tables, [C,Q], one a detection length in `detect`. stop: posterior
+  below which a trace ends there (a group's best always goes on); None lets all finish. window: tokens of DeepConf's groups."""
+  head: dict | None = None
+  tables: Calibration | None = None
+  detect: tuple[int, ...] = ()
+  stop: float | None = None
+  window: int = 2048
+
+
+def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
+            voters: Voters = Voters(), pattern: str | None = None,
+            progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
+  """Accuracy on held-out prompts: metrics and the rollouts behind them.
+
+  accuracy: mean reward over all samples that finished (avg@k); ci95: half-width of its normal interval over problems; pass:
+  share of problems with at least one right answer; truncated: share that hit the length limit; tokens: response tokens a problem,
+  stopped: share of traces that were ended as hopeless. With several samples also the votes of `vote_accuracies` and, where all
+  traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
+  pattern: the grader's, to read the answers that are voted on.
+  """
+  v = voters
+  decide = None
+  if v.head is not None and samples > 1:
+    tables = Calibration() if v.tables is None else v.tables
+    rule = PruneRule((engine.max_new + 1,)) if v.stop is None else PruneRule(v.detect, keep=v.stop, kind="threshold", floor=1)
+    decide = make_decide(v.head, tables, rule, v.stop is not None)
+  rollouts, _ = generate(engine, prompts, samples, key, sampling, tokenizer, grader, decide=decide, progress=progress)
+  rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped
+  by_problem = np.nanmean(rewards, axis=1)
+  out = {"accuracy": float(by_problem.mean()),
+         "ci95": float(1.96 * by_problem.std(ddof=1) / np.sqrt(len(prompts))) if len(prompts) > 1 else float("nan"),
+         "problems": len(prompts), "samples": samples, "pass": float((np.nanmax(rewards, axis=1) > 0).mean()),
+         "response_len": float(np.mean([len(r.tokens) for r in rollouts])),
+         "truncated": float(np.mean([not r.stopped for r in rollouts if not r.pruned])),
+         "tokens": sum(len(r.tokens) for r in rollouts) / len(prompts), "stopped": float(np.mean([r.pruned for r in rollouts]))}
+  if samples > 1:
+    per_problem = {} if out["stopped"] else {
+      f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length())) if k <= samples}
+    for name, values in (per_problem | vote_accuracies(rollouts, rewards, v, sampling.confidence is not None, pattern)).items():
+      out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
+  return out, rollouts
+
+
+def vote_accuracies(rollouts: list[Rollout], rewards: np.ndarray, voters: Voters, confident: bool,
+                    pattern: str | None) -> dict[str, list[float]]:
+  """By rule, the reward of each problem's voted answer; rewards f[P,k], rollouts its P * k traces.
+
+  maj@k; with a head rank@k (the paper's rule), posterior@k (the last table's posterior of the last score), best@k (the answer
+  with the highest last score); with token confidences deepconf_mean@k, deepconf_bottom10@k, deepconf_lowest@k, deepconf_tail@k.
+  """
+  samples = rewards.shape[1]
+  answers = [None if r.pruned else extract_answer(r.text, pattern) for r in rollouts]
+  scores = {"maj": ("majority", np.zeros(len(rollouts)))}
+  if voters.head is not None:
+    final = np.array([r.final for r in rollouts])
+    last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], Calibration() if voters.tables is None else voters.tables)
+    scores |= {"rank": ("rank", final), "posterior": ("posterior", np.asarray(prune.posterior(last, final))),
+               "best": ("best", final)}
+  if confident:
+    scores |= {f"deepconf_{kind}": ("deepconf", np.array([voting.summarize_confidence(r.confidences, voters.window, kind)
+                                                          for r in rollouts])) for kind in voting.CONFIDENCES}
+  said = [answers[i:i + samples] for i in range(0, len(answers), samples)]
+  return {f"{name}@{samples}": [voted_reward(*row, rule) for row in zip(rewards, said, score.reshape(-1, samples), strict=True)]
+          for name, (rule, score) in scores.items()}
+
+
+def voted_reward(rewards: np.ndarray, answers: list[str | None], scores: np.ndarray, rule: str) -> float:
+  """Reward of the answer that one problem's traces vote for; math-equal answers pool their votes, no answer is wrong. Rule
+  "best" takes the answer with the highest score."""
+  if rule == "best":
+    voting_traces = [i for i, answer in enumerate(answers) if answer is not None]
+    return float(rewards[max(voting_traces, key=lambda i: scores[i])]) if voting_traces else 0.0
+  winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(f"\\boxed{{{b}}}", a) > 0)
+  return 0.0 if winner is None else float(rewards[answers.index(winner)])

@@ -1,0 +1,153 @@
+"""The quality head: what it reads in the engine and in the trainer, and its passes over recent rollouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_rollout import KEY, PARAMS, SAMPLING, C, engine, plain_hidden, requests
+
+from arrol_jax import policy, quality
+from arrol_jax.decode import Sampling
+from arrol_jax.prune import Calibration
+from arrol_jax.quality import INPUTS, Reading, init_head, inputs_of, no_recent, quality_logit, refit
+from arrol_jax.rollout import PackShape, PruneRule, make_decide, pack, refit_head
+from arrol_jax.types import Rollout, TrainState
+
+ALL = tuple(INPUTS)
+HEAD = init_head(C.width, 8, jax.random.key(1), ALL)
+HEAD = HEAD | {"w2": jax.random.normal(jax.random.key(2), HEAD["w2"].shape)}
+LENGTHS = (4, 8)
+
+
+@pytest.fixture(scope="module")
+def rollouts(mesh):
+  """Twenty rollouts with the readings, scores and confidences of their decisions at 4 and 8 tokens, none pruned."""
+  sampling = Sampling(SAMPLING.temperature, SAMPLING.stop_ids, "float32", confidence=5, pool=True)
+  tables = jax.tree.map(lambda x: jnp.stack([x, x]), Calibration.empty(8))
+  with jax.set_mesh(mesh):
+    out = engine(mesh).run(requests(), KEY, sampling, decide=make_decide(HEAD, tables, PruneRule(LENGTHS), False, readings=True))
+  for r in out:
+    r.reward = float(r.request % 2)
+  assert sum(len(r.readings) for r in out) > 20
+  return out
+
+
+def whole(r: Rollout):
+  tokens = np.zeros((1, 28), np.int32)
+  tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
+  return tokens
+
+
+def test_readings_are_those_of_a_plain_forward_pass(rollouts):
+  """Last state, mean of the states that sampled the tokens so far, mean and lowest log-prob of these tokens."""
+  for r in rollouts:
+    hidden, start = np.asarray(plain_hidden(whole(r))[0]), len(r.prompt_tokens) - 1
+    for reading, score, n in zip(r.readings, r.scores, LENGTHS, strict=False):
+      np.testing.assert_allclose(reading.last, hidden[start + n - 1], atol=2e-4)
+      np.testing.assert_allclose(reading.mean, hidden[start:start + n].mean(0), atol=2e-4)
+      np.testing.assert_allclose(reading.logprobs, [r.logprobs[:n].mean(), r.logprobs[:n].min()], atol=1e-5)
+      assert float(quality_logit(HEAD, reading)) == pytest.approx(score, abs=1e-4)
+
+
+def test_the_trainer_reads_what_the_engine_read(rollouts, mesh):
+  batch, = pack(rollouts, PackShape(32, 32 * len(rollouts), 1), mesh, detect=LENGTHS)
+  reading = quality.read(HEAD, plain_hidden(np.asarray(batch.tokens)), batch.response_mask, batch.sampler_logprobs,
+                         batch.head_position)
+  row = {tuple(np.asarray(t)[:len(r.prompt_tokens) + len(r.tokens)]): i for r in rollouts
+         for i, t in enumerate(batch.tokens) if np.array_equal(t, np.pad(whole(r)[0], (0, len(t) - 28)))}
+  seen = 0
+  for r in rollouts:
+    i = row[tuple(whole(r)[0, :len(r.prompt_tokens) + len(r.tokens)])]
+    for c, mine in enumerate(r.readings):
+      for name in ALL:
+        np.testing.assert_allclose(getattr(reading, name)[i, c], getattr(mine, name), atol=3e-4, err_msg=name)
+      seen += 1
+  assert seen == int((np.asarray(batch.head_weight) > 0).sum()) > 20
+
+
+def test_confidence_is_that_of_the_full_softmax(rollouts):
+  """The mean -log-prob of the five likeliest tokens, at each token."""
+  for r in rollouts[:6]:
+    logits = policy.unembed(PARAMS, plain_hidden(whole(r)))[0, len(r.prompt_tokens) - 1:][:len(r.tokens)]
+    top = np.sort(np.asarray(jax.nn.log_softmax(logits)), axis=1)[:, -5:]
+    np.testing.assert_allclose(r.confidences, -top.mean(1), atol=2e-4)
+
+
+def test_the_likeliest_tokens_lie_in_the_blocks_with_the_highest_maxima():
+  from arrol_jax.decode import _top
+  x = jax.random.normal(jax.random.key(4), (3, 9, 128))
+  x = x.at[0, 2].add(5.0)  # one block holds them all
+  np.testing.assert_array_equal(_top(x, 7), -np.sort(-np.asarray(x).reshape(3, -1))[:, :7])
+  np.testing.assert_array_equal(_top(x, 20), -np.sort(-np.asarray(x).reshape(3, -1))[:, :20])
+
+
+@pytest.mark.parametrize("inputs", [("last",), ("mean", "logprobs"), ALL])
+def test_a_heads_weights_say_what_it_reads(inputs):
+  head = init_head(C.width, 8, jax.random.key(1), inputs)
+  assert inputs_of(head) == inputs and {INPUTS[x] for x in inputs} == set(head) - {"b1", "w2", "b2"}
+  reading = Reading(*(jnp.ones((5, 2 if x == "logprobs" else C.width)) for x in ALL))
+  np.testing.assert_array_equal(quality_logit(head, reading), 0.0)  # knows nothing yet
+
+
+def test_an_unknown_input_is_refused():
+  with pytest.raises(ValueError, match="last, mean, logprobs"):
+    init_head(4, 2, jax.random.key(0), ("first",))
+
+
+# ---- further passes
+
+
+def readings(n, seed=0):
+  rng = np.random.default_rng(seed)
+  states = rng.normal(size=(2, n, C.width)).astype(np.float32)
+  return Reading(states[0], states[1], rng.normal(size=(n, 2)).astype(np.float32))
+
+
+def test_the_ring_keeps_the_last_readings_that_count():
+  optimizer = optax.sgd(0.0)
+  recent, many = no_recent(HEAD, C.width, 5, optimizer), readings(8)
+  part = lambda rows: jax.tree.map(lambda x: x[np.array(rows)], many)
+  reward = np.arange(8.0, dtype=np.float32)
+  weight = np.array([1, 0, 1, 2], np.float32)
+  _, recent = refit(HEAD, recent, part([0, 1, 2, 3]), reward[:4], weight, passes=1, optimizer=optimizer)
+  np.testing.assert_array_equal(recent.reward, [0, 2, 3, 0, 0])
+  np.testing.assert_array_equal(recent.weight, [1, 1, 2, 0, 0])
+  _, recent = refit(HEAD, recent, part([4, 5, 6, 7]), reward[4:], np.ones(4, np.float32), passes=1, optimizer=optimizer)
+  np.testing.assert_array_equal(recent.reward, [6, 7, 3, 4, 5])
+  np.testing.assert_array_equal(recent.reading.mean, many.mean[np.array([6, 7, 3, 4, 5])])
+
+
+def test_passes_are_gradient_steps_on_the_weighted_loss_of_the_ring():
+  optimizer, many = optax.adam(0.01), readings(6)
+  reward, weight = np.array([1, 0, 1, 1, 0, 0], np.float32), np.array([1, 2, 0, 1, 3, 1], np.float32)
+  after, _ = refit(HEAD, no_recent(HEAD, C.width, 8, optimizer), many, reward, weight, passes=3, optimizer=optimizer)
+
+  def loss(head):
+    chance = jax.nn.sigmoid(quality_logit(head, many))
+    return -jnp.sum(weight * jnp.log(jnp.where(reward > 0, chance, 1 - chance))) / weight.sum()
+
+  head, state = HEAD, optimizer.init(HEAD)
+  for _ in range(3):
+    updates, state = optimizer.update(jax.grad(loss)(head), state)
+    head = optax.apply_updates(head, updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after, head)
+
+
+def test_refit_learns_from_scored_survivors_alone(rollouts):
+  optimizer = optax.adam(0.02)
+  recent = no_recent(HEAD, C.width, 64, optimizer)
+  state = TrainState({"policy": PARAMS, "head": HEAD}, None, None, jnp.int32(0), recent)
+  for r in rollouts[:5]:
+    r.pruned, r.survival = True, 0.5
+  kept = [r for r in rollouts if not r.pruned]
+  after = refit_head(state, rollouts, passes=60, optimizer=optimizer)
+  wanted = [r.reward for r in kept for _ in r.readings]
+  np.testing.assert_array_equal(after.recent.reward[:len(wanted)], wanted)
+  assert int(after.recent.next) == len(wanted) == int(after.recent.weight.sum())
+  chance = lambda head, reading: 1 / (1 + np.exp(-float(quality_logit(head, reading))))
+  error = lambda head: np.mean([(chance(head, x) - r.reward)**2 for r in kept for x in r.readings])
+  assert error(after.params["head"]) < 0.5 * error(HEAD)
+  for r in rollouts[:5]:
+    r.pruned, r.survival = False, 1.0
+  assert refit_head(state, [], passes=1, optimizer=optimizer) is state
