@@ -133,7 +133,7 @@ def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   numbers = {name: value for name, value in out.items() if name != "survivors_histogram"}
   assert {name for name, value in numbers.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
   assert out["rollouts_started"] == len(step)
-  assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in out.values())
+  assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in numbers.values())
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
