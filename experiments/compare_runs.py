@@ -1,9 +1,9 @@
-"""Compares two runs in a Markdown table: accuracy before and after, seconds a phase, keep ratio, balance, the head.
+"""Compares runs in a Markdown table: accuracy before and after, seconds a phase, keep ratio, balance, the head.
 
-  python -m experiments.compare_runs WORKDIR WORKDIR [--skip=14]
+  python -m experiments.compare_runs WORKDIR WORKDIR [WORKDIR ...] [--skip=14]
 
-Reads metrics.jsonl and summary.json. The first `skip` steps (compilation, cold start) are left out of all but the first rows.
-The last column is the second run's figure over the first's, for seconds and tokens.
+Reads metrics.jsonl and summary.json ("-" where a run has not come to its end). The first `skip` steps (compilation, cold
+start) are left out of phases and means. Seconds and tokens of the later runs also stand as a share of the first's.
 """
 
 import json
@@ -19,36 +19,43 @@ MEANS = ("reward", "reward_ipw", "keep_ratio", "pos_ratio", "pos_var", "groups_m
          "logprob_gap", "response_len", "truncated")
 
 
-def rows(workdirs: list[str], skip: int) -> list[tuple]:
-  """(label, figure of the first, figure of the second, ratio or "") of every line of the table, as text."""
-  runs = [{k: v[skip:] for k, v in read(w).items()} for w in workdirs]
-  summaries = [json.load(open(f"{w}/summary.json")) for w in workdirs]
+def relative(values: list[float | None], form: str) -> list[str]:
+  """Figures as text, those after the first with their share of it."""
+  first = values[0]
+  share = lambda v: f" ({v / first:.2f})" if first and first > 0.005 else ""
+  return ["-" if v is None else format(v, form) + (share(v) if i else "") for i, v in enumerate(values)]
+
+
+def rows(workdirs: list[str], skip: int) -> list[list[str]]:
+  """Label and each run's figure, of every line of the table, as text."""
+  runs = [read(w) for w in workdirs]
+  summaries = [json.load(open(f"{w}/summary.json")) if os.path.exists(f"{w}/summary.json") else {} for w in workdirs]
+  cell = lambda x: "-" if x is None else f"{100 * x['accuracy']:.1f}% ± {100 * x['ci95']:.1f}"
   out = []
   for when in ("eval_before", "eval_after"):
-    for name in summaries[0][when]:
-      cells = [f"{100 * s[when][name]['accuracy']:.1f}% ± {100 * s[when][name]['ci95']:.1f}" for s in summaries]
-      out.append((f"{name} {when[5:]} ({summaries[0][when][name]['problems']} problems)", *cells, ""))
+    for name in dict.fromkeys(n for s in summaries for n in s.get(when, {})):
+      out.append([f"{name} {when[5:]}, greedy", *(cell(s.get(when, {}).get(name)) for s in summaries)])
   for name in PHASES:
-    a, b = (float(np.median(m[name])) for m in runs)
-    out.append((f"{name}, median", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}" if a > 0.005 else ""))
+    out.append([f"{name}, median", *relative([float(np.median(m[name][skip:])) for m in runs], ".2f")])
   for name in MEANS:
-    out.append((f"{name}, mean", *(f"{np.nanmean(m[name]):.3g}" for m in runs), ""))
-  for name in ("tokens_generated", "tokens_trained", "seconds"):
-    a, b = (s[name] for s in summaries)
-    out.append((f"{name}, whole run", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"))
+    values = [m[name][skip:] for m in runs]
+    out.append([f"{name}, mean", *(f"{np.nanmean(v):.3g}" if np.isfinite(v).any() else "-" for v in values)])
+  for name in ("tokens_generated", "tokens_trained"):
+    out.append([f"{name}, whole run", *relative([float(np.sum(m[name])) for m in runs], ",.0f")])
+  out.append(["seconds, whole run", *relative([s.get("seconds") for s in summaries], ",.0f")])
   return out
 
 
 def main():
   workdirs = [a for a in sys.argv[1:] if not a.startswith("--")]
   skip = int(next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--skip=")), 14))
-  if len(workdirs) != 2:
-    sys.exit("error: give the workdirs of two runs")
-  missing = [f"{w}/{f}" for w in workdirs for f in ("metrics.jsonl", "summary.json") if not os.path.exists(f"{w}/{f}")]
+  if len(workdirs) < 2:
+    sys.exit("error: give the workdirs of two runs or more")
+  missing = [f"{w}/metrics.jsonl" for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
   if missing:
-    sys.exit(f"error: {missing[0]} does not exist; both runs must have finished")
+    sys.exit(f"error: {missing[0]} does not exist")
   names = [os.path.basename(os.path.normpath(w)) for w in workdirs]
-  print(f"| steps {skip + 1} to the end | {names[0]} | {names[1]} | ratio |\n|---|---|---|---|")
+  print(f"| steps {skip + 1} to the end | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
   for row in rows(workdirs, skip):
     print("| " + " | ".join(row) + " |")
 

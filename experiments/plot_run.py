@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 
 def read(workdir: str) -> dict[str, np.ndarray]:
-  """Columns of metrics.jsonl as float arrays; null becomes NaN."""
+  """Columns of metrics.jsonl as float arrays, histograms left out; null becomes NaN."""
   with open(f"{workdir}/metrics.jsonl") as f:
     lines = [json.loads(line) for line in f]
-  return {k: np.array([np.nan if x[k] is None else x[k] for x in lines], float) for k in lines[0]}
+  return {k: np.array([np.nan if x[k] is None else x[k] for x in lines], float)
+          for k, first in lines[0].items() if not isinstance(first, list)}
 
 
 def smooth(y: np.ndarray, window: int = 5) -> np.ndarray:
