@@ -11,9 +11,18 @@ import re
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
+# Answer formats by name. The words of "answer" are on a line of their own or its end: **Final Answer:** 12.
+PATTERNS = {
+  "boxed": None,
+  "answer": r"(?i:answer)[*_]{0,3}[ \t]*+[:：][ \t*_]*+([^\n]+)",
+  "hashes": r"####[ \t]*+([^\n]+)",
+  "first_hashes": r"(?s)\A.*?####[ \t]*+([^\n]+)",
+}
+
 
 def check_pattern(pattern: str | None) -> None:
-  """Raises ValueError if `pattern` is neither None nor a regular expression with a group."""
+  """Raises ValueError if `pattern` is neither None, a name in PATTERNS nor a regular expression with a group."""
+  pattern = PATTERNS.get(pattern, pattern)
   if pattern is None:
     return
   try:
@@ -27,12 +36,15 @@ def check_pattern(pattern: str | None) -> None:
 def extract_answer(response: str, pattern: str | None = None) -> str | None:
   """The final answer's text, or None where the response has none.
 
-  pattern None: the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
+  pattern None or "boxed": the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
   last box is never closed (a truncated response) there is no answer, even if an earlier box was complete; of
   nested boxes the inner one counts; \\fbox does not. Takes time linear in the response's length.
-  pattern: a regular expression; group 1 of its last match ("#### (.+)", "Answer: (.+)", r"A(-?\\d+)$").
+  "answer": what follows the last "Answer:" on its line; "hashes": what follows the last "####"; "first_hashes":
+  the first one (a base model shown examples goes on to questions of its own).
+  Else a regular expression; group 1 of its last match (r"A(-?\\d+)$"). What it costs is up to who wrote it.
   Raises ValueError for a pattern that does not compile or has no group.
   """
+  pattern = PATTERNS.get(pattern, pattern)
   if pattern is not None:
     check_pattern(pattern)
     last = _last(re.compile(pattern), response)
