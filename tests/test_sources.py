@@ -125,6 +125,11 @@ def test_reasoning_gym_wants_the_whole_point():
   with Grader(1, "hashes", timeout_s=60, reward_fn="arrol_jax.rewards.gym.score") as grader:
     items = [(text, problems[0].answer) for text in (f"#### {truth}", said[0])]
     assert [g.reward for g in grader.grade_all(items)] == [1.0, 0.0]
+  problems = sources.load_problems("reasoning_gym:ransom_note?size=4&seed=0", "train")  # draws in the order of a set
+  assert problems == sources.load_problems("reasoning_gym:ransom_note?size=4&seed=0", "train")
+  with Grader(1, timeout_s=60, reward_fn="arrol_jax.rewards.gym.score") as grader:
+    grades = [grader.grade_all([(f"\\boxed{{{said}}}", p.answer) for said in ("True", "False")]) for p in problems]
+    assert [sorted(g.reward for g in pair) for pair in grades] == [[0.0, 1.0]] * 4 and not grader.counts["error"]
   for bad in ("reasoning_gym:no_such_task?size=5&seed=1", "reasoning_gym:basic_arithmetic?size=5&seed=1&wheels=4"):
     with pytest.raises(UserError, match=bad.partition("?")[0]):
       sources.load_problems(bad, "train")

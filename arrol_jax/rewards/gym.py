@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import functools
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 from arrol_jax.rewards.extract import extract_answer
 from arrol_jax.rewards.grade import grade
@@ -18,15 +21,26 @@ from arrol_jax.rewards.grade import grade
 def records(task: str, options: dict) -> Iterator[tuple[str, dict]]:
   """(place, record) of each entry of `task`; `options` are its config's fields, `size` and `seed` among them.
 
-  Raises ImportError without reasoning-gym, and what it raises for a task or an option that it does not know.
+  Raises ValueError with what reasoning-gym says of a task or an option that it does not know.
   """
-  dataset = _dataset(task, json.dumps(options, sort_keys=True))
-  for i in range(len(dataset)):
-    question = dataset[i]["question"]
+  code = "import sys; from arrol_jax.rewards import gym; gym.print_questions(*sys.argv[1:])"
+  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+  # In a process of its own: some tasks draw in the order of a set, which is the same only for the same hash seed.
+  done = subprocess.run([sys.executable, "-P", "-c", code, task, json.dumps(options, sort_keys=True)], text=True,
+                        capture_output=True, env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"})
+  if done.returncode:
+    raise ValueError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+  name = f"reasoning_gym:{task}"
+  for i, question in enumerate(json.loads(done.stdout.splitlines()[-1])):
     answer = {"reasoning_gym": task, "options": options, "index": i, "question": _digest(question)}
-    name = f"reasoning_gym:{task}"
     yield f"{name}, entry {i}", {"id": f"{name}-{options['seed']}-{i}", "problem": question, "source": name,
                                  "answer": json.dumps(answer, sort_keys=True)}
+
+
+def print_questions(task: str, options: str) -> None:
+  """The questions of all entries as one line of JSON."""
+  dataset = _dataset(task, options)
+  print(json.dumps([dataset[i]["question"] for i in range(len(dataset))]))
 
 
 def score(response: str, answer: str, pattern: str | None = None) -> float:

@@ -131,9 +131,11 @@ class _Worker:
         return "the grader is closed"
       path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
       self.connection = ours
+      # The same hash seed in every worker: what a reward function does with a set does not depend on the worker.
+      environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
       self.process = subprocess.Popen(  # -P: only the parent's sys.path counts
-        [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=environment, stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()])
     try:
       self.connection.send((os.getpid(), *self.settings))
       problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "it did not start in time"
