@@ -78,6 +78,7 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict:
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
     "groups_mixed": sum(0 < p < 1 for p in ratios),
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in kept),
+    "ungraded": mean(r.reason in ("timeout", "crashed", "error") for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),

@@ -401,7 +401,8 @@ def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
     assert [graded.reward for graded in grades] == [
       0.5 if kind == "number 0.5" else float(reason == "correct") for kind, reason in kinds]
     assert grader.counts == {reason: [r for _, r in kinds].count(reason) for _, reason in kinds}
-  assert capfd.readouterr().out == ""
+  out, err = capfd.readouterr()
+  assert out == "" and err.count("some_rewards.behave: SystemExit") == 1
 
 
 def test_a_reward_function_may_grade(rewards_module):

@@ -3,10 +3,12 @@
 A problem's answer is a JSON object that says which entry of which data set it is; the worker makes the same entry
 again and asks the task's own `score_answer`. That gives partial credit, even for an answer somewhere in a longer
 text, so the final answer is extracted first and only a score of exactly 1 counts. Some tasks evaluate an answer as
-an expression: workers bound time and memory, and guard against mistakes, not against hostile code.
+an expression: workers bound time and memory, and guard against mistakes, not against hostile code. What a task takes
+for right is the task's: game_of_life_halting takes any text that is not True for False.
 """
 
 from collections.abc import Iterator
+import contextlib
 import functools
 import hashlib
 import json
@@ -31,7 +33,7 @@ def records(task: str, options: dict) -> Iterator[tuple[str, dict]]:
   if done.returncode:
     raise ValueError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
   name = f"reasoning_gym:{task}"
-  for i, question in enumerate(json.loads(done.stdout.splitlines()[-1])):
+  for i, question in enumerate(json.loads(done.stdout)):
     answer = {"reasoning_gym": task, "options": options, "index": i, "question": _digest(question)}
     yield f"{name}, entry {i}", {"id": f"{name}-{options['seed']}-{i}", "problem": question, "source": name,
                                  "answer": json.dumps(answer, sort_keys=True)}
@@ -39,8 +41,10 @@ def records(task: str, options: dict) -> Iterator[tuple[str, dict]]:
 
 def print_questions(task: str, options: str) -> None:
   """The questions of all entries as one line of JSON."""
-  dataset = _dataset(task, options)
-  print(json.dumps([dataset[i]["question"] for i in range(len(dataset))]))
+  with contextlib.redirect_stdout(sys.stderr):  # some tasks print
+    dataset = _dataset(task, options)
+    questions = [dataset[i]["question"] for i in range(len(dataset))]
+  print(json.dumps(questions))
 
 
 def score(response: str, answer: str, pattern: str | None = None) -> float:

@@ -59,6 +59,7 @@ def work(descriptor: int) -> None:
     with contextlib.suppress(OSError):
       connection.send(f"{type(error).__name__}: {error}")
     return
+  told = False
   while True:
     try:
       while not connection.poll(5.0):
@@ -73,8 +74,11 @@ def work(descriptor: int) -> None:
       graded = run(*item)
     except MemoryError:
       graded = Graded(0.0, "crashed")
-    except BaseException:  # TimeoutException of math-verify and SystemExit are no Exceptions
+    except BaseException as error:  # TimeoutException of math-verify and SystemExit are no Exceptions
       graded = Graded(0.0, "error")
+      if reward_fn and not told:  # a function that fails each time must not look like a policy that knows nothing
+        told = True
+        print(f"reward function {reward_fn}: {type(error).__name__}: {error}; reward 0", file=sys.stderr, flush=True)
     signal.setitimer(signal.ITIMER_REAL, 0)
     try:
       connection.send(tuple(graded))
