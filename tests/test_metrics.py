@@ -78,6 +78,7 @@ def test_rollout_metrics_by_hand():
     "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
+    "ungraded": 0.0,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
     "response_len": pytest.approx(92 / 5), "truncated": pytest.approx(1 / 5),
     # scored survivors: positives 2.0 and 0.5, negatives -1.0 and 3.0
@@ -116,8 +117,9 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 
 
 @pytest.mark.parametrize("step, undefined", [
+  # nothing survived
   ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "ungraded", "response_len", "truncated",
-                                          "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),  # nothing survived
+                                          "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
   ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier",
                                                           "head_spearman"}),              # nothing was scored
   ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
