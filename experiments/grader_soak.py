@@ -1,7 +1,9 @@
 """Soaks the grader, and asks how often it accepts a wrong answer. Needs the JSONL files of README.md's table.
 
-  python -m experiments.grader_soak --data=DIR [--out=experiments/results/rewards] [--items=20000] [--pairs=10000]
+  python -m experiments.grader_soak --data=DIR [--case=references,pairs,soak] [--items=20000] [--pairs=10000]
+                                    [--out=experiments/results/rewards]
 
+References: every reference answer in FORMS, graded against itself: all must be right. Writes references.jsonl.
 Soak: `items` gradings, 2% hostile, 2 workers, default limits, in batches as a training step makes them, while workers are
 killed at random moments. Each item's right grade is known and differs from its neighbours', so a lost, repeated or reordered
 result shows as an unexpected one. Writes soak.jsonl: the soak, and the same without hostile items and kills.
@@ -24,6 +26,7 @@ import time
 
 from arrol_jax.data import load_problems
 from arrol_jax.rewards import Grader
+from arrol_jax.rewards.grade import CORRECT, judge
 
 BATCH = 512
 HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "9!!!!!!!!", "(((((((9!)!)!)!)!)!)!", "{" * 500 + "1" + "}" * 500,
@@ -31,6 +34,20 @@ HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "9!!!!!!!!", "(((((((9!)!)!)!)!)!)!", 
            r"\sum_{n=1}^{10^{9}} \frac{1}{n!}", "(" * 140 + "x" + ")" * 140, "1/0", r"\int_0^1 e^{e^{e^{x^9}}} dx",
            "\x00\ud800", r"\input{/etc/passwd}", "12} wait \\boxed{11", r"10^{10^{10}}!", "x^{x^{x^{x^{x^{x}}}}}",
            "+".join(f"\\frac{{{i}}}{{x+{i}}}" for i in range(1, 18))]
+
+
+FORMS = (r"\boxed{%s}", r"$\boxed{$ %s $}$", r"\boxed{\left. %s.}", r"\boxed{\displaystyle %s}")
+
+
+def references(files: dict[str, list]) -> list[dict]:
+  """A line a file: reference answers, and those that are not right in some form, inline, without math-verify."""
+  out = []
+  for name, problems in files.items():
+    start = time.monotonic()
+    missed = [[form % p.answer, p.answer] for p in problems for form in FORMS if judge(form % p.answer, p.answer) != CORRECT]
+    out.append({"case": "references", "file": name, "answers": len(problems), "forms": len(FORMS), "missed": missed,
+                "seconds": round(time.monotonic() - start, 1)})
+  return out
 
 
 def soak_items(golds: list[str], count: int, hostile: float, rng: random.Random) -> list[tuple[str, str, float, str]]:
@@ -128,6 +145,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--data", required=True)
   parser.add_argument("--out", default="experiments/results/rewards")
+  parser.add_argument("--case", default="references,pairs,soak")
   parser.add_argument("--items", type=int, default=20_000)
   parser.add_argument("--pairs", type=int, default=10_000)
   parser.add_argument("--kill_every", type=float, default=5.0, help="seconds, mean")
@@ -138,17 +156,22 @@ def main():
              "command": f"python -m experiments.grader_soak --items={args.items} --pairs={args.pairs}"}
   out = Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
-  with open(out / "wrong_pairs.jsonl", "w") as file:
+  if "references" in args.case:
+    write(out / "references.jsonl", (line | machine for line in references(files)))
+  if "pairs" in args.case:
     found = [wrong_pairs(files, args.pairs, hard, seed=2 + hard) for hard in (False, True)]
-    for line, _ in found:
-      print(json.dumps(line))
-      file.write(json.dumps(line | machine) + "\n")
-    for line, accepted in found:
-      file.writelines(json.dumps({"case": line["case"]} | pair) + "\n" for pair in accepted)
-  with open(out / "soak.jsonl", "w") as file:
-    for name, hostile, mean_s in (("clean", 0.0, None), ("hostile, workers killed", 0.02, args.kill_every)):
-      line = {"name": name} | soak(golds, args.items, hostile, mean_s, workers=2, seed=0) | machine
-      print(json.dumps(line))
+    accepted = [{"case": line["case"]} | pair for line, pairs in found for pair in pairs]
+    write(out / "wrong_pairs.jsonl", [*(line | machine for line, _ in found), *accepted])
+  if "soak" in args.case:
+    write(out / "soak.jsonl", ({"name": name} | soak(golds, args.items, hostile, mean_s, workers=2, seed=0) | machine
+                               for name, hostile, mean_s in (("clean", 0.0, None),
+                                                             ("hostile, workers killed", 0.02, args.kill_every))))
+
+
+def write(path: Path, lines) -> None:
+  with open(path, "w") as file:
+    for line in lines:
+      print(json.dumps(line), flush=True)
       file.write(json.dumps(line) + "\n")
 
 
