@@ -106,7 +106,8 @@ def soak(golds: list[str], count: int, hostile: float, mean_s: float | None, wor
       grades = grader.grade_all([item[:2] for item in batch])
       slowest = max(slowest, time.monotonic() - began)
       unexpected += [{"item": first + i, "gold": item[1], "answer": item[0][:80], "kind": item[3], "reason": graded.reason}
-                     for i, (item, graded) in enumerate(zip(batch, grades, strict=True)) if graded.reward != item[2]]
+                     for i, (item, graded) in enumerate(zip(batch, grades, strict=True))
+                     if graded.reward != item[2] or item[3] != "hostile" and graded.reason not in ("correct", "wrong")]
       print(f"{first + len(batch)} of {count}, {time.monotonic() - start:.0f} s, {assassin.kills} kills", flush=True)
     seconds = time.monotonic() - start
     assassin.over.set()
