@@ -14,7 +14,7 @@ from arrol_jax.rewards import units
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
-# Answer formats by name. The words of "answer" are on a line of their own or its end: **Final Answer:** 12.
+# Answer formats by name. "answer" takes the rest of its line: **Final Answer:** 12.
 PATTERNS = {
   "boxed": None,
   "answer": r"(?i:answer)[*_]{0,3}[ \t]*+[:：][ \t*_]*+([^\n]+)",

@@ -9,7 +9,7 @@ import re
 # name: other spellings. Plurals in -s are found by themselves; what has one letter counts in its case only.
 _TABLE = """
 meter: m metre | kilometer: km kilometre | centimeter: cm centimetre | millimeter: mm millimetre | inch: in inches
-foot: ft feet | yard: yd | mile: mi | gram: g gm | kilogram: kg kilo | milligram: mg | pound: lb | ounce: oz | ton: tonne
+foot: ft feet | yard: yd | mile: mi | gram: g gm | kilogram: kg kilo | milligram: | pound: lb | ounce: oz | ton: tonne
 second: s sec | minute: min | hour: h hr | day: | week: | month: | year: yr | cent: | dollar: usd buck | euro: eur
 degree: deg | radian: rad | liter: L litre | milliliter: ml mL millilitre | newton: N | joule: J | watt: W | volt: V
 kelvin: K | celsius: C | fahrenheit: F | ampere: A amp | unit: | gallon: gal | hertz: Hz hz | acre: | pascal: Pa pa
@@ -32,14 +32,15 @@ _JOINING = frozenset("per of a the square sq cubic cu".split())
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
 _MARKED = re.compile(rf"(?<=[0-9A-Za-z}})])\s*/?\s*\\text\{{((?:[A-Za-z\s.,/~-]|{_EXPONENT})+)\}}(?:{_EXPONENT})?[.\s]*$")
 _PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([A-Za-z][A-Za-z\s/.-]*(?:{_EXPONENT})?)")
+_TEXT = re.compile(r"^\\text\{\s*([-+]?[0-9][^{}\\]*)\}$")
 _TOKEN = re.compile(r"[A-Za-z]+|/|\^\{?(-?[0-9])\}?")
 
 
 def split_unit(text: str) -> tuple[str, str]:
   """`text`, in which words are \\text{words}, less the units at its end, and these units' text ("" where there are none).
 
-  Without \\text a number must stand before the unit, a space between, and its words be long or in the table: 12 xy is a
-  product.
+  Without \\text a number must stand before the unit, a space between, and its words be long or in the table, and of two
+  letters at least: 12 xy and 3 m are products. \\text{12 apples} is such a text too.
   """
   whole = text
   for _ in range(3):  # 9.8 \text{ m} \text{ s}^{-2}
@@ -49,11 +50,11 @@ def split_unit(text: str) -> tuple[str, str]:
         word.lower() in _NOT_UNITS or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
       break
     text = text[:unit.start()]
-  if text == whole and (plain := _PLAIN.fullmatch(text)):
+  if text == whole and (plain := _PLAIN.fullmatch(_TEXT.sub(r"\1", text))):
     words = re.findall("[A-Za-z]+", plain[2])
     if len(words) <= 5 and not any(word.lower() in _NOT_UNITS for word in words) and all(
-        len(word) > 3 or word.lower() in _JOINING or _name(word) or word in _COMPOUND for word in words):
-      text = plain[1]
+        len(word) > 3 or word.lower() in _JOINING or len(word) > 1 and _name(word) or word in _COMPOUND for word in words):
+      return plain[1], plain[2]
   return text, whole[len(text):]
 
 
