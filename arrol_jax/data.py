@@ -72,21 +72,24 @@ def to_problems(records: Iterable[tuple[str, dict]]) -> list[Problem]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
   """Lines that are not blank and their numbers from 1. Bytes are split: U+2028 in a problem ends no line."""
-  number = 0
+  lines = []
   try:
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        if text:
-          yield number, text
+      for line in file:  # all of it first: a damaged .gz yields wrong lines before its checksum tells
+        lines.append(line)
   except FileNotFoundError:
     raise UserError(f"{path}: no such data file") from None
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
   except EOFError:
-    raise UserError(f"{path}, line {number + 1}: the gzip file ends here, it is truncated") from None
+    raise UserError(f"{path}, line {len(lines) + 1}: the gzip file ends here, it is truncated") from None
   except (OSError, zlib.error) as error:
-    raise UserError(f"{path}, line {number + 1}: cannot be read: {error}") from None
+    raise UserError(f"{path}, line {len(lines) + 1}: cannot be read: {error}") from None
+  for number, line in enumerate(lines, 1):
+    try:
+      text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+      raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    if text:
+      yield number, text
 
 
 def _parse(where: str, line: str) -> dict:
