@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
-from arrol_jax import data, quality, sharding, update
+from arrol_jax import data, quality, sharding, sources, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.held_out import Voters, measure
 from arrol_jax.losses import ALGORITHMS, LossConfig
 from arrol_jax.prune import Calibration
+from arrol_jax.rewards import Grader
 from arrol_jax.rollout import PackShape, PruneRule
 from arrol_jax.types import TrainState, UserError
 from arrol_jax.update import Compute
@@ -41,11 +42,16 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
   return loaded
 
 
-def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0) -> list[data.Prompt]:
-  """Encoded problems of `path`; says how many were too long and left out."""
-  problems = data.load_problems(path)[:limit or None]
+def grader(c: ConfigDict) -> Grader:
+  r = c.reward
+  return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function)
+
+
+def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[data.Prompt]:
+  """Encoded problems of the sources `path`, used to "train" or to "test"; says how many were too long and left out."""
+  problems = sources.load_problems(path, split, c.data.folder, c.data.tfds_dir)[:limit or None]
   out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
-                                     thinking=c.data.thinking)
+                                     c.data.system, c.data.thinking)
   if skipped:
     print(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens (rollout.max_prompt)")
   return out

@@ -13,6 +13,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from arrol_jax import sources
 from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.losses import AGGREGATES, ALGORITHMS, RATIOS
@@ -103,10 +104,7 @@ def _need(ok: bool, text: str) -> None:
 def _check(c: ConfigDict) -> None:
   _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
   _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
-  _need(c.data.train != "", "data.train is empty; give a JSONL file")
-  for path in filter(None, f"{c.data.train},{c.data.eval}".split(",")):
-    _need(os.path.exists(path.strip()), f"data: {path.strip()} does not exist")
-  _need("{problem}" in c.data.template, "data.template has no {problem} in it")
+  _check_data(c)
   _check_counts(c)
   _check_prune(c)
   _need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "
@@ -139,12 +137,22 @@ def _check_quality(c: ConfigDict) -> None:
   _need(e.stop_below is None or 0 <= e.stop_below <= 1, f"eval.stop_below is {e.stop_below}; it is a probability, or None")
 
 
+def _check_data(c: ConfigDict) -> None:
+  train, held_out = sources.split_list(c.data.train), sources.split_list(c.data.eval)
+  _need(train != [], "data.train is empty; give a JSONL file")
+  for one, split in [(one, "train") for one in train] + [(one, "test") for one in held_out]:
+    sources.check(one, split, c.data.folder)
+    _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
+          f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
+  _need("{problem}" in c.data.template, "data.template has no {problem} in it")
+
+
 def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
   at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.rounds",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
-                "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "checkpoint.every", "checkpoint.keep",
-                "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
+                "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "reward.memory", "checkpoint.every",
+                "checkpoint.keep", "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
   at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
   for names, least in ((at_least_1, 1), (at_least_0, 0)):
     for name in names:

@@ -1,10 +1,10 @@
-"""Problems from JSONL files, prompts from problems, batches as a pure function of (seed, step).
+"""Problems from JSONL files, prompts from problems, batches as a pure function of (seed, step, host).
 
-NumPy and plain Python; the tokenizer is passed in. Left out: TFDS and Hugging Face data sets, few-shot
-prompts, sharding over hosts, any state of an iterator (a resumed run asks for its step's batch and gets it).
+NumPy and plain Python; the tokenizer is passed in. Other sources of problems are in sources.py. Left out: any
+state of an iterator (a resumed run asks for its step's batch and gets it, on however many hosts).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import gzip
 import json
@@ -42,48 +42,64 @@ def load_problems(path: str) -> list[Problem]:
   ignored, as are blank lines. Raises UserError with file and line for: a missing or empty file, what is not
   UTF-8, JSON or such an object, an id that occurred before (in any of the files), a truncated or damaged .gz.
   """
+  return to_problems(record for one in path.split(",") for record in read_jsonl(one.strip()))
+
+
+def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
+  """("FILE, line N", record) of each line that is not blank; faults as in `load_problems`."""
+  where = None
+  for number, line in _lines(path):
+    where = f"{path}, line {number}"
+    yield where, _parse(where, line)
+  if where is None:
+    raise UserError(f"{path}: the data file is empty")
+
+
+def to_problems(records: Iterable[tuple[str, dict]]) -> list[Problem]:
+  """Problems from (place, record) pairs of any source, checked; a place is named in messages only.
+
+  Raises UserError for a field that is missing, empty or not text, and for an id that occurred before.
+  """
   problems, places = [], {}
-  for one in path.split(","):
-    one, before = one.strip(), len(problems)
-    for number, line in _lines(one):
-      where = f"{one}, line {number}"
-      problem = _parse(where, line)
-      if problem.id in places:
-        raise UserError(f"{where}: id {problem.id!r} was used before, in {places[problem.id]}")
-      places[problem.id] = where
-      problems.append(problem)
-    if len(problems) == before:
-      raise UserError(f"{one}: the data file is empty")
+  for where, record in records:
+    problem = Problem(*(_field(where, record, name) for name in FIELDS))
+    if problem.id in places:
+      raise UserError(f"{where}: id {problem.id!r} was used before, in {places[problem.id]}")
+    places[problem.id] = where
+    problems.append(problem)
   return problems
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
   """Lines that are not blank and their numbers from 1. Bytes are split: U+2028 in a problem ends no line."""
-  number = 0
+  lines = []
   try:
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        if text:
-          yield number, text
+      for line in file:  # all of it first: a damaged .gz yields wrong lines before its checksum tells
+        lines.append(line)
   except FileNotFoundError:
     raise UserError(f"{path}: no such data file") from None
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
   except EOFError:
-    raise UserError(f"{path}, line {number + 1}: the gzip file ends here, it is truncated") from None
+    raise UserError(f"{path}, line {len(lines) + 1}: the gzip file ends here, it is truncated") from None
   except (OSError, zlib.error) as error:
-    raise UserError(f"{path}, line {number + 1}: cannot be read: {error}") from None
+    raise UserError(f"{path}, line {len(lines) + 1}: cannot be read: {error}") from None
+  for number, line in enumerate(lines, 1):
+    try:
+      text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+      raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    if text:
+      yield number, text
 
 
-def _parse(where: str, line: str) -> Problem:
+def _parse(where: str, line: str) -> dict:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
     raise UserError(f"{where}: not JSON: {error}") from None
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object but {line[:40]!r}")
-  return Problem(*(_field(where, record, name) for name in FIELDS))
+  return record
 
 
 def _field(where: str, record: dict, name: str) -> str:
@@ -137,17 +153,24 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   return prompts, len(problems) - len(prompts)
 
 
-def batch_at(prompts: list[Prompt], step: int, seed: int, batch_size: int) -> list[Prompt]:
-  """The `batch_size` prompts of 0-based `step`: a function of its arguments alone.
+def batch_at(prompts: list[Prompt], step: int, seed: int, batch_size: int, host: int = 0, hosts: int = 1) -> list[Prompt]:
+  """The prompts of 0-based `step` that are `host`'s, of `hosts`: a function of its arguments alone.
 
   Epoch e is the permutation that NumPy's default generator draws from (seed, e). Batches run through the
   epochs without a gap, so one may hold the end of an epoch and the start of the next: within an epoch no
-  prompt is repeated or left out, whatever the batch size. Raises ValueError for no prompts, step < 0, seed <
-  0 or batch_size < 1.
+  prompt is repeated or left out, whatever the batch size.
+  A host gets its batch_size / hosts consecutive prompts of the step's `batch_size`: hosts in order make up the
+  batch of one host, so a run may go on with another number of them.
+  Raises ValueError for no prompts, step < 0, seed < 0, batch_size < 1, a host not in [0, hosts), and a
+  batch_size that `hosts` does not divide.
   """
   if not prompts or step < 0 or seed < 0 or batch_size < 1:
     raise ValueError(f"batch_at: {len(prompts)} prompts, step {step}, seed {seed}, batch_size {batch_size}")
-  batch, position, end = [], step * batch_size, (step + 1) * batch_size
+  if not 0 <= host < hosts or batch_size % hosts:
+    raise ValueError(f"batch_at: host {host} of {hosts} hosts, batch_size {batch_size}")
+  share = batch_size // hosts
+  batch, position = [], step * batch_size + host * share
+  end = position + share
   while position < end:
     epoch, start = divmod(position, len(prompts))
     order = np.random.default_rng((seed, epoch)).permutation(len(prompts))

@@ -4,7 +4,7 @@
   python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint of that run
   python -m arrol_jax.evaluate --config=configs/NAME.py --config.model.path=DIR/policy --config.eval.samples=16 \\
       --config.eval.temperature=1.0                                          # pass@k and votes, with the head exported there
-Problems are data.eval and every file of eval.benchmarks; one JSON line a file on stdout, its keys as in held_out.measure.
+Problems are the sources of data.eval and eval.benchmarks; one JSON line a source on stdout, its keys as in held_out.measure.
 """
 
 import json
@@ -13,18 +13,17 @@ import sys
 
 import jax
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble, config as configuration, sources
 from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.rewards import Grader
 from arrol_jax.types import TrainState, UserError
 
 
 def main():
   c, flags = configuration.parse(sys.argv)
   configuration.check(c)
-  paths = [p.strip() for p in f"{c.data.eval},{c.eval.benchmarks}".split(",") if p.strip()]
+  paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
   if not paths:
-    raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files")
+    raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files or benchmarks")
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
     loaded = assemble.load(c, mesh)
@@ -36,7 +35,7 @@ def main():
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
-    with Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
+    with assemble.grader(c) as grader:
       for path in dict.fromkeys(paths):
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)

@@ -83,6 +83,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were
     "tokens_saved": sum(len(r.tokens) / r.survival for r in kept) - sum(len(r.tokens) for r in rollouts),
+    "ungraded": mean(r.reason in ("timeout", "crashed", "error") for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from arrol_jax import assemble, config as configuration, data, losses, rollout, update
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
-from arrol_jax.rewards import Grader
 from arrol_jax.types import UserError
 from arrol_jax.workdir import Logs, check_workdir, claim, read_json, write_json
 
@@ -36,9 +35,9 @@ def main():
 
   # ---- mesh, model, data
   mesh = assemble.make_mesh(c)
-  with jax.set_mesh(mesh), Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader, ExitStack() as stack:
+  with jax.set_mesh(mesh), assemble.grader(c) as grader, ExitStack() as stack:
     loaded = assemble.load(c, mesh)
-    train_prompts = assemble.prompts(c, loaded, c.data.train)
+    train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
     loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
     sampling = assemble.sampling(c, loaded, c.rollout.temperature)

@@ -19,10 +19,14 @@ def get_config() -> ConfigDict:
   c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
 
   c.data = ConfigDict()
-  c.data.train = ""            # JSONL (optionally .gz); several, separated by commas
-  c.data.eval = ""             # held-out problems, same form; "" = no evaluation
-  c.data.template = "{problem}"  # prompt text
-  c.data.chat = False          # wrap the prompt in the tokenizer's chat template
+  c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/sources.py says
+                               # all); several, separated by commas
+  c.data.eval = ""             # held-out problems, same forms; "" = no evaluation
+  c.data.folder = ""           # where benchmarks' files are looked up by name
+  c.data.tfds_dir = config_dict.placeholder(str)  # where tfds: keeps its copies; None: TFDS's own place
+  c.data.template = "{problem}"  # prompt text; configs/templates.py has the usual ones
+  c.data.chat = False          # wrap the prompt in the tokenizer's chat template: for instruct models
+  c.data.system = config_dict.placeholder(str)  # the chat's system message; None: the chat template's own
   c.data.thinking = False      # what that template hears as enable_thinking (Qwen3)
 
   c.rollout = ConfigDict()
@@ -92,9 +96,13 @@ def get_config() -> ConfigDict:
   c.optim.length_buckets = 3   # compiled row lengths of the update
 
   c.reward = ConfigDict()
-  c.reward.pattern = config_dict.placeholder(str)  # regular expression with one group; None: the last \boxed{}
-  c.reward.workers = 2         # grader processes for answers that are not integers
-  c.reward.timeout = 5.0       # seconds an answer
+  c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":
+                               # after "####"; or a regular expression with one group, whose last match counts
+  c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> reward in [0, 1]; None:
+                               # math equality. arrol_jax.rewards.gym.score for reasoning_gym:
+  c.reward.workers = 2         # processes: for a function, and for answers that are not numbers
+  c.reward.timeout = 5.0       # seconds an answer may take there
+  c.reward.memory = 2048       # MiB a process may add
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 20      # steps
@@ -102,7 +110,7 @@ def get_config() -> ConfigDict:
   c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it
 
   c.eval = ConfigDict()
-  c.eval.benchmarks = ""       # more JSONL files for `evaluate`, separated by commas
+  c.eval.benchmarks = ""       # more sources for `evaluate`, separated by commas
   c.eval.problems = 0          # first so many problems; 0: all
   c.eval.samples = 1           # responses a problem
   c.eval.temperature = 0.0     # 0: greedy

@@ -9,7 +9,7 @@ Open in the paper and chosen here: learning rate (the paper's 1e-6 is for larger
 400 response tokens, detection at 128 of them, a cold start of 10 steps.
 """
 
-from configs import base
+from configs import base, templates
 
 
 def get_config():
@@ -18,7 +18,7 @@ def get_config():
   c.model.path = "models/qwen2.5-coder-0.5b/model.gguf"
   c.data.train = "data/gsm8k_train.jsonl"
   c.data.eval = "data/gsm8k_test.jsonl"
-  c.data.template = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+  c.data.template = templates.BOXED
   c.data.chat = True
   c.rollout.max_prompt = 256
   c.rollout.max_new = 400

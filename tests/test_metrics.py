@@ -1,5 +1,6 @@
 """Metrics of a step: each figure from a few rollouts whose answer can be worked out by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -77,6 +78,7 @@ def test_rollout_metrics_by_hand():
     "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
+    "ungraded": 0.0,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
     "tokens_saved": pytest.approx(20 / 0.5 + 30 / 0.25 + 6 + 12 / 0.4 + 24 / 0.8 - 116),
     "response_len": pytest.approx(92 / 5), "truncated": pytest.approx(1 / 5),
@@ -121,8 +123,9 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 
 
 @pytest.mark.parametrize("step, undefined", [
-  ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "response_len", "truncated", "head_auc",
-                                          "head_auc_within", "head_ece", "head_brier", "head_spearman"}),  # nothing survived
+  # nothing survived
+  ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "ungraded", "response_len", "truncated",
+                                          "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
   ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier",
                                                           "head_spearman"}),              # nothing was scored
   ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
@@ -134,6 +137,12 @@ def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   assert {name for name, value in numbers.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
   assert out["rollouts_started"] == len(step)
   assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in numbers.values())
+
+
+def test_ungraded_counts_failures_of_the_grader_and_not_wrong_answers():
+  reasons = ["correct", "wrong", "no_answer", "too_long", "timeout", "crashed", "error", "wrong"]
+  step = [dataclasses.replace(rollout(0, reward=float(reason == "correct")), reason=reason) for reason in reasons]
+  assert rollout_metrics(step)["ungraded"] == 3 / 8
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():

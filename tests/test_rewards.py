@@ -16,6 +16,7 @@ import pytest
 
 from arrol_jax.rewards import Graded, Grader, extract_answer, grade
 from arrol_jax.rewards.grade import judge
+from arrol_jax.rewards.units import measure
 from arrol_jax.types import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -74,11 +75,11 @@ def test_bad_pattern_is_told_at_once(pattern):
 TABLE = [
   # integers: strictly the integer
   ("12", ["12", " 12 ", "$12$", "+12", "012", "12.", "12.0", "12.00", r"\$12", r"\text{12}", r"12^\circ",
-          r"12^{\circ}", r"12\text{ dollars}", r"12\ \mathrm{cm}^2", r"12\,\text{km/h}", "x=12", "１２",
+          r"12^{\circ}", r"12\text{ dollars}", r"12\ \mathrm{cm}^2", r"12\,\text{km/h}", "x=12", "１２", "١٢",
           r"\(12\)", r"\mathbf{12}", "**12**"],
    ["13", "-12", "1=2=12", "x=11=12", "5+7=12", r"12\%", r"1200\%", "12%", r"12\text{ percent}", "12.5",
     "1 2", "11,12", r"\{11,12\}", "12;13", "1,2", "12 or 13", r"12\text{ or }13", r"12 \text{ (or 13)}",
-    r"\pm 12", "12x", "12i", r"12\mathrm{i}", "12!", "12_8", "1²", "١٢", "0x12", "12e0", "--12", "twelve",
+    r"\pm 12", "12x", "12i", r"12\mathrm{i}", "12!", "12_8", "1²", "0x12", "12e0", "--12", "twelve",
     r"\approx 12", r"12\text{ million}", r"12\text{ hundred}", r"\frac{24}{2}", "12/1", "10+2", "(12)(1)",
     r"12\boxed{}"]),
   ("-5", ["-5", "\u22125", "- 5", r"-5^\circ", "-5.0", "-05"], ["5", "--5", "5-", "-5-", "+-5", "++5"]),
@@ -187,6 +188,30 @@ def test_table_of_tricky_pairs(grader):
   assert not wrong
 
 
+def test_committed_table_of_tricky_pairs():
+  """What a careful mathematician says of each; a percent sign must be on both sides or on neither, as everywhere here."""
+  rows = [json.loads(line) for line in (REPOSITORY / "tests/fixtures/tricky_pairs.jsonl").read_text().splitlines()]
+  kinds = {"fractions", "intervals", "units", "percent", "sets", "text", "unicode", "several boxes"}
+  assert len(rows) >= 700 and {(kind, equal) for kind in kinds for equal in (True, False)} | {("injection", False)} <= {
+    (row["kind"], row["equal"]) for row in rows}
+  wrong = []
+  for pattern in ("boxed", "answer", "hashes"):
+    mine = [row for row in rows if row.get("pattern", "boxed") == pattern]
+    with Grader(2, pattern) as grader:
+      grades = grader.grade_all([(row.get("response") or f"\\boxed{{{row['answer']}}}", row["gold"]) for row in mine])
+    wrong += [(row, graded) for row, graded in zip(mine, grades, strict=True)
+              if graded.reward != row["equal"] or graded.reason not in ("correct", "wrong", "no_answer")]
+  assert not wrong
+
+
+@pytest.mark.parametrize("unit, powers", [
+  (r"\text{ m/s}^2", {"meter": 1, "second": -2}), (r"\text{m}\text{s}^{-2}", {"meter": 1, "second": -2}),
+  ("miles per hour", {"mile": 1, "hour": -1}), ("mph", {"mile": 1, "hour": -1}), (r"\text{square feet}", {"foot": 2}),
+  (r"\text{ft}^2", {"foot": 2}), ("cubic cm", {"centimeter": 3}), ("apples", None), ("apples per hour", None), ("", None)])
+def test_units(unit, powers):
+  assert measure(unit) == powers
+
+
 def test_reasons(grader):
   items = [(boxed("12"), "12"), (boxed("13"), "12"), ("12", "12"), (boxed("1" * 301), "12"), (None, "12"),
            (boxed("x"), " "),
@@ -207,6 +232,7 @@ def test_pattern_grades():
   assert grade("6 * 7 = 42\n#### 1,042", "1042", r"#### (.+)") == 1.0
   assert grade(r"Answer: $\boxed{42}$.", "42", r"Answer: (.+)") == 1.0
   assert grade(r"\boxed{42}", "42", r"Answer: (.+)") == 0.0
+  assert grade("so\n**Answer:** 42 apples", "42", "answer") == grade("so\n#### $1,042", "1042", "hashes") == 1.0
   assert grade("Q3-4A-1", "-1", r"A(-?\d+)$") == 1.0
   assert grade("Q3-4A-1", "1", r"A(-?\d+)$") == 0.0
 
@@ -338,7 +364,7 @@ REWARDS = """
   import os, signal, sys, time
   from arrol_jax.rewards import grade
 
-  def behave(response, answer):
+  def behave(response, answer, pattern):
     kind, _, rest = response.partition(" ")
     if kind == "sleep": time.sleep(float(rest))
     if kind == "die": os.kill(os.getpid(), signal.SIGKILL)
@@ -350,6 +376,7 @@ REWARDS = """
     if kind == "raise": raise BaseException
     if kind == "number": return float(rest)
     if kind == "grade": return grade(rest, answer)
+    if kind == "pattern": return pattern == rest
     if kind == "modules": return not {"jax", "jaxlib", "flax", "arrol_jax.types"} & set(sys.modules)
     print("not for the run's output")
     return 1
@@ -367,14 +394,15 @@ def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
   kinds = [("fine", "correct"), ("sleep 60", "timeout"), ("die", "crashed"), ("memory", "crashed"),
            (f"die_once {tmp_path}/died", "correct"), ("exit", "error"), ("raise", "error"),
            ("number nan", "error"), ("number 2", "error"), ("number 0.5", "wrong"), ("number 0", "wrong"),
-           ("modules", "correct"), ("fine", "correct")]
-  with Grader(1, timeout_s=2.0, memory_mb=1024, reward_fn=rewards_module) as grader:
+           ("modules", "correct"), ("pattern hashes", "correct"), ("fine", "correct")]
+  with Grader(1, "hashes", timeout_s=2.0, memory_mb=1024, reward_fn=rewards_module) as grader:
     grades = grader.grade_all([(kind, "x+1") for kind, _ in kinds])
     assert [(kind, graded.reason) for (kind, _), graded in zip(kinds, grades, strict=True)] == kinds
     assert [graded.reward for graded in grades] == [
       0.5 if kind == "number 0.5" else float(reason == "correct") for kind, reason in kinds]
     assert grader.counts == {reason: [r for _, r in kinds].count(reason) for _, reason in kinds}
-  assert capfd.readouterr().out == ""
+  out, err = capfd.readouterr()
+  assert out == "" and err.count("some_rewards.behave: SystemExit") == 1
 
 
 def test_a_reward_function_may_grade(rewards_module):

@@ -441,7 +441,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(whole):
 def test_a_mistake_in_a_longer_run_leaves_the_finished_one_alone(tmp_path, whole):
   """The data file is gone when the run is to be extended: its results stay."""
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-  with mock.patch("arrol_jax.data.load_problems", side_effect=UserError("gone")):
+  with mock.patch("arrol_jax.sources.load_problems", side_effect=UserError("gone")):
     assert_refused(command(*arguments(tmp_path, steps=9)), "gone")
   assert (tmp_path / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
   assert read(tmp_path / "config.json")["steps"] == STEPS

@@ -7,13 +7,25 @@ judgement of equality (grade.py) and natural-language answers ("the answer is tw
 
 from collections import deque
 import re
+import unicodedata
+
+from arrol_jax.rewards import units
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
+# Answer formats by name. "answer" takes the rest of its line: **Final Answer:** 12.
+PATTERNS = {
+  "boxed": None,
+  "answer": r"(?i:answer)[*_]{0,3}[ \t]*+[:：][ \t*_]*+([^\n]+)",
+  "hashes": r"####[ \t]*+([^\n]+)",
+  "first_hashes": r"(?s)\A.*?####[ \t]*+([^\n]+)",
+}
+
 
 def check_pattern(pattern: str | None) -> None:
-  """Raises ValueError if `pattern` is neither None nor a regular expression with a group."""
+  """Raises ValueError if `pattern` is neither None, a name in PATTERNS nor a regular expression with a group."""
+  pattern = PATTERNS.get(pattern, pattern)
   if pattern is None:
     return
   try:
@@ -27,12 +39,15 @@ def check_pattern(pattern: str | None) -> None:
 def extract_answer(response: str, pattern: str | None = None) -> str | None:
   """The final answer's text, or None where the response has none.
 
-  pattern None: the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
+  pattern None or "boxed": the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
   last box is never closed (a truncated response) there is no answer, even if an earlier box was complete; of
   nested boxes the inner one counts; \\fbox does not. Takes time linear in the response's length.
-  pattern: a regular expression; group 1 of its last match ("#### (.+)", "Answer: (.+)", r"A(-?\\d+)$").
+  "answer": what follows the last "Answer:" on its line; "hashes": what follows the last "####"; "first_hashes":
+  the first one (a base model shown examples goes on to questions of its own).
+  Else a regular expression; group 1 of its last match (r"A(-?\\d+)$"). What it costs is up to who wrote it.
   Raises ValueError for a pattern that does not compile or has no group.
   """
+  pattern = PATTERNS.get(pattern, pattern)
   if pattern is not None:
     check_pattern(pattern)
     last = _last(re.compile(pattern), response)
@@ -65,29 +80,43 @@ def nesting(text: str) -> int:
   return deepest
 
 
-# Full-width ASCII (from Chinese text) and typographic signs become ASCII or LaTeX. Other Unicode digits and
-# superscripts stay as they are and so never pass for a number: "12²" must not read as 122.
+# Full-width ASCII (from Chinese text) and typographic signs become ASCII or LaTeX, digits of other scripts and fonts the
+# digits that they are. Raised and lowered digits become exponents and indices: 12² must not read as 122.
 _CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)} | {
   ord(character): replacement for character, replacement in {
-    "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\u3000": " ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-    "\u200b": "", "\ufeff": "", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ",
-    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ",
+    "\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\ufe63": "-", "\u3000": " ", "\u00a0": " ", "\u2009": " ",
+    "\u202f": " ", "\u200b": "", "\ufeff": "", "×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "±": r"\pm ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
+    "€": "", "£": "", "¥": "", "ℝ": r"\mathbb{R}",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ",
+    "π": r"\pi ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
   }.items()
 }
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉₋₊"
+_LEVEL = {ord(sign): "0123456789-+"[i] for signs in (_RAISED, _LOWERED) for i, sign in enumerate(signs)}
+_ROOT = re.compile(r"√\s*(?:([0-9]+|[A-Za-z])|\(([^()]*)\))")
+
+
+def _ascii(text: str) -> str:
+  """`text` with what Unicode writes in one character written as LaTeX does."""
+  text = text.translate(_CHARACTERS)
+  if text.isascii():
+    return text
+  for signs, mark in ((_RAISED, "^"), (_LOWERED, "_")):
+    text = re.sub(f"[{signs}]+", lambda run, mark=mark: f"{mark}{{{run[0].translate(_LEVEL)}}}", text)
+  text = _ROOT.sub(lambda root: f"\\sqrt{{{root[1] or root[2] or ''}}}", text)
+  out = []
+  for character in text:
+    parts = unicodedata.normalize("NFKC", character).split("\u2044") if not character.isascii() else ()
+    if len(parts) == 2 and all(parts):
+      out.append(f"\\frac{{{parts[0]}}}{{{parts[1]}}}")  # ½
+    else:
+      out.append(str(unicodedata.decimal(character, character)))
+  return "".join(out)
+
 
 _THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
 _WORD = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|mathrm|mathbf|mathit|mathsf)\s*(?=\{)")
-_UNIT = re.compile(
-  r"(?<=[0-9A-Za-z})])\s*/?\s*\\text\{([A-Za-z\s.,/~-]+)\}(?:\^(?:-?[0-9]|\{-?[0-9]\}))?[.\s]*$")
-# Words after a number that change its value or offer a second one; everything else counts as a unit.
-_NOT_UNITS = frozenset(
-  "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand "
-  "thousands million millions billion billions trillion trillions dozen dozens half halves third thirds "
-  "quarter quarters score squared cubed factorial pi one two three four five six seven eight nine ten eleven "
-  "twelve am pm below negative".split()
-)
-_UNIT_LETTERS = frozenset("ACFJKLNVWghms")
-
 _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
   (r"(?<!\\)\\(?:[!,;:> ]|q?quad(?![A-Za-z])|(?:display|text)style(?![A-Za-z]))|~", " "),
@@ -99,6 +128,8 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])", r"^\\circ "),
   (r",?\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
   (r",(?:\s*,)+", ","),
+  (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+  (r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"),
 )]
 # Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
 # thousands (2, 120).
@@ -116,30 +147,21 @@ _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\frac(\\[A-Za-z]+)([0-9])", r"\\frac{\1}{\2}"),
   (r"^\+(?![+-])", ""),
   (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
+  (r"^[(\[](\\begin\{matrix\}.*\\end\{matrix\})[)\]]$", r"\1"),
+  (r"^\\\{\\\}$", r"\\emptyset"),
+  (r"(^|\\in ?)(?:\\mathbb\{?R\}?|\\text\{all(?:real)?numbers\})$", r"\1(-\\infty,\\infty)"),
 )]
 
 
-def _without_unit(text: str) -> str:
-  """`text` less the \\text{unit}s at its end: a unit may be given or omitted, and units are not compared."""
-  for _ in range(3):  # 9.8 \text{ m} \text{ s}^{-2}
-    unit = _UNIT.search(text)
-    if unit is None:
-      break
-    words = re.findall("[A-Za-z]+", unit.group(1))
-    if not 1 <= len(words) <= 5 or any(
-        word.lower() in _NOT_UNITS or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
-      break
-    text = text[:unit.start()]
-  return text
+def canonical(text: str) -> tuple[str, str]:
+  """`text` in one notation, less its unit, and that unit's text. For short texts (grade.MAX_CHARACTERS).
 
-
-def canonical(text: str) -> str:
-  """`text` in one notation: the same mathematics, fewer spellings. For short texts (grade.MAX_CHARACTERS).
-
-  `$`, `\\(`, a currency sign, \\left, spacing, a final full stop, a leading + and \\text{unit}s are dropped;
-  \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, "and"/"or" between answers get one spelling each.
+  The same mathematics, fewer spellings: `$`, `\\(`, a currency sign, \\left, spacing, a final full stop, a leading + and
+  units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, "and"/"or" between answers get one
+  spelling each. The unit is as `units.measure` reads it; a dollar or degree sign is one too.
   """
-  text = text.translate(_CHARACTERS).strip().removeprefix("**").removesuffix("**")
+  text = _ascii(text).strip().removeprefix("**").removesuffix("**")
+  dollars = re.match(r"[-+]?\\\$", text) or text.startswith("$") and text.count("$") == 1
   text = _THOUSANDS.sub("", text)
   text = _WORD.sub(r"\\text", text)
   for pattern, replacement in _NOTATION:
@@ -148,9 +170,9 @@ def canonical(text: str) -> str:
   inner = extract_answer(text)
   if inner is not None and text == f"\\boxed{{{inner}}}":  # "Answer: $\boxed{12}$", found by a pattern
     text = inner
-  text = _without_unit(text.strip())
+  text, unit = units.split_unit(text.strip())
   text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
   text = text.strip().rstrip(".,;")
   for pattern, replacement in _TIDY:
     text = pattern.sub(replacement, text)
-  return text
+  return text, unit or ("dollar" if dollars else "degree" if text.endswith("^\\circ") else "")

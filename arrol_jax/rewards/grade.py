@@ -8,7 +8,7 @@ Strict where reports of other graders were not: a percent sign must be on both s
 equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not [1,2]; 0.333333 is not 1/3; a
 word must be the same word. An integer gold takes the integer only (`12.0` and `x=12` too), not an expression
 that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number and the name in `x=...`
-may be given or omitted. Left out: partial credit, tolerances, comparison of units.
+may be given or omitted (but two known units must agree: units.py). Left out: partial credit, tolerances.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import re
 from typing import NamedTuple
 
 from arrol_jax.rewards.extract import canonical, check_pattern, extract_answer, nesting
+from arrol_jax.rewards.units import measure
 
 MAX_CHARACTERS = 300  # a longer box is no final answer, and costs a parser seconds
 MAX_NESTING = 20
@@ -45,6 +46,7 @@ _NUMBERS = [re.compile(pattern) for pattern in (
   r"([+-]?)([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}",  # 1\frac{1}{2} is mixed, no product
   r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)",
 )]
+_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\{([0-9]+)\}|\(([0-9]+)\))")
 _SCIENTIFIC = re.compile(
   rf"{_SIGNED}(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*)10\^(?:\{{([+-]?[0-9]+)\}}|([0-9]+)))"
   r"|([+-]?)10\^\{?([+-]?[0-9]+)\}?")
@@ -60,7 +62,7 @@ def integer(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-  """The value of a canonical decimal, fraction, mixed number or e-notation, exactly; None for other text.
+  """The value of a canonical decimal (repeating ones too), fraction, mixed number or e-notation, exactly; None for other text.
 
   A percent or degree sign at the end is dropped: `_leaf` has seen to it that both sides have the percent
   sign.
@@ -71,6 +73,11 @@ def number(text: str) -> Fraction | None:
     mantissa = match[1] or match[5] + "1"
     exponent = int(match[2] or match[3] or match[4] or match[6])
     return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= MAX_EXPONENT else None
+  match = _REPEATING.fullmatch(text)
+  if match is not None:  # 0.1\overline{6}
+    sign, whole, fixed, period = match[1], match[2], match[3], match[4] or match[5]
+    value = Fraction(int(whole + fixed + period) - int(whole + fixed or "0"), 10 ** len(fixed) * (10 ** len(period) - 1))
+    return -value if sign == "-" else value
   for pattern in _NUMBERS:
     match = pattern.fullmatch(text)
     if match is None:
@@ -85,6 +92,7 @@ def number(text: str) -> Fraction | None:
   return None
 
 
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _NAME = re.compile(r"(\\?[A-Za-z]+'*(?:_\{[^{}]*\})?(?:\([^()=]*\))?)(?:=|\\in(?![A-Za-z]))([^=]+)")
 
 
@@ -124,13 +132,24 @@ def _closes_at_end(text: str) -> bool:
   return False
 
 
-def split(text: str) -> tuple[str, list[str]] | None:
+def _bare(text: str) -> str:
+  """`text` without brackets around the whole of a single expression: (-4), {18}."""
+  while text[:1] in ("(", "{") and text[-1:] == {"(": ")", "{": "}"}[text[0]] and _closes_at_end(text):
+    inner = _cut(text[1:-1], (",", ";"))
+    if inner is None or len(inner) > 1 or not inner[0]:
+      break
+    text = inner[0]
+  return text
+
+
+def split(text: str, outermost: bool = True) -> tuple[str, list[str]] | None:
   """The kind of a canonical answer and its elements; None if its brackets do not match up.
 
-  Kinds: "one" (a single expression), "list" (a list or a set: order is free), "union", "matrix RxC", and for
-  tuples and intervals the two brackets, such as "(]".
+  Kinds: "one" (a single expression), "list" (a list or a set: order is free), "union", "matrix [columns of each row]",
+  "set" (of one element, itself an element), and for tuples and intervals the two brackets, such as "(]". As a whole
+  answer the set of one element is that element: the solution set.
   """
-  matrix = re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}", text)
+  matrix = re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text)  # not [vV]: a determinant, a norm
   if matrix and "matrix" not in matrix[1]:
     rows = [row.split("&") for row in matrix[1].removesuffix("\\\\").split("\\\\")]
     return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
@@ -144,7 +163,7 @@ def split(text: str) -> tuple[str, list[str]] | None:
     return "union", parts
   if text.startswith("\\{") and text.endswith("\\}") and _closes_at_end(text[1:]):
     inner = _cut(text[2:-2], (",", ";"))
-    return ("list" if len(inner) > 1 else "one"), inner
+    return ("list" if len(inner) > 1 else "one" if outermost and inner != ["\\emptyset"] else "set"), inner
   if text[:1] in ("(", "[") and _closes_at_end(text):
     inner = _cut(text[1:-1], (",", ";"))
     if len(inner) > 1:
@@ -154,8 +173,18 @@ def split(text: str) -> tuple[str, list[str]] | None:
   return "one", [text]
 
 
-def equivalent(gold: str, answer: str, decide: Decide) -> bool | None:
+_BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\)|\\in\\mathbb\{R\})?(?:\\mid ?|:|\|)(.+)\\\}")
+
+
+def _without_builder(text: str) -> str:
+  """The relation in {x | 2 < x}, which says the same."""
+  match = _BUILDER.fullmatch(text)
+  return match[2] if match and match[1] in match[2] and _RELATION.search(match[2]) else text
+
+
+def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -> bool | None:
   """Whether two canonical answers are the same mathematics, `decide` being asked about single expressions."""
+  gold, answer = _without_builder(_bare(gold)), _without_builder(_bare(answer))
   if gold == answer:
     return True
   stripped = _without_name(gold, answer)
@@ -166,27 +195,31 @@ def equivalent(gold: str, answer: str, decide: Decide) -> bool | None:
     return _leaf(gold, answer, decide)
   if "\\text" in gold or "\\text" in answer:
     return _words(gold) == _words(answer)
-  gold_parts, answer_parts = split(gold), split(answer)
+  gold_parts, answer_parts = split(gold, outermost), split(answer, outermost)
   if gold_parts is None or answer_parts is None:
     return False
   (kind, golds), (answer_kind, answers) = gold_parts, answer_parts
   if kind != answer_kind:
-    relations = [re.search(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])", text) is not None for text in (gold, answer)]
-    return decide(gold, answer) if sorted(relations) == [False, True] and "=" not in gold + answer else False
+    relations = [_RELATION.search(text) is not None for text in (gold, answer)]
+    same_set = sorted(relations) == [False, True] and "=" not in gold + answer or "\\setminus" in gold + answer
+    return decide(gold, answer) if same_set else False
   if kind == "one":
     return _leaf(golds[0], answers[0], decide)
   if len(golds) != len(answers):
     return False
   if kind in ("list", "union"):
+    names = [{name[1] for part in parts if (name := _NAME.fullmatch(part))} for parts in (golds, answers)]
+    if names[0] != names[1] and max(map(len, names)) > 1:
+      return False  # x=1,y=2 is not 1,2
     return _same_in_any_order(golds, answers, decide)
-  verdicts = [equivalent(g, a, decide) for g, a in zip(golds, answers, strict=True)]
+  verdicts = [equivalent(g, a, decide, False) for g, a in zip(golds, answers, strict=True)]
   return False if False in verdicts else None if None in verdicts else True
 
 
 def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide) -> bool | None:
   left, undecided = list(answers), False
   for gold in golds:
-    verdicts = [equivalent(gold, answer, decide) for answer in left]
+    verdicts = [equivalent(gold, answer, decide, False) for answer in left]
     if True in verdicts:
       left.pop(verdicts.index(True))
     elif None in verdicts:
@@ -243,6 +276,15 @@ def _for_sympy(text: str) -> str:
   return re.sub(r"[0-9]+\.[0-9]*|(?<![0-9])\.[0-9]+", exact, text)
 
 
+def _imaginary(part: object) -> object:
+  """A parsed expression whose i is the imaginary unit; math-verify reads it as a variable."""
+  import sympy  # workers only
+
+  if not isinstance(part, sympy.Expr):
+    return part
+  return part.subs({symbol: sympy.I for symbol in part.free_symbols if symbol.name == "i"})
+
+
 def symbolic(gold: str, answer: str) -> bool:
   """math-verify's verdict on two canonical expressions. Unbounded in time and memory: for workers only.
 
@@ -264,6 +306,7 @@ def symbolic(gold: str, answer: str) -> bool:
   )
   if not gold_parsed or not answer_parsed:
     return False
+  gold_parsed, answer_parsed = ([_imaginary(part) for part in parsed] for parsed in (gold_parsed, answer_parsed))
   return verify(
     gold_parsed, answer_parsed, numeric_precision=30, allow_set_relation_comp=True, timeout_seconds=None)
 
@@ -281,7 +324,11 @@ def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tu
     return CORRECT
   if len(found) > MAX_CHARACTERS or nesting(found) > MAX_NESTING:
     return Graded(0.0, "too_long")
-  gold, found = canonical(gold), canonical(found)
+  (gold, gold_unit), (found, found_unit) = canonical(gold), canonical(found)
+  gold, found = _bare(gold), _bare(found)
+  measures = measure(gold_unit), measure(found_unit)
+  if None not in measures and measures[0] != measures[1]:
+    return WRONG
   if not gold:
     return Graded(0.0, "error")  # a gold that says nothing is right for nobody
   expected = integer(gold)

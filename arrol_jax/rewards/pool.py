@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 import contextlib
 from importlib import import_module
+import inspect
 import logging
 import math
 from multiprocessing.connection import Connection, Pipe
@@ -48,8 +49,8 @@ def work(descriptor: int) -> None:
     os.dup2(2, 1)  # what a reward function prints is not the run's output
   connection = Connection(descriptor)
   try:
-    parent, timeout_s, memory_mb, reward_fn = connection.recv()
-    run = _reward_runner(reward_fn) if reward_fn else settle
+    parent, timeout_s, memory_mb, reward_fn, pattern = connection.recv()
+    run = _reward_runner(reward_fn, pattern) if reward_fn else settle
     if not reward_fn:
       settle("x+x", "2\\cdot x")  # imports math-verify and builds its parser before a deadline runs
     _limit_memory(memory_mb)
@@ -58,6 +59,7 @@ def work(descriptor: int) -> None:
     with contextlib.suppress(OSError):
       connection.send(f"{type(error).__name__}: {error}")
     return
+  told = False
   while True:
     try:
       while not connection.poll(5.0):
@@ -72,8 +74,11 @@ def work(descriptor: int) -> None:
       graded = run(*item)
     except MemoryError:
       graded = Graded(0.0, "crashed")
-    except BaseException:  # TimeoutException of math-verify and SystemExit are no Exceptions
+    except BaseException as error:  # TimeoutException of math-verify and SystemExit are no Exceptions
       graded = Graded(0.0, "error")
+      if reward_fn and not told:  # a function that fails each time must not look like a policy that knows nothing
+        told = True
+        print(f"reward function {reward_fn}: {type(error).__name__}: {error}; reward 0", file=sys.stderr, flush=True)
     signal.setitimer(signal.ITIMER_REAL, 0)
     try:
       connection.send(tuple(graded))
@@ -81,13 +86,14 @@ def work(descriptor: int) -> None:
       return
 
 
-def _reward_runner(path: str) -> Callable[[str, str], Graded]:
-  """`path` is "package.module.function" or "package.module:function", of a function (response, answer)."""
+def _reward_runner(path: str, pattern: str | None) -> Callable[[str, str], Graded]:
+  """`path` is "package.module.function" or "package.module:function"; see `Grader`."""
   module, _, name = path.replace(":", ".").rpartition(".")
   function = getattr(import_module(module), name)
+  more = (pattern,) if len(inspect.signature(function).parameters) > 2 else ()
 
   def run(response: str, answer: str) -> Graded:
-    reward = float(function(response, answer))
+    reward = float(function(response, answer, *more))
     if not (math.isfinite(reward) and 0 <= reward <= 1):
       return Graded(0.0, "error")
     return Graded(reward, "correct" if reward == 1 else "wrong")
@@ -112,8 +118,8 @@ def _limit_memory(memory_mb: int) -> None:
 class _Worker:
   """The parent's side of one worker process. One thread asks; any thread may close."""
 
-  def __init__(self, timeout_s: float, memory_mb: int, reward_fn: str | None):
-    self.settings = timeout_s, memory_mb, reward_fn
+  def __init__(self, timeout_s: float, memory_mb: int, reward_fn: str | None, pattern: str | None):
+    self.settings = timeout_s, memory_mb, reward_fn, pattern
     self.timeout_s = timeout_s
     self.process: subprocess.Popen | None = None
     self.connection: Connection | None = None
@@ -129,9 +135,11 @@ class _Worker:
         return "the grader is closed"
       path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
       self.connection = ours
+      # The same hash seed in every worker: what a reward function does with a set does not depend on the worker.
+      environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
       self.process = subprocess.Popen(  # -P: only the parent's sys.path counts
-        [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=environment, stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()])
     try:
       self.connection.send((os.getpid(), *self.settings))
       problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "it did not start in time"
@@ -195,7 +203,7 @@ class _Worker:
 class _Shared:
   """What a grader's threads need of it. Not the grader itself: it must be collectable while they wait."""
 
-  def __init__(self, limit: int, settings: tuple[float, int, str | None]):
+  def __init__(self, limit: int, settings: tuple[float, int, str | None, str | None]):
     self.limit, self.settings = limit, settings
     self.tasks: queue.SimpleQueue = queue.SimpleQueue()  # (Future, item); None: stop
     self.workers: list[_Worker] = []
@@ -273,13 +281,12 @@ class Grader:
   """Grades responses with `workers` worker processes at most, started when an item first needs one.
 
   workers: number of processes, >= 1.
-  pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}. Not used with
-    `reward_fn`.
+  pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}.
   timeout_s: seconds an item may take in a worker. A late one is reward 0, reason "timeout".
   memory_mb: MiB of address space an item may add to its worker's.
   reward_fn: dotted path ("my.module.function") of a function (response, answer) -> reward in [0, 1], which
     then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
-    reason "error".
+    reason "error". It finds the answer by itself; a third parameter, if it has one, is `pattern`.
   A worker that dies under an item is replaced and the item tried once more; the second death is reward 0,
   "crashed". Out of memory is "crashed" too. `counts` counts the reasons of all grades so far.
   Close it, or use it as a context manager; else the workers end with its last reference or with the process.
@@ -296,7 +303,7 @@ class Grader:
     except ValueError as error:
       raise _user_error(str(error)) from None
     self._pattern, self._reward_fn = pattern, reward_fn
-    self._shared = _Shared(workers, (timeout_s, memory_mb, reward_fn))
+    self._shared = _Shared(workers, (timeout_s, memory_mb, reward_fn, pattern))
     self._finalizer = weakref.finalize(self, self._shared.close)
     if reward_fn is not None:  # found out now, not as a run of zero rewards
       problem = self._shared.add_worker().start()
@@ -357,7 +364,7 @@ def settle_alone(gold: str, answer: str) -> Graded:
     return settle(gold, answer)
   with _alone_lock:
     if _alone is None:
-      _alone = _Shared(1, (5.0, 2048, None))
+      _alone = _Shared(1, (5.0, 2048, None, None))
     future = _alone.submit((gold, answer))
   return future.result()
 

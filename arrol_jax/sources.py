@@ -1,0 +1,153 @@
+"""Where problems come from. One source is one text; data.train, data.eval and eval.benchmarks take several, with commas.
+
+  FILE.jsonl, FILE.jsonl.gz   a file, see data.load_problems
+  gsm8k                       a benchmark (BENCHMARKS), or any FILE of the folder data.folder less its ending
+  tfds:SOURCE                 either of these through TFDS: a copy in array_record form, see tfds_problems.py
+  hf:ID?KEY=VALUE&...         a Hugging Face data set: an id or a local folder. Keys: config, split (else "train" or "test",
+                              as the problems are used); problem, answer, id, source: the columns they are in (dots reach
+                              into nested ones: reward_model.ground_truth, prompt.0.content); pattern: the answer is what
+                              this finds in its column ("boxed", "answer", "hashes", or a regular expression without
+                              comma and &). Without id and source, rows are numbered and the ID is the source.
+  reasoning_gym:TASK?size=N&seed=N&...   see rewards/gym.py; other keys are fields of the task's config
+
+Every path ends in data.to_problems, with the same checks: the same problems give the same batches whatever the path.
+TFDS, datasets and reasoning_gym are imported only where a source asks for them.
+"""
+
+from collections.abc import Iterator
+import importlib.util
+import json
+import os
+
+from arrol_jax.data import Problem, read_jsonl, to_problems
+from arrol_jax.rewards import extract_answer, gym
+from arrol_jax.types import UserError
+
+# name -> (file to train on, file to evaluate on), without ending
+BENCHMARKS = {
+  "gsm8k": ("gsm8k_train", "gsm8k_test"), "math": ("math_train", "math_test"),
+  **{name: (file, file) for name, file in (
+    ("dapo_math_17k", "dapo_math_17k_clean"), ("math500", "math500"), ("amc23", "amc23"), ("aime24", "aime24"),
+    ("aime25", "aime25"), ("minerva_math", "minerva_math"), ("olympiadbench", "olympiadbench"))},
+}
+# prefix -> its modules; TFDS imports importlib_resources and does not ask for it
+_MODULES = {"tfds": ("tensorflow_datasets", "importlib_resources"), "hf": ("datasets",), "reasoning_gym": ("reasoning_gym",)}
+_HF_KEYS = {"config", "split", "problem", "answer", "id", "source", "pattern"}
+
+
+def split_list(sources: str) -> list[str]:
+  """The sources of a text that holds several, separated by commas."""
+  return [one.strip() for one in sources.split(",") if one.strip()]
+
+
+def load_problems(sources: str, split: str, folder: str = "", tfds_dir: str | None = None) -> list[Problem]:
+  """The problems of one or several sources, in order.
+
+  split: what they are for, "train" or "test"; chooses where a source has both. folder: holds the benchmarks' files.
+  tfds_dir: for tfds:, see `tfds_problems.read`.
+  Raises UserError, naming the place, for whatever is wrong with a source or a problem, and for an id met before.
+  """
+  return to_problems(record for source in split_list(sources) for record in _records(source, split, folder, tfds_dir))
+
+
+def check(source: str, split: str, folder: str = "") -> None:
+  """Raises UserError where a look at names and files tells that `load_problems` must fail. Reads nothing."""
+  kind, name, options = _parse(source)
+  for module in _MODULES.get(kind, ()):
+    if importlib.util.find_spec(module) is None:
+      raise UserError(f"{source}: {module} is not installed: pip install {module.replace('_', '-')}")
+  if kind in ("jsonl", "tfds"):
+    _file(name, split, folder)
+
+
+def _records(source: str, split: str, folder: str, tfds_dir: str | None) -> Iterator[tuple[str, dict]]:
+  check(source, split, folder)
+  kind, name, options = _parse(source)
+  if kind == "hf":
+    return _huggingface(source, name, {"split": split} | options)
+  if kind == "reasoning_gym":
+    return _reasoning_gym(source, name, options)
+  path = _file(name, split, folder)
+  if kind == "tfds":
+    from arrol_jax import tfds_problems  # imports TFDS
+
+    return tfds_problems.read(path, tfds_dir)
+  return read_jsonl(path)
+
+
+def _parse(source: str) -> tuple[str, str, dict[str, str]]:
+  """(kind, name, options) of a source; kind is "jsonl" for files and benchmarks."""
+  kind, colon, rest = source.partition(":")
+  if not colon or kind not in _MODULES:
+    return "jsonl", source, {}
+  name, _, query = rest.partition("?")
+  options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+  if kind == "tfds" and query:
+    raise UserError(f"{source}: tfds: takes a file or a benchmark, no options")
+  if kind == "hf" and not options.keys() <= _HF_KEYS:
+    raise UserError(f"{source}: unknown {', '.join(sorted(options.keys() - _HF_KEYS))}; hf: takes {', '.join(sorted(_HF_KEYS))}")
+  if kind == "reasoning_gym" and not {"size", "seed"} <= options.keys():
+    raise UserError(f"{source}: say how many entries and from which seed: reasoning_gym:{name}?size=1000&seed=0")
+  return kind, name, options
+
+
+def _file(name: str, split: str, folder: str) -> str:
+  """The JSONL file that a source without prefix means."""
+  if os.sep in name or name.endswith((".jsonl", ".jsonl.gz")):
+    if not os.path.exists(name):
+      raise UserError(f"data: {name} does not exist")
+    return name
+  if not folder:
+    raise UserError(f"data: {name} is no .jsonl file; if it is a benchmark's name, say in data.folder where its file is")
+  file = BENCHMARKS.get(name, (name, name))[split == "test"]
+  for ending in (".jsonl", ".jsonl.gz"):
+    path = os.path.join(folder, file + ending)
+    if os.path.exists(path):
+      return path
+  raise UserError(f"data: {os.path.join(folder, file)}.jsonl does not exist (data.folder, benchmark {name!r}; known: "
+                  f"{', '.join(BENCHMARKS)})")
+
+
+def _huggingface(source: str, name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
+  import datasets
+
+  try:
+    rows = datasets.load_dataset(name, options.get("config"), split=options["split"])
+  except Exception as e:  # network, cache, a dataset's own files: it raises a dozen kinds
+    raise UserError(f"{source}: {type(e).__name__}: {e}") from e
+  if not len(rows):
+    raise UserError(f"{source}: the data set is empty")
+  for i, row in enumerate(rows):
+    where = f"{source}, row {i}"
+    record = {field: _column(where, row, options.get(field, field)) for field in ("problem", "answer")}
+    record["id"] = _column(where, row, options["id"]) if "id" in options else f"{name}-{i}"
+    record["source"] = _column(where, row, options["source"]) if "source" in options else name
+    if "pattern" in options:
+      record["answer"] = extract_answer(str(record["answer"]), options["pattern"])
+    yield where, record
+
+
+def _column(where: str, row: dict, column: str) -> object:
+  """The value at "name" or "name.inner.0"."""
+  value = row
+  for key in [column] if column in row else column.split("."):
+    try:
+      value = value[int(key) if isinstance(value, list) else key]
+    except (KeyError, IndexError, TypeError, ValueError):
+      raise UserError(f"{where}: no column {column!r} (there are: {', '.join(row)})") from None
+  return value
+
+
+def _reasoning_gym(source: str, task: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
+  try:
+    yield from gym.records(task, {key: _value(text) for key, text in options.items()})
+  except ValueError as e:
+    raise UserError(f"{source}: {e}") from e
+
+
+def _value(text: str) -> object:
+  """A task's option: a number, true, a list, else the text itself."""
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
