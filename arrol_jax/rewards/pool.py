@@ -124,6 +124,7 @@ class _Worker:
     self.process: subprocess.Popen | None = None
     self.connection: Connection | None = None
     self.closed = False
+    self.missing = ""  # a module without which no process will ever start
     self.lock = threading.Lock()  # between starting a process and closing
 
   def start(self) -> str:
@@ -163,8 +164,10 @@ class _Worker:
     for _ in range(2):
       problem = self._ensure_started()
       if problem:
-        if not self.closed:
+        if not self.closed and problem != self.missing:
           _log.warning("no reward worker, so reward 0: %s", problem)
+        if "ModuleNotFoundError" in problem:
+          self.missing = problem  # told once; trying again with every item would cost a process each
         return Graded(0.0, "error")
       try:
         self.connection.send(item)
@@ -182,13 +185,13 @@ class _Worker:
 
   def _ensure_started(self) -> str:
     """Returns "" or what stood in the way of having a live worker."""
-    problem = ""
-    for _ in range(3):
+    problem = self.missing
+    for _ in range(0 if self.missing else 3):
       if self.process is not None and self.process.poll() is None:
         return ""
       self.stop()
       problem = self.start()
-      if not problem or self.closed:
+      if not problem or self.closed or "ModuleNotFoundError" in problem:
         break
     return problem
 
