@@ -56,19 +56,30 @@ def collect(c, lengths: tuple[int, ...], count: int) -> list[Rollout]:
 
 
 class Examples:
-  """The rollouts that reached one length: readings, rewards, prompts and trace confidence so far."""
+  """The rollouts that reached one length: readings (on the device), rewards, prompts and trace confidence so far."""
 
-  def __init__(self, rollouts: list[Rollout], which: int, length: int):
+  def __init__(self, rollouts: list[Rollout], which: int, length: int, size: int):
     there = [r for r in rollouts if len(r.readings) > which]
-    self.reading = Reading(*(np.stack([getattr(r.readings[which], x) for r in there]).astype(np.float32) for x in INPUTS))
+    pad = lambda x: np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))  # one compiled shape for all lengths
+    self.reading = jax.device_put(Reading(*(pad(np.stack([getattr(r.readings[which], x) for r in there]).astype(np.float32))
+                                            for x in INPUTS)))
     self.reward = np.array([r.reward for r in there], np.float32)
+    self.padded_reward = jax.device_put(pad(self.reward))
     self.prompt = np.array([r.prompt for r in there])
     self.confidence = np.array([r.confidences[:length].mean() for r in there])
+    self.size = size
 
-  def rows(self, mask: np.ndarray, inputs: tuple[str, ...], size: int) -> tuple[Reading, np.ndarray, np.ndarray]:
-    """Readings of `inputs`, rewards and weights of the rows in `mask`, padded to `size`."""
-    pad = lambda x: np.pad(x[mask], ((0, size - mask.sum()), *((0, 0),) * (x.ndim - 1)))
-    return (Reading(**{x: pad(getattr(self.reading, x)) for x in inputs}), pad(self.reward), pad(np.ones_like(self.reward)))
+  def fit(self, head: dict, recent: quality.Recent, mask: np.ndarray, **how) -> tuple[dict, quality.Recent]:
+    """`quality.refit` on the rows in `mask`."""
+    weight = np.pad(mask.astype(np.float32), (0, self.size - len(mask)))
+    return quality.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
+
+  def of(self, head: dict) -> Reading:
+    """What `head` reads of the rows."""
+    return Reading(**{x: getattr(self.reading, x) for x in quality.inputs_of(head)})
+
+  def scores(self, head: dict) -> np.ndarray:
+    return np.asarray(logits(head, self.of(head)))[:len(self.reward)]
 
   def judged(self, score: np.ndarray, mask: np.ndarray) -> dict:
     """How well a score tells right from wrong among the rows in `mask`."""
@@ -92,18 +103,12 @@ def logits(head: dict, reading: Reading) -> jax.Array:
   return quality.quality_logit(head, reading)
 
 
-def scores(head: dict, examples: Examples, size: int) -> np.ndarray:
-  """The head's logits of all rows, in one compiled shape."""
-  reading = examples.rows(np.ones(len(examples.reward), bool), quality.inputs_of(head), size)[0]
-  return np.asarray(logits(head, reading))[:len(examples.reward)]
-
-
-def offline(examples: Examples, width: int, hidden: int, optimizer, size: int) -> list[dict]:
+def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict]:
   """Heads trained on half of the prompts, judged on the other half; plain scores on the same halves."""
   prompts, lines = np.unique(examples.prompt), []
   halves = [np.isin(examples.prompt, np.random.default_rng(seed).permutation(prompts)[::2]) for seed in range(SPLITS)]
-  plain = {"trace confidence": examples.confidence, "mean log-prob": examples.reading.logprobs[:, 0],
-           "lowest log-prob": examples.reading.logprobs[:, 1]}
+  logprobs = np.asarray(examples.reading.logprobs)[:len(examples.reward)]
+  plain = {"trace confidence": examples.confidence, "mean log-prob": logprobs[:, 0], "lowest log-prob": logprobs[:, 1]}
   for name, score in plain.items():
     lines.append({"score": name} | summary([examples.judged(score, ~half) for half in halves]))
   for inputs in COMBINATIONS:
@@ -111,26 +116,24 @@ def offline(examples: Examples, width: int, hidden: int, optimizer, size: int) -
       results = []
       for seed, half in enumerate(halves):
         head = quality.init_head(width, hidden, jax.random.key(seed), inputs)
-        recent = quality.no_recent(head, width, size, optimizer)
-        head, _ = quality.refit(head, recent, *examples.rows(half, inputs, size), passes=passes, optimizer=optimizer)
-        results.append(examples.judged(scores(head, examples, size), ~half))
+        recent = quality.no_recent(head, width, examples.size, optimizer)
+        head, _ = examples.fit(head, recent, half, passes=passes, optimizer=optimizer)
+        results.append(examples.judged(examples.scores(head), ~half))
       lines.append({"score": "head", "inputs": inputs, "passes": passes} | summary(results))
   return lines
 
 
-def online(examples: Examples, width: int, hidden: int, optimizer, size: int, prompts: int) -> list[dict]:
+def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int) -> list[dict]:
   """Steps of `prompts` prompts, each scored before it is learned from: means over the second half of the steps."""
   step, lines = examples.prompt // prompts, []
-  for inputs in (("last",), ("mean", "logprobs"), ("last", "mean", "logprobs")):
-    for passes, buffer in ((1, 1), (8, 1), (8, 4), (32, 4), (32, 8)):  # buffer: steps' worth of rollouts
+  for inputs in (("last",), ("last", "logprobs"), ("last", "mean", "logprobs")):
+    for passes, buffer in ((1, 1), (8, 1), (8, 4), (32, 4)):  # buffer: steps' worth of rollouts
       head = quality.init_head(width, hidden, jax.random.key(0), inputs)
       room = buffer * int(np.bincount(step).max())
       recent, results = quality.no_recent(head, width, room, optimizer), []
       for n in range(step.max() + 1):
-        now = step == n
-        results.append(examples.judged(scores(head, examples, size), now))
-        head, recent = quality.refit(head, recent, *examples.rows(now, inputs, int(np.bincount(step).max())), passes=passes,
-                                     optimizer=optimizer)
+        results.append(examples.judged(examples.scores(head), step == n))
+        head, recent = examples.fit(head, recent, step == n, passes=passes, optimizer=optimizer)
       lines.append({"inputs": inputs, "passes": passes, "buffer": room, "steps": int(step.max()) + 1}
                    | summary(results[len(results) // 2:]))
   return lines
@@ -152,8 +155,8 @@ def plot(lines: list[dict], path: str) -> None:
     axis.set_xlabel("response tokens read")
     axis.set_title(title)
   axes[0].set_ylabel("AUC of right against wrong")
-  axes[1].legend(fontsize=8)
-  fig.tight_layout()
+  fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncol=5, loc="lower center")
+  fig.tight_layout(rect=(0, 0.06, 1, 1))
   fig.savefig(path, dpi=110)
 
 
@@ -175,15 +178,14 @@ def main():
            " ".join(a for a in sys.argv[1:] if "path" not in a and "data." not in a and "--out" not in a)}
   lines = []
   for which, length in enumerate(lengths):
-    examples = Examples(rollouts, which, length)
+    examples = Examples(rollouts, which, length, size)
     width = examples.reading.last.shape[1]
     base = {"length": length, "examples": len(examples.reward)}
-    lines += [{"part": "offline"} | base | x for x in offline(examples, width, c.quality.hidden, optimizer, size)]
-    lines += [{"part": "online"} | base | x
-              for x in online(examples, width, c.quality.hidden, optimizer, size, c.rollout.prompts)]
+    lines += [{"part": "offline"} | base | x for x in offline(examples, width, c.quality.hidden, optimizer)]
+    lines += [{"part": "online"} | base | x for x in online(examples, width, c.quality.hidden, optimizer, c.rollout.prompts)]
+    with open(f"{flags.out}/ablation.jsonl", "w") as f:  # after each length: what is done stays
+      f.writelines(json.dumps(x | about) + "\n" for x in lines)
     print(f"{length} tokens: done", flush=True)
-  with open(f"{flags.out}/ablation.jsonl", "w") as f:
-    f.writelines(json.dumps(x | about) + "\n" for x in lines)
   plot(lines, f"{flags.out}/ablation.png")
 
 
