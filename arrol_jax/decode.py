@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from arrol_jax import kv_cache, policy
+from arrol_jax import kv_cache, policy, sharding
 from arrol_jax.attention import causal_attention
 from arrol_jax.norms import split_qkv
 from arrol_jax.policy import PolicyConfig
@@ -119,13 +119,13 @@ def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -
   """
   cache = []
   for old in slots.cache:
-    cache.append(_take_columns(old, rows, length))
+    cache.append(take_columns(old, rows, length))
     jax.tree.map(lambda x: x.delete(), old)
   return _take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
-def _take_columns(columns: kv_cache.Columns, rows: jax.Array, length: int) -> kv_cache.Columns:
+def take_columns(columns: kv_cache.Columns, rows: jax.Array, length: int) -> kv_cache.Columns:
   def take(x):
     x = x[:, rows, :length]
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
@@ -202,8 +202,12 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
-  run = _segment_gpu if jax.default_backend() == "gpu" else _segment
-  return run(c, params, slots, steps=steps, sampling=sampling)
+  return segment_program()(c, params, slots, steps=steps, sampling=sampling)
+
+
+def segment_program():
+  """The jitted program behind `generate_segment` for the mesh's platform."""
+  return _segment_gpu if sharding.platform() == "gpu" else _segment
 
 
 def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):

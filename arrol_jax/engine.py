@@ -73,10 +73,14 @@ class Engine:
 
   def load(self, params: dict, dtype: str) -> None:
     """Takes the training parameters: cast, unstacked and resharded for decoding in one program."""
+    self.params = self.loader(params, dtype)(params)
+
+  def loader(self, params: dict, dtype: str):
+    """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
     axes = policy.unstack_axes(policy.logical_axes(self.config), self.config.layers)
     shapes = jax.eval_shape(policy.unstack, params)
     out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
-    self.params = _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)(params)
+    return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
 
   def warm_up(self, sampling: Sampling, decide: Callable | None = None) -> None:
     """Compiles every program of a run: all shapes on idle slots, which decode nothing."""
@@ -115,12 +119,15 @@ class Engine:
     return state.rollouts
 
 
-def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict) -> int | None:
+def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
+                   memory: tuple[int, int] | None = None) -> int | None:
   """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
 
-  Call it with all that stays in memory (parameters, optimizer state) in place. Raises UserError where not even one group of
-  `group_size` rollouts fits, with what would.
+  Call it with all that stays in memory (parameters, optimizer state) in place, or give a device's `memory`: bytes free and
+  bytes in all. Raises UserError where not even one group of `group_size` rollouts fits, with what would.
   """
+  if memory:
+    return _slots_in(engine, sampling, group_size, params, *memory)
   stats = engine.mesh.devices.flat[0].memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
