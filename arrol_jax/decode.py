@@ -22,7 +22,7 @@ from arrol_jax.norms import split_qkv
 from arrol_jax.policy import PolicyConfig
 
 _LANES = 128  # tokens of a vocabulary block
-_STRIDE = 8   # steps between two looks at whether any row is active
+STRIDE = 8   # steps between two looks at whether any row is active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limi
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
   """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle.
 
+  Over a mesh each shard's new rows must come from its old ones.
   Deletes the old cache as it goes, layer after layer: beside it only one layer of the new one needs room.
   """
   cache = []
@@ -124,13 +125,7 @@ def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -
   return _take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
-def take_columns(columns: kv_cache.Columns, rows: jax.Array, length: int) -> kv_cache.Columns:
-  def take(x):
-    x = x[:, rows, :length]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
-
-  return kv_cache.pin(jax.tree.map(take, columns))
+take_columns = jax.jit(kv_cache.take, static_argnames=("length",))
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
@@ -237,7 +232,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     return i + 1, s, put(tokens, token), put(logprobs, logprob)
 
   # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
-  stride = math.gcd(steps, _STRIDE)
+  stride = math.gcd(steps, STRIDE)
   carry = (jnp.int32(0), slots, jnp.zeros((rows, steps), jnp.int32), jnp.zeros((rows, steps), jnp.float32))
   _, slots, tokens, logprobs = jax.lax.while_loop(
     lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x), carry)

@@ -182,6 +182,7 @@ class _Run:
     self.lengths = engine.lengths(sampling)
     self.slots: Slots | None = None
     self.at: list[_Seat | None] = []   # by slot
+    self.shards = engine.mesh.shape["data"] * engine.mesh.shape["fsdp"]  # that the slots are split over
     self.length = 0                    # cache columns
     self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
     self.unseen: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
@@ -199,7 +200,8 @@ class _Run:
     if not wanted:
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
-    rows = next(n for n in self.e.row_sizes if n >= wanted)
+    crowd = max(collections.Counter(i * self.shards // len(self.at) for i in live).values(), default=0)
+    rows = next(n for n in self.e.row_sizes if n >= max(wanted, crowd * self.shards))
     columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new)
     columns += self.e.segment * (1 + len(self.unseen))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
@@ -213,12 +215,15 @@ class _Run:
     return True
 
   def take(self, live: list[int], rows: int, length: int) -> None:
-    """Gathers the slots `live` into `rows` rows of `length` columns."""
-    index = np.zeros(rows, np.int32)
-    index[:len(live)] = live
-    self.slots = decode.take_rows(self.slots, index, np.arange(rows) < len(live), length=length)
-    self.at = [self.at[i] for i in live] + [None] * (rows - len(live))
-    self.length = length
+    """Gathers the slots `live` into `rows` rows of `length` columns, each within its shard of the mesh."""
+    old, new = len(self.at) // self.shards, rows // self.shards
+    index, at, free = np.repeat(np.arange(self.shards, dtype=np.int32) * old, new), [None] * rows, list(range(0, rows, new))
+    for i in live:
+      to = free[i // old]
+      free[i // old] += 1
+      index[to], at[to] = i, self.at[i]
+    self.slots = decode.take_rows(self.slots, index, np.array([seat is not None for seat in at]), length=length)
+    self.at, self.length = at, length
 
   def seat(self, new: list[_Seat]) -> None:
     """Puts requests into free slots, prompts prefilled once each."""

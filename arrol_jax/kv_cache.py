@@ -71,12 +71,25 @@ def write(columns: Columns, k: jax.Array, v: jax.Array, position: jax.Array) -> 
   def put(old, new, position):
     # Head, row and position are all indices of the scatter: as its batch dimensions they would make a TPU turn the whole
     # cache to another layout and back at every step.
-    heads, rows = jnp.arange(old.shape[0], dtype=jnp.int32), jnp.arange(old.shape[1], dtype=jnp.int32)
-    return old.at[heads[:, None], rows[None, :], position[None, :]].set(new[:, :, 0], mode="promise_in_bounds", unique_indices=True)
+    heads, rows = (jnp.arange(n, dtype=jnp.int32) for n in old.shape[:2])
+    at = old.at[heads[:, None], rows[None, :], position[None, :]]
+    return at.set(new[:, :, 0], mode="promise_in_bounds", unique_indices=True)
 
   cache, _, rows = _specs(columns, k.shape[0])
   run = _by_shard(lambda old, new, at: jax.tree.map(lambda x, y: put(x, y, at), old, new), (cache, cache, rows), cache)
   return run(columns, store(k[:, None], v[:, None], columns.k.dtype.name), position)
+
+
+def take(columns: Columns, rows: jax.Array, length: int) -> Columns:
+  """Rows i32[R] of the cache with `length` columns. Each shard of the batch takes rows of its own: a cache does not travel."""
+  def local(columns, rows):
+    def one(x):
+      x = x[:, rows % x.shape[1], :length]
+      return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
+    return jax.tree.map(one, columns)
+
+  cache, _, by_row = _specs(columns, columns.k.shape[1])
+  return pin(_by_shard(local, (cache, by_row), cache)(columns, rows))
 
 
 def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, position: jax.Array,
