@@ -42,7 +42,7 @@ from arrol_jax import (
 )
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.types import TrainState, UserError
+from arrol_jax.types import Batch, TrainState, UserError
 from arrol_jax.weights import Policy
 from arrol_jax.zoo import ZOO
 
@@ -51,8 +51,10 @@ HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 # libtpu asks the machine it is on for a TPU's name and place; these answer for it.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+PHASES = "generation", "training"
 GENERATION = ("reshard", "init slots", "prefill", "insert", "decode segment", "decide", "gather")
 GIB = 1 << 30
+SKIPPED = "not compiled: one before it does not fit"
 
 
 @dataclasses.dataclass
@@ -103,13 +105,23 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> tuple[Trai
   return TrainState(params, opt_state, Calibration(table, table), count), optimizer
 
 
+def abstract_batch(rows: int, length: int, decisions: int, mesh: Mesh) -> Batch:
+  """A micro-batch of rollout.pack as shapes with shardings."""
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding.rows(mesh))
+  grid, row = array(jnp.float32, length), array(jnp.float32)
+  return Batch(tokens=array(jnp.int32, length), response_mask=grid, sampler_logprobs=grid, old_logprobs=grid,
+               ref_logprobs=grid, advantages=row, rewards=row, head_position=array(jnp.int32, decisions),
+               head_weight=array(jnp.float32, decisions))
+
+
 def out_of_memory(message: str) -> tuple[int, str]:
   """Bytes that a program would have used, from the compiler's RESOURCE_EXHAUSTED message, and what to say."""
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+  found = (re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+[KMGT]?) hbm", message) or
+           re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message))
   if not found:
     return 0, "the compiler ran out of the chip's memory: " + " ".join(message.split())[:200]
-  used = float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ")
-  return int(used), f"the compiler needs {found.group(1)}{found.group(2)} of {found.group(3)}{found.group(4)}"
+  used, unit, limit = found.groups()
+  return int(float(used) * 1024 ** " KMGT".index(unit or " ")), f"the compiler needs {used}{unit} of {limit}"
 
 
 def measure(program: Program, compiled, unknown_trips: int) -> None:
@@ -125,11 +137,19 @@ def measure(program: Program, compiled, unknown_trips: int) -> None:
   program.collectives = hlo.collective_counts(module, count)
 
 
-class Step:
-  """The programs of one step, compiled one after another; `held` is what lies on each chip between them."""
+class DoesNotFit(Exception):
+  """A program does not fit, and nobody wants to know about the others."""
 
-  def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None):
-    self.c, self.mesh, self.limit = c, mesh, limit
+
+class Step:
+  """The programs of one step, compiled one after another; `held` is what lies on each chip between them.
+
+  stop: `run` raises DoesNotFit at the first program that does not fit.
+  """
+
+  def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
+               stop: bool = False):
+    self.c, self.mesh, self.limit, self.stop = c, mesh, limit, stop
     self.loaded = Policy(model, policy.abstract_params(model), None, (model.vocab - 1,), 0)
     self.options = None if effort is None else {"exec_time_optimization_effort": effort}
     self.programs: list[Program] = []
@@ -152,17 +172,22 @@ class Step:
         raise
       program.peak, program.error = out_of_memory(str(e))
       program.in_step = program.peak + max(0, program.held - program.argument)
-      return None
+      return self.check()
     measure(program, compiled, unknown_trips)
     print(f"{name}: {program.in_step / GIB:.2f} GiB in the step", file=sys.stderr, flush=True)
+    self.check()
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
                         compiled.output_shardings)
 
   def skip(self, *names: str) -> None:
     """Programs whose arguments come from one that does not fit."""
-    self.programs += [Program(n, self.limit, error="not compiled: one before it does not fit") for n in names]
+    self.programs += [Program(n, self.limit, error=SKIPPED) for n in names]
 
-  def run(self, phases: tuple[str, ...] = ("generation", "training")) -> "Step":
+  def check(self) -> None:
+    if self.stop and not all(p.fits for p in self.programs):
+      raise DoesNotFit
+
+  def run(self, phases: tuple[str, ...] = PHASES) -> "Step":
     with jax.set_mesh(self.mesh):
       state, optimizer = abstract_state(self.c, self.loaded.config, self.mesh)
       self.hold("parameters, optimizer, head", per_chip(state))
@@ -184,8 +209,9 @@ class Step:
       engine = assemble.engine(c, self.loaded, self.mesh, c.rollout.max_new, weights,
                                memory=(self.limit - sum(self.held.values()), self.limit))
     except UserError as e:
-      self.programs.append(Program("init slots", self.limit, error=str(e)))
-      return self.skip(*(n for n in GENERATION if n != "init slots"))
+      self.skip(*GENERATION)
+      self.programs[-len(GENERATION) + 1].error = str(e)  # init slots
+      return self.check()
     columns, requests = engine.lengths(sampling)[-1], c.rollout.prompts * c.rollout.group_size
     self.shapes |= {"slots": engine.rows, "cache columns": columns}
     waves = -(-requests // engine.rows)
@@ -227,10 +253,8 @@ class Step:
     """Log-probs, gradients a micro-batch, the optimizer's step, as update.py does it."""
     c, model, mesh = self.c, self.loaded.config, self.mesh
     compute, loss, temperature = assemble.compute(c), assemble.loss(c), c.rollout.temperature
-    batches = jax.eval_shape(lambda: rollout.empty_batches(assemble.pack_shape(c), mesh, tuple(c.prune.detect)))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)),
-                         max(batches, key=lambda b: b.tokens.size))
-    rows, length = batch.tokens.shape
+    rows, length = max(assemble.pack_shape(c).sizes(mesh.shape["data"] * mesh.shape["fsdp"]), key=math.prod)
+    batch = abstract_batch(rows, length, len(c.prune.detect), mesh)
     self.shapes |= {"micro-batch rows": rows, "micro-batch columns": length}
     kept = c.rollout.prompts * c.rollout.group_size * (c.prune.keep if c.prune.enabled else 1.0)
     count = math.ceil(kept / rows)
@@ -280,21 +304,29 @@ def changes(c: ConfigDict, step: Step) -> Iterator[dict]:
     yield {"rollout.cache": "int8"}
 
 
+def helps(change: dict) -> set[str]:
+  """Phases in which a change may save memory."""
+  part = {"mesh": {"generation", "training"}, "rollout": {"generation"}}
+  return set().union(*(part.get(name.partition(".")[0], {"training"}) for name in change))
+
+
 def what_fits(c: ConfigDict, step: Step, compile_with) -> tuple[dict, Step] | None:
   """The first of `changes`, alone or with those before it, with which all that did not fit does: compiled, not estimated.
 
-  compile_with(changed config, phases) -> Step.
+  compile_with(changed config, phases) -> Step, or raises DoesNotFit. A change of the mesh has all programs compiled.
   """
-  single = list(changes(c, step))
+  over, single = phases_over(step), list(changes(c, step))
   together = [{k: v for change in single[:n] for k, v in change.items()} for n in range(2, len(single) + 1)]
   for change in [*single, *together]:
+    if not set(over) <= helps(change):
+      continue
     print("trying", *as_flags(change), file=sys.stderr, flush=True)
     changed = c.copy_and_resolve_references()
     changed.update_from_flattened_dict(change)
-    moved = any(name.startswith("mesh.") for name in change)
-    trial = compile_with(changed, ("generation", "training") if moved else phases_over(step))
-    if all(p.fits for p in trial.programs):
-      return change, trial
+    try:
+      return change, compile_with(changed, PHASES if any(name.startswith("mesh.") for name in change) else over)
+    except DoesNotFit:
+      continue
   return None
 
 
@@ -330,7 +362,7 @@ def verdict(step: Step, topology: str) -> str:
     return (f"**Fits** {topology}: the fullest program, {fullest.name}, takes {fullest.in_step / GIB:.2f} of "
             f"{step.limit / GIB:.2f} GiB a chip with all that is held beside it.")
   parts = [f"{p.name} ({p.error or f'{p.in_step / GIB:.2f} of {p.limit / GIB:.2f} GiB'})" for p in over
-           if not p.error.startswith("not compiled")]
+           if p.error != SKIPPED]
   return f"**Does not fit** {topology}: {'; '.join(parts)}."
 
 
@@ -353,6 +385,7 @@ def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:
   chip = name.partition(":")[0]
   if chip not in HBM:
     raise UserError(f"--topology={name}: unknown chip; write {', '.join(HBM)} and a shape, such as v5e:16x16 or v5p:4x4x4")
+  os.environ.update(ENVIRONMENT)
   try:
     devices = topologies.get_topology_desc(name, "tpu").devices
   except jax.errors.JaxRuntimeError as e:
@@ -384,7 +417,6 @@ def model_shape(path: str, shape: str | None) -> tuple[PolicyConfig, str]:
 
 
 def main():
-  os.environ.update(ENVIRONMENT)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)  # it holds programs for devices that are here
   c, flags = configuration.parse(sys.argv, dict.fromkeys(("topology", "json", "shape", "effort"), None) | {"suggest": "yes"})
@@ -392,13 +424,17 @@ def main():
   if not flags.topology:
     raise UserError("no --topology=CHIP:SHAPE given, such as v5e:16x16")
   model, source = model_shape(c.model.path, flags.shape)
-  effort = float(flags.effort) if flags.effort else None
+  try:
+    effort = float(flags.effort) if flags.effort else None
+    flags.json and Path(flags.json).touch()  # found out before the compiler has worked for minutes
+  except (ValueError, OSError) as e:
+    raise UserError(f"{e}; --effort takes a number, --json a file in a folder that is there") from e
 
-  def compile_with(c: ConfigDict, phases=("generation", "training")) -> Step:
+  def compile_with(c: ConfigDict, phases: tuple[str, ...] = PHASES, stop: bool = True) -> Step:
     mesh, limit = topology_mesh(flags.topology, c)
-    return Step(c, model, mesh, limit, effort).run(phases)
+    return Step(c, model, mesh, limit, effort, stop).run(phases)
 
-  step = compile_with(c)
+  step = compile_with(c, stop=False)
   fits = all(p.fits for p in step.programs)
   mesh = "x".join(str(c.mesh[name]) for name in sharding.AXES)
   lines = [report(f"{source} on {flags.topology}, mesh {mesh} (data x fsdp x tensor)", step), "", verdict(step, flags.topology)]
