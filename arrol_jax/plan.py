@@ -63,7 +63,7 @@ class Program:
   name: str
   limit: int
   held: int = 0        # on the chip while it runs, its own arguments among it
-  runs: int = 1        # a step, at most
+  runs: int = 1        # a step, at most, if all run at this shape
   argument: int = 0
   output: int = 0
   alias: int = 0       # output that takes an argument's place
