@@ -57,15 +57,17 @@ def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
   return out
 
 
-def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict) -> Engine:
-  """An engine for the policy in training, `params`; call it with all in place that stays in memory while it runs."""
+def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,
+           memory: tuple[int, int] | None = None) -> Engine:
+  """An engine for the policy in training, `params`; call it with all in place that stays in memory while it runs, or with
+  what `memory` a device has (engine.slots_that_fit)."""
   r = c.rollout
   most = r.prompts * r.group_size
   build = lambda rows: Engine(loaded.config, mesh, rows, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
                               prefill_rows=min(r.prompts, 32))
   if r.slots is not None:
     return build(r.slots)
-  fits = slots_that_fit(build(most), sampling(c, loaded, r.temperature), r.group_size, params)
+  fits = slots_that_fit(build(most), sampling(c, loaded, r.temperature), r.group_size, params, memory)
   return build(most if fits is None else min(most, fits))
 
 
@@ -135,4 +137,5 @@ def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransform
   tables = jax.tree.map(lambda x: jnp.stack([x] * len(c.prune.detect)), Calibration.empty(c.prune.bins))
   recent = quality.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  return TrainState(params, *jax.tree.map(place, (jax.jit(optimizer.init)(params), tables, jnp.zeros((), jnp.int32), recent)))
+  # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
+  return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent)))

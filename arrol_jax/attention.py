@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from arrol_jax import sharding
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _TILE = 128  # rows and lanes of the TPU kernel's blocks
 
@@ -27,7 +29,7 @@ def causal_attention(implementation: str) -> Callable:
     raise ValueError(f"attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
 
   def attend(q, k, v):
-    platform, choice = jax.default_backend(), implementation
+    platform, choice = sharding.platform(), implementation
     if choice == "auto":
       choice = {"tpu": "splash", "gpu": "cudnn" if q.dtype == jnp.bfloat16 else "xla"}.get(platform, "xla")
     if choice == "splash":

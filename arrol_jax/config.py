@@ -88,9 +88,11 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(130)
 
 
-def check(c: ConfigDict) -> None:
-  """Raises UserError for values that cannot work together, before anything is loaded."""
+def check(c: ConfigDict, files: bool = True) -> None:
+  """Raises UserError for values that cannot work together, before anything is loaded. files False: nor need they be there."""
   try:
+    if files:
+      _check_files(c)
     _check(c)
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
@@ -101,10 +103,13 @@ def _need(ok: bool, text: str) -> None:
     raise UserError(text)
 
 
-def _check(c: ConfigDict) -> None:
+def _check_files(c: ConfigDict) -> None:
   _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
   _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
   _check_data(c)
+
+
+def _check(c: ConfigDict) -> None:
   _check_counts(c)
   _check_prune(c)
   _need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "

@@ -16,13 +16,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from arrol_jax import kv_cache, policy
+from arrol_jax import kv_cache, policy, sharding
 from arrol_jax.attention import causal_attention
 from arrol_jax.norms import split_qkv
 from arrol_jax.policy import PolicyConfig
 
 _LANES = 128  # tokens of a vocabulary block
-_STRIDE = 8   # steps between two looks at whether any row is active
+STRIDE = 8   # steps between two looks at whether any row is active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +124,17 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limi
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
   """Gathers slots `rows` i32[R] into a batch of R rows with `length` cache columns; rows with valid False come out idle.
 
+  Over a mesh each shard's new rows must come from its old ones.
   Deletes the old cache as it goes, layer after layer: beside it only one layer of the new one needs room.
   """
   cache = []
   for old in slots.cache:
-    cache.append(_take_columns(old, rows, length))
+    cache.append(take_columns(old, rows, length))
     jax.tree.map(lambda x: x.delete(), old)
   return _take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
-def _take_columns(columns: kv_cache.Columns, rows: jax.Array, length: int) -> kv_cache.Columns:
-  def take(x):
-    x = x[:, rows, :length]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
-
-  return kv_cache.pin(jax.tree.map(take, columns))
+take_columns = jax.jit(kv_cache.take, static_argnames=("length",))
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
@@ -222,8 +217,12 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   many as its `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
-  run = _segment_gpu if jax.default_backend() == "gpu" else _segment
-  return run(c, params, slots, steps=steps, sampling=sampling)
+  return segment_program()(c, params, slots, steps=steps, sampling=sampling)
+
+
+def segment_program():
+  """The jitted program behind `generate_segment` for the mesh's platform."""
+  return _segment_gpu if sharding.platform() == "gpu" else _segment
 
 
 def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
@@ -257,7 +256,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     return i + 1, s, tuple(map(put, said, (token, logprob, confidence)))
 
   # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
-  stride = math.gcd(steps, _STRIDE)
+  stride = math.gcd(steps, STRIDE)
   said = tuple(jnp.zeros((rows, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
   _, slots, said = jax.lax.while_loop(
     lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x),

@@ -87,10 +87,14 @@ class Engine:
 
   def load(self, params: dict, dtype: str) -> None:
     """Takes the training parameters: cast, unstacked and resharded for decoding in one program."""
+    self.params = self.loader(params, dtype)(params)
+
+  def loader(self, params: dict, dtype: str):
+    """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
     axes = policy.unstack_axes(policy.logical_axes(self.config), self.config.layers)
     shapes = jax.eval_shape(policy.unstack, params)
     out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
-    self.params = _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)(params)
+    return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
 
   def warm_up(self, sampling: Sampling, decide: Callable | None = None) -> None:
     """Compiles every program of a run: all shapes on idle slots, which decode nothing."""
@@ -129,12 +133,15 @@ class Engine:
     return state.rollouts
 
 
-def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict) -> int | None:
+def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
+                   memory: tuple[int, int] | None = None) -> int | None:
   """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
 
-  Call it with all that stays in memory (parameters, optimizer state) in place. Raises UserError where not even one group of
-  `group_size` rollouts fits, with what would.
+  Call it with all that stays in memory (parameters, optimizer state) in place, or give a device's `memory`: bytes free and
+  bytes in all. Raises UserError where not even one group of `group_size` rollouts fits, with what would.
   """
+  if memory:
+    return _slots_in(engine, sampling, group_size, params, *memory)
   stats = engine.mesh.devices.flat[0].memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
@@ -190,6 +197,7 @@ class _Run:
     self.counts, self.lengths = engine.row_counts(sampling), engine.lengths(sampling)
     self.slots: Slots | None = None
     self.at: list[_Seat | None] = []   # by slot
+    self.shards = engine.mesh.shape["data"] * engine.mesh.shape["fsdp"]  # that the slots are split over
     self.length = 0                    # cache columns
     self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
     self.unseen: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
@@ -207,7 +215,8 @@ class _Run:
     if not wanted:
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
-    rows = next(n for n in self.counts if n >= wanted)
+    crowd = max(collections.Counter(i * self.shards // len(self.at) for i in live).values(), default=0)
+    rows = next(n for n in self.counts if n >= max(wanted, crowd * self.shards))
     columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new)
     columns += self.e.segment * (1 + len(self.unseen))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
@@ -221,12 +230,15 @@ class _Run:
     return True
 
   def take(self, live: list[int], rows: int, length: int) -> None:
-    """Gathers the slots `live` into `rows` rows of `length` columns."""
-    index = np.zeros(rows, np.int32)
-    index[:len(live)] = live
-    self.slots = decode.take_rows(self.slots, index, np.arange(rows) < len(live), length=length)
-    self.at = [self.at[i] for i in live] + [None] * (rows - len(live))
-    self.length = length
+    """Gathers the slots `live` into `rows` rows of `length` columns, each within its shard of the mesh."""
+    old, new = len(self.at) // self.shards, rows // self.shards
+    index, at, free = np.repeat(np.arange(self.shards, dtype=np.int32) * old, new), [None] * rows, list(range(0, rows, new))
+    for i in live:
+      to = free[i // old]
+      free[i // old] += 1
+      index[to], at[to] = i, self.at[i]
+    self.slots = decode.take_rows(self.slots, index, np.array([seat is not None for seat in at]), length=length)
+    self.at, self.length = at, length
 
   def seat(self, new: list[_Seat]) -> None:
     """Puts requests into free slots, prompts prefilled once each."""

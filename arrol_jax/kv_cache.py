@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from arrol_jax.norms import Turn, split_qkv
-from arrol_jax.sharding import DECODE, constrain
+from arrol_jax.sharding import DECODE, constrain, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "tpu")
 BLOCK = 64      # columns a kernel reads at once: a cache's length is a multiple of it where a kernel reads it
@@ -68,10 +68,28 @@ def store(k: jax.Array, v: jax.Array, dtype: str) -> Columns:
 
 def write(columns: Columns, k: jax.Array, v: jax.Array, position: jax.Array) -> Columns:
   """Puts one column a row, k and v [B,M,H], at position i32[B]; in place where `columns` is donated."""
-  one = lambda old, new, at: old.at[at].set(new, mode="promise_in_bounds")
-  put = jax.vmap(jax.vmap(one), in_axes=(0, 0, None))  # rows and heads are the scatter's batch dimensions: no shard leaves home
-  new = store(k[:, None], v[:, None], columns.k.dtype.name)
-  return pin(jax.tree.map(lambda old, x: put(old, x[:, :, 0], position), columns, new))
+  def put(old, new, position):
+    # Head, row and position are all indices of the scatter: as its batch dimensions they would make a TPU turn the whole
+    # cache to another layout and back at every step.
+    heads, rows = (jnp.arange(n, dtype=jnp.int32) for n in old.shape[:2])
+    at = old.at[heads[:, None], rows[None, :], position[None, :]]
+    return at.set(new[:, :, 0], mode="promise_in_bounds", unique_indices=True)
+
+  cache, _, rows = _specs(columns, k.shape[0])
+  run = _by_shard(lambda old, new, at: jax.tree.map(lambda x, y: put(x, y, at), old, new), (cache, cache, rows), cache)
+  return run(columns, store(k[:, None], v[:, None], columns.k.dtype.name), position)
+
+
+def take(columns: Columns, rows: jax.Array, length: int) -> Columns:
+  """Rows i32[R] of the cache with `length` columns. Each shard of the batch takes rows of its own: a cache does not travel."""
+  def local(columns, rows):
+    def one(x):
+      x = x[:, rows % x.shape[1], :length]
+      return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
+    return jax.tree.map(one, columns)
+
+  cache, _, by_row = _specs(columns, columns.k.shape[1])
+  return pin(_by_shard(local, (cache, by_row), cache)(columns, rows))
 
 
 def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, position: jax.Array,
@@ -85,7 +103,7 @@ def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, posi
     raise ValueError(f"decode attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   choice = resolve(implementation, columns.k.shape[3], columns.k.dtype)
   length = jnp.where(active, position + 1, 0)
-  interpret = jax.default_backend() == "cpu"
+  interpret = platform() == "cpu"
   cache, heads, rows = _specs(columns, qkv.shape[0])
   if choice == "triton":
     def kernel(columns, qkv, length, cos, sin, scales):
@@ -124,10 +142,10 @@ def resolve(implementation: str, head_dim: int, dtype) -> str:
   """What "auto" means for a cache here: the kernel that reads each row's own length where there is one."""
   if implementation != "auto":
     return implementation
-  platform = jax.default_backend()
-  if platform == "gpu" and jnp.dtype(dtype) != jnp.float32 and head_dim & (head_dim - 1) == 0:
+  target = platform()
+  if target == "gpu" and jnp.dtype(dtype) != jnp.float32 and head_dim & (head_dim - 1) == 0:
     return "triton"
-  return "tpu" if platform == "tpu" and head_dim % 128 == 0 and jnp.dtype(dtype) != jnp.int8 else "xla"
+  return "tpu" if target == "tpu" and head_dim % 128 == 0 and jnp.dtype(dtype) != jnp.int8 else "xla"
 
 
 def attend_xla(q: jax.Array, columns: Columns, length: jax.Array) -> jax.Array:

@@ -39,6 +39,13 @@ def shardings(axes_tree: dict, shape_tree: dict, mesh: Mesh, table: dict) -> dic
   return jax.tree.map(lambda x, axes: NamedSharding(mesh, spec(axes, x.shape, mesh, table)), shape_tree, axes_tree)
 
 
+def platform() -> str:
+  """Platform that a program is built for, "cpu", "gpu" or "tpu": the mesh's, whose devices need not be here (plan.py)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device else jax.default_backend()
+  return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
 def constrain(x: jax.Array, *axes, table: dict = TRAIN) -> jax.Array:
   """Pins an activation's sharding inside a jitted program; does nothing without a mesh or inside a shard_map."""
   mesh = jax.sharding.get_abstract_mesh()

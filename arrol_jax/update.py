@@ -17,6 +17,7 @@ from arrol_jax import losses, policy, quality
 from arrol_jax.attention import causal_attention
 from arrol_jax.losses import LossConfig
 from arrol_jax.policy import PolicyConfig
+from arrol_jax.sharding import constrain
 from arrol_jax.types import Batch, TrainState
 
 
@@ -112,15 +113,16 @@ def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch:
   """Adds one micro-batch's gradients and metrics to the sums so far."""
   f = lambda p: micro_loss(c, p, batch, totals, loss, temperature, compute)
   new_grads, new_metrics = jax.grad(f, has_aux=True)(params)
-  return jax.tree.map(jnp.add, grads, new_grads), jax.tree.map(jnp.add, metrics, new_metrics)
+  grads = jax.tree.map(jnp.add, grads, new_grads)
+  grads["policy"] = jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], policy.logical_axes(c))
+  return grads, jax.tree.map(jnp.add, metrics, new_metrics)
 
 
 METRICS = ("policy_loss", "head_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
-@jax.jit
 def zeros(params: dict) -> tuple[dict, dict]:
-  """Empty sums for `accumulate`."""
+  """Empty sums for `accumulate`. Not a jitted program: that would know no sharding and put all sums on every device."""
   return jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros((), jnp.float32) for name in METRICS}
 
 

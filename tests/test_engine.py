@@ -115,6 +115,22 @@ def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
   assert 3 <= pruned < 17
 
 
+def test_over_a_mesh_rows_are_gathered_within_their_shard(alone, monkeypatch):
+  """Survivors stay where their cache is, whoever leaves."""
+  from arrol_jax import decode
+  taken, plain = [], decode.take_rows
+  def take_rows(slots, rows, valid, *, length):
+    old, new = slots.token.shape[0] // 4, len(rows) // 4
+    assert all(i // old == j // new for j, i in enumerate(rows)) and len(set(rows[valid])) == valid.sum()
+    taken.append((4 * old, 4 * new, int(valid.sum())))
+    return plain(slots, rows, valid, length=length)
+  monkeypatch.setattr(decode, "take_rows", take_rows)
+  for a, b in zip(run(sharding.make_mesh(2, 2, 1), 20, requests(), decide=cut_some), alone, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens[:len(a.tokens)])
+    assert a.pruned or len(a.tokens) == len(b.tokens)
+  assert any(new < old and live for old, new, live in taken), taken
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Follows the log and the metrics of runs/RUN on the first worker: tpu_scripts/watch.sh [--dry-run] RUN
+# Follows a worker's log (the first's, or WORKER's) and, where RUN is given, the metrics: tpu_scripts/watch.sh [--dry-run] [RUN]
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "$0")/common.sh"
-go gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command "cd arrol && tail -F train.log runs/${1:?give the run}/metrics.jsonl"
+metrics=${1:+runs/$1/metrics.jsonl}
+on_worker "${WORKER:-0}" "cd arrol && tail -n 20 -F train.log ${metrics:+$(printf %q "$metrics")}"
