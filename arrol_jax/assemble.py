@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
-from arrol_jax import data, quality, sharding, update
+from arrol_jax import config, data, hosts, quality, sharding, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.losses import ALGORITHMS, LossConfig
@@ -40,12 +40,13 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
 
 
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0) -> list[data.Prompt]:
-  """Encoded problems of `path`; says how many were too long and left out."""
-  problems = data.load_problems(path)[:limit or None]
+  """Encoded problems of `path`, each process encoding its share; says how many were too long and left out."""
+  problems = hosts.together(lambda: data.load_problems(path))[:limit or None]
   out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
-                                     thinking=c.data.thinking)
+                                     thinking=c.data.thinking, spread=hosts.spread)
   if skipped:
-    print(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens (rollout.max_prompt)")
+    hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
+              "(rollout.max_prompt)")
   return out
 
 
@@ -71,7 +72,7 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str,
              head: dict | None = None, table: Calibration | None = None) -> dict:
   """`rollout.measure` as eval.* says, with a progress bar called `name`."""
-  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False) as bar:
+  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False, disable=not hosts.first()) as bar:
     return measure(engine, prompts, c.eval.samples, key(c, EVAL), sampling(c, loaded, c.eval.temperature), loaded.tokenizer,
                    grader, head=head, table=table, pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
@@ -102,6 +103,11 @@ def pack_shape(c: ConfigDict) -> PackShape:
 def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
   """The random key of one use: a function of (seed, purpose, step) alone."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
+
+
+def belongs(c: ConfigDict) -> dict:
+  """What a checkpoint of this run says of itself."""
+  return {"config_hash": config.fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arrol_jax"
 
 # A module imports only from modules before it. A new one gets its place here.
-ORDER = """types sharding norms attention kv_cache policy quality prune losses metrics voting rewards data
+ORDER = """types hosts sharding norms attention kv_cache policy quality prune losses metrics voting rewards data
   zoo hf_config safetensors_files gguf_files tokenizers weights
   decode engine rollout update checkpoint config workdir assemble""".split()
 ENTRY_POINTS = "train evaluate bench plan serve".split()  # nothing imports them
