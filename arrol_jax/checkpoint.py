@@ -10,7 +10,9 @@ With several processes the folder is one that all of them see.
 from collections.abc import Iterator
 from contextlib import contextmanager
 import itertools
+import json
 import os
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,7 @@ class Checkpoints:
       return
     leaves = _plain(state)
     notes = (self.belongs or {}) | {"score": score, "checksums": jax.device_get(_checksums(leaves)).tolist()}
+    notes["crc"] = _crc(notes)
     self.kept.scores[step] = score
     with self._failures_said():
       self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True)
@@ -110,7 +113,11 @@ class Checkpoints:
     self.manager.reload()
 
   def _notes(self, step: int) -> dict:
-    return self.manager.metadata(step).custom_metadata
+    """What `save` wrote beside the arrays. Raises if it is not all there."""
+    notes = dict(self.manager.metadata(step).custom_metadata)
+    if notes.pop("crc") != _crc(notes):
+      raise ValueError("its metadata do not match their checksum")
+    return notes
 
   def check(self) -> None:
     """Raises UserError if the save under way has failed."""
@@ -171,6 +178,10 @@ def _checksums(leaves: list) -> jax.Array:
   return jnp.stack([one(x) for x in leaves])
 
 
+def _crc(notes: dict) -> int:
+  return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
+
+
 def _attempt(read):
   """(read(), None), or (None, the problem in one line); a UserError is raised on."""
   try:
@@ -182,4 +193,5 @@ def _attempt(read):
 
 
 def _line(e: Exception) -> str:
-  return " ".join(str(e).split())[:160] or type(e).__name__
+  """What went wrong, short: for a missing key the type says more than the text."""
+  return f"{type(e).__name__}: {' '.join(str(e).split())}"[:160]

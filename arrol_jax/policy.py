@@ -240,7 +240,7 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   """
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)
-  # The table's columns, which fsdp splits, are brought together first: the partitioner would replicate the looked-up rows instead.
+  # The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows.
   x = constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
   if isinstance(params["layers"], tuple):
