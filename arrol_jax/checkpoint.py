@@ -9,9 +9,11 @@ With several processes the folder is one that all of them see.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import gc
 import itertools
 import json
 import os
+import sys
 import zlib
 
 import jax
@@ -129,6 +131,13 @@ class Checkpoints:
     with self._failures_said():
       self.manager.wait_until_finished()
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind in (None, hosts.Preempted) or not hosts.several():  # else others may be gone: a save would wait for them
+      self.close()
+
   def close(self) -> None:
     self.wait()
     self.manager.close()
@@ -138,6 +147,8 @@ class Checkpoints:
   def _failures_said(self) -> Iterator[None]:
     try:
       yield
+    except jax.errors.JaxRuntimeError:  # no matter of disks: another process is gone
+      raise
     except Exception as e:  # whatever file systems and orbax raise
       raise UserError(f"{self.folder}: a checkpoint could not be written ({_line(e)}); make room or repair it, and the same "
                       "command goes on from the last whole one") from e
@@ -185,13 +196,27 @@ def _crc(notes: dict) -> int:
 def _attempt(read):
   """(read(), None), or (None, the problem in one line); a UserError is raised on."""
   try:
-    return read(), None
+    with _hushed():
+      return read(), None
   except UserError:
     raise
   except Exception as e:  # damage shows in many ways: no metadata, no such chunk, a stream that does not decompress
     return None, _line(e)
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+  """When one array cannot be read, orbax drops the reads of all others, each of which leaves a page of traceback: not here."""
+  hooks = sys.excepthook, sys.unraisablehook
+  sys.excepthook = sys.unraisablehook = lambda *_: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.excepthook, sys.unraisablehook = hooks
+
+
 def _line(e: Exception) -> str:
   """What went wrong, short: for a missing key the type says more than the text."""
-  return f"{type(e).__name__}: {' '.join(str(e).split())}"[:160]
+  text = " ".join(str(e).split()).partition(" See full TensorStore")[0]
+  return f"{type(e).__name__}: {text}"[:160]

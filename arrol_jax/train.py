@@ -91,7 +91,7 @@ def main():
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
-    checkpoints = stack.enter_context(closing(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c))))
+    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c)))
     start, state = checkpoints.restore(state)
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
@@ -137,6 +137,7 @@ def main():
       if logs:
         logs.write(line, rollouts, c.log.rollouts)
       if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):
+        checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
       bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
