@@ -8,6 +8,7 @@ one host alone meets (`together`), and signals (`Watch`). With one process all o
 """
 
 from collections.abc import Callable
+import functools
 import glob
 import importlib.util
 import os
@@ -152,6 +153,11 @@ class Watch:
 
 def _any(flag: bool) -> jax.Array:
   """Whether any process's flag is set, bool[], without waiting for it."""
+  by_device, program = _any_program()
+  return program(jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag])))
+
+
+@functools.cache
+def _any_program() -> tuple:
   mesh = Mesh(np.array(jax.devices()), ("devices",))
-  flags = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, PartitionSpec("devices")), lambda _: np.array([flag]))
-  return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(flags)
+  return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
