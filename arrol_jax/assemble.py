@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
-from arrol_jax import data, quality, sharding, sources, update
+from arrol_jax import config, data, hosts, quality, sharding, sources, update
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.held_out import Voters, measure
@@ -48,12 +48,14 @@ def grader(c: ConfigDict) -> Grader:
 
 
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[data.Prompt]:
-  """Encoded problems of the sources `path`, used to "train" or to "test"; says how many were too long and left out."""
-  problems = sources.load_problems(path, split, c.data.folder, c.data.tfds_dir)[:limit or None]
+  """Encoded problems of the sources `path`, used to "train" or to "test", each process encoding its share; says how many were
+  too long and left out."""
+  problems = hosts.together(lambda: sources.load_problems(path, split, c.data.folder, c.data.tfds_dir))[:limit or None]
   out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
-                                     c.data.system, c.data.thinking)
+                                     c.data.system, c.data.thinking, spread=hosts.spread)
   if skipped:
-    print(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens (rollout.max_prompt)")
+    hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
+              "(rollout.max_prompt)")
   return out
 
 
@@ -84,7 +86,8 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.P
   voters = Voters(head, tables, tuple(c.prune.detect), c.eval.stop_below, c.eval.window)
   how = dataclasses.replace(sampling(c, loaded, c.eval.temperature), confidence=TOP_K if c.eval.deepconf else None,
                             pool=head is not None and "mean" in quality.inputs_of(head))
-  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False) as bar:
+  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
+            disable=not hosts.first()) as bar:
     return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, loaded.tokenizer, grader, voters=voters,
                    pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
@@ -116,6 +119,11 @@ def pack_shape(c: ConfigDict) -> PackShape:
 def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
   """The random key of one use: a function of (seed, purpose, step) alone."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
+
+
+def belongs(c: ConfigDict) -> dict:
+  """What a checkpoint of this run says of itself."""
+  return {"config_hash": config.fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:

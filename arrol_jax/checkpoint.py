@@ -1,50 +1,222 @@
 """Saving and restoring all that a run needs to go on exactly, through orbax.
 
-A checkpoint is the TrainState (parameters, head, optimizer state, calibration table, step). Data order and random keys are
-functions of (seed, step), so nothing else is needed. Saving is asynchronous and atomic (orbax); the newest
-`keep` stay. Left out: falling back past a damaged checkpoint, preemption signals.
+A checkpoint is the TrainState (parameters, head, optimizer state, calibration tables, step) and what it belongs to: config
+hash and root key. Data order and random keys are functions of (seed, step), so nothing else is needed. Saving is asynchronous and
+atomic (orbax); the newest `keep` stay, and the one with the best score. Each array's checksum is taken on the devices when it
+is saved and again when it is restored, whatever the mesh: a damaged checkpoint is set aside and the one before it is taken.
+With several processes the folder is one that all of them see.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+import gc
+import itertools
+import json
 import os
+import sys
+import zlib
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from arrol_jax.types import TrainState
+from arrol_jax import hosts
+from arrol_jax.types import TrainState, UserError
 
 
 class Checkpoints:
-  """The `checkpoints/` folder of a workdir."""
+  """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
-  def __init__(self, workdir: str, keep: int, read_only: bool = False):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
-    self.manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options,
-                                         item_handlers=ocp.StandardCheckpointHandler())
+  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False):
+    """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do."""
+    self.workdir, self.belongs, self.read_only = workdir, belongs, read_only
+    self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    self.kept = _NewestAndBest(keep)
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    if not read_only and hosts.first():
+      os.makedirs(self.folder, exist_ok=True)
+    hosts.gather(None)
+    options = ocp.CheckpointManagerOptions(
+      create=False, read_only=read_only, cleanup_tmp_directories=not read_only, preservation_policy=self.kept,
+      multiprocessing_options=everyone)
+    self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+    # Reads without waiting for other processes: one that cannot read its part must not leave them waiting.
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+    for step in self.steps():
+      self.kept.scores[step] = (_attempt(lambda step=step: self._notes(step))[0] or {}).get("score")
+
+  def steps(self) -> list[int]:
+    """Whole checkpoints, oldest first: how many steps each has behind it."""
+    return sorted(self.manager.all_steps())
 
   def latest(self) -> int | None:
-    """Number of steps that the newest checkpoint has behind it; None without one."""
+    """The newest of `steps`; None without one."""
     return self.manager.latest_step()
 
-  def save(self, step: int, state: TrainState) -> None:
-    """Starts saving `state` after `step` steps; a step already saved is left as it is."""
-    if step != self.manager.latest_step():
-      self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
+  def best(self) -> int | None:
+    """The one with the best score; None where none has one."""
+    return self.kept.best(self.steps())
 
-  def restore(self, step: int, state: TrainState) -> TrainState:
-    """The saved state, with the shapes and shardings of `state`; ValueError if it was saved with other shapes."""
-    saved = [tuple(x.shape) for x in jax.tree.leaves(self.manager.item_metadata(step))]
-    if saved != [x.shape for x in _plain(state)]:  # said here: orbax reports it from a background task
-      raise ValueError(f"checkpoint {step} holds arrays of other shapes")
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
-    saved = self.manager.restore(step, args=ocp.args.StandardRestore(like))
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(saved))
+  def save(self, step: int, state: TrainState, score: float | None = None) -> None:
+    """Starts saving `state` after `step` steps; a step already saved is left as it is.
+
+    score: what "best" goes by. Raises UserError if this save or the one before it failed.
+    """
+    if step in self.steps():
+      return
+    leaves = _plain(state)
+    notes = (self.belongs or {}) | {"score": score, "checksums": jax.device_get(_checksums(leaves)).tolist()}
+    notes["crc"] = _crc(notes)
+    self.kept.scores[step] = score
+    with self._failures_said():
+      self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True)
+
+  def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
+    """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.
+
+    Damaged ones are named and moved to damaged/. (0, state) without any checkpoint. Raises UserError: all are damaged, or one
+    is of another config, seed or model.
+    """
+    damaged = []
+    for candidate in reversed(self.steps()) if step is None else [step]:
+      read, problem = _attempt(lambda candidate=candidate: self._read(candidate, state))
+      problem = next(filter(None, hosts.gather(problem)), None)
+      if not problem:
+        return candidate, read
+      damaged.append(candidate)
+      hosts.say(f"{self.workdir}: checkpoint {candidate} is damaged ({problem}); falling back to the one before")
+      if not self.read_only:
+        self._set_aside(candidate)
+    if damaged:
+      raise UserError(f"{self.workdir}: no checkpoint can be read (tried {damaged}); choose another --workdir to start again")
+    return 0, state
+
+  def _read(self, step: int, state: TrainState) -> TrainState:
+    notes, leaves = self._notes(step), _plain(state)
+    wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v]
+    if wrong:
+      raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}")
+    if [tuple(x.shape) for x in jax.tree.leaves(self.manager.metadata(step).item_metadata)] != [x.shape for x in leaves]:
+      raise UserError(f"{self.workdir}: its checkpoint does not fit this config's model; give the config of that run")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
+    saved = self.reader.restore(f"{self.folder}/{step}/default", args=ocp.args.StandardRestore(like))
+    if jax.device_get(_checksums(saved)).tolist() != notes["checksums"]:
+      raise ValueError("its checksum does not match")
+    return jax.tree.unflatten(jax.tree.structure(state), saved)
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a damaged checkpoint out of the way of the one that will be made again, for whoever wants to look at it."""
+    if hosts.first():
+      os.makedirs(f"{self.workdir}/damaged", exist_ok=True)
+      target = next(p for i in itertools.count() if not os.path.exists(p := f"{self.workdir}/damaged/{step}.{i}"))
+      os.rename(f"{self.folder}/{step}", target)
+    hosts.gather(None)  # the others look at the folder after it has happened
+    self.manager.reload()
+
+  def _notes(self, step: int) -> dict:
+    """What `save` wrote beside the arrays. Raises if it is not all there."""
+    notes = dict(self.manager.metadata(step).custom_metadata)
+    if notes.pop("crc") != _crc(notes):
+      raise ValueError("its metadata do not match their checksum")
+    return notes
+
+  def check(self) -> None:
+    """Raises UserError if the save under way has failed."""
+    with self._failures_said():
+      self.manager.check_for_errors()
+
+  def wait(self) -> None:
+    """Until the last save is on disk. Raises UserError if it failed."""
+    with self._failures_said():
+      self.manager.wait_until_finished()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind in (None, hosts.Preempted) or not hosts.several():  # else others may be gone: a save would wait for them
+      self.close()
 
   def close(self) -> None:
-    """Waits until the last save is on disk."""
-    self.manager.wait_until_finished()
+    self.wait()
     self.manager.close()
+    self.reader.close()
+
+  @contextmanager
+  def _failures_said(self) -> Iterator[None]:
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:  # no matter of disks: another process is gone
+      raise
+    except Exception as e:  # whatever file systems and orbax raise
+      raise UserError(f"{self.folder}: a checkpoint could not be written ({_line(e)}); make room or repair it, and the same "
+                      "command goes on from the last whole one") from e
+
+
+class _NewestAndBest:
+  """Which checkpoints stay (orbax's preservation policy): the newest `keep`, and the one with the highest score."""
+
+  def __init__(self, keep: int):
+    self.keep, self.scores = keep, {}
+
+  def best(self, steps: list[int]) -> int | None:
+    return max((s for s in steps if self.scores.get(s) is not None), key=lambda s: (self.scores[s], s), default=None)
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    steps = [c.step for c in checkpoints]
+    stay = {*sorted(steps)[-self.keep:], self.best(steps)}
+    return [s in stay for s in steps]
 
 
 def _plain(state: TrainState) -> list:
   """Leaves in tree order: what is on disk does not depend on optax's class names."""
   return jax.tree.leaves(state)
+
+
+@jax.jit
+def _checksums(leaves: list) -> jax.Array:
+  """u32[N], one an array: the sum modulo 2^32 of its elements' bits, each times an odd number that its place gives.
+
+  The sum does not depend on its order, so neither on how the array is sharded; one flipped bit always changes it.
+  """
+  def one(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) * jnp.uint32(2654435761 + 2 * d) for d in range(x.ndim)),
+                jnp.zeros(x.shape, jnp.uint32))
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+  return jnp.stack([one(x) for x in leaves])
+
+
+def _crc(notes: dict) -> int:
+  return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
+
+
+def _attempt(read):
+  """(read(), None), or (None, the problem in one line); a UserError is raised on."""
+  try:
+    with _hushed():
+      return read(), None
+  except UserError:
+    raise
+  except Exception as e:  # damage shows in many ways: no metadata, no such chunk, a stream that does not decompress
+    return None, _line(e)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+  """When one array cannot be read, orbax drops the reads of all others, each of which leaves a page of traceback: not here."""
+  hooks = sys.excepthook, sys.unraisablehook
+  sys.excepthook = sys.unraisablehook = lambda *_: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.excepthook, sys.unraisablehook = hooks
+
+
+def _line(e: Exception) -> str:
+  """What went wrong, short: for a missing key the type says more than the text."""
+  text = " ".join(str(e).split()).partition(" See full TensorStore")[0]
+  return f"{type(e).__name__}: {text}"[:160]

@@ -4,16 +4,19 @@ configs/base.py says what every key means. Only entry points import this module.
 """
 
 from collections.abc import Callable
+import errno
 import functools
 import hashlib
 import json
 import os
 import sys
+import traceback
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict, config_flags
 
-from arrol_jax import sources
+from arrol_jax import hosts, sources
 from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.losses import AGGREGATES, ALGORITHMS, RATIOS
@@ -77,15 +80,44 @@ def _explain(path: str, e: Exception) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs an entry point; a user's mistake ends in one line on stderr and exit status 2, without a traceback."""
+  """Runs an entry point; a user's mistake ends in one line on stderr and exit status 2, without a traceback.
+
+  One of several processes that fails leaves at once, whatever the others are doing: they notice and end too.
+  """
   try:
     main()
+  except hosts.Preempted:
+    hosts.say("stopped by SIGTERM; the same command goes on from there")
   except UserError as e:
     print("error:", *str(e).split(), file=sys.stderr)
-    sys.exit(2)
+    _end(2)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      _fail()
+    print(f"error: {e.filename or 'the run folder'}: {e.strerror}; make room, and the same command goes on from the last "
+          "checkpoint", file=sys.stderr)
+    _end(2)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-    sys.exit(130)
+    _end(130)
+  except Exception:
+    _fail()
+
+
+def _fail() -> None:
+  """For what nobody foresaw: the traceback, and with several processes what it often means."""
+  if not hosts.several():
+    raise
+  traceback.print_exc()
+  print(f"error: process {jax.process_index()} of {jax.process_count()} stops: it failed, or another process is gone (see its "
+        "log); the same command on all hosts goes on from the last checkpoint", file=sys.stderr)
+  hosts.leave(1)
+
+
+def _end(status: int) -> None:
+  if hosts.several():
+    hosts.leave(status)
+  sys.exit(status)
 
 
 def check(c: ConfigDict, files: bool = True) -> None:
@@ -189,8 +221,8 @@ def to_json(c: ConfigDict) -> str:
 
 
 def lasting(c: ConfigDict) -> dict:
-  """All that shapes a run's course; a longer `steps`, other logging or saving continue the same run."""
-  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval")}
+  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh continue the same run."""
+  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
 
 
 def fingerprint(c: ConfigDict) -> str:

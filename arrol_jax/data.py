@@ -4,7 +4,7 @@ NumPy and plain Python; the tokenizer is passed in. Other sources of problems ar
 state of an iterator (a resumed run asks for its step's batch and gets it, on however many hosts).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import gzip
 import json
@@ -118,7 +118,8 @@ def _field(where: str, record: dict, name: str) -> str:
 
 
 def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool, max_prompt: int,
-                   system: str | None = None, thinking: bool = False) -> tuple[list[Prompt], int]:
+                   system: str | None = None, thinking: bool = False,
+                   spread: Callable = lambda work, items: [work(x) for x in items]) -> tuple[list[Prompt], int]:
   """Prompts of 1 to `max_prompt` tokens, and how many problems were left out for having more (or none).
 
   tokenizer: `encode(text, add_special_tokens=...)`; with `chat`, `apply_chat_template` and a chat template
@@ -127,9 +128,10 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   chat: wraps that text as one user message in the tokenizer's chat template, which then writes all special
     tokens; without it the tokenizer adds its own (a BOS, where it has one).
   system: the chat's system message; None: whatever the chat template does without one.
-  thinking: what the chat template hears as `enable_thinking` (Qwen3; others ignore it). Raises UserError for a
-    template without {problem}, a `system` without `chat`, a tokenizer without chat template, and if no prompt
-    is left.
+  thinking: what the chat template hears as `enable_thinking` (Qwen3; others ignore it).
+  spread(work, items): [work(x) for x in items], perhaps shared out (hosts.spread).
+  Raises UserError for a template without {problem}, a `system` without `chat`, a tokenizer without chat template, and if no
+    prompt is left.
   """
   if "{problem}" not in template:
     raise UserError(f"the prompt template {template!r} has no {{problem}}: every prompt would be the same")
@@ -137,17 +139,18 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
     raise UserError("a system message needs the chat template: switch it on, or write it into the template")
   if chat and not getattr(tokenizer, "chat_template", None):
     raise UserError("the tokenizer has no chat template: switch chat off, or use an instruct model")
-  prompts = []
-  for problem in problems:
+
+  def encode(problem: Problem) -> tuple[str, np.ndarray]:
     text = template.replace("{problem}", problem.problem)
     if chat:
       messages = [] if system is None else [{"role": "system", "content": system}]
       messages.append({"role": "user", "content": text})
       text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                            enable_thinking=thinking)
-    tokens = np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
-    if 0 < len(tokens) <= max_prompt:
-      prompts.append(Prompt(problem, text, tokens))
+    return text, np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
+
+  prompts = [Prompt(problem, text, tokens) for problem, (text, tokens) in zip(problems, spread(encode, problems), strict=True)
+             if 0 < len(tokens) <= max_prompt]
   if not prompts:
     raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")
   return prompts, len(problems) - len(prompts)

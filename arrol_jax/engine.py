@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import decode, kv_cache, policy, sharding
+from arrol_jax import decode, hosts, kv_cache, policy, sharding
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.types import Rollout, UserError
@@ -62,6 +62,7 @@ class Engine:
   length_buckets: int = 4     # cache lengths, evenly spaced up to max_prompt + max_new (one where a kernel reads own lengths)
   prefill_rows: int = 16      # prompts a prefill program takes
   params: dict | None = None  # set by load()
+  watch: Callable | None = None  # called at each boundary; what it raises ends the run there
 
   def __post_init__(self):
     unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -120,6 +121,7 @@ class Engine:
     """
     state = _Run(self, requests, key, sampling)
     while state.refill_and_fit():
+      self.watch and self.watch()
       state.start_segment(decide)
       for rollout in state.take_finished():  # the host works while the device does
         on_done and on_done(rollout)
@@ -142,10 +144,11 @@ def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: 
   """
   if memory:
     return _slots_in(engine, sampling, group_size, params, *memory)
-  stats = engine.mesh.devices.flat[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
-  return _slots_in(engine, sampling, group_size, params, stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])
+  free, limit = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
+  return _slots_in(engine, sampling, group_size, params, free, limit)
 
 
 def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict, free: int, limit: int) -> int:
@@ -268,7 +271,7 @@ class _Run:
     length = np.ones(self.e.prefill_rows, np.int32)
     for i, x in enumerate(prompts.values()):
       tokens[i, :len(x)], length[i] = x, len(x)
-    tokens, length = jax.device_put((tokens, length), sharding.rows(self.e.mesh))
+    tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
     self.prefixes = ({}, None)  # before the next one is made
     prefix = decode.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
@@ -280,8 +283,10 @@ class _Run:
     decision = None
     if decide:
       self.slots, decision = decide(self.slots)
-    # Copies: the slots' own buffers are donated to the next program before the host may have read them.
-    self.unseen.append((list(self.at), (*said, *_copy((self.slots.generated, self.slots.active)), decision)))
+    # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,
+    # so that each process sees the same and does the same next (hosts.py).
+    results = (*said, self.slots.generated, self.slots.active, decision)
+    self.unseen.append((list(self.at), _everywhere(self.e.mesh)(results)))
 
   def look(self) -> None:
     """Waits for the oldest unseen segment, books its tokens and frees the slots of the rollouts that ended in it."""
@@ -317,9 +322,9 @@ def _up(n: int, unit: int) -> int:
   return -(-n // unit) * unit
 
 
-@jax.jit
-def _copy(tree):
-  return jax.tree.map(jnp.copy, tree)
+@functools.lru_cache(maxsize=8)
+def _everywhere(mesh: jax.sharding.Mesh):
+  return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=sharding.replicated(mesh))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Accuracy on held-out problems, greedy or sampled, from a model, a run's newest checkpoint or its exported policy.
 
   python -m arrol_jax.evaluate --config=configs/NAME.py                      # the config's model
-  python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint of that run
+  python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint, or --step=best, --step=40
   python -m arrol_jax.evaluate --config=configs/NAME.py --config.model.path=DIR/policy --config.eval.samples=16 \\
       --config.eval.temperature=1.0                                          # pass@k and votes, with the head exported there
 Problems are the sources of data.eval and eval.benchmarks; one JSON line a source on stdout, its keys as in held_out.measure.
@@ -13,23 +13,24 @@ import sys
 
 import jax
 
-from arrol_jax import assemble, config as configuration, sources
+from arrol_jax import assemble, config as configuration, hosts, sources
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.types import TrainState, UserError
 
 
 def main():
-  c, flags = configuration.parse(sys.argv)
-  configuration.check(c)
+  c, flags = configuration.parse(sys.argv, {"step": "newest"})
+  hosts.connect()
+  hosts.together(lambda: configuration.check(c))
   paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
   if not paths:
     raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files or benchmarks")
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
-    loaded = assemble.load(c, mesh)
+    loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
     if any(a.startswith("--workdir") for a in sys.argv):
-      state, step = from_checkpoint(c, loaded, mesh, flags.workdir)
+      state, step = from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
@@ -39,20 +40,19 @@ def main():
       for path in dict.fromkeys(paths):
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
-        print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
+        hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
 
 
-def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[TrainState, int]:
-  """The newest checkpoint of `workdir`, and its step."""
+def from_checkpoint(c, loaded, mesh, workdir: str, which: str) -> tuple[TrainState, int]:
+  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by the reward of the steps before it) or a step."""
   checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
-  step = checkpoints and checkpoints.latest()
-  if step is None:
+  if not checkpoints or not checkpoints.steps():
     raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to evaluate model.path")
+  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
+  if which not in known:
+    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
   like = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-  try:
-    state = checkpoints.restore(step, like)
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{workdir}: its checkpoint does not fit this config's model; give the config of that run") from e
+  step, state = checkpoints.restore(like, known[which])
   checkpoints.close()
   return state, step
 

@@ -240,7 +240,8 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   """
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)
-  x = constrain(params["embed"].astype(dtype)[tokens], "batch", None, None)
+  # The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows.
+  x = constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
   if isinstance(params["layers"], tuple):
     kept, delta = [], None

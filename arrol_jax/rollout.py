@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arrol_jax import prune, quality, sharding
+from arrol_jax import hosts, prune, quality, sharding
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.losses import group_advantages
@@ -124,22 +124,27 @@ def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sam
   """Rolls out `group_size` responses to each prompt (data.Prompt) and grades those that were not pruned.
 
   Returns P * G rollouts in order (rollout i belongs to prompt i // G) and the seconds spent waiting for grades after the
-  last token. progress(rollout) is called for each that ends. first: number of the first prompt within the step.
+  last token. progress(rollout) is called for each that ends. first: number of the first prompt within the step. With several
+  processes each reads and grades its share of the rollouts, and all get all of them.
   """
   requests = [Request(p * group_size + g, p, prompt.tokens, engine.max_new)
               for p, prompt in enumerate(prompts, first) for g in range(group_size)]
   pending = []
 
   def on_done(rollout: Rollout):
-    rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
-    if not rollout.pruned:
-      pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt - first].problem.answer)])))
+    if hosts.mine(rollout.request):
+      rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+      if not rollout.pruned:
+        pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt - first].problem.answer)])))
     progress and progress(rollout)
 
   rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)
   waited = time.perf_counter()
   for rollout, waiting in pending:
     rollout.reward, rollout.reason = waiting.result()[0]
+  parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
+  for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
+    r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
   return rollouts, time.perf_counter() - waited
 
 
@@ -196,7 +201,7 @@ class PackShape(NamedTuple):
 def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   sizes = shape.sizes(mesh.shape["data"] * mesh.shape["fsdp"])
-  return [jax.device_put(_micro_batch([], np.zeros(0), *size, detect, "skip", ()), sharding.rows(mesh)) for size in sizes]
+  return [sharding.put(_micro_batch([], np.zeros(0), *size, detect, "skip", ()), sharding.rows(mesh)) for size in sizes]
 
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, ...], normalize_std: bool = True,
@@ -230,7 +235,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, 
                 for part in (take[j:j + rows] for j in range(0, len(take), rows))]
     if not order:
       break
-  return [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
+  return [sharding.put(batch, sharding.rows(mesh)) for batch in batches]
 
 
 def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length: int, detect: tuple[int, ...], short: str,

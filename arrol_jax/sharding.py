@@ -8,7 +8,9 @@ decode step reads every weight and would gather it each time. A logical axis who
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 AXES = ("data", "fsdp", "tensor")
 TRAIN = {"batch": ("data", "fsdp"), "vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor",
@@ -16,12 +18,39 @@ TRAIN = {"batch": ("data", "fsdp"), "vocab": "tensor", "embed": "fsdp", "heads":
 DECODE = TRAIN | {"embed": None}
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A mesh over the first data * fsdp * tensor devices, with automatic (GSPMD) partitioning on every axis."""
-  count = data * fsdp * tensor
-  if count > jax.device_count():
-    raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} needs {count} devices and there are {jax.device_count()}")
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+  """A mesh over the first data * fsdp * tensor devices, with automatic (GSPMD) partitioning on every axis.
+
+  devices: those to choose from, all by default. Raises ValueError where there are too few, where several processes would not
+  all take part, or where the mesh cannot be spread over the slices.
+  """
+  shape, devices = (data, fsdp, tensor), jax.devices() if devices is None else devices
+  count, name = math.prod(shape), f"a mesh of {data} x {fsdp} x {tensor}"
+  if count > len(devices):
+    raise ValueError(f"{name} needs {count} devices and there are {len(devices)}")
+  if count < len(devices) and len({d.process_index for d in devices}) > 1:
+    raise ValueError(f"{name} has {count} devices; with several processes it must take all {len(devices)}")
+  return Mesh(device_grid(shape, devices[:count]), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(shape: tuple, devices: list) -> np.ndarray:
+  """Devices in the mesh's shape, neighbours near each other on the interconnect.
+
+  Several slices lie along the outermost axes that they divide: what crosses the slower network between them is then the
+  gradients' sum over `data` (or `fsdp`), not the activations of `tensor`.
+  """
+  slices = left = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  outer = []
+  for size in shape:
+    outer.append(math.gcd(size, left))
+    left //= outer[-1]
+  if left > 1:
+    raise ValueError(f"a mesh of {' x '.join(map(str, shape))} cannot be spread over {slices} slices; make mesh.data or "
+                     f"mesh.fsdp a multiple of {slices}")
+  inner = [size // n for size, n in zip(shape, outer, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def spec(axes: tuple, shape: tuple, mesh, table: dict) -> PartitionSpec:
@@ -61,3 +90,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree, sharding: NamedSharding):
+  """NumPy arrays, the same on every process, as one sharded array each; every process gives its own devices their part."""
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)

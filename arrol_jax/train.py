@@ -3,7 +3,8 @@
 One step: (1) roll out G responses to each prompt, pruning at the detection length by the quality head's posterior;
 (2) grade the survivors while others decode; (3) log-probs, GRPO/DAPO loss and head loss in one optax step;
 (4) add the survivors' scores and rewards to the calibration table. Everything random is a function of (seed, step), so a
-checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it stopped.
+checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it stopped. With several
+processes every one of them runs this script (hosts.py); the first writes. SIGTERM saves and ends with status 0.
 """
 
 from contextlib import ExitStack, closing
@@ -16,7 +17,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, data, losses, rollout, update
+from arrol_jax import assemble, config as configuration, data, hosts, losses, rollout, update
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
 from arrol_jax.types import UserError
@@ -25,34 +26,39 @@ from arrol_jax.workdir import Logs, check_workdir, claim, read_json, write_json
 
 def main():
   c, flags = configuration.parse(sys.argv)
-  configuration.check(c)
+  hosts.connect()
+  hosts.together(lambda: configuration.check(c))
   workdir, started = flags.workdir, time.time()
-  check_workdir(workdir, c)
-  done = read_json(f"{workdir}/summary.json")["steps"] if os.path.exists(f"{workdir}/summary.json") else 0
+  hosts.together(lambda: check_workdir(workdir, c))
+  done = hosts.agree(read_json(f"{workdir}/summary.json")["steps"] if os.path.exists(f"{workdir}/summary.json") else 0)
   if done >= c.steps:
-    print(f"{workdir}: finished ({done} steps); its results are in summary.json")
+    hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
 
   # ---- mesh, model, data
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader, ExitStack() as stack:
-    loaded = assemble.load(c, mesh)
+    stop = stack.enter_context(hosts.Watch())
+    loaded = hosts.together(lambda: assemble.load(c, mesh))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
     loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
     sampling = assemble.sampling(c, loaded, c.rollout.temperature)
-    claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
+    if hosts.first():
+      claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
 
     def evaluate(state, name: str) -> dict:
       path = f"{workdir}/{name}.json"
       if not eval_prompts:
         return {}
-      if not os.path.exists(path):
+      if not hosts.agree(os.path.exists(path)):
         held_out = assemble.eval_engine(c, loaded, mesh, state.params["policy"])
+        held_out.watch = stop.check
         result = assemble.accuracy(c, loaded, held_out, eval_prompts, grader, name.replace("_", " "),
                                    state.params["head"], state.calibration)
-        write_json(path, {benchmark_name(c.data.eval): result})
-      return read_json(path)
+        if hosts.first():
+          write_json(path, {benchmark_name(c.data.eval): result})
+      return hosts.agree(read_json(path) if hosts.first() else None)
 
     def punish(lengths):
       return losses.overlong_punishment(lengths, c.rollout.max_new, loss.overlong)
@@ -80,19 +86,28 @@ def main():
     reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble.init_state(c, loaded, optimizer, mesh, keep_params=reference is not None)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
+    engine.watch = stop.check
     before = evaluate(state, "eval_before")
     if before:
-      print("held-out accuracy before:", summary_line(before))
-    checkpoints = stack.enter_context(closing(Checkpoints(workdir, c.checkpoint.keep)))
-    start = checkpoints.latest() or 0
+      hosts.say(f"held-out accuracy before: {summary_line(before)}")
+    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c)))
+    start, state = checkpoints.restore(state)
     if start:
-      state = checkpoints.restore(start, state)
-      print(f"{workdir}: going on after step {start}")
+      hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
-    logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard)))
+    logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard))) if hosts.first() else None
+    since_saved = []  # reward_ipw of the steps since the last checkpoint: its score
+
+    @stack.push
+    def save_before_leaving(kind, *_):
+      if kind is hosts.Preempted and int(state.step):
+        checkpoints.save(int(state.step), state)
+        checkpoints.wait()
+        hosts.say(f"{workdir}: SIGTERM; step {int(state.step)} is saved")
 
     # ---- loop
-    bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step"))
+    bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step",
+                                   disable=not hosts.first()))
     for step in bar:
       clock = Clock()
       engine.load(state.params["policy"], c.model.dtype)
@@ -102,6 +117,7 @@ def main():
       if pruning and rule.kind == "max_variance":
         learned = rollout.down_sample(learned, rule.keep)
       engine.params = None  # the update needs the room
+      stop.check()
       clock.lap("sec_generate")
       batches = rollout.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
                              short=c.quality.short, weigh=tuple(c.prune.weigh), punish=punish)
@@ -121,14 +137,19 @@ def main():
         "pruning": pruning, "rounds": rounds, "groups_learned": len({r.prompt for r in learned}),
         "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward, **clock.seconds,
         "sec_step": clock.total()}
-      logs.write(line, rollouts, c.log.rollouts)
+      since_saved.append(line["reward_ipw"])
+      if logs:
+        logs.write(line, rollouts, c.log.rollouts)
       if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):
+        checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
       bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
                       tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
+      checkpoints.check()
       if (step + 1) % c.checkpoint.every == 0 or step + 1 == c.steps:
-        checkpoints.save(step + 1, state)
+        checkpoints.save(step + 1, state, score=sum(since_saved) / len(since_saved))
+        since_saved.clear()
     bar.close()
 
     # ---- after
@@ -137,10 +158,13 @@ def main():
       trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"],
                                     calibration=state.calibration)
       trained.save(f"{workdir}/policy", dtype=c.model.dtype)
-    logs.finish(c, before, after, time.time() - started)
-  if after:
-    print("held-out accuracy after: ", summary_line(after))
-  print(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+    checkpoints.wait()  # a run whose last step is not on disk is not done
+    if logs:
+      logs.finish(c, before, after, time.time() - started)
+    hosts.gather(None)  # the others wait for what the first writes
+    if after:
+      hosts.say(f"held-out accuracy after:  {summary_line(after)}")
+    hosts.say(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
 
 
 class Clock:

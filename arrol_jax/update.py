@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from arrol_jax import losses, policy, quality
@@ -118,6 +119,14 @@ def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch:
   return grads, jax.tree.map(jnp.add, metrics, new_metrics)
 
 
+@jax.jit
+def add_totals(totals: dict, batch: Batch) -> dict:
+  """The denominators {"tokens", "head", "rows"} f32[] with one more micro-batch in them."""
+  rows = jnp.any(batch.response_mask > 0, axis=1).astype(jnp.float32)
+  new = {"tokens": jnp.sum(batch.response_mask), "head": jnp.sum(batch.head_weight), "rows": jnp.sum(rows)}
+  return jax.tree.map(jnp.add, totals, new)
+
+
 METRICS = ("policy_loss", "head_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
@@ -166,8 +175,9 @@ def step(c: PolicyConfig, state: TrainState, batches: list[Batch], loss: LossCon
   """
   if not batches:
     return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "grad_norm")}
-  totals = {"tokens": sum(jnp.sum(b.response_mask) for b in batches), "head": sum(jnp.sum(b.head_weight) for b in batches),
-            "rows": sum(jnp.sum(jnp.any(b.response_mask > 0, axis=1).astype(jnp.float32)) for b in batches)}
+  totals = {name: np.float32(0) for name in ("tokens", "head", "rows")}
+  for batch in batches:
+    totals = add_totals(totals, batch)
   grads, metrics = zeros(state.params)
   for batch in batches:
     grads, metrics = accumulate(c, state.params, grads, metrics, batch, totals, loss=loss, temperature=temperature,

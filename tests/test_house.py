@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arrol_jax"
 
 # A module imports only from modules before it. A new one gets its place here.
-ORDER = """types sharding norms attention kv_cache policy losses quality prune metrics voting rewards data tfds_problems
+ORDER = """types hosts sharding norms attention kv_cache policy losses quality prune metrics voting rewards data tfds_problems
   sources zoo hf_config safetensors_files gguf_files tokenizers weights
   decode engine rollout held_out update checkpoint config workdir assemble hlo""".split()
 ENTRY_POINTS = "train evaluate bench plan serve".split()  # nothing imports them

@@ -1,0 +1,163 @@
+"""Several processes, one schedule: connecting them, sharing out what the host does, stopping together.
+
+Every process runs the same program on the same arguments, and whatever decides what is dispatched next is either computed
+from the config, the seed and the step, or read from arrays that every process holds whole (engine.py brings a segment's few
+results to all). So all processes dispatch the same programs in the same order, and nobody has to be told what to do. What may
+differ between hosts goes through here: files (`agree`), host work that is shared out (`spread`, `mine`, `gather`), mistakes that
+one host alone meets (`together`), and signals (`Watch`). With one process all of this does nothing.
+"""
+
+from collections.abc import Callable
+import functools
+import glob
+import importlib.util
+import os
+import pickle
+import signal
+import sys
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from arrol_jax.types import UserError
+
+_DEAD_S = 30  # seconds without a sign of life after which a process counts as lost, and the others end
+_LAST_WORDS_S = 3  # seconds by which the first process, which holds the others' connections, leaves later than they
+
+
+class Preempted(Exception):
+  """SIGTERM has come to one of the processes; all of them raise this at the same boundary."""
+
+
+def connect() -> None:
+  """Joins the run's other processes, where the environment names any; before anything else asks JAX for devices.
+
+  JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID, all three, or Slurm, or a TPU pod, which need none.
+  Raises UserError where some of the three are missing or no numbers.
+  """
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  given = [os.environ.get(name) for name in names]
+  if jax.distributed.is_initialized():
+    return
+  if any(given):
+    if not (all(given) and given[1].isdigit() and given[2].isdigit() and ":" in given[0]):
+      raise UserError("several processes need all of " + ", ".join(f"{n} ({v or 'not set'})" for n, v in zip(names, given)) +
+                      ": HOST:PORT and two numbers")
+    jax.distributed.initialize(given[0], int(given[1]), int(given[2]), heartbeat_timeout_seconds=_DEAD_S)
+  elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _on_tpu():
+    jax.distributed.initialize(heartbeat_timeout_seconds=_DEAD_S)
+
+
+def _on_tpu() -> bool:
+  """Whether this host has TPU chips and the library to use them, and is not told to leave them alone."""
+  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips and importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"))
+
+
+def several() -> bool:
+  """Whether this run has more than one process (told without starting a backend)."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+  """Whether this process is the one that writes and speaks."""
+  return not several() or jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """Prints a line, once for all processes."""
+  if first():
+    print(text, flush=True)
+
+
+def gather(value) -> list:
+  """Every process's `value` (anything that pickles), in the order of the processes. All must call it."""
+  if not several():
+    return [value]
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32([len(data)])).ravel()
+  padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes: each is compiled
+  padded[:len(data)] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def agree(value):
+  """The first process's `value`, for all: what one saw on a file system that others may see a moment later."""
+  return gather(value if first() else None)[0]
+
+
+def together(work: Callable):
+  """work(), or its UserError on every process where it fails on any: nobody waits for one that has stopped."""
+  try:
+    result, problem = work(), None
+  except UserError as e:
+    result, problem = None, str(e)
+  problems = gather(problem)
+  for i, text in enumerate(problems):
+    if text:
+      raise UserError(text if len(problems) == 1 else f"process {i}: {text}")
+  return result
+
+
+def mine(number: int) -> bool:
+  """Whether this process does piece `number` of work that is shared out."""
+  return not several() or number % jax.process_count() == jax.process_index()
+
+
+def spread(work: Callable, items: list) -> list:
+  """[work(x) for x in items], each process doing its share."""
+  parts = gather([work(x) for i, x in enumerate(items) if mine(i)])
+  return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
+
+
+def leave(status: int) -> None:
+  """Ends this process now, without waiting for the others as a normal end would; they then end too."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if first():
+    time.sleep(_LAST_WORDS_S)
+  os._exit(status)
+
+
+class Watch:
+  """Notes SIGTERM, and raises Preempted at the same call of `check` in every process."""
+
+  def __init__(self):
+    self.told = False
+    self.asked: jax.Array | None = None
+
+  def __enter__(self) -> "Watch":
+    self.before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_exception) -> None:
+    signal.signal(signal.SIGTERM, self.before)
+
+  def _note(self, *_signal) -> None:
+    self.told = True
+
+  def check(self) -> None:
+    """Call it at the same places in every process. The others' answer is read one call later: by then it is there."""
+    if not several():
+      stop = self.told
+    else:
+      stop, self.asked = self.asked is not None and bool(self.asked), _any(self.told)
+    if stop:
+      raise Preempted
+
+
+def _any(flag: bool) -> jax.Array:
+  """Whether any process's flag is set, bool[], without waiting for it."""
+  by_device, program = _any_program()
+  return program(jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag])))
+
+
+@functools.cache
+def _any_program() -> tuple:
+  mesh = Mesh(np.array(jax.devices()), ("devices",))
+  return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))

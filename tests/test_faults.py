@@ -1,0 +1,118 @@
+"""What a training run does when it is told to stop, out of disk, damaged or fed NaN; experiments/faults.py kills it for real."""
+
+import contextlib
+import errno
+import gc
+import io
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import pytest
+
+from arrol_jax import config, rollout, train, update
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 5
+SETTINGS = {"steps": STEPS, "data.eval": "", "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16,
+            "rollout.row_buckets": 1, "rollout.length_buckets": 1, "prune.cold_start": 1, "optim.micro_tokens": 1024,
+            "optim.length_buckets": 1, "checkpoint.every": 2, "checkpoint.export": False, "log.tensorboard": False}
+
+
+def run(folder, **other):
+  """The training command in this process: exit status, stdout, stderr."""
+  names = SETTINGS | {k.replace("__", "."): v for k, v in other.items()}
+  argv = ["train", "--config=configs/quickstart.py", f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in names.items())]
+  out, err, status = io.StringIO(), io.StringIO(), 0
+  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+      mock.patch.object(sys, "argv", argv):
+    try:
+      config.run(train.main)
+    except SystemExit as e:
+      status = e.code
+  gc.collect()
+  return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1].splitlines())
+
+
+def course(folder):
+  """metrics.jsonl without seconds, and rollouts.jsonl."""
+  metrics, texts = ([json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("metrics", "rollouts"))
+  return [{k: v for k, v in x.items() if not k.startswith("sec_")} for x in metrics], texts
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("plain")
+  assert run(folder).status == 0
+  return folder
+
+
+def nth(number: int, before, real):
+  """A function that does `before` on entering its call `number`."""
+  calls = iter(range(1, 10**6))
+  def call(*args, **kwargs):
+    if next(calls) == number:
+      before()
+    return real(*args, **kwargs)
+  return call
+
+
+@pytest.mark.parametrize("call, saved", [(1, None), (2, 1), (4, 3)])
+def test_sigterm_saves_the_step_before_and_ends_with_0_and_a_word(tmp_path, plain, call, saved):
+  """During generation: that step is given up, and made again by the same command."""
+  handler = signal.getsignal(signal.SIGTERM)
+  tell = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  with mock.patch.object(rollout, "generate", nth(call, tell, rollout.generate)):
+    result = run(tmp_path)
+  assert result.status == 0 and result.out.endswith("stopped by SIGTERM; the same command goes on from there\n")
+  assert (f"SIGTERM; step {saved} is saved" in result.out) == (saved is not None)
+  assert signal.getsignal(signal.SIGTERM) is handler and not (tmp_path / "summary.json").exists()
+  result = run(tmp_path)
+  assert result.status == 0 and (f"going on after step {saved}" in result.out) == (saved is not None)
+  assert course(tmp_path) == course(plain)
+
+
+def test_a_disk_without_room_for_a_line_is_one_line(tmp_path, plain):
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+  def stop():
+    raise full
+  with mock.patch.object(train.Logs, "write", nth(4, stop, train.Logs.write)):
+    result = run(tmp_path)
+  assert result.status == 2 and "Traceback" not in "".join(result.err)
+  assert "error: metrics.jsonl: No space left on device; make room" in result.err[-1]
+  assert run(tmp_path).status == 0 and course(tmp_path) == course(plain)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, plain):
+  shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "summary.json").unlink()
+  newest = max((tmp_path / "checkpoints" / str(STEPS)).rglob("*"), key=lambda f: f.stat().st_size)
+  newest.write_bytes(newest.read_bytes()[:1000])
+  result = run(tmp_path)
+  assert result.status == 0 and f"checkpoint {STEPS} is damaged" in result.out and "going on after step 4" in result.out
+  assert course(tmp_path) == course(plain) and "Traceback" not in "".join(result.err)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
+  """Of the loss, through the advantages; or of the gradient alone. Without its cause the same command goes on."""
+  real, calls = update.accumulate, iter(range(1, 100))
+
+  def accumulate(c, params, grads, metrics, batch, totals, **settings):
+    here = next(calls) == 4  # a micro-batch a step
+    if here and what == "loss":
+      batch = batch.replace(advantages=batch.advantages * float("nan"))
+    grads, metrics = real(c, params, grads, metrics, batch, totals, **settings)
+    return (jax.tree.map(lambda x: x * float("nan"), grads) if here and what == "gradient" else grads), metrics
+
+  with mock.patch.object(update, "accumulate", accumulate):
+    result = run(tmp_path, checkpoint__every=1)
+  assert result.status == 2 and result.err[-1].startswith("error: step 4: the loss or gradient is not finite")
+  assert "last checkpoint: step 3" in result.err[-1] and not (tmp_path / "checkpoints" / "4").exists()
+  assert run(tmp_path).status == 0 and course(tmp_path) == course(plain)
