@@ -190,7 +190,7 @@ def test_table_of_tricky_pairs(grader):
 
 def test_committed_table_of_tricky_pairs():
   """What a careful mathematician says of each; a percent sign must be on both sides or on neither, as everywhere here."""
-  rows = [json.loads(line) for line in (REPOSITORY / "tests/fixtures/tricky_pairs.jsonl").read_text().splitlines()]
+  rows = [json.loads(line) for line in (REPOSITORY / "tests/grading/tricky_pairs.jsonl").read_text().splitlines()]
   kinds = {"fractions", "intervals", "units", "percent", "sets", "text", "unicode", "several boxes"}
   assert len(rows) >= 700 and {(kind, equal) for kind in kinds for equal in (True, False)} | {("injection", False)} <= {
     (row["kind"], row["equal"]) for row in rows}
