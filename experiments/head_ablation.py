@@ -143,7 +143,7 @@ def plot(lines: list[dict], path: str) -> None:
   """AUC over prefix length: all prompts together, and within a prompt."""
   fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
   best = {name: lambda x, p=PASSES[1], i=inputs: x["score"] == "head" and tuple(x["inputs"]) == i and x["passes"] == p
-          for name, inputs in (("head: last state", ("last",)), ("head: mean state, log-probs", ("mean", "logprobs")),
+          for name, inputs in (("head: last state", ("last",)), ("head: last state, log-probs", ("last", "logprobs")),
                                ("head: all three", COMBINATIONS[-1]))}
   best |= {name: lambda x, n=name: x["score"] == n for name in ("trace confidence", "mean log-prob")}
   for axis, key, title in zip(axes, ("auc", "auc_within"), ("all prompts together", "within a prompt"), strict=True):
