@@ -350,7 +350,7 @@ def warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute,
   totals = {"tokens": jnp.float32(1), "rows": jnp.float32(1), "head": jnp.float32(1)}
   for batch in rollout.empty_batches(shape, mesh, (a.detect[0],)):
     update.fill_logprobs(c, state.params["policy"], None, [batch], 1.0, compute)
-    grads, metrics = update.zeros(state.params)
+    grads, metrics = update.zeros(c, state.params)
     jax.block_until_ready(update.accumulate(c, state.params, grads, metrics, batch, totals, loss=GRPO, temperature=1.0,
                                             compute=compute))
 

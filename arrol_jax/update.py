@@ -114,9 +114,12 @@ def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch:
   """Adds one micro-batch's gradients and metrics to the sums so far."""
   f = lambda p: micro_loss(c, p, batch, totals, loss, temperature, compute)
   new_grads, new_metrics = jax.grad(f, has_aux=True)(params)
-  grads = jax.tree.map(jnp.add, grads, new_grads)
-  grads["policy"] = jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], policy.logical_axes(c))
-  return grads, jax.tree.map(jnp.add, metrics, new_metrics)
+  return _pin(c, jax.tree.map(jnp.add, grads, new_grads)), jax.tree.map(jnp.add, metrics, new_metrics)
+
+
+def _pin(c: PolicyConfig, grads: dict) -> dict:
+  """The sums with the parameters' sharding: left alone, a program that makes zeros would put all of them on every device."""
+  return grads | {"policy": jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], policy.logical_axes(c))}
 
 
 @jax.jit
@@ -130,9 +133,10 @@ def add_totals(totals: dict, batch: Batch) -> dict:
 METRICS = ("policy_loss", "head_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
-def zeros(params: dict) -> tuple[dict, dict]:
-  """Empty sums for `accumulate`. Not a jitted program: that would know no sharding and put all sums on every device."""
-  return jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros((), jnp.float32) for name in METRICS}
+@functools.partial(jax.jit, static_argnames=("c",))
+def zeros(c: PolicyConfig, params: dict) -> tuple[dict, dict]:
+  """Empty sums for `accumulate`."""
+  return _pin(c, jax.tree.map(jnp.zeros_like, params)), {name: jnp.zeros((), jnp.float32) for name in METRICS}
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
@@ -178,7 +182,7 @@ def step(c: PolicyConfig, state: TrainState, batches: list[Batch], loss: LossCon
   totals = {name: np.float32(0) for name in ("tokens", "head", "rows")}
   for batch in batches:
     totals = add_totals(totals, batch)
-  grads, metrics = zeros(state.params)
+  grads, metrics = zeros(c, state.params)
   for batch in batches:
     grads, metrics = accumulate(c, state.params, grads, metrics, batch, totals, loss=loss, temperature=temperature,
                                 compute=compute)
