@@ -367,13 +367,14 @@ def test_sharded_is_unsharded(whole, shape):
     params = {"policy": jax.device_put(PARAMS["policy"], target),
               "head": jax.device_put(PARAMS["head"], sharding.replicated(mesh))}
     batches = [jax.device_put(BATCH, sharding.rows(mesh))]
+    sums = update.zeros(C, params)[0]
     state, metrics = update.step(C, state_of(params), batches, KL, 1.0, COMPUTE, SGD)
+  on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
+  assert on_a_device(sums) == on_a_device(params)  # not whole everywhere
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)
   same(grads, whole[0], 1e-5)
   for name, value in whole[1].items():
     assert float(metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
-  on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
-  assert on_a_device(update.zeros(C, params)[0]) == on_a_device(params)  # sums of gradients are not whole everywhere
   cut = lambda x: max(x.addressable_shards[0].data.shape) < max(x.shape)
   assert cut(params["policy"]["layers"]["up"]) == (shape != (8, 1, 1))
   assert state.params["policy"]["layers"]["up"].sharding.is_equivalent_to(target["layers"]["up"], 3)
