@@ -4,6 +4,7 @@ The only module besides the entry points that reads the config; everything below
 """
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import data, quality, sharding, sources, update
+from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.held_out import Voters, measure
@@ -87,7 +89,7 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.P
                    pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
 
-def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
+def sampling(c: ConfigDict, loaded: Policy, temperature: float | None) -> Sampling:
   r = c.rollout
   return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p,
                   TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs)
@@ -136,3 +138,18 @@ def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransform
   recent = quality.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
   return TrainState(params, *jax.tree.map(place, (jax.jit(optimizer.init)(params), tables, jnp.zeros((), jnp.int32), recent)))
+
+
+def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str) -> tuple[TrainState, int]:
+  """The newest checkpoint of `workdir`, and its step."""
+  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
+  step = checkpoints and checkpoints.latest()
+  if step is None:
+    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
+  like = init_state(c, loaded, optimizer(c), mesh, keep_params=False)
+  try:
+    state = checkpoints.restore(step, like)
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(f"{workdir}: its checkpoint does not fit this config's model; give the config of that run") from e
+  checkpoints.close()
+  return state, step

@@ -323,6 +323,8 @@ class Run:
       seat.logprobs.append(logprobs[i, :count])
       seat.confidences.append(confidences[i, :count])
       seat.count, out = generated[i], seat.rollout
+      if decision is not None:
+        out.final = float(decision.score[i])
       if decision is not None and decision.decided[i]:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)
@@ -332,7 +334,6 @@ class Run:
         out.planned *= float(decision.planned[i])
       if not active[i]:
         out.tokens, out.logprobs, out.confidences = map(np.concatenate, (seat.tokens, seat.logprobs, seat.confidences))
-        out.final = float(decision.score[i]) if decision is not None else out.final
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
         ended.add(id(seat))

@@ -8,14 +8,12 @@ Problems are the sources of data.eval and eval.benchmarks; one JSON line a sourc
 """
 
 import json
-import os
 import sys
 
 import jax
 
 from arrol_jax import assemble, config as configuration, sources
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.types import TrainState, UserError
+from arrol_jax.types import UserError
 
 
 def main():
@@ -29,7 +27,7 @@ def main():
     loaded = assemble.load(c, mesh)
     step = 0
     if any(a.startswith("--workdir") for a in sys.argv):
-      state, step = from_checkpoint(c, loaded, mesh, flags.workdir)
+      state, step = assemble.from_checkpoint(c, loaded, mesh, flags.workdir)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
@@ -40,21 +38,6 @@ def main():
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
         print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
-
-
-def from_checkpoint(c, loaded, mesh, workdir: str) -> tuple[TrainState, int]:
-  """The newest checkpoint of `workdir`, and its step."""
-  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
-  step = checkpoints and checkpoints.latest()
-  if step is None:
-    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to evaluate model.path")
-  like = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-  try:
-    state = checkpoints.restore(step, like)
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{workdir}: its checkpoint does not fit this config's model; give the config of that run") from e
-  checkpoints.close()
-  return state, step
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class PruneRule:
   rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a
   group whose tokens are most confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`;
   "threshold", for inference, stops those whose posterior is below `keep` (or the row's own, decode.Own). draw: "bernoulli" or
-  "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. control: share of rollouts that are never cut.
+  "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. control: share of rollouts that
+  are never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
