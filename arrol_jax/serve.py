@@ -48,21 +48,27 @@ def main():
   c, flags = configuration.parse(sys.argv, {"host": "127.0.0.1", "port": "8000", "queue": "256", "drain": "600"})
   configuration.check(c)
   number = {name: _number(name, flags[name].value, most) for name, most in (("port", 65535), ("queue", 10**6), ("drain", 10**6))}
-  listener = _bind(flags.host, number["port"])  # before a model is loaded for nothing
   workdir = flags.workdir if any(a.startswith("--workdir") for a in sys.argv) else None
-  service, limits = load(c, workdir, number["queue"])
-  service.warm_up()
+  with _bind(flags.host, number["port"]) as listener:  # before a model is loaded for nothing
+    service, limits = load(c, workdir, number["queue"])
+    service.warm_up()
+    listen(service, limits, listener, number["drain"])
+  if service.failure is not None:
+    sys.exit(1)
+  print("drained", flush=True)
+
+
+def listen(service: Service, limits: Limits, listener: socket.socket, drain: int) -> None:
+  """Serves until SIGTERM, SIGINT or a failure of the engine; then lets what is under way end, for `drain` seconds at most."""
+  listener.listen(2048)
   url = "http://{}:{}".format(*listener.getsockname()[:2])
   app = make_app(service, limits, started=lambda: print(f"serving {limits.model} at {url}", flush=True),
                  broken=lambda: setattr(server, "should_exit", True))
   server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on",
-                                         timeout_graceful_shutdown=number["drain"]))
+                                         timeout_graceful_shutdown=drain))
   for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn takes them, drains, and raises them again: to nothing
     signal.signal(name, lambda *_: None)
   server.run(sockets=[listener])
-  if service.failure is not None:
-    sys.exit(1)
-  print("drained", flush=True)
 
 
 def _number(name: str, text: str, most: int) -> int:
@@ -78,6 +84,7 @@ def _bind(host: str, port: int) -> socket.socket:
   try:
     out.bind((host, port))
   except OSError as e:
+    out.close()
     raise UserError(f"cannot listen at {host}:{port}: {e.strerror or e}; give another --port or --host") from e
   return out
 
