@@ -14,7 +14,7 @@ PACKAGE = ROOT / "arrol_jax"
 ORDER = """types sharding norms attention kv_cache policy losses quality prune metrics voting rewards data tfds_problems
   sources zoo hf_config safetensors_files gguf_files tokenizers weights
   decode engine rollout held_out service openai_api update checkpoint config workdir assemble""".split()
-ENTRY_POINTS = "train evaluate bench plan serve".split()  # nothing imports them
+ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
 
 MAX_FILE, MAX_FUNCTION = 520, 75
 
