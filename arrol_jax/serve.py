@@ -222,28 +222,46 @@ async def _answer(service: Service, limits: Limits, meters: Meters, chat: bool, 
   answer = Answer(asked, limits, secrets.token_hex(12))
 
   async def said():
-    """The call's pieces until it is done; a client that leaves earlier cancels it."""
-    try:
-      while not answer.done:
-        piece = await pieces.get()
-        if isinstance(piece, BaseException):
-          raise piece
-        if not any(answer.tokens):
-          meters.first.observe(time.monotonic() - start)
-        answer.add(piece)
-        yield piece
-      meters.total.observe(time.monotonic() - start)
-      meters.answers.labels(200).inc()
-    finally:
-      if not answer.done:
-        service.cancel(ticket)
+    """The call's pieces until it is done."""
+    while not answer.done:
+      piece = await pieces.get()
+      if isinstance(piece, BaseException):
+        raise piece
+      if not any(answer.tokens):
+        meters.first.observe(time.monotonic() - start)
+      answer.add(piece)
+      yield piece
+    meters.total.observe(time.monotonic() - start)
+    meters.answers.labels(200).inc()
+
+  def over():
+    """A client that left earlier cancels its call."""
+    if not answer.done:
+      service.cancel(ticket)
+      meters.answers.labels(499).inc()
 
   if asked.stream:
-    return StreamingResponse(_events(answer, said), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-  if not await _unless_gone(request, said):
-    meters.answers.labels(499).inc()
-    return Response(status_code=499)
+    return _Stream(_events(answer, said), over)
+  try:
+    if not await _unless_gone(request, said):
+      return Response(status_code=499)
+  finally:
+    over()
   return JSONResponse(await asyncio.to_thread(_whole, asked, limits, answer))
+
+
+class _Stream(StreamingResponse):
+  """Server-sent events; over() is called at the end, also where the client left before the first."""
+
+  def __init__(self, events, over: Callable):
+    super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    self.over = over
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self.over()
 
 
 def _whole(asked: Asked, limits: Limits, answer: Answer) -> dict:
