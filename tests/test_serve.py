@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 
 from arrol_jax import assemble, config as configuration, decode, openai_api, serve, service as services, voting
+from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.decode import Own, Sampling
 from arrol_jax.engine import Request, Run
 from arrol_jax.prune import Calibration
@@ -449,3 +450,16 @@ def test_limits_follow_the_config(exported):
   assert (limits.max_prompt, limits.max_new, limits.max_traces, limits.vocab) == (16, 40, ROWS + 3, 19)
   assert limits.scored and limits.calibrated and limits.pattern == c.reward.pattern
   assert assemble.sampling(c, SimpleNamespace(eos_ids=(18,)), None).temperature is None
+
+
+def test_a_checkpoint_is_served_with_its_head(tmp_path):
+  c, _ = configuration.parse(["prog", *OPTIONS])
+  mesh, workdir = assemble.make_mesh(c), str(tmp_path / "trained")
+  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
+  state.params["policy"]["final_norm"] = jnp.zeros_like(state.params["policy"]["final_norm"])
+  checkpoints = Checkpoints(workdir, 1)
+  checkpoints.save(3, state)
+  checkpoints.close()
+  service, limits = serve.load(c, workdir, 3)
+  assert limits.model == "trained" and limits.scored and limits.calibrated
+  assert not service.engine.params["final_norm"].any()
