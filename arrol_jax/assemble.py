@@ -4,6 +4,7 @@ The only module besides the entry points that reads the config; everything below
 """
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import config, data, hosts, quality, sharding, sources, update
+from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.decode import Sampling
 from arrol_jax.engine import Engine, slots_that_fit
 from arrol_jax.held_out import Voters, measure
@@ -92,7 +94,7 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.P
                    pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
 
 
-def sampling(c: ConfigDict, loaded: Policy, temperature: float) -> Sampling:
+def sampling(c: ConfigDict, loaded: Policy, temperature: float | None) -> Sampling:
   r = c.rollout
   return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p,
                   TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs)
@@ -147,3 +149,18 @@ def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransform
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
   # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
   return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent)))
+
+
+def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
+                    which: str = "newest") -> tuple[TrainState, int]:
+  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by the reward of the steps before it) or a step."""
+  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
+  if not checkpoints or not checkpoints.steps():
+    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
+  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
+  if which not in known:
+    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
+  like = init_state(c, loaded, optimizer(c), mesh, keep_params=False)
+  step, state = checkpoints.restore(like, known[which])
+  checkpoints.close()
+  return state, step

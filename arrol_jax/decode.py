@@ -1,4 +1,4 @@
-"""The jitted programs that generate text on slots, in JetStream's words: prefill, insert, generate_segment, take_rows.
+"""The jitted programs that generate text on slots, in JetStream's words: prefill, insert, generate_segment, free_resource.
 
 A slot is a row of a fixed-shape batch with its own KV cache, position, random key and limits; `Slots` is the whole
 state, donated from program to program so that the cache is updated in place. A segment is a fixed number of steps in one
@@ -30,9 +30,9 @@ class Sampling:
   """How tokens are drawn and computed. temperature 0 is greedy. Tokens are left that pass every filter which is not None.
 
   Log-probs are those of the tempered distribution before filtering (at temperature 0: of T = 1), so that they compare with the
-  trainer's.
+  trainer's. temperature None: temperature and top_p are each row's own, see `Own`; the other filters are everybody's.
   """
-  temperature: float = 1.0
+  temperature: float | None = 1.0
   stop_ids: tuple[int, ...] = ()
   dtype: str = "bfloat16"
   cache: str | None = None     # "int8" halves the cache; None: as dtype
@@ -57,6 +57,14 @@ class Prefix:
 
 
 @flax.struct.dataclass
+class Own:
+  """What rows that serve different users choose for themselves (Sampling.temperature is None)."""
+  temperature: jax.Array  # f32[B]  0: greedy
+  top_p: jax.Array        # f32[B]  1: off
+  keep: jax.Array         # f32[B]  posterior below which rollout.PruneRule's "threshold" stops the row
+
+
+@flax.struct.dataclass
 class Slots:
   """The state of B rows. `token` at `position` is the next to be fed; columns before `position` of the cache are valid."""
   cache: tuple           # kv_cache.Columns by layer, B rows of S columns
@@ -72,6 +80,7 @@ class Slots:
   logprob_sum: jax.Array     # f32[B]  over the response's tokens so far
   logprob_min: jax.Array     # f32[B]
   confidence_sum: jax.Array  # f32[B]
+  own: Own | None = None     # where Sampling.temperature is None
 
 
 @functools.partial(jax.jit, static_argnames=("c", "rows", "length", "sampling"))
@@ -82,7 +91,8 @@ def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> S
   return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), limit=zeros(), group=zeros(),
                active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
                hidden=jnp.zeros((rows, c.width), sampling.dtype), logprob_sum=sums(), logprob_min=sums(), confidence_sum=sums(),
-               hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32))
+               hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32),
+               own=Own(sums(), sums(), sums()) if sampling.temperature is None else None)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "sampling"))
@@ -101,8 +111,10 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limit: jax.Array, group: jax.Array) -> Slots:
-  """Puts prompt source[b] into slot b with key[b], limit[b] and group[b]; a slot whose source is negative stays as it is."""
+def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limit: jax.Array, group: jax.Array,
+           own: Own | None = None) -> Slots:
+  """Puts prompt source[b] into slot b with key[b], limit[b], group[b] and its `own`; a slot whose source is negative stays as it
+  is."""
   new, source = source >= 0, jnp.maximum(source, 0)
 
   def write(old, prompts):
@@ -118,7 +130,13 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, limi
     generated=put(slots.generated, 0), limit=put(slots.limit, limit), group=put(slots.group, group),
     active=slots.active | new, key=put(slots.key, key), logprob_sum=put(slots.logprob_sum, 0.0),
     logprob_min=put(slots.logprob_min, 0.0), confidence_sum=put(slots.confidence_sum, 0.0),
-    hidden_sum=jnp.where(new[:, None], 0.0, slots.hidden_sum))
+    hidden_sum=jnp.where(new[:, None], 0.0, slots.hidden_sum), own=jax.tree.map(put, slots.own, own))
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def free_resource(slots: Slots, gone: jax.Array) -> Slots:
+  """Ends the rows gone bool[B], whatever they still wanted to say; their slots can be filled again."""
+  return slots.replace(active=slots.active & ~gone)
 
 
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
@@ -144,15 +162,15 @@ def _take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> 
   return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
 
 
-def _filtered(sampling: Sampling, logits: jax.Array) -> jax.Array:
-  """logits f32[B,V] with -inf where a filter takes the token out; the most likely token always stays."""
+def _filtered(sampling: Sampling, logits: jax.Array, top_p: jax.Array | float | None) -> jax.Array:
+  """logits f32[B,V] with -inf where a filter takes the token out; the most likely token always stays. top_p: one, or f32[B,1]."""
   least = jnp.full_like(logits[:, :1], -jnp.inf)  # a token stays if its logit is at least this
   if sampling.top_k is not None:
     least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
-  if sampling.top_p is not None:
+  if top_p is not None:
     ranked = jnp.sort(logits, axis=1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) - jax.nn.softmax(ranked, axis=1)
-    count = jnp.sum(before < sampling.top_p, axis=1, keepdims=True)
+    count = jnp.sum(before < top_p, axis=1, keepdims=True)
     least = jnp.maximum(least, jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0), axis=1))
   if sampling.min_p is not None:
     least = jnp.maximum(least, jnp.max(logits, axis=1, keepdims=True) + math.log(max(sampling.min_p, 1e-30)))
@@ -181,13 +199,17 @@ def _top(blocks: jax.Array, k: int) -> jax.Array:
   return jax.lax.top_k(inside.reshape(inside.shape[0], -1), k)[0]
 
 
-def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Tokens i32[B], their log-probs and DeepConf's confidence there, f32[B], from logits f32[B,V]; key[B], one a row.
+def sample(sampling: Sampling, key: jax.Array, logits: jax.Array,
+           own: Own | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Tokens i32[B], their log-probs and DeepConf's confidence there, f32[B], from logits f32[B,V]; key[B], one a row. own: what
+  rows choose where sampling.temperature is None.
 
   By inversion in two levels, a block of the vocabulary and a token in it, each with a uniform number of its own: two
   random numbers a token, and the blocks' sums are the softmax's denominator.
   """
-  if sampling.temperature > 0:
+  if own is not None:
+    logits = logits / jnp.where(own.temperature > 0, own.temperature, 1.0)[:, None]
+  elif sampling.temperature > 0:
     logits = logits / sampling.temperature
   rows, vocab = logits.shape
   top = jnp.max(logits, axis=1, keepdims=True)
@@ -199,14 +221,22 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array) -> tuple[jax.A
   confidence = jnp.zeros_like(total)
   if sampling.confidence:  # before filtering, which would make log-probs infinite
     confidence = jnp.log(total) - jnp.mean(_top(kept, min(sampling.confidence, vocab)), axis=1)
+  greedy = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
   if sampling.temperature == 0:
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = greedy()
   else:
-    if any(f is not None for f in (sampling.top_k, sampling.top_p, sampling.min_p)):
-      kept = blocks(_filtered(sampling, logits))
+    if own is not None:  # a row's own filter sorts the vocabulary: only while somebody asks for it
+      top_p = jnp.where(own.top_p < 1, own.top_p, 2.0)[:, None]
+      plain = all(f is None for f in (sampling.top_k, sampling.min_p))
+      kept = jax.lax.cond(jnp.any(own.top_p < 1) | (not plain), lambda: blocks(_filtered(sampling, logits, top_p)), lambda: kept)
+      block, _ = _first_past(sums(kept), u[:, 0])
+    elif any(f is not None for f in (sampling.top_k, sampling.top_p, sampling.min_p)):
+      kept = blocks(_filtered(sampling, logits, sampling.top_p))
       block, _ = _first_past(sums(kept), u[:, 0])
     inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
     token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
+    if own is not None:
+      token = jnp.where(own.temperature > 0, token, greedy())
   return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total), confidence
 
 
@@ -241,8 +271,9 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype,
                             fused=fused)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
+    own = s.own and s.own.replace(top_p=jnp.where(s.active, s.own.top_p, 1.0))
     with jax.named_scope("sample"):
-      token, logprob, confidence = sample(sampling, key, policy.unembed(params, hidden))
+      token, logprob, confidence = sample(sampling, key, policy.unembed(params, hidden), own)
     generated = s.generated + s.active.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (generated >= s.limit)
     live = lambda new, old: jnp.where(s.active if new.ndim == 1 else s.active[:, None], new, old)

@@ -32,6 +32,9 @@ class Request(NamedTuple):
   prompt: int
   tokens: np.ndarray   # i32[L]
   limit: int           # response tokens at most
+  temperature: float = 1.0  # these three where Sampling.temperature is None, see decode.Own
+  top_p: float = 1.0
+  keep: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -102,7 +105,8 @@ class Engine:
     counts, prompt = self.row_counts(sampling), np.zeros(1, np.int32)
     for length in self.lengths(sampling):
       for rows in reversed(counts):
-        state = _Run(self, [Request(0, 0, prompt, 1)], jax.random.key(0), sampling)
+        state = Run(self, jax.random.key(0), sampling)
+        state.add(Request(0, 0, prompt, 1))
         state.slots = decode.init_slots(self.config, rows, length, sampling)
         state.at, state.length = [None] * rows, length
         state.start_segment(decide)
@@ -119,20 +123,17 @@ class Engine:
     decide(slots) -> (slots, Decision), called after each segment, may end rows. on_done(rollout) is called while the next
     segment runs.
     """
-    state = _Run(self, requests, key, sampling)
-    while state.refill_and_fit():
-      self.watch and self.watch()
-      state.start_segment(decide)
-      for rollout in state.take_finished():  # the host works while the device does
+    state = Run(self, key, sampling)
+    rollouts = [state.add(request).rollout for request in requests]
+
+    def report():
+      for rollout in state.take_finished():
         on_done and on_done(rollout)
-      # With nobody waiting for a slot the device may be a segment ahead of what the host has seen.
-      while len(state.unseen) > (0 if state.waiting else 1):
-        state.look()
-    while state.unseen:
-      state.look()
-    for rollout in state.take_finished():
-      on_done and on_done(rollout)
-    return state.rollouts
+
+    while state.advance(decide, report):
+      pass
+    report()
+    return rollouts
 
 
 def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
@@ -179,9 +180,9 @@ def _to_decode(treedef, leaves: tuple, dtype: str):
   return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), policy.unstack(p)), out_shardings=out)
 
 
-@dataclasses.dataclass
-class _Seat:
-  """A request in a slot and what it has said so far, a piece a segment."""
+@dataclasses.dataclass(eq=False)  # two seats are never the same one
+class Seat:
+  """A request, waiting or in a slot, and what it has said so far, a piece a segment."""
   request: Request
   rollout: Rollout
   tokens: list = dataclasses.field(default_factory=list)
@@ -190,21 +191,48 @@ class _Seat:
   count: int = 0
 
 
-class _Run:
-  """State of one `Engine.run`: which request sits in which slot."""
+class Run:
+  """Which request sits in which slot. Between two calls of `advance` requests may be added and cancelled: `Engine.run` is a
+  closed list of them, a server an open one."""
 
-  def __init__(self, engine: Engine, requests: list[Request], key: jax.Array, sampling: Sampling):
+  def __init__(self, engine: Engine, key: jax.Array, sampling: Sampling):
     self.e, self.key, self.sampling = engine, key, sampling
-    self.rollouts = [Rollout(r.index, r.prompt, r.tokens, np.zeros(0, np.int32), np.zeros(0, np.float32)) for r in requests]
-    self.waiting = collections.deque(_Seat(r, out) for r, out in zip(requests, self.rollouts, strict=True))
+    self.waiting: collections.deque[Seat] = collections.deque()
     self.counts, self.lengths = engine.row_counts(sampling), engine.lengths(sampling)
     self.slots: Slots | None = None
-    self.at: list[_Seat | None] = []   # by slot
+    self.at: list[Seat | None] = []    # by slot
     self.shards = engine.mesh.shape["data"] * engine.mesh.shape["fsdp"]  # that the slots are split over
     self.length = 0                    # cache columns
     self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
     self.unseen: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
     self.finished: list[Rollout] = []
+
+  def add(self, request: Request) -> Seat:
+    """Puts a request behind those that wait. Requests of one prompt number have the same tokens."""
+    rollout = Rollout(request.index, request.prompt, request.tokens, np.zeros(0, np.int32), np.zeros(0, np.float32))
+    self.waiting.append(Seat(request, rollout))
+    return self.waiting[-1]
+
+  def cancel(self, gone: list[Seat]) -> None:
+    """Takes requests out, waiting or seated; they never count as finished."""
+    keep = lambda seats: [None if seat in gone else seat for seat in seats]
+    self.waiting = collections.deque(seat for seat in self.waiting if seat not in gone)
+    rows = np.array([seat in gone for seat in self.at])
+    if rows.any():
+      self.slots = decode.free_resource(self.slots, rows)
+    self.at, self.unseen = keep(self.at), collections.deque((keep(seats), results) for seats, results in self.unseen)
+
+  def advance(self, decide: Callable | None = None, meanwhile: Callable | None = None) -> bool:
+    """Fills free slots, starts a segment, calls meanwhile() while the device works, books what was said. False: nothing to do."""
+    started = self.refill_and_fit()
+    if started:
+      self.e.watch and self.e.watch()
+      self.start_segment(decide)
+      meanwhile and meanwhile()
+      # With nobody waiting for a slot the device may be a segment ahead of what the host has seen.
+      while len(self.unseen) > (0 if self.waiting else 1):
+        self.look()
+    return started
 
   def take_finished(self) -> list[Rollout]:
     """Rollouts that ended since the last call."""
@@ -212,10 +240,11 @@ class _Run:
     return out
 
   def refill_and_fit(self) -> bool:
-    """Puts waiting requests into free slots and brings the batch to the smallest shape that holds it. False: all done."""
+    """Puts waiting requests into free slots and brings the batch to the smallest shape that holds it. False: nobody is left."""
     live = [i for i, x in enumerate(self.at) if x]
     wanted = min(len(live) + len(self.waiting), self.e.rows)
     if not wanted:
+      self.unseen.clear()  # segments that ran ahead of the last end
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
     crowd = max(collections.Counter(i * self.shards // len(self.at) for i in live).values(), default=0)
@@ -226,7 +255,7 @@ class _Run:
     if self.slots is None:
       self.slots = decode.init_slots(self.e.config, rows, length, self.sampling)
       self.at, self.length = [None] * rows, length
-    elif rows < len(self.at) or length > self.length:
+    elif rows != len(self.at) or length > self.length:
       self.take(live, rows, length)
     if new:
       self.seat(new)
@@ -243,7 +272,7 @@ class _Run:
     self.slots = decode.take_rows(self.slots, index, np.array([seat is not None for seat in at]), length=length)
     self.at, self.length = at, length
 
-  def seat(self, new: list[_Seat]) -> None:
+  def seat(self, new: list[Seat]) -> None:
     """Puts requests into free slots, prompts prefilled once each."""
     free = iter([i for i, x in enumerate(self.at) if not x])
     while new:
@@ -258,9 +287,18 @@ class _Run:
         request = seat.request
         source[slot], limit[slot], index[slot], group[slot] = where[request.prompt], request.limit, request.index, request.prompt
         self.at[slot] = seat
-      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group)
+      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group, self._own(batch))
 
-  def _prefill(self, new: list[_Seat]) -> None:
+  def _own(self, batch: list[tuple[int, Seat]]) -> decode.Own | None:
+    """What the requests of `batch`, (slot, seat), choose for themselves, by slot."""
+    if self.slots.own is None:
+      return None
+    own = decode.Own(*(np.zeros(len(self.at), np.float32) for _ in range(3)))
+    for slot, seat in batch:
+      own.temperature[slot], own.top_p[slot], own.keep[slot] = seat.request.temperature, seat.request.top_p, seat.request.keep
+    return own
+
+  def _prefill(self, new: list[Seat]) -> None:
     """Prefills the next distinct prompts of the pool, as many as one program takes."""
     prompts = {}
     for seat in [*new, *self.waiting]:
@@ -302,6 +340,8 @@ class _Run:
       seat.logprobs.append(logprobs[i, :count])
       seat.confidences.append(confidences[i, :count])
       seat.count, out = generated[i], seat.rollout
+      if decision is not None:
+        out.final = float(decision.score[i])
       if decision is not None and decision.decided[i]:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)
@@ -311,7 +351,6 @@ class _Run:
         out.planned *= float(decision.planned[i])
       if not active[i]:
         out.tokens, out.logprobs, out.confidences = map(np.concatenate, (seat.tokens, seat.logprobs, seat.confidences))
-        out.final = float(decision.score[i]) if decision is not None else out.final
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
         ended.add(id(seat))

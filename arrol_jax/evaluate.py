@@ -8,14 +8,12 @@ Problems are the sources of data.eval and eval.benchmarks; one JSON line a sourc
 """
 
 import json
-import os
 import sys
 
 import jax
 
 from arrol_jax import assemble, config as configuration, hosts, sources
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.types import TrainState, UserError
+from arrol_jax.types import UserError
 
 
 def main():
@@ -30,7 +28,7 @@ def main():
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
     if any(a.startswith("--workdir") for a in sys.argv):
-      state, step = from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
+      state, step = assemble.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
@@ -41,20 +39,6 @@ def main():
         prompts = assemble.prompts(c, loaded, path, c.eval.problems)
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
         hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
-
-
-def from_checkpoint(c, loaded, mesh, workdir: str, which: str) -> tuple[TrainState, int]:
-  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by the reward of the steps before it) or a step."""
-  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
-  if not checkpoints or not checkpoints.steps():
-    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to evaluate model.path")
-  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
-  if which not in known:
-    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
-  like = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-  step, state = checkpoints.restore(like, known[which])
-  checkpoints.close()
-  return state, step
 
 
 if __name__ == "__main__":

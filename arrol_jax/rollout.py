@@ -40,8 +40,9 @@ class PruneRule:
   multiply to `keep`, and so do the limits p_min and p_max. kind: "published"; "group" steers each group's expected ratio to
   rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a
   group whose tokens are most confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`;
-  "threshold", for inference, stops those whose posterior is below `keep`. draw: "bernoulli" or "systematic", a fixed number a
-  group. floor: rows of a group that survive a decision at least. control: share of rollouts that are never cut.
+  "threshold", for inference, stops those whose posterior is below `keep` (or the row's own, decode.Own). draw: "bernoulli" or
+  "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. control: share of rollouts that
+  are never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
@@ -90,7 +91,7 @@ def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, prun
     if rule.kind == "confidence":
       return prune.top_share(slots.confidence_sum / jnp.maximum(slots.generated, 1), group, decided, **limits)
     if rule.kind == "threshold":
-      return (posterior >= rule.keep).astype(jnp.float32)
+      return (posterior >= (rule.keep if slots.own is None else slots.own.keep)).astype(jnp.float32)
     delta = jax.vmap(lambda table: prune.solve_delta(table, **constants))(tables)
     return prune.survival(posterior, delta=delta[which], **constants)
 

@@ -61,6 +61,17 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
   return _winner(ballots, equal)
 
 
+def trace_weights(answers, scores=None, rule="majority"):
+  """What each trace weighs in `vote`, list of floats, 0 for one without an answer. Arguments and errors are those of `vote`."""
+  voters = [i for i, answer in enumerate(answers) if answer is not None]
+  out = [0.0] * len(answers)
+  if voters:
+    weights = _weights(None if scores is None else [scores[i] for i in voters], len(voters), rule)
+    for i, weight in zip(voters, weights, strict=True):
+      out[i] = weight
+  return out
+
+
 def _weights(scores, count, rule):
   """One weight per voting trace, list of `count` floats; checks that the scores fit the rule."""
   if rule == "majority":

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "arrol_jax"
 # A module imports only from modules before it. A new one gets its place here.
 ORDER = """types hosts sharding norms attention kv_cache policy losses quality prune metrics voting rewards data tfds_problems
   sources zoo hf_config safetensors_files gguf_files tokenizers weights
-  decode engine rollout held_out update checkpoint config workdir assemble hlo""".split()
-ENTRY_POINTS = "train evaluate bench plan serve".split()  # nothing imports them
+  decode engine rollout held_out service openai_api update checkpoint config workdir assemble hlo""".split()
+ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
 
 MAX_FILE, MAX_FUNCTION = 520, 75
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.voting import rank_weights, trace_confidence, vote
+from arrol_jax.voting import rank_weights, trace_confidence, trace_weights, vote
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -175,3 +175,10 @@ def test_sure_traces_are_more_confident():
 def test_bad_log_probabilities_are_named(logprobs, kwargs, words):
   with pytest.raises(ValueError, match=words):
     trace_confidence(logprobs, **kwargs)
+
+
+def test_trace_weights_are_what_vote_adds_up():
+  answers, scores = ["1", None, "2", "1", "2"], [0.2, 9.0, 0.9, 0.1, 0.5]
+  assert trace_weights(answers) == [1, 0, 1, 1, 1] and trace_weights([None, None], [1, 2], "rank") == [0, 0]
+  np.testing.assert_allclose(trace_weights(answers, scores, "rank"), [1 / 3, 0, 1, 0, 2 / 3])
+  assert trace_weights(answers, scores, "deepconf") == [0.2, 0, 0.9, 0.1, 0.5]
