@@ -15,8 +15,8 @@ from experiments.runs import ROOT, Job, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
 
 PASSES = 100  # full-batch steps of the heads shown; the ablation's file has more
-PREDICTORS = {"head (last state, as published)": ("head", ["last"]), "head (last state, log-probs)": ("head", ["last", "logprobs"]),
-              "trace confidence": ("trace confidence", None)}
+PREDICTORS = {"head (last state, as published)": ("head", ["last"]),
+              "head (last state, log-probs)": ("head", ["last", "logprobs"]), "trace confidence": ("trace confidence", None)}
 JUDGES = {"auc": "AUC", "auc_within": "AUC within a prompt", "spearman": "Spearman"}
 
 
@@ -59,7 +59,8 @@ def build(scale: Scale, figure: Figure) -> Table:
   rows, notes = [], []
   for length in lengths:
     cost = share(tokens, length)
-    rows.append([f"{length}", *(tables.cell(predictor(lines, length, name, judge), ".3f") for judge in JUDGES for name in PREDICTORS),
+    found = [predictor(lines, length, name, judge) for judge in JUDGES for name in PREDICTORS]
+    rows.append([f"{length}", *(tables.cell(x, ".3f") for x in found),
                  NOT_RUN if cost is None else f"{100 * cost.value:.0f}%"])
   head, confidence = list(PREDICTORS)[0], list(PREDICTORS)[-1]
   for length in lengths if lines else []:
@@ -67,8 +68,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes += tables.verdict(f"Spearman of the published head above trace confidence at {length} tokens, by", gap, "above", ".3f")
   if lines:
     notes.append(f"{lines[0]['rollouts']:,} rollouts, share right {lines[0]['reward']:.2f}, {lines[0]['device']}; ± is twice the "
-                 f"standard deviation over five splits by prompt; heads after {PASSES} full-batch steps. Paper: the head's Spearman "
-                 "correlation rises until about 512 tokens, and its accuracy is about 80%.")
+                 f"standard deviation over five splits by prompt; heads after {PASSES} full-batch steps. Paper: the head's "
+                 "Spearman correlation rises until about 512 tokens, and its accuracy is about 80%.")
   right, wrong = ([1 / (1 + np.exp(-x["score"])) for x in logged if x["score"] is not None and (x["reward"] > 0.5) == w]
                   for w in (True, False))
   if right and wrong:
@@ -97,7 +98,7 @@ def draw(figure: Figure, scale: Scale, lines: list[dict], lengths: list[int], ri
     axis.set_xlabel("response tokens read", fontsize=8)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
-    if axis is axes[0] or axis is axes[-1]:
+    if axis in (axes[0], axes[-1]) and axis.get_legend_handles_labels()[0]:
       axis.legend(fontsize=6)
 
 

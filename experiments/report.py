@@ -1,6 +1,6 @@
 """All tables and figures of all scales in one HTML file, plots inside: python -m experiments.report [--out=runs/report.html]
 
-  python -m experiments.report --run [--scale=cpu|gpu|paper] [--minutes=9] [--model=PATH] [--data=DIR]    # first runs what is missing
+  python -m experiments.report --run [--scale=cpu|gpu|paper] [--minutes=9] [--model=PATH] [--data=DIR]    # runs first
 """
 
 import base64
@@ -18,7 +18,8 @@ BUILDS = (table1.build, table2.build, table3.build, table4.build, table5.build, 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block; overflow-x: auto }
 th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left } th { background: #f3f3f3 }
-img { max-width: 100% } pre { overflow-x: auto; background: #f7f7f7; padding: .6rem; font-size: 12px } h2 { border-top: 2px solid #888 }"""
+img { max-width: 100% } pre { overflow-x: auto; background: #f7f7f7; padding: .6rem; font-size: 12px }
+h2 { border-top: 2px solid #888 }"""
 
 
 def plot_of(figure) -> str:
@@ -58,7 +59,8 @@ def page() -> str:
   links = " ".join(f'<a href="#{name}">{name}</a>' for name in runs.SCALES)
   return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>arrol_jax: the paper\'s tables</title>'
           f"<style>{STYLE}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures of "
-          "one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the figures.</p>"
+          "one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
+          "figures.</p>"
           + "\n".join(part(scale) for scale in runs.SCALES.values()) + "</body></html>\n")
 
 

@@ -47,8 +47,8 @@ def build(scale: Scale, figure: Figure) -> Table:
                           "+6.6 and +10.0 points (AIME'24), up to +8.33 on average", unit=" points")
   if any(read_lines):
     line = next(x for x in read_lines if x)
-    notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap intervals "
-                 "over problems. Rules vote on the same samples, so intervals of differences are too wide.")
+    notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap "
+                 "intervals over problems. Rules vote on the same samples, so intervals of differences are too wide.")
     tables.bars(figure.subplots(), [what for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
                 f"Table 3, accuracy of the voted answer, % ({scale.name})")
     figure.axes[0].tick_params(axis="x", labelsize=7)

@@ -33,7 +33,7 @@ class Estimate:
     return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)))
 
   def text(self, form: str = ".1f", unit: str = "") -> str:
-    out = format(self.value, form) + unit + ("" if np.isnan(self.half) else f" ± {format(self.half, form)}")
+    out = format(self.value, form) + unit + ("" if np.isnan(self.half) else f" ± {format(self.half, form.replace('+', ''))}")
     return out + (f" ({', '.join(format(x, form) for x in self.each)})" if len(self.each) > 1 else "")
 
 
@@ -54,14 +54,12 @@ class Table:
 
   def heading(self) -> str:
     """Scale, model, data, and what the runs themselves say of devices, steps and seeds."""
-    done = [job for job in self.jobs if job.done and job.workdir]
+    done = [trained for job in self.jobs if job.done for trained in [job.policy or job] if trained.workdir and trained.done]
     summaries = [runs.summary(job) for job in done]
     devices = " and ".join(sorted({s["device"] for s in summaries})) or "nothing run"
     steps = " or ".join(map(str, sorted({s["steps"] for s in summaries}))) or "no"
     seeds = ", ".join(sorted({job.name.rpartition("_seed")[2] for job in done})) or "none"
     text = f"Scale: {self.scale.name}. {self.scale.model}; {self.scale.data}; {devices}; {steps} steps; seeds {seeds}"
-    if not done and not self.missing:  # figure 2's ablation alone
-      text = f"Scale: {self.scale.name}. {self.scale.model}; {self.scale.data}"
     return text + f". Means leave out the first {self.scale.skip} steps. The paper's figures: its models and data."
 
   def markdown(self) -> str:
@@ -80,7 +78,8 @@ class Table:
            *(cells("td", row) for row in self.rows), "</table>", "<ul>", *(f"<li>{e(note)}</li>" for note in self.notes), "</ul>"]
     if self.missing:
       commands = "\n".join(runs.hidden(runs.prefix(job) + job.command, self.scale) for job in self.missing)
-      out.append(f"<details><summary>Not run ({len(self.missing)} of {len(self.jobs)})</summary><pre>{e(commands)}</pre></details>")
+      out.append(f"<details><summary>Not run ({len(self.missing)} of {len(self.jobs)})</summary><pre>{e(commands)}</pre>"
+                 "</details>")
     return "\n".join(out)
 
 
@@ -153,17 +152,22 @@ def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f
     return []
   low, high = difference.value - difference.half, difference.value + difference.half
   head = "Agrees with the paper" if low > 0 else "Contradicts the paper" if high < 0 else "Undecided (the interval holds 0)"
-  measured = f"{format(difference.value, '+' + form)}{unit} ± {format(difference.half, form)}"
+  measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
   return [f"{head}: {what} {measured}; paper {paper}."]
+
+
+def all_above(values, bound: float) -> str:
+  """The verdict on what the paper has above `bound`, by seeds that all are, all are not, or differ."""
+  if min(values) > bound:
+    return "Agrees with the paper"
+  return "Contradicts the paper" if max(values) < bound else "Undecided (seeds differ)"
 
 
 def faster(what: str, ratio: Estimate | None, paper: str) -> list[str]:
   """The same for a speed-up, by its seeds."""
   if ratio is None:
     return []
-  every, none = min(ratio.each) > 1, max(ratio.each) < 1
-  head = "Agrees with the paper" if every else "Contradicts the paper" if none else "Undecided (seeds differ)"
-  return [f"{head}: {what} {ratio.text('.2f')}x; paper {paper}."]
+  return [f"{all_above(ratio.each, 1.0)}: {what} {ratio.text('.2f')}x; paper {paper}."]
 
 
 def load_note(jobs: list[Job]) -> list[str]:
@@ -204,7 +208,7 @@ def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
   values = flags.FlagValues()
   flags.DEFINE_enum("scale", "cpu", list(runs.SCALES), "see experiments/runs.py", flag_values=values)
   flags.DEFINE_bool("run", False, "start what is missing", flag_values=values)
-  flags.DEFINE_float("minutes", None, "with --run: stop after so many; the same command goes on", lower_bound=0, flag_values=values)
+  flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
   flags.DEFINE_string("model", None, "the scale's model on this machine", flag_values=values)
   flags.DEFINE_string("data", None, "folder of the scale's data on this machine", flag_values=values)
   try:
