@@ -22,5 +22,5 @@ $(VENV)/run: requirements.txt
 	@touch $@
 
 $(VENV)/test: $(VENV)/run pyproject.toml
-	$(BIN)/python -m pip install -q "pytest>=8.3" "hypothesis>=6.130" "ruff>=0.12"
+	$(BIN)/python -m pip install -q "pytest>=8.3" "hypothesis>=6.130" "ruff>=0.12" "nbclient>=0.10" "ipykernel>=6.29"
 	@touch $@

@@ -70,7 +70,8 @@ def show_vote(c, problems: int) -> None:
 def main():
   what = {"prune": show_pruning, "vote": show_vote}.get(sys.argv[1] if len(sys.argv) > 1 else "")
   if what is None:
-    raise UserError("say what to show: python -m experiments.demo prune|vote --config=configs/NAME.py --config.model.path=DIR/policy")
+    raise UserError("say what to show: python -m experiments.demo prune|vote --config=.. "
+                    "--config.model.path=DIR/policy")
   c, flags = configuration.parse(sys.argv[1:], {"problems": "2"})
   configuration.check(c)
   if not flags.problems.isdigit() or int(flags.problems) < 1:

@@ -165,11 +165,19 @@ def with_paths(scale: Scale, model: str | None, data: str | None) -> Scale:
 
 
 def lines(path: Path) -> list[dict]:
-  return [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
+  """A results' file, an object a line."""
+  try:
+    return [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
+  except (OSError, ValueError) as e:
+    raise UserError(f"{path}: cannot be read as JSON lines ({e}); remove that run's folder and run it again") from e
 
 
 def summary(job: Job) -> dict:
-  return json.loads((ROOT / job.result).read_text())
+  """A training's summary.json."""
+  try:
+    return json.loads((ROOT / job.result).read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f"{job.result}: cannot be read as JSON ({e}); remove that run's folder and run it again") from e
 
 
 def metrics(job: Job) -> list[dict]:
