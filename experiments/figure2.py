@@ -15,8 +15,8 @@ from experiments.runs import ROOT, Job, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
 
 PASSES = 100  # full-batch steps of the heads shown; the ablation's file has more
-PREDICTORS = {"head (last state, as published)": ("head", ["last"]),
-              "head (last state, log-probs)": ("head", ["last", "logprobs"]), "trace confidence": ("trace confidence", None)}
+PREDICTORS = {"head as published": ("head", ["last"]),
+              "head, log-probs too": ("head", ["last", "logprobs"]), "trace confidence": ("trace confidence", None)}
 JUDGES = {"auc": "AUC", "auc_within": "AUC within a prompt", "spearman": "Spearman"}
 
 

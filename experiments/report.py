@@ -1,5 +1,7 @@
 """All tables and figures of all scales in one HTML file, plots inside: python -m experiments.report [--out=runs/report.html]
 
+Also writes each scale's tables.md and plots beside its results.
+
   python -m experiments.report --run [--scale=cpu|gpu|paper] [--minutes=9] [--model=PATH] [--data=DIR]    # runs first
 """
 
@@ -50,9 +52,20 @@ def settings(built: list[tables.Table]) -> str:
 def part(scale: Scale) -> str:
   """One scale's tables, plots and runs."""
   drawn = [tables.draw(build, scale) for build in BUILDS]
+  write_markdown(scale, drawn)
   body = "\n".join(table.html() + plot_of(figure) for table, figure in drawn)
   return (f'<h2 id="{scale.name}">Scale: {scale.name}</h2><p>{html.escape(scale.model)}; {html.escape(scale.data)}.</p>{body}'
           + settings([table for table, _ in drawn]))
+
+
+def write_markdown(scale: Scale, drawn: list) -> None:
+  """tables.md with its plots, where the scale has results."""
+  folder = runs.ROOT / scale.results
+  if folder.is_dir():
+    parts = [table.markdown() + (f"\n\n![{table.name}]({table.name}.png)" if tables.save(table, figure) else "")
+             for table, figure in drawn]
+    head = "# The paper's tables at this scale\n\nMade by `python -m experiments.report`."
+    (folder / "tables.md").write_text("\n\n".join([head, *parts]) + "\n")
 
 
 def page() -> str:

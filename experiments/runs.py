@@ -58,7 +58,7 @@ class Scale:
 
 
 CPU = Scale(
-  "cpu", "the shipped arithmetic model (0.6 M parameters)", "arithmetic, held-out accuracy greedy on 400 problems",
+  "cpu", "The shipped arithmetic model (0.6 M parameters)", "arithmetic, held-out accuracy greedy on 400 problems",
   "experiments/results/arithmetic_arms", "configs/quickstart.py",
   ("steps=20", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 6,
   ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=8", "eval.problems=200"),

@@ -49,7 +49,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     line = next(x for x in read_lines if x)
     notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap "
                  "intervals over problems. Rules vote on the same samples, so intervals of differences are too wide.")
-    tables.bars(figure.subplots(), [what for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
+    tables.bars(figure.subplots(), [what.replace(" ", "\n") for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
                 f"Table 3, accuracy of the voted answer, % ({scale.name})")
     figure.axes[0].tick_params(axis="x", labelsize=7)
   columns = ("vote", *(f"after {arm}, seed {seed}" for arm, seed in arms), "paper (1.7B, 8B; AIME'24)")

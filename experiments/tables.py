@@ -58,8 +58,10 @@ class Table:
     summaries = [runs.summary(job) for job in done]
     devices = " and ".join(sorted({s["device"] for s in summaries})) or "nothing run"
     steps = " or ".join(map(str, sorted({s["steps"] for s in summaries}))) or "no"
-    seeds = ", ".join(sorted({job.name.rpartition("_seed")[2] for job in done})) or "none"
-    text = f"Scale: {self.scale.name}. {self.scale.model}; {self.scale.data}; {devices}; {steps} steps; seeds {seeds}"
+    seeds = sorted({job.name.rpartition("_seed")[2] for job in done})
+    seeds = f"seed {seeds[0]} alone: intervals do not hold the spread of seeds" if len(seeds) == 1 else \
+      f"seeds {', '.join(seeds) or 'none'}"
+    text = f"Scale: {self.scale.name}. {self.scale.model}; {self.scale.data}; {devices}; {steps} steps; {seeds}"
     return text + f". Means leave out the first {self.scale.skip} steps. The paper's figures: its models and data."
 
   def markdown(self) -> str:
@@ -151,7 +153,9 @@ def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f
   if difference is None:
     return []
   low, high = difference.value - difference.half, difference.value + difference.half
-  head = "Agrees with the paper" if low > 0 else "Contradicts the paper" if high < 0 else "Undecided (the interval holds 0)"
+  head = "Undecided (the interval holds 0)"
+  if low > 0 or high < 0:
+    head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
   measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
   return [f"{head}: {what} {measured}; paper {paper}."]
 
@@ -159,7 +163,7 @@ def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f
 def all_above(values, bound: float) -> str:
   """The verdict on what the paper has above `bound`, by seeds that all are, all are not, or differ."""
   if min(values) > bound:
-    return "Agrees with the paper"
+    return "Agrees with the paper in direction"
   return "Contradicts the paper" if max(values) < bound else "Undecided (seeds differ)"
 
 
@@ -167,7 +171,7 @@ def faster(what: str, ratio: Estimate | None, paper: str) -> list[str]:
   """The same for a speed-up, by its seeds."""
   if ratio is None:
     return []
-  return [f"{all_above(ratio.each, 1.0)}: {what} {ratio.text('.2f')}x; paper {paper}."]
+  return [f"{all_above(ratio.each, 1.0)}: {what} {ratio.text('.2f', 'x')}; paper {paper}."]
 
 
 def load_note(jobs: list[Job]) -> list[str]:
@@ -188,7 +192,7 @@ def bars(axis, labels: list[str], values: list[Estimate | None], title: str, col
   """Bars with their intervals; what was not run has none."""
   there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
   axis.bar([label for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
-           yerr=[0.0 if np.isnan(v.half) else v.half for _, v in there])
+           yerr=[v.half for _, v in there])
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
   axis.set_title(title, fontsize=10)
@@ -201,6 +205,13 @@ def bars(axis, labels: list[str], values: list[Estimate | None], title: str, col
 def draw(build: Callable[[Scale, Figure], Table], scale: Scale) -> tuple[Table, Figure]:
   figure = Figure(figsize=(10, 3.6), layout="constrained")
   return build(scale, figure), figure
+
+
+def save(table: Table, figure: Figure) -> bool:
+  """Writes the plot beside the results it shows; False where there are none."""
+  if figure.axes:
+    figure.savefig(ROOT / table.scale.results / f"{table.name}.png", dpi=80)
+  return bool(figure.axes)
 
 
 def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
@@ -228,8 +239,5 @@ def main(build: Callable[[Scale, Figure], Table]) -> None:
       print("time is over; the same command goes on", flush=True)
     table, figure = draw(build, scale)
   print(table.markdown())
-  if figure.axes:
-    out = f"{scale.results}/{table.name}.png"
-    (ROOT / scale.results).mkdir(parents=True, exist_ok=True)
-    figure.savefig(ROOT / out, dpi=80)
-    print(f"\n{out}: written")
+  if save(table, figure):
+    print(f"\n{scale.results}/{table.name}.png: written")

@@ -65,8 +65,8 @@ def test_table1_accuracy_gain_and_speedup(scale):
   # Seeds 60 and 62: 1.96, sqrt(3^2 + 1.96^2) = 3.58. Difference 9, sqrt(4.94^2 + 3.58^2) = 6.10. Steps 4 s against 2 s.
   assert table.rows == [[scale.model, "52.0 ± 4.9 (50.0, 54.0)", "34.79", "61.0 ± 3.6 (60.0, 62.0)", "37.09", "+9.0 ± 6.1",
                          "+2.30", "2.00x (2.00, 2.00)", "1.61x"]]
-  assert table.notes[0].startswith("Agrees with the paper: accuracy") and "+9.0 ± 6.1 points" in table.notes[0]
-  assert table.notes[1].startswith("Agrees with the paper: speed-up") and not table.missing
+  assert table.notes[0].startswith("Agrees with the paper in direction: accuracy") and "+9.0 ± 6.1 points" in table.notes[0]
+  assert table.notes[1].startswith("Agrees with the paper in direction: speed-up") and not table.missing
 
 
 def test_a_loss_beyond_the_interval_contradicts_and_one_within_is_undecided(scale):
@@ -97,7 +97,7 @@ def test_table3_shows_each_rule_and_compares_them(scale):
   assert row(table, "majority")[1:4] == ["50.0 ± 2.0", "not run", "not run"]
   assert row(table, "posterior of the head")[1] == "not run"
   assert table.notes[0].startswith("Contradicts the paper: rank by the head against the majority -10.0 ± 2.8 points")
-  assert table.notes[1].startswith("Agrees with the paper: rank by the head against DeepConf +10.0 ± 2.8 points")
+  assert table.notes[1].startswith("Agrees with the paper in direction: rank by the head against DeepConf +10.0 ± 2.8 points")
 
 
 def test_table4_compares_balance_with_random_pruning(scale):
