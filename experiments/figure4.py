@@ -12,7 +12,7 @@ from arrol_jax import config
 from experiments import runs, tables
 from experiments.plot_run import smooth
 from experiments.runs import Job, Scale
-from experiments.tables import NOT_RUN, Table
+from experiments.tables import NOT_RUN, Estimate, Table
 
 ARMS = {"none": "GRPO", "published": "GRPO with pruning"}
 SLOW = 3.0  # a step that takes so many medians of the ten around it compiles; it counts as their median
@@ -26,10 +26,12 @@ def clock(job: Job) -> np.ndarray:
   return np.cumsum(np.where(step > SLOW * usual, usual, step))
 
 
-def reward_at(job: Job, seconds: float) -> float:
-  """Mean reward of the last steps that ended by then."""
-  done = tables.column(job, "reward_ipw")[clock(job) <= seconds + 1e-9]
-  return float(np.nanmean(done[-LAST:])) if len(done) else float("nan")
+def reward_at(job: Job, seconds: float) -> Estimate:
+  """Mean reward of the last steps that ended by then, its interval over these steps."""
+  done = tables.column(job, "reward_ipw")[clock(job) <= seconds + 1e-9][-LAST:]
+  if len(done) < 2:
+    return Estimate(float("nan"), float("nan"))
+  return Estimate(float(done.mean()), float(1.96 * done.std(ddof=1) / np.sqrt(len(done))))
 
 
 def build(scale: Scale, figure: Figure) -> Table:
@@ -48,12 +50,13 @@ def build(scale: Scale, figure: Figure) -> Table:
       reward = tables.column(job, "reward_ipw")
       rewards[arm, seed] = [reward_at(job, t) for t in moments]
       rows.append([f"{what}, seed {seed}", f"{len(reward)}", f"{clock(job)[-1]:.0f}", f"{np.nanmean(reward[-LAST:]):.3f}",
-                   *(f"{x:.3f}" for x in rewards[arm, seed])])
+                   *(x.text(".3f") for x in rewards[arm, seed])])
   gap = lambda seed: rewards["published", seed][1] - rewards["none", seed][1]
   pairs = [gap(seed) for arm, seed in rewards if arm == "none" and ("published", seed) in rewards]
   if pairs:
-    notes.append(f"{tables.all_above(pairs, 0.0)}: reward with pruning less that without at equal wall clock ({together:.0f} s) "
-                 f"{', '.join(f'{x:+.3f}' for x in pairs)} by seed; paper above zero all along.")
+    difference = Estimate(float(np.mean([x.value for x in pairs])), float(np.sqrt(np.sum([x.half**2 for x in pairs]))) / len(pairs))
+    notes += tables.verdict(f"reward with pruning less that without at equal wall clock ({together:.0f} s), mean over seeds,",
+                            difference, "above zero all along", ".3f")
   if there:
     axes = figure.subplots(1, 2)
     for i, arm in enumerate(ARMS):

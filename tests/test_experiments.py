@@ -155,14 +155,15 @@ def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale
 
 
 def test_figure4_compares_at_equal_time_without_compilation(scale):
-  slow = [{"sec_step": 2.0, "reward_ipw": 0.1 * i} for i in range(10)]
+  slow = [{"sec_step": 1.5, "reward_ipw": 0.1 * i} for i in range(10)]
   put(runs.training(scale, "none", 0), steps=slow)
   put(runs.training(scale, "published", 0), steps=[{"sec_step": 1.0, "reward_ipw": 0.1 * i} for i in range(10)])
   table = build(figure4, scale)
-  # The first step (999 s) counts as the median: 11 steps of 2 s and of 1 s. After 11 s the slow one has 5 steps behind it.
-  assert [r[2] for r in table.rows] == ["22", "not run", "11", "not run"]
-  assert table.rows[2][5] == "0.700"  # steps 7 to 11: 0.5 to 0.9
-  assert table.notes[0].startswith("Contradicts the paper")  # the slow one's mean holds the first step's 999
+  # The first step (999 s) counts as the median: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
+  assert [r[2] for r in table.rows] == ["16", "not run", "11", "not run"]
+  # Its steps 3 to 7 have 0.1 to 0.5, the fast one's 7 to 11 0.5 to 0.9: standard error 0.158 / sqrt(5), 1.96 of it 0.139.
+  assert [table.rows[i][5] for i in (0, 2)] == ["0.300 ± 0.139", "0.700 ± 0.139"]
+  assert table.notes[0].startswith("Agrees with the paper in direction") and "+0.400 ± 0.196" in table.notes[0]
 
 
 # ---- what was not run
