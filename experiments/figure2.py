@@ -93,6 +93,8 @@ def draw(figure: Figure, scale: Scale, lines: list[dict], lengths: list[int], ri
     for name in PREDICTORS if lines else ():
       y = [predictor(lines, n, name, judge) for n in lengths]
       axis.errorbar(lengths, [v.value for v in y], [v.half for v in y], marker="o", capsize=3, label=name)
+    if not lines:
+      axis.text(0.5, 0.6, NOT_RUN, ha="center", transform=axis.transAxes)
     axis.axhline(0.0 if judge == "spearman" else 0.5, color="k", lw=0.8)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("response tokens read", fontsize=8)

@@ -54,7 +54,8 @@ def build(scale: Scale, figure: Figure) -> Table:
   gap = lambda seed: rewards["published", seed][1] - rewards["none", seed][1]
   pairs = [gap(seed) for arm, seed in rewards if arm == "none" and ("published", seed) in rewards]
   if pairs:
-    difference = Estimate(float(np.mean([x.value for x in pairs])), float(np.sqrt(np.sum([x.half**2 for x in pairs]))) / len(pairs))
+    half = float(np.sqrt(np.sum([x.half**2 for x in pairs]))) / len(pairs)
+    difference = Estimate(float(np.mean([x.value for x in pairs])), half)
     notes += tables.verdict(f"reward with pruning less that without at equal wall clock ({together:.0f} s), mean over seeds,",
                             difference, "above zero all along", ".3f")
   if there:
