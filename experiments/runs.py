@@ -226,7 +226,9 @@ def _do(job: Job, deadline: float | None) -> bool:
   if machine is not None:
     mine, everyone = sum(os.times()[:4]) - cpu, _machine_cpu() - machine
     about |= {"cpu_s": round(mine, 1), "others_cores": round(max(0.0, everyone - mine) / wall, 2)}
-  return _keep(job, about)
+  with open(folder / f"{job.name}.pieces.jsonl", "a") as f:
+    f.write(json.dumps(about) + "\n")
+  return _keep(job)
 
 
 def prefix(job: Job) -> str:
@@ -248,13 +250,14 @@ def hidden(text: str, scale: Scale) -> str:
   return text
 
 
-def _keep(job: Job, about: dict) -> bool:
+def _keep(job: Job) -> bool:
   """Copies what a finished job leaves into the scale's results; False if it did not come to its end."""
   folder, put = ROOT / job.result.parent, lambda name, text: (ROOT / job.result.parent / name).write_text(hidden(text, job.scale))
   source = ROOT / (job.workdir or Path("runs") / job.scale.name / "head")
+  pieces = lines(Path("runs") / job.scale.name / f"{job.name}.pieces.jsonl")  # an evaluation is one piece
   if job.policy:
     said = (ROOT / "runs" / job.scale.name / f"{job.name}.jsonl").read_text().splitlines()
-    found = [json.loads(x) | about for x in said if x.startswith("{")]
+    found = [json.loads(x) | pieces[-1] for x in said if x.startswith("{")]
     if len(found) < job.sources:
       return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,8 +266,7 @@ def _keep(job: Job, about: dict) -> bool:
   if not (source / ("summary.json" if job.workdir else "ablation.png")).exists():
     return False
   folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / "run.jsonl", "a") as f:  # a line a piece
-    f.write(json.dumps(about) + "\n")
+  put("run.jsonl", "".join(json.dumps(x) + "\n" for x in pieces))
   if job.workdir:
     scores = [{k: x[k] for k in SCORES} for x in lines(job.workdir / "rollouts.jsonl")]
     put("scores.jsonl", "".join(json.dumps(x) + "\n" for x in scores))

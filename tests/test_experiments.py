@@ -275,12 +275,17 @@ def test_a_vote_first_trains_the_policy_it_needs(elsewhere, monkeypatch):
   assert [argv[2] for argv in started.argv] == ["arrol_jax.train", "arrol_jax.evaluate"]
 
 
-def test_time_over_stops_with_sigterm_and_leaves_the_rest(elsewhere, monkeypatch):
-  started = Started(ends=False)
+def test_time_over_stops_with_sigterm_and_the_next_call_goes_on(elsewhere, monkeypatch):
+  started, jobs = Started(ends=False), [runs.training(runs.CPU, arm, 0) for arm in ("none", "published")]
   monkeypatch.setattr(subprocess, "Popen", started)
-  assert not runs.start([runs.training(runs.CPU, arm, 0) for arm in ("none", "published")], 1e-9 + 0.01)
-  assert len(started.argv) <= 1 and started.signals == [signal.SIGTERM] * len(started.argv)
+  assert not runs.start(jobs, 0.01)
+  assert len(started.argv) == 1 and started.signals == [signal.SIGTERM]
   assert not (elsewhere / runs.CPU.results / "none_seed0").exists()
+  again = Started()
+  monkeypatch.setattr(subprocess, "Popen", again)
+  assert runs.start(jobs, 9.0)
+  assert again.argv[0] == started.argv[0] and len(again.argv) == 2
+  assert len((elsewhere / runs.CPU.results / "none_seed0" / "run.jsonl").read_text().splitlines()) == 2  # a line a piece
 
 
 def test_a_run_that_fails_is_told_with_its_command(elsewhere, monkeypatch):
