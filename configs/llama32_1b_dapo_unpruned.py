@@ -1,0 +1,19 @@
+"""Llama-3.2-1B at the paper's settings, DAPO without pruning (as Table 2 for 1.7B), on a TPU slice of 256 chips.
+
+Command:  python -m arrol_jax.train --config=configs/llama32_1b_dapo_unpruned.py --workdir=runs/llama32_1b_dapo_unpruned \\
+            --config.model.path=DIR --config.data.train=dapo-math-17k.jsonl --config.data.eval=math500.jsonl
+          The six benchmarks after it: python -m experiments.table2 --scale=paper prints the commands
+Hardware: v5e-256 or v6e-256; v5p with 64 chips: add --config.mesh.fsdp=16; not run here yet.
+Hours:    unknown.
+Expected: unknown; the paper gives no DAPO figure for this model.
+Open in the paper and chosen here: prompts a step, lengths and steps, as in configs/qwen3_1b7.py; dynamic sampling takes
+up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/losses.py).
+"""
+
+from configs import llama32_1b_dapo
+
+
+def get_config():
+  c = llama32_1b_dapo.get_config()
+  c.prune.enabled = False
+  return c

@@ -1,0 +1,83 @@
+"""What the notebook shows: rollouts as they end or are cut, with their scores, and the vote over finished ones.
+
+  python -m experiments.demo prune --config=configs/quickstart.py --config.model.path=runs/demo/policy [--problems=2]
+  python -m experiments.demo vote  --config=configs/quickstart.py --config.model.path=runs/demo/policy [--problems=2]
+
+model.path is the policy folder of a run, with its head and table; problems are the first of data.eval (or data.train).
+"""
+
+from collections.abc import Callable
+import sys
+
+import jax
+import numpy as np
+
+from arrol_jax import assemble, config as configuration, rollout, voting
+from arrol_jax.prune import Calibration
+from arrol_jax.rewards import Grader, extract_answer
+from arrol_jax.rollout import PruneRule
+from arrol_jax.types import Rollout, UserError
+
+SHOWN = 48  # last characters of a text
+
+
+def sample(c, problems: int, rule: PruneRule | None, progress: Callable | None = None) -> tuple[list, list[Rollout]]:
+  """Graded rollouts of the first problems of data.eval; rule None scores whole responses and cuts nothing."""
+  mesh = assemble.make_mesh(c)
+  with jax.set_mesh(mesh), Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
+    loaded = assemble.load(c, mesh)
+    if loaded.head is None:
+      raise UserError(f"{c.model.path} has no quality head; give the policy folder of a run")
+    prompts = assemble.prompts(c, loaded, c.data.eval or c.data.train, problems)
+    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
+    engine.load(loaded.params, c.model.dtype)
+    tables = Calibration() if loaded.calibration is None else loaded.calibration
+    decide = rollout.make_decide(loaded.head, tables, rule or PruneRule((c.rollout.max_new + 1,)), rule is not None)
+    return prompts, rollout.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.EVAL), assemble.sampling(
+      c, loaded, c.rollout.temperature), loaded.tokenizer, grader, decide=decide, progress=progress)[0]
+
+
+def line(r: Rollout) -> str:
+  """One rollout: prompt, length, what became of it, score, posterior, survival probability, the end of its text."""
+  fate = "cut  " if r.pruned else "ended"
+  numbers = f"score {r.score:+.2f}  q {r.posterior:.2f}  p {r.survival:.2f}" if r.decided else "ended before it was scored"
+  return f"prompt {r.prompt}  {fate} at {len(r.tokens):4d}  {numbers}  ...{r.text[-SHOWN:]!r}"
+
+
+def show_pruning(c, problems: int) -> None:
+  """Samples with pruning and prints each rollout when it leaves the engine, then what the survivors were worth."""
+  prompts, rollouts = sample(c, problems, assemble.prune_rule(c), lambda r: print(line(r), flush=True))
+  for p, prompt in enumerate(prompts):
+    group = [r for r in rollouts if r.prompt == p]
+    kept = [r.reward for r in group if not r.pruned]
+    right = f"{np.mean(kept):.2f} of them right" if kept else "none left to grade"
+    print(f"{prompt.problem.problem!r} = {prompt.problem.answer}: {len(kept)} of {len(group)} kept, {right}")
+
+
+def show_vote(c, problems: int) -> None:
+  """Samples without pruning and prints each answer with the head's last score, and whose answer wins by each rule."""
+  prompts, rollouts = sample(c, problems, None)
+  for p, prompt in enumerate(prompts):
+    group = [r for r in rollouts if r.prompt == p]
+    answers, scores = [extract_answer(r.text, c.reward.pattern) for r in group], np.array([r.final for r in group])
+    print(f"{prompt.problem.problem!r} = {prompt.problem.answer}")
+    for answer, score, r in sorted(zip(answers, scores, group, strict=True), key=lambda x: -x[1]):
+      print(f"  score {score:+.2f}  {'right' if r.reward > 0.5 else 'wrong'}  {answer}")
+    for rule in ("majority", "rank"):
+      print(f"  {rule}: {voting.vote(answers, scores, rule)}")
+
+
+def main():
+  what = {"prune": show_pruning, "vote": show_vote}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+  if what is None:
+    raise UserError("say what to show: python -m experiments.demo prune|vote --config=.. "
+                    "--config.model.path=DIR/policy")
+  c, flags = configuration.parse(sys.argv[1:], {"problems": "2"})
+  configuration.check(c)
+  if not flags.problems.isdigit() or int(flags.problems) < 1:
+    raise UserError(f"--problems={flags.problems}: it takes a whole number, at least 1")
+  what(c, int(flags.problems))
+
+
+if __name__ == "__main__":
+  configuration.run(main)

@@ -1,0 +1,78 @@
+"""Figure 4: training reward against wall clock, GRPO without and with pruning.
+
+  python -m experiments.figure4 [--scale=cpu|gpu|paper] [--run [--minutes=9]] [--model=PATH] [--data=DIR]
+
+The reward is that of all rollouts started (reward_ipw: survivors count 1 / survival times), so that pruning does not flatter it.
+"""
+
+from matplotlib.figure import Figure
+import numpy as np
+
+from arrol_jax import config
+from experiments import runs, tables
+from experiments.plot_run import smooth
+from experiments.runs import Job, Scale
+from experiments.tables import NOT_RUN, Estimate, Table
+
+ARMS = {"none": "GRPO", "published": "GRPO with pruning"}
+SLOW = 3.0  # a step that takes so many medians of the ten around it compiles; it counts as their median
+LAST = 5    # steps whose mean reward counts as the reward at a moment
+
+
+def clock(job: Job) -> np.ndarray:
+  """Seconds since the start at the end of each step, compilation left out."""
+  step = tables.column(job, "sec_step")
+  usual = np.array([np.median(step[max(0, i - 5):i + 5]) for i in range(len(step))])
+  return np.cumsum(np.where(step > SLOW * usual, usual, step))
+
+
+def reward_at(job: Job, seconds: float) -> Estimate:
+  """Mean reward of the last steps that ended by then, its interval over these steps."""
+  done = tables.column(job, "reward_ipw")[clock(job) <= seconds + 1e-9][-LAST:]
+  if len(done) < 2:
+    return Estimate(float("nan"), float("nan"))
+  return Estimate(float(done.mean()), float(1.96 * done.std(ddof=1) / np.sqrt(len(done))))
+
+
+def build(scale: Scale, figure: Figure) -> Table:
+  jobs = {arm: [runs.training(scale, arm, seed) for seed in scale.seeds] for arm in ARMS}
+  everyone = [job for each in jobs.values() for job in each]
+  there = [job for job in everyone if job.done]
+  together = min((clock(job)[-1] for job in there), default=0.0)
+  moments, rewards = [together / 2, together], {}
+  rows, notes = [], []
+  for arm, what in ARMS.items():
+    for job in jobs[arm]:
+      seed = job.name.rpartition("_seed")[2]
+      if not job.done:
+        rows.append([f"{what}, seed {seed}", *[NOT_RUN] * 5])
+        continue
+      reward = tables.column(job, "reward_ipw")
+      rewards[arm, seed] = [reward_at(job, t) for t in moments]
+      rows.append([f"{what}, seed {seed}", f"{len(reward)}", f"{clock(job)[-1]:.0f}", f"{np.nanmean(reward[-LAST:]):.3f}",
+                   *(x.text(".3f") for x in rewards[arm, seed])])
+  gap = lambda seed: rewards["published", seed][1] - rewards["none", seed][1]
+  pairs = [gap(seed) for arm, seed in rewards if arm == "none" and ("published", seed) in rewards]
+  if pairs:
+    half = float(np.sqrt(np.sum([x.half**2 for x in pairs]))) / len(pairs)
+    difference = Estimate(float(np.mean([x.value for x in pairs])), half)
+    notes += tables.verdict(f"reward with pruning less that without at equal wall clock ({together:.0f} s), mean over seeds,",
+                            difference, "above zero all along", ".3f")
+  if there:
+    axes = figure.subplots(1, 2)
+    for i, arm in enumerate(ARMS):
+      for job in (j for j in jobs[arm] if j.done):
+        reward, label = smooth(tables.column(job, "reward_ipw"), LAST), ARMS[arm] if job is jobs[arm][0] else None
+        axes[0].plot(clock(job), reward, color=f"C{i}", label=label)
+        axes[1].plot(np.arange(1, len(reward) + 1), reward, color=f"C{i}")
+    axes[0].set_title(f"Figure 4, reward of all rollouts started, {LAST}-step mean ({scale.name})", fontsize=9)
+    axes[0].set_xlabel("seconds, compilation left out")
+    axes[1].set_xlabel("step")
+    axes[0].legend(fontsize=8)
+  notes += tables.load_note(everyone)
+  columns = ("run", "steps", "seconds", f"reward, last {LAST} steps", f"after {moments[0]:.0f} s", f"after {moments[1]:.0f} s")
+  return Table("figure4", "Figure 4: reward against wall clock", scale, columns, rows, notes, everyone)
+
+
+if __name__ == "__main__":
+  config.run(lambda: tables.main(build))

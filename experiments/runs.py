@@ -1,0 +1,285 @@
+"""Which runs the paper's tables need at each scale, where their results are, and how what is missing is started.
+
+| scale | model and data | where |
+|---|---|---|
+| cpu | the shipped arithmetic model, 20 steps | two CPU cores, minutes |
+| gpu | Qwen2.5-Coder-0.5B-Instruct, GSM8K, 50 steps | one GPU |
+| paper | the paper's four models, Dapo-Math-17K | a TPU slice; configs only, nothing has been run |
+
+A job is one command. Its result is a folder or file under the scale's results; it is missing while that is not there. Working
+folders (checkpoints, the trained policy) are runs/SCALE/NAME, so a job that was stopped goes on from its last checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from arrol_jax.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = ("step", "prompt", "tokens", "pruned", "score", "posterior", "survival", "reward")  # of rollouts.jsonl: no texts
+CACHE = "runs/xla_cache"  # compiled programs, shared by all jobs: most of a short run is compiling
+
+# What an arm changes in its scale's config.
+ARMS = {
+  "none": ("prune.enabled=False",),
+  "published": (),
+  "random": ("prune.rule=random",),
+  "keep025": ("prune.keep=0.25",),
+  "keep075": ("prune.keep=0.75",),
+  "dapo_none": ("loss.name=dapo", "rollout.rounds=3", "prune.enabled=False"),
+  "dapo": ("loss.name=dapo", "rollout.rounds=3"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """model, data: for the tables' readers. config: file of the arms, settings: what all of them change in it; skip: first
+  steps (compilation, cold start) left out of means. votes, head: settings of table 3's evaluation and figure 2's ablation.
+  paths: settings that say where this machine has model and data; they stand in commands and not in results."""
+  name: str
+  model: str
+  data: str
+  results: str
+  config: str
+  settings: tuple[str, ...]
+  seeds: tuple[int, ...]
+  skip: int
+  votes: tuple[str, ...]
+  head: tuple[str, ...]
+  paths: tuple[str, ...] = ()
+
+
+CPU = Scale(
+  "cpu", "The shipped arithmetic model (0.6 M parameters)", "arithmetic, held-out accuracy greedy on 400 problems",
+  "experiments/results/arithmetic_arms", "configs/quickstart.py",
+  ("steps=20", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 6,
+  ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=8", "eval.problems=200"),
+  ("--lengths=8,16,24", "--prompts=64"))
+GPU = Scale(
+  "gpu", "Qwen2.5-Coder-0.5B-Instruct", "GSM8K, held-out accuracy greedy on all 1,319 test problems",
+  "experiments/results/gsm8k_arms", "configs/gsm8k_qwen05b.py",
+  ("steps=50", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 14,
+  ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=64", "eval.problems=256"),
+  ("--lengths=32,64,128,192,256", "--prompts=640"))
+PAPER = Scale(
+  "paper", "Qwen3-1.7B-Base", "Dapo-Math-17K; Math500, MinervaMath, OlympiadBench (accuracy), AMC'23, AIME'24, AIME'25 (pass@16)",
+  "experiments/results/paper", "configs/qwen3_1b7.py", (), (0,), 20,
+  ("data.eval=aime24", "eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True"),
+  ("--lengths=64,128,256,512,1024", "--prompts=640"))
+SCALES = {scale.name: scale for scale in (CPU, GPU, PAPER)}
+
+# The paper's models, its Table 1 in order: file under configs/; arms have files of their own there.
+PAPER_MODELS = {"qwen3_1b7": "Qwen3-1.7B-Base", "qwen3_4b": "Qwen3-4B-Base", "qwen3_8b": "Qwen3-8B-Base",
+                "llama32_1b": "Llama-3.2-1B"}
+PAPER_ARMS = {"none": "_unpruned", "published": "", "dapo_none": "_dapo_unpruned", "dapo": "_dapo"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One command: `python -m` argv. result: what shows under the scale's results that it is done; workdir: the training's folder;
+  policy: for an evaluation, the training whose policy it reads, and its number of sources."""
+  scale: Scale
+  name: str
+  argv: tuple[str, ...]
+  result: Path
+  workdir: Path | None = None
+  policy: "Job | None" = None
+  sources: int = 1
+
+  @property
+  def done(self) -> bool:
+    return (ROOT / self.result).exists()
+
+  @property
+  def command(self) -> str:
+    return "python -m " + shlex.join(self.argv)
+
+
+def _settings(scale: Scale, settings: tuple[str, ...]) -> tuple[str, ...]:
+  return tuple(f"--config.{s}" for s in (*scale.paths, *settings))
+
+
+def training(scale: Scale, arm: str, seed: int, model: str = "qwen3_1b7") -> Job:
+  """An arm's training; `model` names a paper model's configs and counts at that scale only."""
+  config, changes, name = scale.config, ARMS[arm], f"{arm}_seed{seed}"
+  if scale.name == "paper":
+    config, name = f"configs/{model}{PAPER_ARMS.get(arm, '')}.py", f"{model}_{name}"
+    changes = () if arm in PAPER_ARMS else changes
+  workdir = Path("runs") / scale.name / name
+  argv = ("arrol_jax.train", f"--config={config}", f"--workdir={workdir}",
+          *_settings(scale, (*scale.settings, f"seed={seed}", *changes)))
+  return Job(scale, name, argv, Path(scale.results) / name / "summary.json", workdir)
+
+
+def evaluation(trained: Job, name: str, settings: tuple[str, ...], sources: int = 1) -> Job:
+  """One `evaluate` of a training's policy and head; its JSON lines, one a source, are kept as NAME_TRAINING.jsonl."""
+  scale = trained.scale
+  paths = tuple(s for s in scale.paths if not s.startswith("model.path="))
+  argv = ("arrol_jax.evaluate", trained.argv[1],
+          *(f"--config.{s}" for s in (*paths, f"model.path={trained.workdir}/policy", *settings)))
+  name = f"{name}_{trained.name}"
+  return Job(scale, name, argv, Path(scale.results) / f"{name}.jsonl", policy=trained, sources=sources)
+
+
+def voting(scale: Scale, arm: str, seed: int, model: str = "qwen3_1b7") -> Job:
+  """Table 3's samples of an arm's policy: all voting rules on the same ones."""
+  return evaluation(training(scale, arm, seed, model), "votes", scale.votes)
+
+
+def benchmarks(trained: Job) -> list[Job]:
+  """The six benchmarks of the paper: accuracy of greedy answers on three, pass@16 on three."""
+  return [evaluation(trained, "accuracy", ("data.eval=math500", "eval.benchmarks=minerva_math,olympiadbench"), 3),
+          evaluation(trained, "pass", ("data.eval=amc23", "eval.benchmarks=aime24,aime25", "eval.samples=16",
+                                       "eval.temperature=1.0"), 3)]
+
+
+def ablation(scale: Scale) -> Job:
+  """Figure 2's heads and plain scores by prefix length, on the policy before training."""
+  argv = ("experiments.head_ablation", f"--config={scale.config}", *scale.head, f"--out=runs/{scale.name}/head",
+          *_settings(scale, ()))
+  return Job(scale, "head", argv, Path(scale.results) / "head" / "ablation.jsonl")
+
+
+def with_paths(scale: Scale, model: str | None, data: str | None) -> Scale:
+  """The scale on a machine that keeps the model at `model` and the data's files in the folder `data`."""
+  if model and scale.name == "paper":
+    raise UserError("--model names one model; the paper scale has four: put or link them under models/, as their configs say")
+  paths = (f"model.path={model}",) if model else ()
+  if data and scale.name == "cpu":
+    raise UserError("--data: the cpu scale's data are shipped")
+  if data:
+    train, test = ("gsm8k_train", "gsm8k_test") if scale.name == "gpu" else ("dapo_math_17k_clean", "math500")
+    paths += (f"data.folder={data}", f"data.train={data}/{train}.jsonl", f"data.eval={data}/{test}.jsonl")
+  return dataclasses.replace(scale, paths=paths)
+
+
+# ---- results
+
+
+def lines(path: Path) -> list[dict]:
+  """A results' file, an object a line."""
+  try:
+    return [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
+  except (OSError, ValueError) as e:
+    raise UserError(f"{path}: cannot be read as JSON lines ({e}); remove that run's folder and run it again") from e
+
+
+def summary(job: Job) -> dict:
+  """A training's summary.json."""
+  try:
+    return json.loads((ROOT / job.result).read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f"{job.result}: cannot be read as JSON ({e}); remove that run's folder and run it again") from e
+
+
+def metrics(job: Job) -> list[dict]:
+  """Lines of a training's metrics.jsonl."""
+  return lines(job.result.parent / "metrics.jsonl")
+
+
+# ---- starting what is missing
+
+
+def start(jobs: list[Job], minutes: float | None) -> bool:
+  """Runs the missing ones of `jobs` one after another; False if time ran out before all were done.
+
+  After `minutes` the job at work gets SIGTERM, by which a training saves its last step; the same command goes on from there.
+  """
+  deadline = time.monotonic() + 60 * minutes if minutes else None
+  for job in jobs:
+    if job.done:
+      continue
+    if job.policy and not (ROOT / job.policy.workdir / "policy").is_dir() and not _do(job.policy, deadline):
+      return False
+    if not _do(job, deadline):
+      return False
+  return True
+
+
+def _do(job: Job, deadline: float | None) -> bool:
+  """One job, from wherever it stands, to its results; False if it was stopped by the deadline."""
+  if deadline and time.monotonic() >= deadline:
+    return False
+  print(f"$ {prefix(job)}{job.command}", flush=True)
+  folder = ROOT / "runs" / job.scale.name
+  folder.mkdir(parents=True, exist_ok=True)
+  cpu, machine, clock = sum(os.times()[:4]), _machine_cpu(), time.monotonic()
+  with open(folder / f"{job.name}.jsonl", "w") if job.policy else contextlib.nullcontext() as said:
+    process = subprocess.Popen([sys.executable, "-m", *job.argv], cwd=ROOT, env=os.environ | environment(), stdout=said)
+    try:
+      process.wait(deadline and max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGTERM)
+      process.wait()
+  if process.returncode not in (0, -signal.SIGTERM):
+    raise UserError(f"{job.name}: exit status {process.returncode} from: {job.command}")
+  wall = time.monotonic() - clock
+  about = {"command": hidden(f"{prefix(job)}{job.command}", job.scale), "wall_s": round(wall, 1), "cores": os.cpu_count()}
+  if machine is not None:
+    mine, everyone = sum(os.times()[:4]) - cpu, _machine_cpu() - machine
+    about |= {"cpu_s": round(mine, 1), "others_cores": round(max(0.0, everyone - mine) / wall, 2)}
+  with open(folder / f"{job.name}.pieces.jsonl", "a") as f:
+    f.write(json.dumps(about) + "\n")
+  return _keep(job)
+
+
+def prefix(job: Job) -> str:
+  """What stands before a command: where compiled programs are kept."""
+  return "".join(f"{k}={v} " for k, v in environment().items())
+
+
+def environment() -> dict[str, str]:
+  return {} if "JAX_COMPILATION_CACHE_DIR" in os.environ else {
+    "JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def hidden(text: str, scale: Scale) -> str:
+  """`text` without this machine's folders: DIR stands for them, as in the results' README files."""
+  folders = {os.path.dirname(value) if key == "model.path" else value for key, _, value in
+             (path.partition("=") for path in scale.paths) if key in ("model.path", "data.folder")}
+  for folder in sorted(folders - {""}, key=len, reverse=True):
+    text = text.replace(folder, "DIR")
+  return text
+
+
+def _keep(job: Job) -> bool:
+  """Copies what a finished job leaves into the scale's results; False if it did not come to its end."""
+  folder, put = ROOT / job.result.parent, lambda name, text: (ROOT / job.result.parent / name).write_text(hidden(text, job.scale))
+  source = ROOT / (job.workdir or Path("runs") / job.scale.name / "head")
+  pieces = lines(Path("runs") / job.scale.name / f"{job.name}.pieces.jsonl")  # an evaluation is one piece
+  if job.policy:
+    said = (ROOT / "runs" / job.scale.name / f"{job.name}.jsonl").read_text().splitlines()
+    found = [json.loads(x) | pieces[-1] for x in said if x.startswith("{")]
+    if len(found) < job.sources:
+      return False
+    folder.mkdir(parents=True, exist_ok=True)
+    put(job.result.name, "".join(json.dumps(x) + "\n" for x in found))
+    return True
+  if not (source / ("summary.json" if job.workdir else "ablation.png")).exists():
+    return False
+  folder.mkdir(parents=True, exist_ok=True)
+  put("run.jsonl", "".join(json.dumps(x) + "\n" for x in pieces))
+  if job.workdir:
+    scores = [{k: x[k] for k in SCORES} for x in lines(job.workdir / "rollouts.jsonl")]
+    put("scores.jsonl", "".join(json.dumps(x) + "\n" for x in scores))
+  for name in ("config.json", "metrics.jsonl", "summary.json") if job.workdir else ("ablation.jsonl",):
+    put(name, (source / name).read_text())
+  return True
+
+
+def _machine_cpu() -> float | None:
+  """CPU seconds that this machine has spent on anything, None where it does not say."""
+  try:
+    with open("/proc/stat") as f:
+      user, nice, system, _idle, _iowait, irq, softirq = map(int, f.readline().split()[1:8])
+  except OSError:
+    return None
+  return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,243 @@
+"""What the paper's tables share: estimates with intervals, verdicts computed from them, Markdown, the command line.
+
+A table's module has one function, build(scale, figure) -> Table, which reads results, draws into the figure and names the jobs it
+needs; `main` prints it, writes the plot and, with --run, starts what is missing. Left out: which jobs there are (runs.py).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import html
+import sys
+
+from absl import flags
+from matplotlib.figure import Figure
+import numpy as np
+
+from arrol_jax.types import UserError
+from experiments import runs
+from experiments.runs import ROOT, Job, Scale
+
+NOT_RUN = "not run"
+BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from which its seconds are marked
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A figure with the half-width of its 95% interval (NaN: none) and, where there are several, that of each seed."""
+  value: float
+  half: float
+  each: tuple[float, ...] = ()
+
+  def __sub__(self, other: "Estimate") -> "Estimate":
+    """The difference as if both were independent: too wide where they share problems."""
+    return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)))
+
+  def text(self, form: str = ".1f", unit: str = "") -> str:
+    out = format(self.value, form) + unit + ("" if np.isnan(self.half) else f" ± {format(self.half, form.replace('+', ''))}")
+    return out + (f" ({', '.join(format(x, form) for x in self.each)})" if len(self.each) > 1 else "")
+
+
+@dataclasses.dataclass
+class Table:
+  """name: module; notes: what the figures say, computed from them; jobs: all commands the table needs, done or not."""
+  name: str
+  title: str
+  scale: Scale
+  columns: tuple[str, ...]
+  rows: list[list[str]]
+  notes: list[str]
+  jobs: list[Job]
+
+  @property
+  def missing(self) -> list[Job]:
+    return [job for job in self.jobs if not job.done]
+
+  def heading(self) -> str:
+    """Scale, model, data, and what the runs themselves say of devices, steps and seeds."""
+    done = [trained for job in self.jobs if job.done for trained in [job.policy or job] if trained.workdir and trained.done]
+    summaries = [runs.summary(job) for job in done]
+    devices = " and ".join(sorted({s["device"] for s in summaries})) or "nothing run"
+    steps = " or ".join(map(str, sorted({s["steps"] for s in summaries}))) or "no"
+    seeds = sorted({job.name.rpartition("_seed")[2] for job in done})
+    seeds = f"seed {seeds[0]} alone: intervals do not hold the spread of seeds" if len(seeds) == 1 else \
+      f"seeds {', '.join(seeds) or 'none'}"
+    text = f"Scale: {self.scale.name}. {self.scale.model}; {self.scale.data}; {devices}; {steps} steps; {seeds}"
+    return text + f". Means leave out the first {self.scale.skip} steps. The paper's figures: its models and data."
+
+  def markdown(self) -> str:
+    out = [f"## {self.title}", "", self.heading(), "", f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
+    out += [f"| {' | '.join(row)} |" for row in self.rows]
+    out += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+    if self.missing:
+      out += ["", f"Not run ({len(self.missing)} of {len(self.jobs)}):", "```",
+              *(runs.hidden(runs.prefix(job) + job.command, self.scale) for job in self.missing), "```"]
+    return "\n".join(out)
+
+  def html(self) -> str:
+    e = html.escape
+    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{e(x)}</{tag}>" for x in row) + "</tr>"
+    out = [f"<h3>{e(self.title)}</h3><p>{e(self.heading())}</p><table>", cells("th", self.columns),
+           *(cells("td", row) for row in self.rows), "</table>", "<ul>", *(f"<li>{e(note)}</li>" for note in self.notes), "</ul>"]
+    if self.missing:
+      commands = "\n".join(runs.hidden(runs.prefix(job) + job.command, self.scale) for job in self.missing)
+      out.append(f"<details><summary>Not run ({len(self.missing)} of {len(self.jobs)})</summary><pre>{e(commands)}</pre>"
+                 "</details>")
+    return "\n".join(out)
+
+
+# ---- estimates
+
+
+def over_seeds(values: list[float], within: float) -> Estimate:
+  """Mean over seeds; its interval from `within` (the half-width over problems, which seeds share) and the spread of seeds."""
+  n = len(values)
+  spread = 1.96 * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else 0.0
+  return Estimate(float(np.mean(values)), float(np.hypot(within, spread)), tuple(values))
+
+
+def accuracy(jobs: list[Job], when: str = "eval_after") -> Estimate | None:
+  """Held-out accuracy in percent over the trainings that are done; at the paper scale the mean of its six benchmarks."""
+  values, halves = [], []
+  for job in jobs:
+    if job.done and job.scale.name != "paper":
+      result = next(iter(runs.summary(job).get(when, {}).values()), None)
+      found = [] if result is None else [(result["accuracy"], result["ci95"])]
+    elif all(b.done for b in runs.benchmarks(job)):
+      greedy, sampled = (runs.lines(b.result) for b in runs.benchmarks(job))
+      found = [(x["accuracy"], x["ci95"]) for x in greedy]
+      found += [(x["pass@16"], (x["pass@16_ci"][1] - x["pass@16_ci"][0]) / 2) for x in sampled]
+    else:
+      found = []
+    if found:
+      values.append(100 * float(np.mean([x for x, _ in found])))
+      halves.append(100 * float(np.sqrt(np.sum([half**2 for _, half in found]))) / len(found))
+  return over_seeds(values, float(np.mean(halves))) if values else None
+
+
+def column(job: Job, key: str) -> np.ndarray:
+  """One key of metrics.jsonl, every step; null is NaN."""
+  return np.array([np.nan if x.get(key) is None else x[key] for x in runs.metrics(job)], float)
+
+
+def step_mean(jobs: list[Job], key: str) -> Estimate | None:
+  """Mean over steps after the first and over seeds; its interval is over steps, taken as independent."""
+  each = [column(job, key)[job.scale.skip:] for job in jobs if job.done]
+  values = np.concatenate(each) if each else np.array([])
+  values = values[np.isfinite(values)]
+  if not len(values):
+    return None
+  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))),
+                  tuple(float(np.nanmean(x)) for x in each))
+
+
+def seconds(jobs: list[Job], key: str = "sec_step") -> dict[str, float]:
+  """Median seconds a step by seed ("0": ...), after the first steps, of the trainings that are done."""
+  return {job.name.rpartition("_seed")[2]: float(np.median(column(job, key)[job.scale.skip:])) for job in jobs if job.done}
+
+
+def speedup(base: dict[str, float], fast: dict[str, float]) -> Estimate | None:
+  """base / fast over the seeds that both have; no interval, each seed's own."""
+  each = tuple(base[s] / fast[s] for s in base if s in fast)
+  return Estimate(float(np.mean(each)), float("nan"), each) if each else None
+
+
+def cell(x: Estimate | None, form: str = ".1f", unit: str = "") -> str:
+  return NOT_RUN if x is None else x.text(form, unit)
+
+
+# ---- what the figures say
+
+
+def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f", unit: str = "") -> list[str]:
+  """Whether a difference that the paper has above zero is so here: a line, none where it was not measured."""
+  if difference is None:
+    return []
+  low, high = difference.value - difference.half, difference.value + difference.half
+  head = "Undecided (the interval holds 0)"
+  if low > 0 or high < 0:
+    head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
+  measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
+  return [f"{head}: {what} {measured}; paper {paper}."]
+
+
+def all_above(values, bound: float) -> str:
+  """The verdict on what the paper has above `bound`, by seeds that all are, all are not, or differ."""
+  if min(values) > bound:
+    return "Agrees with the paper in direction"
+  return "Contradicts the paper" if max(values) < bound else "Undecided (seeds differ)"
+
+
+def faster(what: str, ratio: Estimate | None, paper: str) -> list[str]:
+  """The same for a speed-up, by its seeds."""
+  if ratio is None:
+    return []
+  return [f"{all_above(ratio.each, 1.0)}: {what} {ratio.text('.2f', 'x')}; paper {paper}."]
+
+
+def load_note(jobs: list[Job]) -> list[str]:
+  """Says so where seconds were taken on a CPU that others used too, by what runs.py saw."""
+  shares = [max(x["others_cores"] or 0.0 for x in runs.lines(path)) for job in jobs if job.done
+            for path in [job.result.parent / "run.jsonl"] if (ROOT / path).exists() and "cpu" in runs.summary(job)["device"]]
+  if not shares or max(shares) < BUSY:
+    return []
+  return [f"Timed on a busy machine: other programs kept up to {max(shares):.1f} cores busy during these runs, so seconds and "
+          "speed-ups here are rough."]
+
+
+def subtract(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+  return None if a is None or b is None else a - b
+
+
+def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0") -> None:
+  """Bars with their intervals; what was not run has none."""
+  there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
+  axis.bar([label for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
+           yerr=[v.half for _, v in there])
+  for x, (_, v) in enumerate(there):
+    axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
+  axis.set_title(title, fontsize=10)
+  axis.spines[["top", "right"]].set_visible(False)
+
+
+# ---- command line
+
+
+def draw(build: Callable[[Scale, Figure], Table], scale: Scale) -> tuple[Table, Figure]:
+  figure = Figure(figsize=(10, 3.6), layout="constrained")
+  return build(scale, figure), figure
+
+
+def save(table: Table, figure: Figure) -> bool:
+  """Writes the plot beside the results it shows; False where there are none."""
+  if figure.axes:
+    figure.savefig(ROOT / table.scale.results / f"{table.name}.png", dpi=80)
+  return bool(figure.axes)
+
+
+def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
+  """The scale with this machine's paths, whether to run, and for how many minutes at most."""
+  values = flags.FlagValues()
+  flags.DEFINE_enum("scale", "cpu", list(runs.SCALES), "see experiments/runs.py", flag_values=values)
+  flags.DEFINE_bool("run", False, "start what is missing", flag_values=values)
+  flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
+  flags.DEFINE_string("model", None, "the scale's model on this machine", flag_values=values)
+  flags.DEFINE_string("data", None, "folder of the scale's data on this machine", flag_values=values)
+  try:
+    rest = values(argv)
+  except flags.Error as e:
+    raise UserError(str(e)) from e
+  if rest[1:]:
+    raise UserError(f"unexpected argument {rest[1]!r}; --scale=cpu|gpu|paper, --run, --minutes=N, --model=PATH, --data=DIR")
+  return runs.with_paths(runs.SCALES[values.scale], values.model, values.data), values.run, values.minutes
+
+
+def main(build: Callable[[Scale, Figure], Table]) -> None:
+  scale, run, minutes = parse(sys.argv)
+  table, figure = draw(build, scale)
+  if run:
+    if not runs.start(table.jobs, minutes):
+      print("time is over; the same command goes on", flush=True)
+    table, figure = draw(build, scale)
+  print(table.markdown())
+  if save(table, figure):
+    print(f"\n{scale.results}/{table.name}.png: written")

@@ -1,0 +1,333 @@
+"""The paper's tables from results: figures derived by hand, what was not run, verdicts, commands, the report, the notebook."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from arrol_jax import config
+from arrol_jax.types import UserError
+from experiments import figure2, figure4, report, runs, table1, table2, table3, table4, table5, table6, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = (table1, table2, table3, table4, table5, table6, figure2, figure4)
+
+
+@pytest.fixture
+def scale(tmp_path):
+  """The gpu scale with an empty folder of results and the first step left out."""
+  return dataclasses.replace(runs.GPU, results=str(tmp_path / "results"), skip=1)
+
+
+def put(job, accuracy=0.5, ci=0.03, steps=(), device="1 x test", busy=None):
+  """Results of one training; `steps`: what its lines of metrics.jsonl hold, the first step's all wrong."""
+  folder = job.result.parent
+  folder.mkdir(parents=True)
+  held_out = lambda x: {"gsm8k_test": {"accuracy": x, "ci95": ci}}
+  first = {k: 999.0 for k in (steps or ({},))[0]}
+  (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate((first, *steps), 1)))
+  (folder / "summary.json").write_text(json.dumps({"steps": len(steps) + 1, "seconds": 9.0, "device": device,
+                                                   "eval_before": held_out(0.25), "eval_after": held_out(accuracy)}))
+  (folder / "config.json").write_text('{"a_setting": 17}')
+  if busy is not None:
+    (folder / "run.jsonl").write_text(json.dumps({"command": "x", "others_cores": busy}) + "\n")
+
+
+def seconds(generate, logprob, update, **more):
+  return {"sec_generate": generate, "sec_logprob": logprob, "sec_update": update, "sec_step": generate + logprob + update} | more
+
+
+def build(module, scale):
+  return tables.draw(module.build, scale)[0]
+
+
+def row(table, label):
+  return next(r for r in table.rows if r[0] == label)
+
+
+# ---- figures by hand
+
+
+def test_table1_accuracy_gain_and_speedup(scale):
+  for seed, (a, b) in enumerate(((0.50, 0.60), (0.54, 0.62))):
+    put(runs.training(scale, "none", seed), a, steps=[seconds(1, 1, 2)] * 3)
+    put(runs.training(scale, "published", seed), b, steps=[seconds(1, 0.5, 0.5)] * 3)
+  table = build(table1, scale)
+  # Seeds 50 and 54: standard deviation 2.83, standard error 2, 1.96 of it 3.92; with 3 over problems sqrt(3^2 + 3.92^2) = 4.94.
+  # Seeds 60 and 62: 1.96, sqrt(3^2 + 1.96^2) = 3.58. Difference 9, sqrt(4.94^2 + 3.58^2) = 6.10. Steps 4 s against 2 s.
+  assert table.rows == [[scale.model, "52.0 ± 4.9 (50.0, 54.0)", "34.79", "61.0 ± 3.6 (60.0, 62.0)", "37.09", "+9.0 ± 6.1",
+                         "+2.30", "2.00x (2.00, 2.00)", "1.61x"]]
+  assert table.notes[0].startswith("Agrees with the paper in direction: accuracy") and "+9.0 ± 6.1 points" in table.notes[0]
+  assert table.notes[1].startswith("Agrees with the paper in direction: speed-up") and not table.missing
+
+
+def test_a_loss_beyond_the_interval_contradicts_and_one_within_is_undecided(scale):
+  put(runs.training(scale, "none", 0), 0.40, steps=[seconds(1, 1, 1)] * 2)
+  put(runs.training(scale, "published", 0), 0.30, steps=[seconds(2, 1, 1)] * 2)
+  notes = build(table1, scale).notes
+  assert notes[0].startswith("Contradicts the paper") and "-10.0 ± 4.2" in notes[0]  # 3 * sqrt(2)
+  assert notes[1].startswith("Contradicts the paper") and "0.75x" in notes[1]
+  assert tables.verdict("x", tables.Estimate(1.0, 2.0), "+3") == ["Undecided (the interval holds 0): x +1.0 ± 2.0; paper +3."]
+  assert tables.all_above([0.9, 1.1], 1.0) == "Undecided (seeds differ)"
+
+
+def test_table2_reads_dapo_runs_alone(scale):
+  put(runs.training(scale, "none", 0), 0.9)
+  put(runs.training(scale, "dapo_none", 0), 0.40, steps=[seconds(3, 1, 1)] * 2)
+  put(runs.training(scale, "dapo", 0), 0.45, steps=[seconds(2, 1, 1)] * 2)
+  assert build(table2, scale).rows[0][1:8] == ["40.0 ± 3.0", "36.43", "45.0 ± 3.0", "39.42", "+5.0 ± 4.2", "+2.99", "1.25x"]
+
+
+def test_table3_shows_each_rule_and_compares_them(scale):
+  line = {"accuracy": 0.3, "ci95": 0.02, "problems": 10, "samples": 16, "temperature": 1.0}
+  line |= {f"{k}@16": v for k, v in (("maj", 0.5), ("rank", 0.4), ("deepconf_mean", 0.3), ("best", 0.2))}
+  line |= {f"{k}_ci": [v - 0.01, v + 0.03] for k, v in line.items() if "@" in k}
+  job = runs.voting(scale, "published", 0)
+  job.result.parent.mkdir(parents=True)
+  job.result.write_text(json.dumps(line) + "\n")
+  table = build(table3, scale)
+  assert row(table, "majority")[1:4] == ["50.0 ± 2.0", "not run", "not run"]
+  assert row(table, "posterior of the head")[1] == "not run"
+  assert table.notes[0].startswith("Contradicts the paper: rank by the head against the majority -10.0 ± 2.8 points")
+  assert table.notes[1].startswith("Agrees with the paper in direction: rank by the head against DeepConf +10.0 ± 2.8 points")
+
+
+def test_table4_compares_balance_with_random_pruning(scale):
+  balance = lambda ratio, variance: [{"pos_ratio": ratio + d, "pos_var": variance, "keep_ratio": 0.5, "groups_mixed": 20}
+                                     for d in (-0.01, 0.01)]
+  put(runs.training(scale, "random", 0), steps=balance(0.30, 0.15))
+  put(runs.training(scale, "published", 0), steps=balance(0.20, 0.16))
+  table = build(table4, scale)
+  # Two steps 0.02 apart: standard deviation 0.0141, standard error 0.01, 1.96 of it 0.0196.
+  assert row(table, "random")[1] == "0.300 ± 0.020" and row(table, "ARRoL")[3] == "0.160 ± 0.000"
+  assert row(table, "no pruning")[1] == "not run"
+  assert table.notes[0].startswith("Contradicts the paper") and "-0.100 ± 0.028" in table.notes[0]  # 0.5 - 0.3 less 0.5 - 0.2
+  assert table.notes[1].startswith("Agrees with the paper") and "+0.010 ± 0.000" in table.notes[1]
+
+
+def test_table5_takes_medians_after_the_first_step_and_marks_a_busy_cpu(scale):
+  put(runs.training(scale, "none", 0), steps=[seconds(4, 2, 6), seconds(4, 2, 6), seconds(90, 2, 6)], device="1 x cpu", busy=0.0)
+  put(runs.training(scale, "published", 0), steps=[seconds(2, 1, 4)] * 3, device="1 x cpu", busy=0.05)
+  table = build(table5, scale)
+  assert row(table, "generation") == ["generation", "4 (4)", "106.82", "2 (2)", "72.96", "2.00x", "1.46x"]
+  assert row(table, "update")[5] == "1.50x" and row(table, "whole step")[5] == "1.71x"
+  assert not any("busy" in note for note in table.notes)
+  runs.training(scale, "published", 0).result.with_name("run.jsonl").write_text('{"others_cores": 1.25}\n')
+  assert any("up to 1.2 cores busy" in note for note in build(table5, scale).notes)
+
+
+def test_table6_speeds_are_shares_of_keeping_all(scale):
+  for arm, step in (("none", 6), ("published", 4), ("keep025", 3)):
+    put(runs.training(scale, arm, 0), steps=[{"sec_step": step, "keep_ratio": 0.5}] * 2)
+  table = build(table6, scale)
+  assert [r[5] for r in table.rows] == ["2.00x", "1.50x", "not run", "1.00x"]
+  assert [r[0] for r in table.rows] == ["0.25", "0.5", "0.75", "1.0"] and len(table.missing) == 5
+
+
+def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale):
+  scale = dataclasses.replace(scale, head=("--lengths=32,64", "--prompts=4"))
+  same = {"part": "offline", "rollouts": 64, "reward": 0.5, "device": "test"}
+  judged = lambda x: {"auc": x, "auc_sd": 0.01, "auc_within": x, "auc_within_sd": 0.01, "spearman": x - 0.4, "spearman_sd": 0.0}
+  lines = [same | {"length": n, "score": "head", "inputs": ["last"], "passes": p} | judged(x) for n, p, x in
+           ((32, 100, 0.6), (32, 400, 0.9), (64, 100, 0.7))]
+  lines += [same | {"length": n, "score": "head", "inputs": ["last", "logprobs"], "passes": 100} | judged(0.8) for n in (32, 64)]
+  lines += [same | {"length": n, "score": "trace confidence"} | judged(x) for n, x in ((32, 0.5), (64, 0.75))]
+  job = runs.ablation(scale)
+  job.result.parent.mkdir(parents=True)
+  job.result.write_text("".join(json.dumps(x) + "\n" for x in lines))
+  trained = runs.training(scale, "none", 0)
+  put(trained)
+  logged = [{"step": s, "tokens": t, "score": 0.0, "reward": r} for s, t, r in ((1, 900, 1.0), (2, 32, 1.0), (2, 96, 0.0))]
+  trained.result.with_name("scores.jsonl").write_text("".join(json.dumps(x) + "\n" for x in logged))
+  table = build(figure2, scale)
+  # At 32 of 32 and 96 tokens: 32 + (32 + 64 / 2) = 96 of 128, 75%; at 64: 32 + 64 + 16 = 112, 88%. Step 1 is in the first half.
+  assert [r[-1] for r in table.rows] == ["75%", "88%"] and table.rows[0][1] == "0.600 ± 0.020"
+  assert table.notes[0].startswith("Agrees") and table.notes[1].startswith("Contradicts")
+  assert any("mean 0.500 of 1 right and 0.500 of 1 wrong" in note for note in table.notes)
+
+
+def test_figure4_compares_at_equal_time_without_compilation(scale):
+  slow = [{"sec_step": 1.5, "reward_ipw": 0.1 * i} for i in range(10)]
+  put(runs.training(scale, "none", 0), steps=slow)
+  put(runs.training(scale, "published", 0), steps=[{"sec_step": 1.0, "reward_ipw": 0.1 * i} for i in range(10)])
+  table = build(figure4, scale)
+  # The first step (999 s) counts as the median: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
+  assert [r[2] for r in table.rows] == ["16", "not run", "11", "not run"]
+  # Its steps 3 to 7 have 0.1 to 0.5, the fast one's 7 to 11 0.5 to 0.9: standard error 0.158 / sqrt(5), 1.96 of it 0.139.
+  assert [table.rows[i][5] for i in (0, 2)] == ["0.300 ± 0.139", "0.700 ± 0.139"]
+  assert table.notes[0].startswith("Agrees with the paper in direction") and "+0.400 ± 0.196" in table.notes[0]
+
+
+# ---- what was not run
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("name", runs.SCALES)
+def test_nothing_run_shows_no_figure_of_ours_and_all_commands(module, name, tmp_path):
+  empty = dataclasses.replace(runs.SCALES[name], results=str(tmp_path))
+  table, figure = tables.draw(module.build, empty)
+  assert not figure.axes and table.missing == table.jobs
+  text = table.markdown()
+  assert f"Scale: {name}." in text and "nothing run" in text and table.title in text
+  assert all(job.command in text for job in table.jobs)
+  assert not any(word in text for word in ("Agrees", "Contradicts", "Undecided"))
+  ours = [i for i, c in enumerate(table.columns) if i and not c.startswith("paper") and c != "keep ratio asked"]
+  assert {r[i] for r in table.rows for i in ours} == {"not run"}
+
+
+def test_results_that_cannot_be_read_are_told_in_one_line(scale):
+  job = runs.training(scale, "none", 0)
+  put(job, steps=[seconds(1, 1, 1)])
+  job.result.write_text("{")
+  with pytest.raises(UserError, match="summary.json: cannot be read"):
+    build(table1, scale)
+
+
+# ---- commands
+
+
+def test_every_training_command_is_understood():
+  """Each config exists, each key is known, each arm changes what its name says."""
+  for scale in runs.SCALES.values():
+    models = runs.PAPER_MODELS if scale.name == "paper" else ["qwen3_1b7"]
+    for model in models:
+      read = {arm: config.parse(list(runs.training(scale, arm, 0, model).argv))[0] for arm in runs.ARMS}
+      assert [read[arm].prune.enabled for arm in ("none", "published", "dapo_none", "dapo")] == [False, True, False, True]
+      assert [read[arm].loss.name for arm in ("none", "dapo_none", "dapo")] == ["grpo", "dapo", "dapo"]
+      assert [read[arm].prune.keep for arm in ("keep025", "published", "keep075")] == [0.25, 0.5, 0.75]
+      assert read["random"].prune.rule == "random" and read["dapo"].rollout.rounds == 3
+      assert len({c.model.path for c in read.values()}) == 1
+    vote = config.parse(list(runs.voting(scale, "published", 0).argv))[0]
+    assert (vote.eval.samples, vote.eval.temperature, vote.eval.deepconf) == (16, 1.0, True)
+    assert vote.model.path == f"{runs.training(scale, 'published', 0).workdir}/policy"
+
+
+class Started:
+  """Stands for subprocess.Popen: notes what is started and leaves a finished run, or never ends."""
+
+  def __init__(self, ends=True, status=0):
+    self.ends, self.returncode, self.argv, self.environment, self.signals = ends, status, [], [], []
+
+  def __call__(self, argv, cwd, env, stdout):
+    self.argv.append(argv)
+    self.environment.append(env)
+    flags = dict(a.partition("=")[::2] for a in argv)
+    if self.ends and "--workdir" in flags:
+      folder = Path(cwd) / flags["--workdir"]
+      (folder / "policy").mkdir(parents=True, exist_ok=True)
+      (folder / "metrics.jsonl").write_text("{}\n")
+      (folder / "config.json").write_text(json.dumps({"path": flags.get("--config.model.path")}))
+      (folder / "summary.json").write_text("{}")
+      fields = dict.fromkeys(runs.SCORES, 1) | {"text": "long"}
+      (folder / "rollouts.jsonl").write_text(json.dumps(fields) + "\n")
+    elif self.ends and stdout:
+      stdout.write('{"benchmark": "/secret/gsm8k_test.jsonl"}\n')
+    return self
+
+  def wait(self, timeout=None):
+    if not self.ends and not self.signals:
+      raise subprocess.TimeoutExpired("train", timeout)
+
+  def send_signal(self, number):
+    self.signals.append(number)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+  """Runs write below a folder of the test's."""
+  monkeypatch.setattr(runs, "ROOT", tmp_path)
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  return tmp_path
+
+
+def test_what_is_printed_is_what_runs_and_what_is_kept(elsewhere, monkeypatch, capsys):
+  scale = runs.with_paths(runs.GPU, "/secret/model.gguf", "/secret")
+  started, jobs = Started(), [runs.training(scale, "none", 0), runs.voting(scale, "none", 0)]
+  monkeypatch.setattr(subprocess, "Popen", started)
+  assert runs.start(jobs, None)
+  printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+  assert len(printed) == len(started.argv) == 2
+  for text, argv, env in zip(printed, started.argv, started.environment, strict=True):
+    words = shlex.split(text)
+    assignments = words[:words.index("python")]
+    assert words[len(assignments):] == ["python", *argv[1:]] and argv[0] == sys.executable
+    assert all(env[a.partition("=")[0]] == a.partition("=")[2] for a in assignments) and assignments
+  kept = elsewhere / scale.results
+  everything = "".join(p.read_text() for p in kept.rglob("*.json*"))
+  assert "/secret" not in everything and "--config.model.path=DIR/model.gguf" in everything and "long" not in everything
+  about = json.loads((kept / "none_seed0" / "run.jsonl").read_text())
+  assert about["command"] == printed[0].replace("/secret", "DIR") and about["wall_s"] >= 0
+  assert runs.start(jobs, None) and len(started.argv) == 2  # done: nothing is run twice
+
+
+def test_a_vote_first_trains_the_policy_it_needs(elsewhere, monkeypatch):
+  started = Started()
+  monkeypatch.setattr(subprocess, "Popen", started)
+  assert runs.start([runs.voting(runs.CPU, "published", 1)], None)
+  assert [argv[2] for argv in started.argv] == ["arrol_jax.train", "arrol_jax.evaluate"]
+
+
+def test_time_over_stops_with_sigterm_and_the_next_call_goes_on(elsewhere, monkeypatch):
+  started, jobs = Started(ends=False), [runs.training(runs.CPU, arm, 0) for arm in ("none", "published")]
+  monkeypatch.setattr(subprocess, "Popen", started)
+  assert not runs.start(jobs, 0.01)
+  assert len(started.argv) == 1 and started.signals == [signal.SIGTERM]
+  assert not (elsewhere / runs.CPU.results / "none_seed0").exists()
+  again = Started()
+  monkeypatch.setattr(subprocess, "Popen", again)
+  assert runs.start(jobs, 9.0)
+  assert again.argv[0] == started.argv[0] and len(again.argv) == 2
+  assert len((elsewhere / runs.CPU.results / "none_seed0" / "run.jsonl").read_text().splitlines()) == 2  # a line a piece
+
+
+def test_a_run_that_fails_is_told_with_its_command(elsewhere, monkeypatch):
+  monkeypatch.setattr(subprocess, "Popen", Started(ends=True, status=2))
+  with pytest.raises(UserError, match="none_seed0: exit status 2 from: python -m arrol_jax.train"):
+    runs.start([runs.training(runs.CPU, "none", 0)], None)
+
+
+@pytest.mark.parametrize("argument", ["--scale=tpu", "--minutes=soon", "--steps=3", "table4", "--data=DIR"])
+def test_wrong_arguments_end_in_one_line(argument):
+  with pytest.raises(UserError) as e:
+    tables.parse(["table4.py", argument])
+  assert "\n" not in " ".join(str(e.value).split())
+
+
+# ---- report and notebook
+
+
+def test_the_report_holds_every_table_plot_and_setting(scale, tmp_path):
+  for arm in ("none", "published"):
+    put(runs.training(scale, arm, 0), steps=[seconds(1, 1, 1, reward_ipw=0.5, pos_ratio=0.5, pos_var=0.2, keep_ratio=0.5)] * 2)
+  empty = dataclasses.replace(runs.CPU, results=str(tmp_path / "none"))
+  with mock.patch.dict(runs.SCALES, {"cpu": empty, "gpu": scale}):
+    text = report.page()
+    titles = [build(m, s).title for m in MODULES for s in (empty, scale)]
+  assert all(text.count(f"<h3>{title}</h3>") == 3 for title in titles)  # once a scale
+  assert text.count("data:image/png;base64,") == 5  # tables 1, 4, 5, 6 and figure 4: nothing drawn of what was not run
+  assert "&quot;a_setting&quot;: 17" in text and "http" not in text  # settings; nothing is fetched
+  assert text.count("not run") > 50 and 'id="paper"' in text
+
+
+def test_the_notebook_runs_and_defines_nothing(tmp_path):
+  import nbclient
+  import nbformat
+  notebook = nbformat.read(ROOT / "experiments" / "arrol_demo.ipynb", 4)
+  code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+  assert not re.search(r"^\s*(def|class)\b|\blambda\b", code, re.MULTILINE)
+  tiny = {"ARROL_DEMO_TINY": "1", "ARROL_DEMO_DIR": str(tmp_path / "run"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+  with mock.patch.dict(os.environ, tiny):
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "experiments")}}).execute()
+  said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+  assert "4 steps done" in said and "cut   at   16" in said and "ended at" in said and " kept, " in said
+  assert "majority:" in said and "rank:" in said
+  assert any("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", []))
