@@ -32,6 +32,8 @@ ARMS = {
   "none": ("prune.enabled=False",),
   "published": (),
   "random": ("prune.rule=random",),
+  "ours": ("prune.rule=group", "prune.draw=systematic", "prune.weigh=('table','head')", "quality.inputs=('last','logprobs')",
+           "quality.buffer=2048", "quality.passes=8"),
   "keep025": ("prune.keep=0.25",),
   "keep075": ("prune.keep=0.75",),
   "dapo_none": ("loss.name=dapo", "rollout.rounds=3", "prune.enabled=False"),
