@@ -35,8 +35,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes.append("Fewer rollouts a group lower rho_hat (1 - rho_hat) by themselves: random pruning against none "
                  f"{(variance['random'] - variance['none']).text('+.3f')}.")
   if variance["ours"] and variance["random"]:
-    notes.append("Not in the paper: balance solved within the group, fixed sizes, weighted survivors, log-probs and a buffer for the "
-                 f"head; E[rho_hat (1 - rho_hat)] against random {(variance['ours'] - variance['random']).text('+.3f')}.")
+    notes.append("Not in the paper: balance solved within the group, fixed sizes, weighted survivors, log-probs and a buffer for "
+                 f"the head; E[rho_hat (1 - rho_hat)] against random {(variance['ours'] - variance['random']).text('+.3f')}.")
   if any(ratio.values()):
     axes, names = figure.subplots(1, 3), [what for what, _, _ in ARMS.values()]
     tables.bars(axes[0], names, list(ratio.values()), f"Table 4, E[ρ̂] of survivors ({scale.name})")
