@@ -86,16 +86,19 @@ def cache_bytes(c, a) -> int:
   return kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, a.cache or a.dtype)
 
 
-def decode_floor(c, a, lengths, slots: int, limits: dict) -> float:
+def decode_floor(c, a, lengths, slots: int, limits: dict, shared: bool = False) -> float:
   """Seconds that reading takes at the measured bandwidth: each token its row's cache, each step all weights once.
 
-  Steps: as many as `slots` rows need when a slot takes the next request the moment it is free.
+  Steps: as many as `slots` rows need when a slot takes the next request the moment it is free. shared: a group's prompt is read
+  once a step for all its rows (all of them start together), not once a row.
   """
   free = [0] * min(slots, len(lengths))
   for n in lengths:
     heapq.heapreplace(free, free[0] + int(n))
   lengths = np.asarray(lengths, float)
-  context = np.sum(lengths * a.prompt + lengths * (lengths + 1) / 2)
+  groups = [lengths[i:i + a.group] for i in range(0, len(lengths), a.group)]
+  prompts = sum(max(group) if shared else sum(group) for group in groups) * a.prompt
+  context = prompts + np.sum(lengths * (lengths + 1) / 2)
   weights = c.num_params() * jnp.dtype(a.dtype).itemsize
   return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]
 
@@ -118,14 +121,16 @@ def decode(a, c, mesh) -> list[dict]:
   own, full = (requests(c, a.rows, a.group, a.prompt, x) for x in (lengths, everything))
   useful, _ = timed(lambda: engine.run(own, key, sampling) and None, a.runs)
   out = {"tok_s_useful": int(lengths.sum()) / statistics.median(useful),
-         "useful_floor_share": decode_floor(c, a, lengths, engine.rows, limits) / statistics.median(useful), "floor": limits}
+         "useful_floor_share": decode_floor(c, a, lengths, engine.rows, limits) / statistics.median(useful),
+         "useful_floor_share_shared": decode_floor(c, a, lengths, engine.rows, limits, shared=True) / statistics.median(useful),
+         "floor": limits}
   rates = [int(lengths.sum()) / s for s in useful]
   if a.static:
     static, _ = timed(lambda: engine.run(full, key, sampling) and None, a.runs)
-    floor = decode_floor(c, a, everything, engine.rows, limits)
-    rates = [a.rows * a.max_new / s for s in static]
-    out |= {"tok_s_static": statistics.median(rates), "floor_share": statistics.median(rates) * floor / (a.rows * a.max_new),
-            "floor": limits | {"tok_s_static": a.rows * a.max_new / floor}}
+    floor, shared = (decode_floor(c, a, everything, engine.rows, limits, shared=x) for x in (False, True))
+    rates, seconds = [a.rows * a.max_new / s for s in static], statistics.median(static)
+    out |= {"tok_s_static": a.rows * a.max_new / seconds, "floor_share": floor / seconds, "floor_share_shared": shared / seconds,
+            "floor": limits | {"tok_s_static": a.rows * a.max_new / floor, "tok_s_static_shared": a.rows * a.max_new / shared}}
   if a.profile:
     short = requests(c, a.rows, a.group, a.prompt, np.full(a.rows, 2 * a.segment))
     with jax.profiler.trace(a.profile):
@@ -168,19 +173,24 @@ def bench_gather(a, c, mesh) -> list[dict]:
 
 
 def bench_attention(a, c, mesh) -> list[dict]:
-  """One layer's decoding step: microseconds and bandwidth of each way, by rows and by context (all alike, and W1's spread)."""
+  """One layer's decoding step: microseconds and bandwidth of each way, by rows and by context (all alike, and W1's spread).
+
+  "shared" reads the prompt of --group rows once, see kv_cache.Common; the bandwidth counts every row's own columns all the same.
+  """
   limits, out = ceilings(), []
   room = -(-(a.prompt + a.max_new) // kv_cache.BLOCK) * kv_cache.BLOCK
-  def step_triton(columns, qkv, turn, position, active, kind):
+  def step_triton(columns, qkv, turn, position, active, kind, together):
     turn = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
-    columns, out = kv_cache.step_triton(columns, qkv[:, 0], position + 1, turn, **kind)
+    group = jnp.arange(position.size, dtype=jnp.int32) // a.group
+    shared = kv_cache.common(group, active, jnp.full_like(position, a.prompt - 1)) if together else None
+    columns, out = kv_cache.step_triton(columns, qkv[:, 0], position + 1, turn, shared, **kind)
     return columns, out[:, None]
 
   ways = {"xla": functools.partial(kv_cache.step, "xla")}
   if jax.default_backend() == "gpu":
-    ways |= {f"triton splits={n} block={block} warps={warps} stages={stages}":
-             functools.partial(step_triton, kind=dict(splits=n, block=block, warps=warps, stages=stages))
-             for n, block, warps, stages in KERNELS}
+    ways |= {f"triton{' shared' * together} splits={n} block={block} warps={warps} stages={stages}":
+             functools.partial(step_triton, kind=dict(splits=n, block=block, warps=warps, stages=stages), together=together)
+             for n, block, warps, stages in KERNELS for together in (False, True)}
   scale = jnp.ones(c.head_dim) if c.qk_norm else None
 
   def chain(way, columns, qkv, position):
@@ -216,8 +226,7 @@ def bench_attention(a, c, mesh) -> list[dict]:
 
 
 # splits, block, warps, stages
-KERNELS = [(1, 64, 4, 3), (1, 32, 4, 3), (1, 128, 4, 2), (1, 128, 8, 2), (1, 64, 4, 2), (1, 64, 4, 4), (1, 32, 2, 3),
-           (1, 32, 2, 4), (1, 64, 2, 3), (2, 64, 4, 3), (2, 64, 4, 2), (2, 128, 4, 2), (4, 64, 4, 2)]
+KERNELS = [(1, 64, 2, 3), (1, 32, 2, 3), (1, 32, 2, 4), (1, 64, 4, 3), (2, 64, 2, 3), (2, 32, 2, 4)]
 
 
 def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:

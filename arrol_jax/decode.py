@@ -73,7 +73,7 @@ class Slots:
   generated: jax.Array   # i32[B]   response tokens so far
   limit: jax.Array       # i32[B]   response tokens at most
   active: jax.Array      # bool[B]  still generating
-  group: jax.Array       # i32[B]   the request's prompt
+  group: jax.Array       # i32[B]   the request's prompt: active rows of one group have the same
   key: jax.Array         # key[B]   the request's own: its tokens depend on no other row
   hidden: jax.Array      # [B,D]    final hidden state of the last step in which the row was active
   hidden_sum: jax.Array  # f32[B,D] of all steps that gave a response token ([B,0] where Sampling.pool is off)
@@ -259,13 +259,17 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
   rows = slots.token.shape[0]
   stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
   mesh = jax.sharding.get_abstract_mesh()
-  fused = (mesh.empty or mesh.size == 1) and kv_cache.resolve(sampling.attention, c.head_dim, sampling.cache_dtype) == "triton"
+  kernel = kv_cache.resolve(sampling.attention, c.head_dim, sampling.cache_dtype) == "triton"
+  fused = kernel and (mesh.empty or mesh.size == 1)
+  # Of the prompt all but the last token: that one's column is written again by each row's first step. A row that ends within
+  # the segment keeps its columns till the next one.
+  shared = kv_cache.common(slots.group, slots.active, slots.position - slots.generated) if kernel else None
 
   def step(carry):
     i, s, said = carry
     cache = list(s.cache)
     def attend(layer, qkv, turn):
-      cache[layer], out = kv_cache.step(sampling.attention, cache[layer], qkv, turn, s.position, s.active)
+      cache[layer], out = kv_cache.step(sampling.attention, cache[layer], qkv, turn, s.position, s.active, shared)
       return out, None
 
     hidden = policy.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype,

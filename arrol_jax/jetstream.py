@@ -60,14 +60,14 @@ class RolloutEngine(engine_api.Engine):
     c, tokens = self.engine.config, np.asarray(padded_tokens, np.int32)[None]
     # A longer prompt comes with its last tokens and its full length.
     length = np.array([min(true_length, tokens.shape[1])], np.int32)
-    key = jax.random.fold_in(self.seed, next(self.numbers)) if rng is None else rng
+    number = next(self.numbers) % (1 << 31)
+    key = jax.random.fold_in(self.seed, number) if rng is None else rng
     with jax.set_mesh(self.engine.mesh):
       prefix = decode.prefill(c, params, tokens, length, sampling=self.sampling)
       room = min(self.length, -(-(tokens.shape[1] + 1) // kv_cache.BLOCK) * kv_cache.BLOCK)
       slots = decode.init_slots(c, rows, room, self.sampling)
-      zeros = np.zeros(rows, np.int32)
-      limit = np.full(rows, self.engine.max_new, np.int32)
-      slots = decode.insert(slots, prefix, zeros, jax.random.split(key, rows), limit, zeros)
+      source, limit, group = (np.full(rows, x, np.int32) for x in (0, self.engine.max_new, number))
+      slots = decode.insert(slots, prefix, source, jax.random.split(key, rows), limit, group)
       return self._step(params, slots, rows)
 
   def insert(self, prefix, decode_state, slot, request_id=None):

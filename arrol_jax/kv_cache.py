@@ -5,10 +5,14 @@ to stop. `step` has three ways: "xla" scatters the new column, reads all S colum
 Pallas kernel for NVIDIA GPUs, which reads each row's own columns only and writes the new one as it goes; "tpu" is JAX's
 Pallas paged-attention kernel with the rows' columns as its pages. An int8 cache holds each column's values as integers with one
 float32 scale a column and head.
+
+Rows of a group hold equal copies of their prompt. The GPU kernel reads one of them for all (`Common`): the others find it in
+the device's second-level cache instead of its memory, and nothing else changes, not a bit of the result.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -32,6 +36,21 @@ class Columns:
   v: jax.Array
   k_scale: jax.Array | None = None
   v_scale: jax.Array | None = None
+
+
+class Common(NamedTuple):
+  """Leading columns that a row has in common with another one of its group, bit for bit."""
+  row: jax.Array      # i32[B]  whose copy is read (its number within the shard of the mesh)
+  columns: jax.Array  # i32[B]  how many
+
+
+def common(group: jax.Array, active: jax.Array, columns: jax.Array) -> Common:
+  """What rows share with the first active row of their group i32[B] (and shard): the first `columns` i32[B], all alike."""
+  rows = jnp.arange(group.shape[0], dtype=jnp.int32)
+  size = rows.size // _shards(rows.size)
+  alike = active[None, :] & (group[:, None] == group[None, :]) & (rows[:, None] // size == rows[None, :] // size)
+  first = jnp.argmax(alike, axis=1).astype(jnp.int32)
+  return Common(jnp.where(active, first, rows) % size, columns)
 
 
 def pin(columns: Columns) -> Columns:
@@ -92,12 +111,13 @@ def take(columns: Columns, rows: jax.Array, length: int) -> Columns:
   return pin(_by_shard(local, (cache, by_row), cache)(columns, rows))
 
 
-def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, position: jax.Array,
-         active: jax.Array) -> tuple[Columns, jax.Array]:
+def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, position: jax.Array, active: jax.Array,
+         shared: Common | None = None) -> tuple[Columns, jax.Array]:
   """One decoding step: qkv [B,1,M,N/M+2,H] as projected (policy.unstack), turned, its key and value written at position
   i32[B], its queries' attention over columns 0..position -> (columns, [B,1,N,H]).
 
-  A row that is not active bool[B] reads nothing and gives anything finite. Raises ValueError for another implementation's name.
+  A row that is not active bool[B] reads nothing and gives anything finite. shared: copies that need not be read twice; it never
+  changes a result. Raises ValueError for another implementation's name.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"decode attention is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -106,10 +126,10 @@ def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, posi
   interpret = platform() == "cpu"
   cache, heads, rows = _specs(columns, qkv.shape[0])
   if choice == "triton":
-    def kernel(columns, qkv, length, cos, sin, scales):
-      return step_triton(columns, qkv, length, Turn(cos, sin, *scales, turn.eps), interpret=interpret)
-    run = _by_shard(kernel, (cache, heads, rows, rows, rows, PartitionSpec()), (cache, heads))
-    columns, out = run(columns, qkv[:, 0], length, turn.cos[:, 0, 0], turn.sin[:, 0, 0], turn[2:4])
+    def kernel(columns, qkv, length, cos, sin, scales, shared):
+      return step_triton(columns, qkv, length, Turn(cos, sin, *scales, turn.eps), shared, interpret=interpret)
+    run = _by_shard(kernel, (cache, heads, rows, rows, rows, PartitionSpec(), rows), (cache, heads))
+    columns, out = run(columns, qkv[:, 0], length, turn.cos[:, 0, 0], turn.sin[:, 0, 0], turn[2:4], shared)
     return columns, out[:, None]
   q, k, v = split_qkv(qkv)
   q, k = turn(q, k)
@@ -122,12 +142,17 @@ def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, posi
 
 def _specs(columns: Columns, rows: int) -> tuple:
   """How a kernel's arguments are split over the mesh: the cache, arrays of heads [B,N,...], arrays of rows [B,...]."""
-  mesh = jax.sharding.get_abstract_mesh()
-  share = lambda size, *axes: size % math.prod(mesh.shape.get(a, 1) for a in axes) == 0
-  batch = ("data", "fsdp") if share(rows, "data", "fsdp") else None
-  heads = "tensor" if share(columns.k.shape[0], "tensor") else None
+  batch = ("data", "fsdp") if _shards(rows) > 1 else None
+  heads = "tensor" if columns.k.shape[0] % jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 0 else None
   cache = jax.tree.map(lambda x: PartitionSpec(heads, batch, *(None,) * (x.ndim - 2)), columns)
   return cache, PartitionSpec(batch, heads), PartitionSpec(batch)
+
+
+def _shards(rows: int) -> int:
+  """Parts that the mesh splits so many rows into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
+  return parts if rows % parts == 0 else 1
 
 
 def _by_shard(kernel, in_specs: tuple, out_specs):
@@ -181,14 +206,15 @@ def attend_tpu(q: jax.Array, columns: Columns, length: jax.Array, *, interpret: 
     return run()
 
 
-def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn, *,
+def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn, shared: Common | None = None, *,
                 interpret: bool = False, splits: int | None = None, block: int = BLOCK, warps: int = 2,
                 stages: int = 3) -> tuple[Columns, jax.Array]:
   """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, `block` columns at a time, to the row's length.
 
   Queries and the new key are turned (`turn` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new
   column, number length - 1, starts the online softmax from registers and is stored in place. With few rows a row's
-  columns are split over `splits` programs, whose partial softmaxes are joined afterwards.
+  columns are split over `splits` programs, whose partial softmaxes are joined afterwards. Blocks of columns that `shared` says
+  another row has too are read there; programs of neighbouring rows run at the same time, so all but the first hit the L2 cache.
   """
   from jax.experimental.pallas import triton as plt
   b, m, parts, h = qkv.shape
@@ -196,23 +222,25 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn,
   splits = splits or max(1, min(8, _PROGRAMS // (b * m)))
   fields = [x for x in (columns.k, columns.v, columns.k_scale, columns.v_scale) if x is not None]
   scales = [x for x in turn[2:4] if x is not None]
-  inputs = [length, qkv, turn.cos, turn.sin, *scales]
+  shared = shared or Common(jnp.arange(b, dtype=jnp.int32), jnp.zeros(b, jnp.int32))
+  inputs = [length, *shared, qkv, turn.cos, turn.sin, *scales]
   by_row = lambda *shape: pl.BlockSpec((None, *shape), lambda i, j, t: (i,) + (0,) * len(shape))
   by_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, j, t: (i, j) + (0,) * len(shape))
-  cache_specs = [pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, t, r=x.ndim: (j, i) + (0,) * (r - 2)) for x in fields]
+  whole_head = [pl.BlockSpec((None, *x.shape[1:]), lambda i, j, t, r=x.ndim: (j,) + (0,) * (r - 1)) for x in fields]
+  own_row = [pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, t, r=x.ndim: (j, i) + (0,) * (r - 2)) for x in fields]
   part = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda i, j, t: (i, j, t) + (0,) * len(shape))
-  in_specs = [by_row(), by_head(_QUERIES + 2, h), by_row(h // 2), by_row(h // 2)]
+  in_specs = [by_row(), by_row(), by_row(), by_head(_QUERIES + 2, h), by_row(h // 2), by_row(h // 2)]
   in_specs += [pl.BlockSpec((h,), lambda i, j, t: (0,))] * len(scales)
   out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in fields]
   out_shape += [jax.ShapeDtypeStruct((b, m, splits, group, h), dtype if splits == 1 else jnp.float32)]
-  out_specs = cache_specs + [part(_QUERIES, h)]
+  out_specs = own_row + [part(_QUERIES, h)]
   if splits > 1:
     out_shape += [jax.ShapeDtypeStruct((b, m, splits, group), jnp.float32)] * 2
     out_specs += [part(_QUERIES)] * 2
   kernel = functools.partial(_triton_kernel, fields=len(fields), norm=bool(scales), eps=turn.eps, group=group, splits=splits,
                              block=block)
   out = pl.pallas_call(
-    kernel, grid=(b, m, splits), in_specs=in_specs + cache_specs, out_shape=out_shape, out_specs=out_specs,
+    kernel, grid=(b, m, splits), in_specs=in_specs + whole_head, out_shape=out_shape, out_specs=out_specs,
     input_output_aliases={len(inputs) + i: i for i in range(len(fields))}, name="decode_attention", interpret=interpret,
     compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages))(*inputs, *fields)
   columns, (value, *parts) = Columns(*out[:len(fields)]), out[len(fields):]
@@ -223,15 +251,15 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn,
   return columns, value.astype(dtype).reshape(b, m * group, h)
 
 
-def _triton_kernel(length_ref, qkv_ref, cos_ref, sin_ref, *refs, fields: int, norm: bool, eps: float, group: int,
-                   splits: int, block: int):
+def _triton_kernel(length_ref, shared_row_ref, shared_ref, qkv_ref, cos_ref, sin_ref, *refs, fields: int, norm: bool, eps: float,
+                   group: int, splits: int, block: int):
   """One (row, KV head, split): turn, then online softmax over its blocks of columns, in powers of two."""
   from jax.experimental.pallas import triton as plt
   scales, refs = (refs[:2], refs[2:]) if norm else ((None, None), refs)
   cache, stored, out_ref, parts = refs[:fields], refs[fields:2 * fields], refs[2 * fields], refs[2 * fields + 1:]
   h, dtype = qkv_ref.shape[1], qkv_ref.dtype
   halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
-  split, position = pl.program_id(2), length_ref[...] - 1  # -1: an idle row
+  own_row, split, position = pl.program_id(0), pl.program_id(2), length_ref[...] - 1  # -1: an idle row
   real = jnp.arange(_QUERIES) < group
   wide = lambda width: jnp.broadcast_to(real[:, None], (_QUERIES, width))
   cos, sin = cos_ref[...], sin_ref[...]
@@ -275,19 +303,20 @@ def _triton_kernel(length_ref, qkv_ref, cos_ref, sin_ref, *refs, fields: int, no
 
   def body(i, carry):
     value, top, total = carry
-    here = pl.ds(i * block, block)
-    score = sum(plt.dot(x, cache[0][here, half].astype(dtype).T) for x, half in zip(q, halves, strict=True)) * unit
+    row, here = jnp.where(i < shared_blocks, shared_row, own_row), pl.ds(i * block, block)
+    score = sum(plt.dot(x, cache[0][row, here, half].astype(dtype).T) for x, half in zip(q, halves, strict=True)) * unit
     if fields == 4:
-      score *= cache[2][here][None, :]
+      score *= cache[2][row, here][None, :]
     seen = i * block + jnp.arange(block) < position
     score = jnp.where(seen[None, :], score, -1e30)
     new_top = jnp.maximum(top, jnp.max(score, axis=1))
     shrink, prob = jnp.exp2(top - new_top), jnp.exp2(score - new_top[:, None])
     total = total * shrink + jnp.sum(prob, axis=1)
     if fields == 4:
-      prob *= cache[3][here][None, :]
-    return value * shrink[:, None] + plt.dot(prob.astype(dtype), cache[1][here, :].astype(dtype)), new_top, total
+      prob *= cache[3][row, here][None, :]
+    return value * shrink[:, None] + plt.dot(prob.astype(dtype), cache[1][row, here, :].astype(dtype)), new_top, total
 
+  shared_row, shared_blocks = shared_row_ref[...], shared_ref[...] // block
   blocks = pl.cdiv(jnp.maximum(position, 0), block)
   value, top, total = jax.lax.fori_loop(blocks * split // splits, blocks * (split + 1) // splits, body, (value, top, total))
   if splits == 1:

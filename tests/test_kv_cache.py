@@ -166,3 +166,32 @@ def test_an_unknown_name_is_refused():
   with pytest.raises(ValueError, match="must be one of"):
     turn = turn_of(jnp.asarray(LENGTH), head_dim=H)
     kv_cache.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn, LENGTH, LENGTH > 0)
+
+
+def test_rows_have_in_common_what_their_first_active_one_holds():
+  group, active = jnp.array([4, 4, 7, 4, 7, 9]), jnp.array([False, True, True, True, True, True])
+  shared = kv_cache.common(group, active, jnp.arange(6))
+  np.testing.assert_array_equal(shared.row, [0, 1, 2, 1, 2, 5])  # row 0 is idle: whatever it holds is its own
+  with jax.set_mesh(sharding.make_mesh(2, 1, 1)):
+    shared = jax.jit(kv_cache.common)(group, active, jnp.arange(6))
+  np.testing.assert_array_equal(shared.row, [0, 1, 2, 0, 1, 2])  # numbers within each half of the rows
+
+
+@pytest.mark.parametrize("dtype, splits, block", [("float32", 1, 64), ("float32", 2, 32), ("int8", 1, 32)])
+def test_common_columns_are_read_in_one_row_and_change_no_bit(dtype, splits, block):
+  """Rows 1 to 4 share their first 70 columns; where a whole block is shared, nobody looks at the copies."""
+  _, k, v, _ = inputs("float32", dtype, head_dim=64)
+  k, v = (x.at[2:, :70].set(x[1, :70]) for x in (k, v))
+  columns, length = kv_cache.store(k, v, dtype), jnp.array([0, 71, 100, 150, 192], jnp.int32)
+  qkv = jnp.asarray(np.random.default_rng(3).normal(size=(B, M, G + 2, 64)), jnp.float32)
+  turn = turn_of(length - 1)
+  flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
+  shared = kv_cache.common(jnp.array([5, 5, 5, 5, 5]), length > 0, jnp.full(B, 70))
+  how = dict(interpret=True, splits=splits, block=block)
+  run = lambda columns, shared: kv_cache.step_triton(columns, qkv, length, flat, shared, **how)
+  want_columns, want = run(columns, None)
+  got_columns, got = run(columns, shared)
+  np.testing.assert_array_equal(got[1:], want[1:])
+  jax.tree.map(np.testing.assert_array_equal, got_columns, want_columns)
+  spoilt = jax.tree.map(lambda x: x.at[:, 2:, :70 // block * block].set(99), columns)
+  np.testing.assert_array_equal(run(spoilt, shared)[1][1:], want[1:])
