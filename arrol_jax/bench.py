@@ -226,7 +226,7 @@ def bench_attention(a, c, mesh) -> list[dict]:
 
 
 # splits, block, warps, stages
-KERNELS = [(1, 64, 2, 3), (1, 32, 2, 3), (1, 32, 2, 4), (1, 64, 4, 3), (2, 64, 2, 3), (2, 32, 2, 4)]
+KERNELS = [(1, 64, 2, 3), (1, 32, 2, 4), (2, 64, 2, 3)]
 
 
 def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
