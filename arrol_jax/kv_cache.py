@@ -207,8 +207,8 @@ def attend_tpu(q: jax.Array, columns: Columns, length: jax.Array, *, interpret: 
 
 
 def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, turn: Turn, shared: Common | None = None, *,
-                interpret: bool = False, splits: int | None = None, block: int = BLOCK, warps: int = 2,
-                stages: int = 3) -> tuple[Columns, jax.Array]:
+                interpret: bool = False, splits: int | None = None, block: int = 32, warps: int = 2,
+                stages: int = 4) -> tuple[Columns, jax.Array]:
   """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, `block` columns at a time, to the row's length.
 
   Queries and the new key are turned (`turn` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new

@@ -188,26 +188,34 @@ def down_sample(rollouts: list[Rollout], keep: float) -> list[Rollout]:
 
 
 class PackShape(NamedTuple):
-  """Shapes of the update: rows of at most `length` tokens, about `micro_tokens` tokens a micro-batch."""
+  """Shapes of the update: rows of at most `length` tokens in `buckets` lengths, about `micro_tokens` tokens a micro-batch."""
   length: int
   micro_tokens: int
   buckets: int = 3
 
   def sizes(self, unit: int) -> list[tuple[int, int]]:
-    """(rows, row length) of each compiled micro-batch, shortest rows first; rows are a multiple of `unit`."""
+    """(rows, row length) of each full micro-batch, shortest rows first; rows are a multiple of `unit`."""
     lengths = sorted({-(-self.length * (b + 1) // self.buckets // 16) * 16 for b in range(self.buckets)})
     return [(-(-max(1, self.micro_tokens // n) // unit) * unit, n) for n in lengths]
+
+  def holding(self, rows: int, longest: int, unit: int) -> tuple[int, int]:
+    """The compiled size that takes the most of so many rows, the longest of which has so many tokens; half of a full one's
+    rows where they do."""
+    full, length = next(size for size in self.sizes(unit) if size[1] >= longest)
+    half = -(-full // 2 // unit) * unit
+    return (half if 0 < rows <= half else full), length
 
 
 def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
-  sizes = shape.sizes(mesh.shape["data"] * mesh.shape["fsdp"])
+  unit = mesh.shape["data"] * mesh.shape["fsdp"]
+  sizes = dict.fromkeys(shape.holding(rows, length, unit) for full, length in shape.sizes(unit) for rows in (full, 1))
   return [sharding.put(_micro_batch([], np.zeros(0), *size, detect, "skip", ()), sharding.rows(mesh)) for size in sizes]
 
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, ...], normalize_std: bool = True,
          short: str = "skip", weigh: tuple[str, ...] = (), punish: Callable | None = None) -> list[Batch]:
-  """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows last, padded with empty rows.
+  """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows first: a part-filled one has the shortest.
 
   Advantages are taken over a group's survivors. `short` says what a rollout that ended before the detection length
   teaches the head: "skip" nothing (the head learns the question it will be asked), "last" its last hidden state (the
@@ -222,20 +230,12 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, 
     shaped = shaped + punish(np.array([len(r.tokens) for r in kept]))
   advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), normalize_std, weights=weights)
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
-  order = sorted(range(len(kept)), key=lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens))
-  batches, held = [], []
-  for rows, length in shape.sizes(unit):
-    while order and len(kept[order[0]].prompt_tokens) + len(kept[order[0]].tokens) <= length:
-      held.append(order.pop(0))
-    full = len(held) // rows * rows
-    if order:  # a part-filled micro-batch goes up to the next length, where there are more rows to fill it
-      take, held = held[:full], held[full:]
-    else:
-      take, held = held, []
-    batches += [_micro_batch([kept[i] for i in part], advantages[part], rows, length, detect, short, weigh)
-                for part in (take[j:j + rows] for j in range(0, len(take), rows))]
-    if not order:
-      break
+  length_of = lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens)
+  order, batches = sorted(range(len(kept)), key=length_of, reverse=True), []
+  while order:
+    rows, length = shape.holding(len(order), length_of(order[0]), unit)
+    part, order = order[:rows], order[rows:]
+    batches.append(_micro_batch([kept[i] for i in part], advantages[part], rows, length, detect, short, weigh))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches]
 
 

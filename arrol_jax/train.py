@@ -147,7 +147,7 @@ def main():
       bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
                       tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
       checkpoints.check()
-      if (step + 1) % c.checkpoint.every == 0 or step + 1 == c.steps:
+      if (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and step + 1 == c.steps):
         checkpoints.save(step + 1, state, score=sum(since_saved) / len(since_saved))
         since_saved.clear()
     bar.close()

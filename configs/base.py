@@ -107,6 +107,7 @@ def get_config() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 20      # steps
   c.checkpoint.keep = 2        # newest kept, and beside them the one whose steps had the highest reward_ipw
+  c.checkpoint.last = True     # also after the last step; False: a run that has ended cannot be made longer
   c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it
 
   c.eval = ConfigDict()

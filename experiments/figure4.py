@@ -1,4 +1,4 @@
-"""Figure 4: training reward against wall clock, GRPO without and with pruning.
+"""Figure 4: training reward against wall clock, GRPO without and with pruning; beside them random pruning and our setting.
 
   python -m experiments.figure4 [--scale=cpu|gpu|paper] [--run [--minutes=9]] [--model=PATH] [--data=DIR]
 
@@ -14,7 +14,7 @@ from experiments.plot_run import smooth
 from experiments.runs import Job, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
 
-ARMS = {"none": "GRPO", "published": "GRPO with pruning"}
+ARMS = {"none": "GRPO", "published": "GRPO with pruning", "random": "random pruning", "ours": "balance within the group"}
 SLOW = 3.0  # a step that takes so many medians of the ten around it compiles; it counts as their median
 LAST = 5    # steps whose mean reward counts as the reward at a moment
 

@@ -8,22 +8,31 @@
 
 A job is one command. Its result is a folder or file under the scale's results; it is missing while that is not there. Working
 folders (checkpoints, the trained policy) are runs/SCALE/NAME, so a job that was stopped goes on from its last checkpoint.
+Jobs are run one after another in this process: what one has compiled the next need not.
 """
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
+import gc
+import importlib
 import json
 import os
 from pathlib import Path
 import shlex
 import signal
-import subprocess
 import sys
+import threading
 import time
+from typing import TextIO
 
+import jax
+
+from arrol_jax import config
 from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+STOP_BELOW = 0.2  # posterior below which a trace is hopeless; set beforehand
 SCORES = ("step", "prompt", "tokens", "pruned", "score", "posterior", "survival", "reward")  # of rollouts.jsonl: no texts
 CACHE = "runs/xla_cache"  # compiled programs, shared by all jobs: most of a short run is compiling
 
@@ -68,7 +77,7 @@ CPU = Scale(
 GPU = Scale(
   "gpu", "Qwen2.5-Coder-0.5B-Instruct", "GSM8K, held-out accuracy greedy on all 1,319 test problems",
   "experiments/results/gsm8k_arms", "configs/gsm8k_qwen05b.py",
-  ("steps=50", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 14,
+  ("steps=50", "checkpoint.every=1000", "checkpoint.last=False", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 14,
   ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=64", "eval.problems=256"),
   ("--lengths=32,64,128,192,256", "--prompts=640"))
 PAPER = Scale(
@@ -136,6 +145,11 @@ def voting(scale: Scale, arm: str, seed: int, model: str = "qwen3_1b7") -> Job:
   return evaluation(training(scale, arm, seed, model), "votes", scale.votes)
 
 
+def stopping(scale: Scale, arm: str, seed: int) -> Job:
+  """The same samples with hopeless traces ended at prune.detect."""
+  return evaluation(training(scale, arm, seed), "stopped", (*scale.votes, f"eval.stop_below={STOP_BELOW}"))
+
+
 def benchmarks(trained: Job) -> list[Job]:
   """The six benchmarks of the paper: accuracy of greedy answers on three, pass@16 on three."""
   return [evaluation(trained, "accuracy", ("data.eval=math500", "eval.benchmarks=minerva_math,olympiadbench"), 3),
@@ -191,10 +205,13 @@ def metrics(job: Job) -> list[dict]:
 
 
 def start(jobs: list[Job], minutes: float | None) -> bool:
-  """Runs the missing ones of `jobs` one after another; False if time ran out before all were done.
+  """Runs the missing ones of `jobs` one after another; False if time ran out, or SIGTERM came, before all were done.
 
-  After `minutes` the job at work gets SIGTERM, by which a training saves its last step; the same command goes on from there.
+  After `minutes` a training at work gets SIGTERM, by which it saves its last step; the same command goes on from there. An
+  evaluation is let to its end.
   """
+  for name, value in environment().items():
+    jax.config.update(name.lower(), value if name.endswith("DIR") else float(value))
   deadline = time.monotonic() + 60 * minutes if minutes else None
   for job in jobs:
     if job.done:
@@ -214,15 +231,11 @@ def _do(job: Job, deadline: float | None) -> bool:
   folder = ROOT / "runs" / job.scale.name
   folder.mkdir(parents=True, exist_ok=True)
   cpu, machine, clock = sum(os.times()[:4]), _machine_cpu(), time.monotonic()
-  with open(folder / f"{job.name}.jsonl", "w") if job.policy else contextlib.nullcontext() as said:
-    process = subprocess.Popen([sys.executable, "-m", *job.argv], cwd=ROOT, env=os.environ | environment(), stdout=said)
-    try:
-      process.wait(deadline and max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGTERM)
-      process.wait()
-  if process.returncode not in (0, -signal.SIGTERM):
-    raise UserError(f"{job.name}: exit status {process.returncode} from: {job.command}")
+  with open(folder / f"{job.name}.jsonl", "w") if job.policy else contextlib.nullcontext() as said, terminated(
+      deadline - clock if deadline and job.workdir else None):
+    status = call(job.argv, said)
+  if status:
+    raise UserError(f"{job.name}: exit status {status} from: {job.command}")
   wall = time.monotonic() - clock
   about = {"command": hidden(f"{prefix(job)}{job.command}", job.scale), "wall_s": round(wall, 1), "cores": os.cpu_count()}
   if machine is not None:
@@ -231,6 +244,37 @@ def _do(job: Job, deadline: float | None) -> bool:
   with open(folder / f"{job.name}.pieces.jsonl", "a") as f:
     f.write(json.dumps(about) + "\n")
   return _keep(job)
+
+
+def call(argv: tuple[str, ...], out: TextIO | None) -> int:
+  """`python -m argv` in this process, in the repository's folder, its stdout to `out` (None: ours); the exit status."""
+  before = sys.argv
+  sys.argv = list(argv)
+  try:
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out or sys.stdout):
+      config.run(importlib.import_module(argv[0]).main)
+    return 0
+  except SystemExit as e:
+    return e.code if isinstance(e.code, int) else int(e.code is not None)
+  finally:
+    sys.argv = before
+    gc.collect()  # what that run held on the device
+
+
+@contextlib.contextmanager
+def terminated(seconds: float | None) -> Iterator[None]:
+  """SIGTERM after so many seconds. One that finds no training at work (hosts.Watch), as it starts or ends, does nothing."""
+  before = signal.signal(signal.SIGTERM, lambda *_: None)
+  timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) if seconds is not None else None
+  if timer:
+    timer.start()
+  try:
+    yield
+  finally:
+    if timer:
+      timer.cancel()
+      timer.join()
+    signal.signal(signal.SIGTERM, before)
 
 
 def prefix(job: Job) -> str:

@@ -1,4 +1,5 @@
-"""Table 3: test-time voting over 16 samples: majority, DeepConf, the head's rank, on the same samples.
+"""Table 3: test-time voting over 16 samples: majority, DeepConf, the head's rank, on the same samples; and the same where the
+head ends hopeless traces early, which costs fewer tokens.
 
   python -m experiments.table3 [--scale=cpu|gpu|paper] [--run [--minutes=9]] [--model=PATH] [--data=DIR]
 """
@@ -33,18 +34,28 @@ def pooled(values: list[Estimate]) -> Estimate | None:
 
 def build(scale: Scale, figure: Figure) -> Table:
   arms = [("published", seed) for seed in scale.seeds] + [("none", scale.seeds[0])]
-  jobs = [runs.voting(scale, arm, seed) for arm, seed in arms]
+  stopped = [runs.stopping(scale, "published", seed) for seed in scale.seeds if scale.name != "paper"]
+  jobs = [*(runs.voting(scale, arm, seed) for arm, seed in arms), *stopped]
   read_lines = [runs.lines(job.result)[-1] if job.done else {} for job in jobs]
-  rows, mean = [], {}
+  rows, mean, early = [], {}, {}
   for key, what, paper in RULES:
     found = [read(line, key) for line in read_lines]
     rows.append([what, *(tables.cell(x) for x in found), paper])
-    pruned = [x for x in found[:-1] if x is not None]  # the paper's heads come from training with pruning
-    mean[key] = pooled(pruned) or found[-1]
+    # The paper's heads come from training with pruning.
+    mean[key] = pooled([x for x in found[:len(scale.seeds)] if x is not None]) or found[len(scale.seeds)]
+    early[key] = pooled([x for x in found[len(arms):] if x is not None])
+  rows.append(["tokens a problem", *(f"{line['tokens']:,.0f}" if line else tables.NOT_RUN for line in read_lines), ""])
   notes = tables.verdict("rank by the head against the majority", tables.subtract(mean["rank@16"], mean["maj@16"]),
                          "+6.6 and +10.0 points (AIME'24)", unit=" points")
   notes += tables.verdict("rank by the head against DeepConf", tables.subtract(mean["rank@16"], mean["deepconf_mean@16"]),
                           "+6.6 and +10.0 points (AIME'24), up to +8.33 on average", unit=" points")
+  for seed, full, less in zip(scale.seeds, read_lines, read_lines[len(arms):]):
+    if full and less:
+      notes.append(f"Early stopping, seed {seed}: {100 * less['stopped']:.0f}% of the traces ended below a posterior of "
+                   f"{runs.STOP_BELOW}, {100 * (1 - less['tokens'] / full['tokens']):.0f}% of the tokens saved.")
+  difference = tables.subtract(early["rank@16"], mean["rank@16"]) if early["rank@16"] else None
+  if difference:
+    notes.append(f"Rank by the head with early stopping against without: {difference.text('+.1f')} points.")
   if any(read_lines):
     line = next(x for x in read_lines if x)
     notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap "
@@ -52,7 +63,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     tables.bars(figure.subplots(), [what.replace(" ", "\n") for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
                 f"Table 3, accuracy of the voted answer, % ({scale.name})")
     figure.axes[0].tick_params(axis="x", labelsize=7)
-  columns = ("vote", *(f"after {arm}, seed {seed}" for arm, seed in arms), "paper (1.7B, 8B; AIME'24)")
+  columns = ("vote", *(f"after {arm}, seed {seed}" for arm, seed in arms),
+             *(f"published, seed {seed}, stopped early" for seed in scale.seeds[:len(stopped)]), "paper (1.7B, 8B; AIME'24)")
   return Table("table3", "Table 3: accuracy of the voted answer (%)", scale, columns, rows, notes, jobs)
 
 

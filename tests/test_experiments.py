@@ -1,16 +1,18 @@
 """The paper's tables from results: figures derived by hand, what was not run, verdicts, commands, the report, the notebook."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
 import re
 import shlex
 import signal
-import subprocess
 import sys
+import time
 from unittest import mock
 
+import jax
 import pytest
 
 from arrol_jax import config
@@ -87,7 +89,7 @@ def test_table2_reads_dapo_runs_alone(scale):
 
 
 def test_table3_shows_each_rule_and_compares_them(scale):
-  line = {"accuracy": 0.3, "ci95": 0.02, "problems": 10, "samples": 16, "temperature": 1.0}
+  line = {"accuracy": 0.3, "ci95": 0.02, "problems": 10, "samples": 16, "temperature": 1.0, "tokens": 4000.0, "stopped": 0.0}
   line |= {f"{k}@16": v for k, v in (("maj", 0.5), ("rank", 0.4), ("deepconf_mean", 0.3), ("best", 0.2))}
   line |= {f"{k}_ci": [v - 0.01, v + 0.03] for k, v in line.items() if "@" in k}
   job = runs.voting(scale, "published", 0)
@@ -98,6 +100,14 @@ def test_table3_shows_each_rule_and_compares_them(scale):
   assert row(table, "posterior of the head")[1] == "not run"
   assert table.notes[0].startswith("Contradicts the paper: rank by the head against the majority -10.0 ± 2.8 points")
   assert table.notes[1].startswith("Agrees with the paper in direction: rank by the head against DeepConf +10.0 ± 2.8 points")
+  early = runs.stopping(scale, "published", 0)
+  less = {"rank@16": 0.45, "rank@16_ci": [0.44, 0.48], "tokens": 3000.0, "stopped": 0.31}
+  early.result.write_text(json.dumps(line | less) + "\n")
+  table = build(table3, scale)
+  assert row(table, "tokens a problem")[1:6] == ["4,000", "not run", "not run", "3,000", "not run"]
+  assert row(table, "rank by the head (ARRoL)")[4] == "45.0 ± 2.0" and row(table, "majority")[4] == "50.0 ± 2.0"
+  assert "Early stopping, seed 0: 31% of the traces ended below a posterior of 0.2, 25% of the tokens saved." in table.notes
+  assert "Rank by the head with early stopping against without: +5.0 ± 2.8 points." in table.notes
 
 
 def test_table4_compares_balance_with_random_pruning(scale):
@@ -160,7 +170,7 @@ def test_figure4_compares_at_equal_time_without_compilation(scale):
   put(runs.training(scale, "published", 0), steps=[{"sec_step": 1.0, "reward_ipw": 0.1 * i} for i in range(10)])
   table = build(figure4, scale)
   # The first step (999 s) counts as the median: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
-  assert [r[2] for r in table.rows] == ["16", "not run", "11", "not run"]
+  assert [r[2] for r in table.rows] == ["16", "not run", "11", *["not run"] * 5]
   # Its steps 3 to 7 have 0.1 to 0.5, the fast one's 7 to 11 0.5 to 0.9: standard error 0.158 / sqrt(5), 1.96 of it 0.139.
   assert [table.rows[i][5] for i in (0, 2)] == ["0.300 ± 0.139", "0.700 ± 0.139"]
   assert table.notes[0].startswith("Agrees with the paper in direction") and "+0.400 ± 0.196" in table.notes[0]
@@ -205,61 +215,64 @@ def test_every_training_command_is_understood():
       assert [read[arm].prune.keep for arm in ("keep025", "published", "keep075")] == [0.25, 0.5, 0.75]
       assert read["random"].prune.rule == "random" and read["dapo"].rollout.rounds == 3
       assert len({c.model.path for c in read.values()}) == 1
+    assert config.parse(list(runs.stopping(scale, "published", 0).argv))[0].eval.stop_below == runs.STOP_BELOW
     vote = config.parse(list(runs.voting(scale, "published", 0).argv))[0]
     assert (vote.eval.samples, vote.eval.temperature, vote.eval.deepconf) == (16, 1.0, True)
     assert vote.model.path == f"{runs.training(scale, 'published', 0).workdir}/policy"
 
 
 class Started:
-  """Stands for subprocess.Popen: notes what is started and leaves a finished run, or never ends."""
+  """Stands for runs.call: notes what is started and leaves a finished run, or goes on until SIGTERM."""
 
   def __init__(self, ends=True, status=0):
-    self.ends, self.returncode, self.argv, self.environment, self.signals = ends, status, [], [], []
+    self.ends, self.status, self.argv, self.signals = ends, status, [], []
 
-  def __call__(self, argv, cwd, env, stdout):
+  def __call__(self, argv, stdout):
     self.argv.append(argv)
-    self.environment.append(env)
     flags = dict(a.partition("=")[::2] for a in argv)
-    if self.ends and "--workdir" in flags:
-      folder = Path(cwd) / flags["--workdir"]
+    if not self.ends:
+      before = signal.signal(signal.SIGTERM, lambda number, _: self.signals.append(number))
+      while not self.signals:
+        time.sleep(0.01)
+      signal.signal(signal.SIGTERM, before)
+    elif "--workdir" in flags:
+      folder = runs.ROOT / flags["--workdir"]
       (folder / "policy").mkdir(parents=True, exist_ok=True)
       (folder / "metrics.jsonl").write_text("{}\n")
       (folder / "config.json").write_text(json.dumps({"path": flags.get("--config.model.path")}))
       (folder / "summary.json").write_text("{}")
       fields = dict.fromkeys(runs.SCORES, 1) | {"text": "long"}
       (folder / "rollouts.jsonl").write_text(json.dumps(fields) + "\n")
-    elif self.ends and stdout:
+    elif stdout:
       stdout.write('{"benchmark": "/secret/gsm8k_test.jsonl"}\n')
-    return self
-
-  def wait(self, timeout=None):
-    if not self.ends and not self.signals:
-      raise subprocess.TimeoutExpired("train", timeout)
-
-  def send_signal(self, number):
-    self.signals.append(number)
+    return self.status
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-  """Runs write below a folder of the test's."""
+  """Runs write below a folder of the test's, and leave JAX's settings as they were."""
   monkeypatch.setattr(runs, "ROOT", tmp_path)
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  return tmp_path
+  names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+  before = {name: getattr(jax.config, name) for name in names}
+  yield tmp_path
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 def test_what_is_printed_is_what_runs_and_what_is_kept(elsewhere, monkeypatch, capsys):
   scale = runs.with_paths(runs.GPU, "/secret/model.gguf", "/secret")
   started, jobs = Started(), [runs.training(scale, "none", 0), runs.voting(scale, "none", 0)]
-  monkeypatch.setattr(subprocess, "Popen", started)
+  monkeypatch.setattr(runs, "call", started)
   assert runs.start(jobs, None)
   printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
   assert len(printed) == len(started.argv) == 2
-  for text, argv, env in zip(printed, started.argv, started.environment, strict=True):
+  for text, argv in zip(printed, started.argv, strict=True):
     words = shlex.split(text)
     assignments = words[:words.index("python")]
-    assert words[len(assignments):] == ["python", *argv[1:]] and argv[0] == sys.executable
-    assert all(env[a.partition("=")[0]] == a.partition("=")[2] for a in assignments) and assignments
+    assert words[len(assignments):] == ["python", "-m", *argv]
+    settings = {name: str(getattr(jax.config, name.lower())) for name, _, _ in (a.partition("=") for a in assignments)}
+    assert settings == {"JAX_COMPILATION_CACHE_DIR": runs.CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.0"}
   kept = elsewhere / scale.results
   everything = "".join(p.read_text() for p in kept.rglob("*.json*"))
   assert "/secret" not in everything and "--config.model.path=DIR/model.gguf" in everything and "long" not in everything
@@ -270,28 +283,37 @@ def test_what_is_printed_is_what_runs_and_what_is_kept(elsewhere, monkeypatch, c
 
 def test_a_vote_first_trains_the_policy_it_needs(elsewhere, monkeypatch):
   started = Started()
-  monkeypatch.setattr(subprocess, "Popen", started)
+  monkeypatch.setattr(runs, "call", started)
   assert runs.start([runs.voting(runs.CPU, "published", 1)], None)
-  assert [argv[2] for argv in started.argv] == ["arrol_jax.train", "arrol_jax.evaluate"]
+  assert [argv[0] for argv in started.argv] == ["arrol_jax.train", "arrol_jax.evaluate"]
 
 
 def test_time_over_stops_with_sigterm_and_the_next_call_goes_on(elsewhere, monkeypatch):
   started, jobs = Started(ends=False), [runs.training(runs.CPU, arm, 0) for arm in ("none", "published")]
-  monkeypatch.setattr(subprocess, "Popen", started)
+  monkeypatch.setattr(runs, "call", started)
   assert not runs.start(jobs, 0.01)
   assert len(started.argv) == 1 and started.signals == [signal.SIGTERM]
   assert not (elsewhere / runs.CPU.results / "none_seed0").exists()
   again = Started()
-  monkeypatch.setattr(subprocess, "Popen", again)
+  monkeypatch.setattr(runs, "call", again)
   assert runs.start(jobs, 9.0)
   assert again.argv[0] == started.argv[0] and len(again.argv) == 2
   assert len((elsewhere / runs.CPU.results / "none_seed0" / "run.jsonl").read_text().splitlines()) == 2  # a line a piece
 
 
 def test_a_run_that_fails_is_told_with_its_command(elsewhere, monkeypatch):
-  monkeypatch.setattr(subprocess, "Popen", Started(ends=True, status=2))
+  monkeypatch.setattr(runs, "call", Started(ends=True, status=2))
   with pytest.raises(UserError, match="none_seed0: exit status 2 from: python -m arrol_jax.train"):
     runs.start([runs.training(runs.CPU, "none", 0)], None)
+
+
+def test_a_call_is_the_command_itself(elsewhere, capsys):
+  """The module's main with its arguments: what it prints, its exit status, its one line for a user's mistake."""
+  out = io.StringIO()
+  assert runs.call(("arrol_jax.train", "--help"), out) == 0 and "--config=configs/NAME.py" in out.getvalue()
+  before = sys.argv
+  assert runs.call(("arrol_jax.train", "--config=configs/none.py"), None) == 2 and sys.argv is before
+  assert capsys.readouterr().err == "error: configs/none.py: no such config file\n"
 
 
 @pytest.mark.parametrize("argument", ["--scale=tpu", "--minutes=soon", "--steps=3", "table4", "--data=DIR"])

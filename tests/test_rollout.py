@@ -17,7 +17,7 @@ from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import Reading, quality_logit
 from arrol_jax.rewards import Grader
-from arrol_jax.rollout import PackShape, PruneRule, generate, make_decide, pack, update_calibration
+from arrol_jax.rollout import PackShape, PruneRule, empty_batches, generate, make_decide, pack, update_calibration
 from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
@@ -86,23 +86,30 @@ def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens)
 @pytest.mark.parametrize("buckets, micro_tokens, shapes", [
   (1, 64, {(2, 32)}), (2, 100, {(6, 16), (3, 32)}), (3, 128, {(8, 16), (4, 32)}), (4, 1, {(1, 16), (1, 32)})])
 def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
-  """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; short rows first."""
+  """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; long rows first."""
   batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh, detect=(8,))
   seen = [b.tokens.shape for b in batches]
-  assert set(seen) == shapes and [s for _, s in seen] == sorted(s for _, s in seen)
+  assert set(seen[:-1]) == shapes and [s for _, s in seen] == sorted((s for _, s in seen), reverse=True)
+  rows, length = seen[-1]
+  assert (rows, length) in shapes or (2 * rows, length) in shapes or (2 * rows - 1, length) in shapes
 
 
-def test_part_filled_micro_batches_are_few(mesh):
-  """Rows left over at one length go up to the next; only the last micro-batch of all has empty rows."""
+def test_only_the_last_micro_batch_has_empty_rows(mesh):
+  """A micro-batch takes the shortest length that holds its rows, and half of the rows where that is enough."""
+  shape = PackShape(32, 128, 3)
+  assert [shape.holding(n, 16, 1) for n in (9, 8, 5, 4, 1)] == [(8, 16), (8, 16), (8, 16), (4, 16), (4, 16)]
+  assert shape.holding(1, 17, 1) == (2, 32) and shape.holding(1, 17, 4) == (4, 32)
   for seed in range(5):
-    batches = pack(some_rollouts(40, seed), PackShape(32, 128, 3), mesh, detect=(8,))
+    batches = pack(some_rollouts(40, seed), shape, mesh, detect=(8,))
     empty = [int(np.sum(~np.any(np.asarray(b.response_mask) > 0, axis=1))) for b in batches]
-    assert all(n == 0 for n in empty[:-1]) and empty[-1] < len(batches[-1].tokens)
+    rows, length = batches[-1].tokens.shape
+    assert all(n == 0 for n in empty[:-1]) and (rows, length) == shape.holding(rows - empty[-1], length, 1)
+    assert {b.tokens.shape for b in batches} <= {b.tokens.shape for b in empty_batches(shape, mesh, (8,))}
 
 
 def test_empty_rows_weigh_nothing(mesh):
   rollouts = [rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)]
-  batch, = pack(rollouts, PackShape(16, 64, 1), mesh, detect=(4,), short="last")
+  batch, = pack(rollouts, PackShape(16, 128, 1), mesh, detect=(4,), short="last")
   assert batch.tokens.shape == (4, 16)
   for x in jax.tree.leaves(batch):
     np.testing.assert_array_equal(np.asarray(x)[2:], 0)
@@ -144,7 +151,8 @@ def test_no_survivors_no_batches(mesh, rollouts):
 def test_pack_divides_rows_over_the_mesh():
   mesh = sharding.make_mesh(2, 2, 2)
   batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh, detect=(8,))
-  assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32)}  # 6 and 3 rows, up to a multiple of data * fsdp = 4
+  # 6 and 3 rows, up to a multiple of data * fsdp = 4; half of the 8 for the last.
+  assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32), (4, 16)}
   assert all(b.tokens.sharding.shard_shape(b.tokens.shape)[0] == len(b.tokens) // 4 for b in batches)
 
 
