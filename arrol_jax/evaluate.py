@@ -23,6 +23,8 @@ def main():
   paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
   if not paths:
     raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files or benchmarks")
+  for path in paths:
+    sources.check(path, "test", c.data.folder)
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
     loaded = hosts.together(lambda: assemble.load(c, mesh))
@@ -33,10 +35,11 @@ def main():
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
+    # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
+    prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
     with assemble.grader(c) as grader:
-      for path in dict.fromkeys(paths):
-        prompts = assemble.prompts(c, loaded, path, c.eval.problems)
+      for path, prompts in prompts_of.items():
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
         hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from scipy.stats import rankdata
 
-from arrol_jax.types import Rollout
+from arrol_jax.types import FAILED, Rollout
 
 
 def auc(score: np.ndarray, label: np.ndarray) -> float:
@@ -83,7 +83,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were
     "tokens_saved": sum(len(r.tokens) / r.survival for r in kept) - sum(len(r.tokens) for r in rollouts),
-    "ungraded": mean(r.reason in ("timeout", "crashed", "error") for r in kept),
+    "ungraded": mean(r.reason in FAILED for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),

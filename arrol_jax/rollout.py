@@ -5,9 +5,11 @@ grades the survivors while later segments decode; `pack` re-batches them into a 
 cold start, are the same program with survival probability 1.
 """
 
+from collections import Counter
 from collections.abc import Callable
 import dataclasses
 import functools
+import logging
 import time
 from typing import NamedTuple
 
@@ -22,13 +24,14 @@ from arrol_jax.engine import Decision, Engine, Request
 from arrol_jax.losses import group_advantages
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import Reading
-from arrol_jax.types import Batch, Rollout, TrainState
+from arrol_jax.types import FAILED, Batch, Rollout, TrainState
 
 # Folded into a request's key for its survival draws (downward, one a decision) and for being a control; token n uses n.
 _DRAW, _CONTROL = 0x7FFFFFFF, 0x7FFF0000
 RULES = ("published", "group", "random", "lowest", "highest", "confidence", "max_variance")
 DRAWS = ("bernoulli", "systematic")
 WEIGH = ("table", "head", "policy")
+_log = logging.getLogger(__name__)
 _STEEP = 50.0  # a strength at which the rule is as good as a threshold
 
 
@@ -143,6 +146,11 @@ def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sam
   waited = time.perf_counter()
   for rollout, waiting in pending:
     rollout.reward, rollout.reason = waiting.result()[0]
+  failed = Counter(r.reason for r, _ in pending if r.reason in FAILED)
+  if 2 * failed.total() > len(pending):  # now and then it is a hostile answer; this must not pass for a policy that knows nothing
+    _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
+                 "reward.memory, reward.workers", failed.total(), len(pending),
+                 ", ".join(f"{count} {reason}" for reason, count in failed.items()))
   parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
   for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
     r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)

@@ -8,7 +8,7 @@
                               into nested ones: reward_model.ground_truth, prompt.0.content); pattern: the answer is what
                               this finds in its column ("boxed", "answer", "hashes", or a regular expression without
                               comma and &). Without id and source, rows are numbered and the ID is the source.
-  reasoning_gym:TASK?size=N&seed=N&...   see rewards/gym.py; other keys are fields of the task's config
+  reasoning_gym:TASK?size=N&seed=N&...   graded by rewards/gym.py; other keys are fields of the task's config
 
 Every path ends in data.to_problems, with the same checks: the same problems give the same batches whatever the path.
 TFDS, datasets and reasoning_gym are imported only where a source asks for them.
@@ -18,9 +18,11 @@ from collections.abc import Iterator
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 from arrol_jax.data import Problem, read_jsonl, to_problems
-from arrol_jax.rewards import extract_answer, gym
+from arrol_jax.rewards import extract_answer
 from arrol_jax.types import UserError
 
 # name -> (file to train on, file to evaluate on), without ending
@@ -139,10 +141,20 @@ def _column(where: str, row: dict, column: str) -> object:
 
 
 def _reasoning_gym(source: str, task: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
-  try:
-    yield from gym.records(task, {key: _value(text) for key, text in options.items()})
-  except ValueError as e:
-    raise UserError(f"{source}: {e}") from e
+  """Each entry of the task; its answer says which one it is, for rewards/gym.py to make it again."""
+  options = {key: _value(text) for key, text in options.items()}
+  code = "import sys; from arrol_jax.rewards import gym; gym.print_entries(*sys.argv[1:])"
+  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+  # In a process of its own: some tasks draw in the order of a set, which is the same only for the same hash seed.
+  done = subprocess.run([sys.executable, "-P", "-c", code, task, json.dumps(options, sort_keys=True)], text=True,
+                        capture_output=True, env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"})
+  if done.returncode:
+    raise UserError(f"{source}: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
+  name = f"reasoning_gym:{task}"
+  for i, (question, digest) in enumerate(json.loads(done.stdout)):
+    answer = {"reasoning_gym": task, "options": options, "index": i, "question": digest}
+    yield f"{name}, entry {i}", {"id": f"{name}-{options['seed']}-{i}", "problem": question, "source": name,
+                                 "answer": json.dumps(answer, sort_keys=True)}
 
 
 def _value(text: str) -> object:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import hashlib
 import logging
+import os
 import re
 import sys
 
@@ -43,22 +44,43 @@ def read(path: str, data_dir: str | None) -> Iterator[tuple[str, dict]]:
   """("FILE (TFDS), record N", record) of each problem of the JSONL file `path`, from its copy under `data_dir`.
 
   data_dir: as everywhere in TFDS; None is its default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
-  Makes the copy if there is none of this very content. Raises UserError as `load_problems` does, and for a
-  folder that cannot be written to.
+  Makes the copy if there is none of this very content. Raises UserError as `load_problems` does, for a folder
+  that cannot be written to, and for a copy that is damaged.
   """
-  load_problems(path)  # a fault of the file is told in our words, not in those of TFDS
+  problems = load_problems(path)  # a fault of the file is told in our words, not in those of TFDS
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
   stem = re.sub(r"\W", "_", path.rpartition("/")[2].partition(".")[0])
   config = tfds.core.BuilderConfig(name=f"{stem}-{digest}", version="1.0.0")
   try:
-    with _quiet():
-      source = tfds.data_source("arrol_problems", split="train", data_dir=data_dir,
-                                builder_kwargs={"path": path, "config": config, "file_format": "array_record"})
+    builder = _copy(path, data_dir, config)
   except OSError as e:
     raise UserError(f"tfds:{path}: no TFDS copy can be made or read: {e} (data.tfds_dir says where)") from e
-  for number, record in enumerate(source.__getitems__(range(len(source)))):
+  try:
+    source = builder.as_data_source(split="train")
+    records = source.__getitems__(range(len(source)))
+    fault = "it differs from the file"  # not every flipped bit fails a checksum
+    whole = [tuple(record[name] for name in FIELDS) for record in records] == [
+      tuple(vars(problem)[name].encode() for name in FIELDS) for problem in problems]
+  except RuntimeError as e:  # array_record's word for a checksum that is wrong, or a file that is gone
+    whole, fault = False, e
+  if not whole:
+    raise UserError(f"tfds:{path}: its copy is damaged; delete {builder.data_path} and it is made anew ({fault})")
+  for number, record in enumerate(records):
     yield f"{path} (TFDS), record {number}", {name: record[name].decode() for name in FIELDS}
+
+
+def _copy(path: str, data_dir: str | None, config: tfds.core.BuilderConfig) -> ArrolProblems:
+  """The data set, made if it is not there. Of several processes that make it at once, one is first and all use its copy."""
+  for attempt in range(2):
+    with _quiet():
+      builder = ArrolProblems(path=path, data_dir=data_dir, config=config, file_format="array_record")
+      try:
+        builder.download_and_prepare()
+        return builder
+      except OSError:  # the folder came to be after we had looked, whole: it is moved into place
+        if attempt or not os.path.isdir(builder.data_path):
+          raise
 
 
 @contextlib.contextmanager

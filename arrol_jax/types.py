@@ -42,6 +42,9 @@ class TrainState:
   recent: object = None        # quality.Recent, None without a buffer for the head
 
 
+FAILED = frozenset({"timeout", "crashed", "error"})  # reasons of a reward that speak of the grader, not of the answer
+
+
 @dataclasses.dataclass
 class Rollout:
   """One finished or pruned rollout, on the host."""

@@ -24,9 +24,11 @@ import signal
 import threading
 import time
 
+from arrol_jax import config
 from arrol_jax.data import load_problems
 from arrol_jax.rewards import Grader
 from arrol_jax.rewards.grade import CORRECT, judge
+from arrol_jax.types import UserError
 
 BATCH = 512
 HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "9!!!!!!!!", "(((((((9!)!)!)!)!)!)!", "{" * 500 + "1" + "}" * 500,
@@ -152,6 +154,8 @@ def main():
   parser.add_argument("--kill_every", type=float, default=5.0, help="seconds, mean")
   args = parser.parse_args()
   files = {path.stem: load_problems(str(path)) for path in sorted(Path(args.data).glob("*.jsonl"))}
+  if not files:
+    raise UserError(f"--data={args.data}: no .jsonl files there")
   golds = [problem.answer for problems in files.values() for problem in problems]
   machine = {"device": f"{os.cpu_count()} CPU cores, Python {platform.python_version()}",
              "command": f"python -m experiments.grader_soak --items={args.items} --pairs={args.pairs}"}
@@ -177,4 +181,4 @@ def write(path: Path, lines) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

@@ -18,7 +18,7 @@ import re
 
 import numpy as np
 
-from arrol_jax import sources
+from arrol_jax import config, sources
 from arrol_jax.rewards.grade import CORRECT, judge
 
 TOKEN = re.compile(r"\\[A-Za-z]+|[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[-+*/=<>^]")
@@ -116,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

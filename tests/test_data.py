@@ -60,6 +60,8 @@ def test_several_files_follow_each_other(tmp_path):
   (line(1) + line(2, answer=" "), r"bad\.jsonl, line 2: field 'answer' must be text"),
   (line(1) + line(2, answer=["3"]), r"bad\.jsonl, line 2: field 'answer' must be text"),
   (line(1) + line(2, answer=True), r"bad\.jsonl, line 2: field 'answer' must be text"),
+  (line(1) + line(2, answer=float("nan")), r"bad\.jsonl, line 2: field 'answer' must be text that is not empty, not nan"),
+  (line(1) + line(2, id=float("inf")), r"bad\.jsonl, line 2: field 'id' must be text"),
   (line(1) + line(2, problem=5), r"bad\.jsonl, line 2: field 'problem' must be text"),
   (line(1) + line(2, problem="\ud835"), r"bad\.jsonl, line 2: field 'problem' holds half a character"),
   (line(1) + line(2) + line(1), r"bad\.jsonl, line 3: id 'p1' was used before, in .*line 1"),

@@ -71,10 +71,14 @@ def test_early_stopping_needs_a_head(monkeypatch, capsys):
   (["--workdir=nowhere"], "no checkpoint"),
   (["--config.data.eval="], "nothing to evaluate"),
   (["--config.data.eval=none.jsonl"], "none.jsonl"),
+  (["--config.eval.benchmarks=amc23"], "data.folder"),
+  (["--config.eval.benchmarks={empty}"], "empty.jsonl: the data file is empty"),
 ])
-def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, word):
-  status, _, err = call(evaluate, monkeypatch, capsys, *SMALL, *arguments)
-  assert status == 2 and word in err and err.startswith("error:") and len(err.splitlines()) == 1
+def test_mistakes_end_in_one_line(monkeypatch, capsys, tmp_path, arguments, word):
+  """Before anything is evaluated, also where the fault is in the last file of several."""
+  (tmp_path / "empty.jsonl").touch()
+  status, out, err = call(evaluate, monkeypatch, capsys, *SMALL, *(a.format(empty=tmp_path / "empty.jsonl") for a in arguments))
+  assert status == 2 and not out and word in err and err.startswith("error:") and len(err.splitlines()) == 1
 
 
 def test_a_checkpoint_of_another_shape_is_refused(monkeypatch, capsys, run_with_checkpoint):

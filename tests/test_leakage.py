@@ -1,7 +1,15 @@
 """Overlaps: layout hides none, other numbers are told from the same problem, and nothing shared is nothing found."""
 
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
 from arrol_jax.data import Problem
 from experiments.leakage import Index, overlaps, table, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def problem(name: str, text: str, answer: str = "1") -> Problem:
@@ -42,3 +50,15 @@ def test_table_counts_each_evaluation_problem_once():
   pairs = overlaps(INDEX, [TRAIN[3], TRAIN[1], problem("e", TRAIN[1].problem.replace("11", "12"))], 0.5)
   last = table([{"train": "a", "train_problems": 4, "eval": "b", "eval_problems": 3, "pairs": pairs}]).splitlines()[-1]
   assert last == "| a | 4 | b | 3 | 2 | 1 | 0 | 0 |"
+
+
+@pytest.mark.parametrize("arguments, words", [
+  (["experiments.leakage", "--train={folder}/a.jsonl", "--eval=amc23", "--out={folder}/out"], "data.folder"),
+  (["experiments.grader_soak", "--data={folder}", "--out={folder}/out"], "a.jsonl, line 1: not JSON"),
+  (["experiments.grader_soak", "--data={folder}/none", "--out={folder}/out"], "no .jsonl files"),
+])
+def test_mistakes_end_in_one_line(tmp_path, arguments, words):
+  (tmp_path / "a.jsonl").write_text("{]\n")
+  done = subprocess.run([sys.executable, "-m", *(a.format(folder=tmp_path) for a in arguments)], capture_output=True, text=True,
+                        cwd=ROOT)
+  assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1

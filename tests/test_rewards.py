@@ -377,6 +377,7 @@ REWARDS = """
     if kind == "number": return float(rest)
     if kind == "grade": return grade(rest, answer)
     if kind == "pattern": return pattern == rest
+    if kind == "ready": return "math_verify" in sys.modules
     if kind == "modules": return not {"jax", "jaxlib", "flax", "arrol_jax.types"} & set(sys.modules)
     print("not for the run's output")
     return 1
@@ -406,7 +407,8 @@ def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
 
 
 def test_a_reward_function_may_grade(rewards_module):
-  with Grader(1, timeout_s=60, reward_fn=rewards_module) as grader:  # its first grade imports math-verify
+  with Grader(1, reward_fn=rewards_module) as grader:
+    assert grader.grade_all([("ready", "")]) == [Graded(1.0, "correct")]  # imported before the deadline runs
     grades = grader.grade_all([(rf"grade {boxed(answer)}", "x+1") for answer in ("1+x", "x")])
     assert grades == [Graded(1.0, "correct"), Graded(0.0, "wrong")]
 

@@ -16,7 +16,7 @@ from arrol_jax.engine import Engine, Request
 from arrol_jax.policy import PolicyConfig
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import Reading, quality_logit
-from arrol_jax.rewards import Grader
+from arrol_jax.rewards import Graded, Grader
 from arrol_jax.rollout import PackShape, PruneRule, empty_batches, generate, make_decide, pack, update_calibration
 from arrol_jax.types import Rollout
 
@@ -354,6 +354,32 @@ def test_generate_grades_the_survivors(mesh, head, table, decided):
       right = int(np.sum(r.tokens)) % 3 == r.prompt % 3
       assert (r.reward, r.reason) == ((1.0, "correct") if right else (0.0, "wrong"))
   assert {r.reward for r in out if not r.pruned} == {0.0, 1.0}
+
+
+def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, caplog):
+  log = []
+
+  class Fails:
+    """Grades nothing before it is asked for the result, and then not."""
+
+    def grade_async(self, items):
+      log.append("asked")
+      return self
+
+    def result(self):
+      log.append("waited for")
+      return [Graded(0.0, "timeout")]
+
+  with jax.set_mesh(mesh):
+    e = engine(mesh)
+    e.watch = lambda: log.append("segment")
+    out, _ = generate(e, prompts(), GROUP, KEY, SAMPLING, Words(), Fails())
+  count = 5 * GROUP
+  assert log.count("asked") == count and log[-count:] == ["waited for"] * count
+  assert "segment" in log[log.index("asked"):]
+  assert {r.reason for r in out} == {"timeout"}
+  assert [r.getMessage()[:62] for r in caplog.records if r.name == "arrol_jax.rollout"] == [
+    "20 of 20 answers could not be graded (20 timeout) and count as wrong"[:62]]
 
 
 def test_generate_stops_at_the_engines_limit(mesh):

@@ -4,15 +4,17 @@ import gzip
 import json
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 
 from hypothesis import given, settings, strategies as st
 import pytest
 
 from arrol_jax import sources
 from arrol_jax.data import Problem, Prompt, batch_at, encode_prompts, load_problems
-from arrol_jax.rewards import Graded, Grader, extract_answer, gym
+from arrol_jax.rewards import Graded, Grader, extract_answer
 from arrol_jax.types import UserError
 from configs import base, templates
 
@@ -82,6 +84,36 @@ def test_tfds_copies_again_when_the_file_changes(folder, tmp_path):
     sources.load_problems("tfds:gsm8k", "test", str(folder), str(tmp_path / "file"))
 
 
+def test_tfds_copies_made_at_once_become_one(folder, tmp_path, monkeypatch):
+  pytest.importorskip("tensorflow_datasets")
+  from arrol_jax.tfds_problems import ArrolProblems
+  alone = ArrolProblems._generate_examples
+
+  def another_is_faster(builder):
+    monkeypatch.setattr(ArrolProblems, "_generate_examples", alone)
+    assert len(sources.load_problems("tfds:gsm8k", "train", str(folder), str(tmp_path / "tfds"))) == 23
+    yield from alone(builder)
+
+  monkeypatch.setattr(ArrolProblems, "_generate_examples", another_is_faster)
+  assert [vars(p) for p in sources.load_problems("tfds:gsm8k", "train", str(folder), str(tmp_path / "tfds"))] == RECORDS
+
+
+def test_a_damaged_tfds_copy_is_told_and_can_be_made_anew(folder, tmp_path):
+  pytest.importorskip("tensorflow_datasets")
+  read = lambda: sources.load_problems("tfds:gsm8k", "train", str(folder), str(tmp_path / "tfds"))
+  read()
+  (records,) = (tmp_path / "tfds").rglob("*array_record-*-of-*")
+  whole = records.read_bytes()
+  middle = len(whole) // 2
+  for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
+    records.write_bytes(damaged)
+    with pytest.raises(UserError, match=f"copy is damaged; delete {records.parent} ") as told:
+      read()
+    assert "\n" not in str(told.value)
+  shutil.rmtree(records.parent)
+  assert [vars(p) for p in read()] == RECORDS
+
+
 def test_hugging_face_and_jsonl_give_the_same_batches(folder, tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
   datasets.disable_progress_bars()
@@ -111,6 +143,7 @@ def test_hugging_face_and_jsonl_give_the_same_batches(folder, tmp_path, monkeypa
 
 def test_reasoning_gym_wants_the_whole_point():
   pytest.importorskip("reasoning_gym")
+  from arrol_jax.rewards import gym
   source = "reasoning_gym:basic_arithmetic?size=5&seed=1&max_terms=3"
   problems = sources.load_problems(source, "train")
   assert problems == sources.load_problems(source, "train") and len(problems) == 5
@@ -133,6 +166,44 @@ def test_reasoning_gym_wants_the_whole_point():
   for bad in ("reasoning_gym:no_such_task?size=5&seed=1", "reasoning_gym:basic_arithmetic?size=5&seed=1&wheels=4"):
     with pytest.raises(UserError, match=bad.partition("?")[0]):
       sources.load_problems(bad, "train")
+
+
+GYM = """
+  import time
+  time.sleep(2)  # a slow import: longer than an item may take
+
+  class Sums:
+    def __init__(self, size, seed):
+      self.size, self.seed = size, seed
+
+    def __len__(self):
+      return self.size
+
+    def __getitem__(self, i):
+      return {"question": f"{self.seed}+{i}?", "answer": str(self.seed + i)}
+
+    def score_answer(self, answer, entry):  # as the tasks do: some credit for the answer somewhere in a text
+      return 1.0 if answer == entry["answer"] else 0.5 if entry["answer"] in answer else 0.01
+
+  def create_dataset(task, size, seed):
+    print("a task that prints")
+    if task != "sums":
+      raise ValueError(f"no task {task}")
+    return Sums(size, seed)
+"""
+
+
+def test_a_task_is_read_and_graded_with_its_imports_before_the_deadline(tmp_path, monkeypatch):
+  (tmp_path / "reasoning_gym.py").write_text(textwrap.dedent(GYM))
+  monkeypatch.syspath_prepend(tmp_path)
+  problems = sources.load_problems("reasoning_gym:sums?size=3&seed=40", "train")
+  assert [(p.id, p.problem) for p in problems] == [(f"reasoning_gym:sums-40-{i}", f"40+{i}?") for i in range(3)]
+  said = {r"\boxed{42}": 1.0, r"40 + 2 = 42": 0.0, r"\boxed{it is 42}": 0.0, r"\boxed{}": 0.0, r"\boxed{42} or \boxed{41}": 0.0}
+  with Grader(1, timeout_s=1.5, reward_fn="arrol_jax.rewards.gym.score") as grader:
+    grades = grader.grade_all([(text, problems[2].answer) for text in said])
+    assert [g.reward for g in grades] == list(said.values()) and grader.counts == {"correct": 1, "wrong": 4}
+  with pytest.raises(UserError, match="reasoning_gym:products.*no task products"):
+    sources.load_problems("reasoning_gym:products?size=3&seed=40", "train")
 
 
 @pytest.mark.parametrize("source, message", [

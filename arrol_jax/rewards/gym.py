@@ -4,47 +4,28 @@ A problem's answer is a JSON object that says which entry of which data set it i
 again and asks the task's own `score_answer`. That gives partial credit, even for an answer somewhere in a longer
 text, so the final answer is extracted first and only a score of exactly 1 counts. Some tasks evaluate an answer as
 an expression: workers bound time and memory, and guard against mistakes, not against hostile code. What a task takes
-for right is the task's: game_of_life_halting takes any text that is not True for False.
+for right is the task's: game_of_life_halting takes any text that is not True for False. Reading such problems is
+sources.py's; importing this module imports reasoning-gym, which only workers do.
 """
 
-from collections.abc import Iterator
 import contextlib
 import functools
 import hashlib
 import json
-import os
-import subprocess
 import sys
+
+import reasoning_gym  # an extra, and seconds to import: here, so that a worker has it before an item's time runs
 
 from arrol_jax.rewards.extract import extract_answer
 from arrol_jax.rewards.grade import grade
 
 
-def records(task: str, options: dict) -> Iterator[tuple[str, dict]]:
-  """(place, record) of each entry of `task`; `options` are its config's fields, `size` and `seed` among them.
-
-  Raises ValueError with what reasoning-gym says of a task or an option that it does not know.
-  """
-  code = "import sys; from arrol_jax.rewards import gym; gym.print_questions(*sys.argv[1:])"
-  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-  # In a process of its own: some tasks draw in the order of a set, which is the same only for the same hash seed.
-  done = subprocess.run([sys.executable, "-P", "-c", code, task, json.dumps(options, sort_keys=True)], text=True,
-                        capture_output=True, env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"})
-  if done.returncode:
-    raise ValueError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
-  name = f"reasoning_gym:{task}"
-  for i, question in enumerate(json.loads(done.stdout)):
-    answer = {"reasoning_gym": task, "options": options, "index": i, "question": _digest(question)}
-    yield f"{name}, entry {i}", {"id": f"{name}-{options['seed']}-{i}", "problem": question, "source": name,
-                                 "answer": json.dumps(answer, sort_keys=True)}
-
-
-def print_questions(task: str, options: str) -> None:
-  """The questions of all entries as one line of JSON."""
+def print_entries(task: str, options: str) -> None:
+  """[question, its digest] of all entries as one line of JSON. `options`: the config's fields, as sorted JSON."""
   with contextlib.redirect_stdout(sys.stderr):  # some tasks print
     dataset = _dataset(task, options)
     questions = [dataset[i]["question"] for i in range(len(dataset))]
-  print(json.dumps(questions))
+  print(json.dumps([(question, _digest(question)) for question in questions]))
 
 
 def score(response: str, answer: str, pattern: str | None = None) -> float:
@@ -70,8 +51,6 @@ def score(response: str, answer: str, pattern: str | None = None) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _dataset(task: str, options: str):
-  import reasoning_gym  # an extra, and most of a second: only who reads or grades such a task needs it
-
   return reasoning_gym.create_dataset(task, **json.loads(options))
 
 

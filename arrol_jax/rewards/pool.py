@@ -4,7 +4,8 @@
 workers. Each worker has one item at a time, a deadline and a memory limit; one that is late or dead is killed
 and replaced. Workers are started on first need, as fresh interpreters that import this package's rewards and
 nothing else: not the caller's __main__ (so a script needs no guard and a notebook works), not JAX, not the
-trainer. They are a guard against mistakes and hostile text, not a sandbox against hostile code. Unix only.
+trainer. They are a guard against mistakes and hostile text, not a sandbox against hostile code. Unix only; memory is
+limited on Linux only.
 Left out: grading over several hosts.
 """
 
@@ -22,6 +23,8 @@ import os
 import queue
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -31,6 +34,7 @@ from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.rewards.grade import Graded, judge, settle
 
 START_SECONDS = 120.0  # for a worker's imports on a busy machine; not part of an item's time
+START_ATTEMPTS = 5  # for one item: a busy machine is slow to start one, and something may kill it meanwhile
 _START = "import sys; from arrol_jax.rewards import pool; pool.work(int(sys.argv[1]))"
 
 _log = logging.getLogger(__name__)
@@ -51,8 +55,9 @@ def work(descriptor: int) -> None:
   try:
     parent, timeout_s, memory_mb, reward_fn, pattern = connection.recv()
     run = _reward_runner(reward_fn, pattern) if reward_fn else settle
-    if not reward_fn:
-      settle("x+x", "2\\cdot x")  # imports math-verify and builds its parser before a deadline runs
+    # Imports math-verify and builds its parser before a deadline runs. A reward function may grade too, or do without.
+    with contextlib.suppress(ImportError) if reward_fn else contextlib.nullcontext():
+      settle("x+x", "2\\cdot x")
     _limit_memory(memory_mb)
     connection.send("")
   except BaseException as error:
@@ -103,8 +108,11 @@ def _reward_runner(path: str, pattern: str | None) -> Callable[[str, str], Grade
 
 def _limit_memory(memory_mb: int) -> None:
   """Lets this process's address space grow by `memory_mb` MiB from here; the imports are not counted."""
-  with open("/proc/self/statm") as statm:
-    used = int(statm.read().split()[0]) * resource.getpagesize()
+  try:
+    with open("/proc/self/statm") as statm:
+      used = int(statm.read().split()[0]) * resource.getpagesize()
+  except FileNotFoundError:  # no Linux: there is no such limit to set
+    return
   _, hard = resource.getrlimit(resource.RLIMIT_AS)
   limit = used + memory_mb * 2**20
   if hard != resource.RLIM_INFINITY:
@@ -142,6 +150,7 @@ class _Worker:
         [sys.executable, "-P", "-c", _START, str(theirs.fileno())], env=environment, stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()])
     try:
+      _limit_waiting(ours, self.timeout_s)
       self.connection.send((os.getpid(), *self.settings))
       problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "it did not start in time"
     except (OSError, EOFError):
@@ -186,7 +195,7 @@ class _Worker:
   def _ensure_started(self) -> str:
     """Returns "" or what stood in the way of having a live worker."""
     problem = self.missing
-    for _ in range(0 if self.missing else 3):
+    for _ in range(0 if self.missing else START_ATTEMPTS):
       if self.process is not None and self.process.poll() is None:
         return ""
       self.stop()
@@ -201,6 +210,14 @@ class _Worker:
       self.closed = True
       if self.process is not None:
         self.process.kill()
+
+
+def _limit_waiting(connection: Connection, seconds: float) -> None:
+  """Lets a send that is not read (a long response, a worker that stands still) and a message that does not go on fail with
+  OSError after `seconds`."""
+  with socket.socket(fileno=os.dup(connection.fileno())) as other:  # the options are the socket's, not the descriptor's
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+      other.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds) + 1, 0))
 
 
 class _Shared:
@@ -246,6 +263,7 @@ class _Shared:
         graded = worker.ask(item)
       except Exception as error:  # a caller waits for this future, so it must be set
         _log.warning("grading failed, so reward 0: %r", error)
+        worker.stop()  # its answer may still come, and must not be taken for the next item's
         graded = Graded(0.0, "error")
       future.set_result(self.count(graded))
     worker.stop()

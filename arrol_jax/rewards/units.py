@@ -20,11 +20,13 @@ _COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kmh": {"kilometer": 1, "hour": -1}
 
 # Words after a number that change its value or offer a second one; everything else counts as a unit.
 _NOT_UNITS = frozenset(
-  "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand "
-  "thousands million millions billion billions trillion trillions dozen dozens half halves third thirds "
-  "quarter quarters score squared cubed factorial pi one two three four five six seven eight nine ten eleven "
-  "twelve twenty thirty forty fifty sixty seventy eighty ninety am pm below negative choose over sqrt "
-  "january february march april may june july august september october november december".split()
+  "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand thousands "
+  "million millions billion billions trillion trillions dozen dozens half halves third thirds quarter quarters fourth "
+  "fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths "
+  "thousandth thousandths point maybe perhaps possibly probably otherwise except unless score squared cubed factorial pi "
+  "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+  "nineteen twenty thirty forty fifty sixty seventy eighty ninety am pm below negative choose over sqrt january february "
+  "march april may june july august september october november december".split()
 )
 _UNIT_LETTERS = frozenset("ACFJKLNVWghms")
 _JOINING = frozenset("per of a the square sq cubic cu".split())
@@ -46,7 +48,8 @@ def split_unit(text: str) -> tuple[str, str]:
   for _ in range(3):  # 9.8 \text{ m} \text{ s}^{-2}
     unit = _MARKED.search(text)
     words = re.findall("[A-Za-z]+", unit[1]) if unit else []
-    if not 1 <= len(words) <= 5 or any(
+    # What begins with a comma was "or" or "and": a second answer, no unit.
+    if not 1 <= len(words) <= 5 or unit[1].lstrip().startswith(",") or any(
         word.lower() in _NOT_UNITS or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
       break
     text = text[:unit.start()]

@@ -1,0 +1,70 @@
+"""Workers that go wrong in ways that a deadline alone does not catch: standing still, writing noise, no /proc."""
+
+import resource
+import textwrap
+import time
+
+import pytest
+
+from arrol_jax.rewards import Graded, Grader, pool
+
+REWARDS = """
+  import os, signal, sys, threading
+
+  def behave(response, answer):
+    kind, _, rest = response.partition(" ")
+    if kind == "still": os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "still_later": threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    if kind == "noise": os.write(int(sys.argv[1]), b"not a pickle" * 9)
+    if kind == "number": return float(rest)
+    return 1
+"""
+
+
+@pytest.fixture
+def rewards_module(tmp_path, monkeypatch):
+  (tmp_path / "odd_rewards.py").write_text(textwrap.dedent(REWARDS))
+  monkeypatch.syspath_prepend(str(tmp_path))
+  return "odd_rewards.behave"
+
+
+def test_a_worker_that_stands_still_holds_nobody_up(rewards_module):
+  """Also not one that does not read what is sent: a response of 8 MB is longer than any buffer between the two."""
+  with Grader(1, timeout_s=1.0, reward_fn=rewards_module) as grader:
+    assert grader.grade_all([("still", ""), ("still_later", "")]) == [Graded(0.0, "timeout"), Graded(1.0, "correct")]
+    time.sleep(0.5)
+    start = time.monotonic()
+    assert grader.grade_all([("fine" + " " * 2**23, ""), ("fine", "")]) == [Graded(1.0, "correct")] * 2
+    assert time.monotonic() - start < 30
+
+
+def test_noise_from_a_worker_is_not_taken_for_the_next_items_grade(rewards_module):
+  items = [("number 1", ""), ("noise", ""), ("number 0", ""), ("number 1", ""), ("number 0", "")]
+  with Grader(1, timeout_s=1.0, reward_fn=rewards_module) as grader:
+    grades = grader.grade_all(items)
+  assert grades[1].reward == 0.0 and grades[1].reason in ("error", "crashed", "timeout")
+  assert [g.reason for g in grades[:1] + grades[2:]] == ["correct", "wrong", "correct", "wrong"]
+
+
+def test_without_proc_there_is_no_limit_and_no_failure(monkeypatch):
+  def no_proc(path):
+    raise FileNotFoundError(path)
+
+  monkeypatch.setattr(pool, "open", no_proc, raising=False)
+  before = resource.getrlimit(resource.RLIMIT_AS)
+  pool._limit_memory(1)
+  assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_worker_killed_three_times_while_it_starts_loses_nothing(monkeypatch):
+  kills, start = [], pool._Worker.start
+
+  def killed_at_first(worker):
+    if len(kills) < 3:
+      kills.append(worker)
+      return "it died while starting"
+    return start(worker)
+
+  monkeypatch.setattr(pool._Worker, "start", killed_at_first)
+  with Grader(1) as grader:
+    assert grader.grade_all([("\\boxed{x+1}", "1+x")]) == [Graded(1.0, "correct")] and len(kills) == 3
