@@ -155,6 +155,9 @@ def apply(state: TrainState, grads: dict, optimizer: optax.GradientTransformatio
   return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads["policy"])
 
 
+norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
+
+
 def learning_rate(lr: float, warmup: int, step):
   """Policy learning rate of 0-based `step`: linear over `warmup` steps, then constant."""
   return lr * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
