@@ -84,7 +84,7 @@ def constrain(x: jax.Array, *axes, table: dict = TRAIN) -> jax.Array:
 
 
 def rows_on_a_chip(count: int) -> int:
-  """How many of `count` rows of a batch a chip of the current mesh holds: all where there is no mesh or it does not divide them."""
+  """How many of `count` rows of a batch a chip of the current mesh holds: all of them where it does not divide them."""
   mesh = jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else math.prod(mesh.shape[n] for n in TRAIN["batch"])
   return count // shards if count % shards == 0 else count

@@ -93,7 +93,7 @@ def test_sigterm_saves_the_step_before_and_ends_with_0_and_a_word(tmp_path, plai
 
 
 def test_a_checkpoint_does_not_outlive_its_log(tmp_path):
-  """Lines are on the disk before a checkpoint of their step is: what only the system's memory holds, a lost machine takes along."""
+  """Lines are on the disk before a checkpoint of their step: what only the memory holds, a lost machine takes along."""
   synced, saved, real = [], [], Checkpoints.save
 
   def save(self, step, *args, **kwargs):
@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, plain)
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "head's gradient"])
 def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
-  """Of the loss, through the advantages; or of the gradient alone, the head's alone. Without its cause the same command goes on."""
+  """Of the loss, through the advantages; or of a gradient alone. Without its cause the same command goes on."""
   real, calls = update.accumulate, iter(range(1, 100))
 
   def accumulate(c, params, grads, metrics, batch, totals, **settings):

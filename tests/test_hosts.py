@@ -22,16 +22,20 @@ SETTINGS = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, 
             "checkpoint.every": 2, "log.tensorboard": False, "eval.problems": 6}
 
 
-def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, **other) -> list[subprocess.Popen]:
-  """The training command in `processes` processes of `devices` devices each; what they write goes to folder/log.N."""
+def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_process=None, **other) -> list[subprocess.Popen]:
+  """The training command in `processes` processes of `devices` devices each; what they write goes to folder/log.N.
+
+  by_process: settings of single processes.
+  """
   folder.mkdir(exist_ok=True)
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
   names = SETTINGS | {"steps": steps, "mesh.data": mesh[0], "mesh.fsdp": mesh[1], "mesh.tensor": mesh[2]} | other
-  arguments = [f"--workdir={folder / 'run'}", *(f"--config.{k}={v}" for k, v in names.items())]
   out = []
   for i in range(processes):
+    own = names | (by_process[i] if by_process else {})
+    arguments = [f"--workdir={folder / 'run'}", *(f"--config.{k}={v}" for k, v in own.items())]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if processes > 1:
       environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
@@ -115,6 +119,17 @@ def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
     assert_same_course(tmp_path, one)
   else:  # a fast machine had gone past the plain run
     assert texts(tmp_path)[:len(texts(one))] == texts(one)
+
+
+def test_a_mistake_on_one_host_ends_both_with_its_words(tmp_path):
+  """The second host lacks the training file: neither waits for the other, nothing of the folder is taken."""
+  processes = start(tmp_path, 2, 1, (2, 1, 1), by_process=[{}, {"data.train": str(tmp_path / "missing.jsonl")}])
+  for process in processes:
+    assert process.wait(120) == 2, [(tmp_path / f"log.{i}").read_text() for i in range(2)]
+  for i in range(2):
+    last = (tmp_path / f"log.{i}").read_text().splitlines()[-1]
+    assert last.startswith("error: process 1: data: ") and last.endswith("missing.jsonl does not exist")
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("given, words", [
