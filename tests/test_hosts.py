@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,7 +47,7 @@ def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_
   return out
 
 
-def finish(folder, processes, seconds=240) -> list[str]:
+def finish(folder, processes, seconds=900) -> list[str]:
   """Waits for the end; what each process wrote. All must have ended with status 0."""
   try:
     for process in processes:
@@ -104,7 +105,7 @@ def test_two_processes_of_four_devices_do_what_one_does(tmp_path, one):
 def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
   """Both end with status 0 and the step saved; one process of two devices takes over and ends as the plain run does."""
   processes = start(tmp_path, 2, 4, (1, 4, 2), steps=10**6, **{"data.eval": ""})
-  log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+  log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 900
   while not log.exists() or log.read_bytes().count(b"\n") < 2:
     assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, (tmp_path / "log.0").read_text()
     time.sleep(0.01)
@@ -119,6 +120,20 @@ def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
     assert_same_course(tmp_path, one)
   else:  # a fast machine had gone past the plain run
     assert texts(tmp_path)[:len(texts(one))] == texts(one)
+
+
+def test_two_processes_go_on_from_what_one_left(tmp_path, one):
+  """From one process of one device to two of four, past a newest checkpoint that is damaged: both take the one before."""
+  shutil.copytree(one, tmp_path, dirs_exist_ok=True)
+  for name in ("summary.json", "eval_after.json"):
+    (tmp_path / "run" / name).unlink()
+  newest = max((tmp_path / "run" / "checkpoints" / str(STEPS)).rglob("*"), key=lambda f: f.stat().st_size)
+  newest.write_bytes(newest.read_bytes()[:1000])
+  said = finish(tmp_path, start(tmp_path, 2, 4, (2, 2, 2)))
+  assert f"checkpoint {STEPS} is damaged" in said[0] and "going on after step 4" in said[0] and "damaged" not in said[1]
+  assert_same_course(tmp_path, one)
+  after = [json.loads((folder / "run" / "eval_after.json").read_text()) for folder in (tmp_path, one)]
+  assert after[0] == after[1]
 
 
 def test_a_mistake_on_one_host_ends_both_with_its_words(tmp_path):
