@@ -259,6 +259,13 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 
+def whole_unembedding(params: dict) -> dict:
+  """What `unembed` reads of params, its model width whole on every device, where fsdp splits it."""
+  if "unembed" in params:
+    return {"unembed": constrain(params["unembed"], None, "vocab")}
+  return {"embed": constrain(params["embed"], "vocab", None)}
+
+
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
   if "unembed" in params:

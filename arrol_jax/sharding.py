@@ -83,6 +83,13 @@ def constrain(x: jax.Array, *axes, table: dict = TRAIN) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, table))
 
 
+def rows_on_a_chip(count: int) -> int:
+  """How many of `count` rows of a batch a chip of the current mesh holds: all of them where it does not divide them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else math.prod(mesh.shape[n] for n in TRAIN["batch"])
+  return count // shards if count % shards == 0 else count
+
+
 def rows(mesh: Mesh) -> NamedSharding:
   """Sharding of an array whose first axis is rows."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

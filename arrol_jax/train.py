@@ -96,7 +96,9 @@ def main():
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
     logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard))) if hosts.first() else None
-    since_saved = []  # reward_ipw of the steps since the last checkpoint: its score
+    # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
+    since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
+                              if logs else None)
 
     @stack.push
     def save_before_leaving(kind, *_):
@@ -129,6 +131,7 @@ def main():
       if c.quality.buffer:
         state = rollout.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
                                    weigh=tuple(c.prune.weigh))
+      metrics |= {"head_norm": update.norm_of(state.params["head"])}
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       clock.lap("sec_update", state.step)
       clock.seconds["sec_generate"] -= sec_reward
@@ -140,7 +143,7 @@ def main():
       since_saved.append(line["reward_ipw"])
       if logs:
         logs.write(line, rollouts, c.log.rollouts)
-      if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm")):
+      if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm")):
         checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
@@ -148,6 +151,8 @@ def main():
                       tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
       checkpoints.check()
       if (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and step + 1 == c.steps):
+        if logs:
+          logs.sync()
         checkpoints.save(step + 1, state, score=sum(since_saved) / len(since_saved))
         since_saved.clear()
     bar.close()

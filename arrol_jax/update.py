@@ -18,18 +18,26 @@ from arrol_jax import losses, policy, quality
 from arrol_jax.attention import causal_attention
 from arrol_jax.losses import LossConfig
 from arrol_jax.policy import PolicyConfig
-from arrol_jax.sharding import constrain
+from arrol_jax.sharding import constrain, rows_on_a_chip
 from arrol_jax.types import Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens a
-  log-prob chunk."""
+  """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens of a
+  chip in a log-prob chunk."""
   dtype: str = "bfloat16"
   attention: str = "auto"
   remat: str = "dots"
   chunk_tokens: int = 4096
+
+
+def _chunks(length: int, most: int) -> tuple[int, int]:
+  """Columns of a chunk, about `most` at most, and chunks that cover `length` with few columns to spare."""
+  size = min(length, 1 << max(0, most.bit_length() - 1))
+  size = -(-length // -(-length // size))
+  size = size if size < 8 else min(length, -(-size // 8) * 8)  # a tile of a TPU has 8
+  return size, -(-length // size)
 
 
 def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: float,
@@ -40,8 +48,8 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
   by `temperature`, as the sampler did.
   """
   rows, length, width = hidden.shape
-  size = min(length, 1 << max(0, (chunk_tokens // rows).bit_length() - 1))
-  chunks = -(-length // size)
+  size, chunks = _chunks(length, chunk_tokens // rows_on_a_chip(rows))
+  table = policy.whole_unembedding(params)  # before the loop, which would gather it anew for each chunk
   longest = jnp.max(jnp.sum(mask, axis=1))
   # Each row is turned so that its first response token comes first: chunk i then holds every row's i-th piece.
   start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)
@@ -52,7 +60,7 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
 
   @jax.checkpoint
   def chunk(h, t):
-    logits = policy.unembed(params, h) / temperature
+    logits = policy.unembed(table, h) / temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, t[:, :, None], axis=-1)[:, :, 0] - norm
     entropy = norm - jnp.sum(jnp.exp(logits - norm[:, :, None]) * logits, axis=-1)
@@ -145,6 +153,9 @@ def apply(state: TrainState, grads: dict, optimizer: optax.GradientTransformatio
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads["policy"])
+
+
+norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
 
 
 def learning_rate(lr: float, warmup: int, step):

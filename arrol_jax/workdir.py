@@ -46,6 +46,11 @@ class Logs:
     self.files[name].write(json.dumps(record) + "\n")
     self.files[name].flush()
 
+  def sync(self) -> None:
+    """Waits until the lines are on the disk, or in the bucket that is mounted there: a checkpoint must not outlive its log."""
+    for file in self.files.values():
+      os.fsync(file.fileno())
+
   def finish(self, c, before: dict, after: dict, seconds: float) -> None:
     device = jax.devices()[0]
     write_json(f"{self.workdir}/summary.json", {

@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
   c.optim.b1 = 0.9
   c.optim.b2 = 0.99
   c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
-  c.optim.chunk_tokens = 4096  # tokens whose logits exist at once
+  c.optim.chunk_tokens = 4096  # tokens whose logits exist at once, on each chip
   c.optim.length_buckets = 3   # compiled row lengths of the update
 
   c.reward = ConfigDict()

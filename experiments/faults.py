@@ -211,7 +211,7 @@ def lost(folder: Path, victim: int) -> dict:
 
 
 def nan(folder: Path, plain: Path, what: str) -> dict:
-  """The advantages, and so the loss, or the gradient alone is not a number in the 5th step; then the cause is gone."""
+  """The advantages, and so the loss, or a gradient alone is not a number in the 5th step; then the cause is gone."""
   run_folder = folder / f"nan_{what}"
   said = run([what, *arguments(run_folder, **{"checkpoint.every": 1})], module="experiments.faults --poisoned", status=2)
   line = next(x for x in said.splitlines() if "error:" in x)
@@ -222,7 +222,7 @@ def nan(folder: Path, plain: Path, what: str) -> dict:
 
 
 def poisoned(what: str, argv: list[str]) -> None:
-  """The training command, with NaN in the loss or in the gradient of its 5th step."""
+  """The training command, with NaN in the loss or in the policy's ("gradient") or the head's gradient of its 5th step."""
   from arrol_jax import config, train, update
   real, steps = update.accumulate, [0]
 
@@ -231,8 +231,9 @@ def poisoned(what: str, argv: list[str]) -> None:
     if steps[0] == 5 and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
     grads, metrics = real(c, params, grads, metrics, batch, totals, **settings)
-    if steps[0] == 5 and what == "gradient":
-      grads = jax.tree.map(lambda x: x * float("nan"), grads)
+    if steps[0] == 5 and what != "loss":
+      part = "policy" if what == "gradient" else "head"
+      grads = grads | {part: jax.tree.map(lambda x: x * float("nan"), grads[part])}
     return grads, metrics
 
   with mock.patch.object(update, "accumulate", accumulate), mock.patch.object(sys, "argv", ["train", *argv]):
@@ -258,7 +259,7 @@ def main():
     cases = {"kill": lambda: [kill(folder, plain, a.kills)], "sigterm": lambda: [sigterm(folder, plain)],
              "disk": lambda: [disk(folder, plain)], "damage": lambda: [damage(folder, plain)],
              "lost": lambda: [lost(folder, 0), lost(folder, 1)],
-             "nan": lambda: [nan(folder, plain, what) for what in ("loss", "gradient")]}
+             "nan": lambda: [nan(folder, plain, what) for what in ("loss", "gradient", "head")]}
     for case in only:
       for line in cases[case]():
         line |= {"device": "cpu", "jax": jax.__version__, "command": f"python -m experiments.faults --only={case}"}

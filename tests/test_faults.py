@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from arrol_jax import config, rollout, train, update
+from arrol_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 5
@@ -51,6 +52,13 @@ def course(folder):
   return [{k: v for k, v in x.items() if not k.startswith("sec_")} for x in metrics], texts
 
 
+def scores(folder):
+  """What "best" goes by, by step."""
+  checkpoints = Checkpoints(str(folder), 2, read_only=True)
+  checkpoints.close()
+  return checkpoints.kept.scores
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
   folder = tmp_path_factory.mktemp("plain")
@@ -81,6 +89,23 @@ def test_sigterm_saves_the_step_before_and_ends_with_0_and_a_word(tmp_path, plai
   result = run(tmp_path)
   assert result.status == 0 and (f"going on after step {saved}" in result.out) == (saved is not None)
   assert course(tmp_path) == course(plain)
+  assert {step: scores(tmp_path)[step] for step in (4, STEPS)} == {step: scores(plain)[step] for step in (4, STEPS)}
+
+
+def test_a_checkpoint_does_not_outlive_its_log(tmp_path):
+  """Lines are on the disk before a checkpoint of their step: what only the memory holds, a lost machine takes along."""
+  synced, saved, real = [], [], Checkpoints.save
+
+  def save(self, step, *args, **kwargs):
+    saved.append((step, [name for name in synced if name.endswith(".jsonl")]))
+    synced.clear()
+    return real(self, step, *args, **kwargs)
+
+  with mock.patch.object(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))), \
+      mock.patch.object(Checkpoints, "save", save):
+    assert run(tmp_path).status == 0
+  logs = [str(tmp_path / f"{name}.jsonl") for name in ("metrics", "rollouts")]
+  assert [step for step, _ in saved] == [2, 4, 5] and all(sorted(names) == logs for _, names in saved)
 
 
 def test_a_disk_without_room_for_a_line_is_one_line(tmp_path, plain):
@@ -104,9 +129,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, plain)
   assert course(tmp_path) == course(plain) and "Traceback" not in "".join(result.err)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "head's gradient"])
 def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
-  """Of the loss, through the advantages; or of the gradient alone. Without its cause the same command goes on."""
+  """Of the loss, through the advantages; or of a gradient alone. Without its cause the same command goes on."""
   real, calls = update.accumulate, iter(range(1, 100))
 
   def accumulate(c, params, grads, metrics, batch, totals, **settings):
@@ -114,7 +139,12 @@ def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
     if here and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
     grads, metrics = real(c, params, grads, metrics, batch, totals, **settings)
-    return (jax.tree.map(lambda x: x * float("nan"), grads) if here and what == "gradient" else grads), metrics
+    spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
+    if here and what == "gradient":
+      grads = spoil(grads)
+    elif here and what == "head's gradient":
+      grads = grads | {"head": spoil(grads["head"])}
+    return grads, metrics
 
   with mock.patch.object(update, "accumulate", accumulate):
     result = run(tmp_path, checkpoint__every=1)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,16 +23,20 @@ SETTINGS = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, 
             "checkpoint.every": 2, "log.tensorboard": False, "eval.problems": 6}
 
 
-def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, **other) -> list[subprocess.Popen]:
-  """The training command in `processes` processes of `devices` devices each; what they write goes to folder/log.N."""
+def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_process=None, **other) -> list[subprocess.Popen]:
+  """The training command in `processes` processes of `devices` devices each; what they write goes to folder/log.N.
+
+  by_process: settings of single processes.
+  """
   folder.mkdir(exist_ok=True)
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
   names = SETTINGS | {"steps": steps, "mesh.data": mesh[0], "mesh.fsdp": mesh[1], "mesh.tensor": mesh[2]} | other
-  arguments = [f"--workdir={folder / 'run'}", *(f"--config.{k}={v}" for k, v in names.items())]
   out = []
   for i in range(processes):
+    own = names | (by_process[i] if by_process else {})
+    arguments = [f"--workdir={folder / 'run'}", *(f"--config.{k}={v}" for k, v in own.items())]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if processes > 1:
       environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
@@ -42,7 +47,7 @@ def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, **o
   return out
 
 
-def finish(folder, processes, seconds=240) -> list[str]:
+def finish(folder, processes, seconds=900) -> list[str]:
   """Waits for the end; what each process wrote. All must have ended with status 0."""
   try:
     for process in processes:
@@ -100,7 +105,7 @@ def test_two_processes_of_four_devices_do_what_one_does(tmp_path, one):
 def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
   """Both end with status 0 and the step saved; one process of two devices takes over and ends as the plain run does."""
   processes = start(tmp_path, 2, 4, (1, 4, 2), steps=10**6, **{"data.eval": ""})
-  log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+  log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 900
   while not log.exists() or log.read_bytes().count(b"\n") < 2:
     assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, (tmp_path / "log.0").read_text()
     time.sleep(0.01)
@@ -115,6 +120,31 @@ def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
     assert_same_course(tmp_path, one)
   else:  # a fast machine had gone past the plain run
     assert texts(tmp_path)[:len(texts(one))] == texts(one)
+
+
+def test_two_processes_go_on_from_what_one_left(tmp_path, one):
+  """From one process of one device to two of four, past a newest checkpoint that is damaged: both take the one before."""
+  shutil.copytree(one, tmp_path, dirs_exist_ok=True)
+  for name in ("summary.json", "eval_after.json"):
+    (tmp_path / "run" / name).unlink()
+  newest = max((tmp_path / "run" / "checkpoints" / str(STEPS)).rglob("*"), key=lambda f: f.stat().st_size)
+  newest.write_bytes(newest.read_bytes()[:1000])
+  said = finish(tmp_path, start(tmp_path, 2, 4, (2, 2, 2)))
+  assert f"checkpoint {STEPS} is damaged" in said[0] and "going on after step 4" in said[0] and "damaged" not in said[1]
+  assert_same_course(tmp_path, one)
+  after = [json.loads((folder / "run" / "eval_after.json").read_text()) for folder in (tmp_path, one)]
+  assert after[0] == after[1]
+
+
+def test_a_mistake_on_one_host_ends_both_with_its_words(tmp_path):
+  """The second host lacks the training file: neither waits for the other, nothing of the folder is taken."""
+  processes = start(tmp_path, 2, 1, (2, 1, 1), by_process=[{}, {"data.train": str(tmp_path / "missing.jsonl")}])
+  for process in processes:
+    assert process.wait(120) == 2, [(tmp_path / f"log.{i}").read_text() for i in range(2)]
+  for i in range(2):
+    last = (tmp_path / f"log.{i}").read_text().splitlines()[-1]
+    assert last.startswith("error: process 1: data: ") and last.endswith("missing.jsonl does not exist")
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("given, words", [

@@ -105,7 +105,7 @@ def train(shape):
     state = TrainState(params, jax.jit(OPTIMIZER.init)(params), tables, jax.device_put(np.int32(0), sharding.replicated(mesh)))
     engine = Engine(C, mesh, rows=11, max_prompt=8, max_new=20, segment=4, row_buckets=1, length_buckets=1, prefill_rows=3)
     out = SimpleNamespace(tokens=[], pruned=[], scores=[], metrics=[])
-    compute = update.Compute("float32", "xla", remat="none", chunk_tokens=64)
+    compute = update.Compute("float32", "xla", remat="none", chunk_tokens=8)  # chunks of 2 to 8 positions, by mesh
     for step in range(STEPS):
       engine.load(state.params["policy"], "float32")
       decide = rollout.make_decide(state.params["head"], state.calibration, RULE, step > 0)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -53,7 +54,8 @@ def test_setup_reaches_every_worker(dry_run):
   assert archive[:2] == ["git", "archive"] and archive[-1] == "HEAD" and archive[-2] == f"--output={copy[5]}"
   assert copy[4] == "scp" and copy[6] == "pod:arrol_jax.tar.gz" and "--worker=all" in copy and "--worker=all" in install
   assert "jax[tpu]" in install[-1] and "requirements.txt" in install[-1]
-  assert "gcsfuse --implicit-dirs my-bucket arrol/runs" in dry_run("setup", BUCKET="my-bucket")[3][-1]
+  assert "venv -q --allow-existing --python 3.11 .venv" in install[-1]  # the machines' own Python is 3.10
+  assert "gcsfuse --implicit-dirs --rename-dir-limit=200000 my-bucket arrol/runs" in dry_run("setup", BUCKET="my-bucket")[3][-1]
   assert not list(ROOT.glob("arrol_jax.*.tar.gz"))
 
 
@@ -107,5 +109,29 @@ def test_the_manifest_asks_for_the_chips_it_names():
   pod = job["template"]["spec"]
   chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
   assert job["parallelism"] == job["completions"] == chips // pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
-  config = pod["containers"][0]["args"][0].removeprefix("--config=")
+  config = pod["containers"][0]["args"][1].removeprefix("--config=")
   assert (ROOT / config).is_file()
+  assert "rename-dir-limit" in pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"]
+
+
+@pytest.mark.parametrize("training, told, done", [
+  ('touch "$RUN/summary.json"', False, True), ("exit 0", False, False), ("exit 2", False, False),
+  ('trap "exit 0" TERM; touch "$RUN/started"; while :; do sleep 0.05; done', True, False),
+  ('trap "touch $RUN/summary.json; exit 0" TERM; touch "$RUN/started"; while :; do sleep 0.05; done', True, True)],
+  ids=["finished", "stopped early", "failed", "preempted", "finished meanwhile"])
+def test_a_run_that_is_not_finished_makes_the_job_come_again(tmp_path, training, told, done):
+  """The container's command with a stand-in for Python: status 0 only with summary.json, and SIGTERM reaches the run."""
+  manifest = yaml.safe_load((ROOT / "tpu_scripts/gke.yaml").read_text())
+  container, = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+  (tmp_path / "python").write_text(f"#!/bin/bash\nRUN={tmp_path}\necho \"$@\" > $RUN/arguments\n{training}\n")
+  (tmp_path / "python").chmod(0o755)
+  command = [*container["command"], str(tmp_path), *container["args"][1:]]
+  process = subprocess.Popen(command, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+  while told and not (tmp_path / "started").exists():
+    assert process.poll() is None
+    time.sleep(0.01)
+  if told:
+    process.terminate()
+  assert (process.wait(20) == 0) == done
+  said = (tmp_path / "arguments").read_text().split()
+  assert said == ["-m", "arrol_jax.train", f"--workdir={tmp_path}", *container["args"][1:]]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from arrol_jax import policy, sharding, update
+from arrol_jax import hlo, policy, sharding, update
 from arrol_jax.attention import causal_attention
 from arrol_jax.losses import DAPO, GRPO, LossConfig
 from arrol_jax.policy import PolicyConfig
@@ -362,13 +362,14 @@ def test_without_survivors_nothing_is_learnt():
 def test_sharded_is_unsharded(whole, shape):
   """Same loss terms and gradients on eight devices as on one, up to float32 summation order."""
   mesh = sharding.make_mesh(*shape)
+  chunks = dataclasses.replace(COMPUTE, chunk_tokens=2 * ROWS // (shape[0] * shape[1]))  # 2 positions at once, as on one device
   with jax.set_mesh(mesh):
     target = sharding.shardings(policy.logical_axes(C), PARAMS["policy"], mesh, sharding.TRAIN)
     params = {"policy": jax.device_put(PARAMS["policy"], target),
               "head": jax.device_put(PARAMS["head"], sharding.replicated(mesh))}
     batches = [jax.device_put(BATCH, sharding.rows(mesh))]
     sums = update.zeros(C, params)[0]
-    state, metrics = update.step(C, state_of(params), batches, KL, 1.0, COMPUTE, SGD)
+    state, metrics = update.step(C, state_of(params), batches, KL, 1.0, chunks, SGD)
   on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
   assert on_a_device(sums) == on_a_device(params)  # not whole everywhere
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)
@@ -378,6 +379,46 @@ def test_sharded_is_unsharded(whole, shape):
   cut = lambda x: max(x.addressable_shards[0].data.shape) < max(x.shape)
   assert cut(params["policy"]["layers"]["up"]) == (shape != (8, 1, 1))
   assert state.params["policy"]["layers"]["up"].sharding.is_equivalent_to(target["layers"]["up"], 3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_gather_the_unembedding_once(tied):
+  """With fsdp a device holds a part of it: what the update gathers must not grow with the number of chunks."""
+  c, mesh = dataclasses.replace(C, tied=tied), sharding.make_mesh(1, 8, 1)
+  with jax.set_mesh(mesh):
+    place = lambda tree, at: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
+    weights = policy.abstract_params(c)
+    params = {"policy": place(weights, sharding.shardings(policy.logical_axes(c), weights, mesh, sharding.TRAIN)),
+              "head": place(PARAMS["head"], jax.tree.map(lambda _: sharding.replicated(mesh), PARAMS["head"]))}
+    batch = place(BATCH, jax.tree.map(lambda _: sharding.rows(mesh), BATCH))
+    metrics = dict.fromkeys(update.METRICS, jax.ShapeDtypeStruct((), jnp.float32))
+
+    def gathered(chunk_tokens):
+      compute = dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens)
+      lowered = update.accumulate.lower(c, params, params, metrics, batch, totals(BATCH), loss=KL, temperature=1.0,
+                                        compute=compute)
+      module = hlo.parse(lowered.compile().as_text())
+      return hlo.collective_counts(module, hlo.trips(module))["all-gather"]
+
+    assert gathered(1) == gathered(10**6)
+
+
+@pytest.mark.parametrize("shape, positions", [((1, 1, 1), 2), ((1, 1, 8), 2), ((2, 2, 2), 8), ((8, 1, 1), 16)])
+def test_a_chunk_counts_the_tokens_of_a_chip(monkeypatch, shape, positions):
+  seen, real = [], policy.unembed
+  monkeypatch.setattr(policy, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
+  with jax.set_mesh(sharding.make_mesh(*shape)):
+    jax.eval_shape(lambda h, t, m: update.token_logprobs(PARAMS["policy"], h, t, m, 1.0, 2 * ROWS),
+                   jnp.zeros((ROWS, LENGTH, C.width)), BATCH.tokens, BATCH.response_mask)
+  assert seen == [(ROWS, positions, C.width)]
+
+
+def test_chunks_cover_the_row_and_little_more():
+  for length in (1, 7, 13, 16, 1376, 2736, 4096):
+    for most in (0, 1, 2, 5, 100, 682, 2048, 10**6):
+      size, chunks = update._chunks(length, most)
+      assert size <= max(1, most, 8) and (chunks - 1) * size < length <= chunks * size < length + max(8 * chunks, size)
+  assert update._chunks(2736, 2048) == (1368, 2) and update._chunks(1280, 341) == (256, 5)
 
 
 def test_head_reads_the_hidden_state_at_its_position():
