@@ -61,8 +61,8 @@ def build(scale: Scale, figure: Figure) -> Table:
   if there:
     axes = figure.subplots(1, 2)
     for i, arm in enumerate(ARMS):
-      for job in (j for j in jobs[arm] if j.done):
-        reward, label = smooth(tables.column(job, "reward_ipw"), LAST), ARMS[arm] if job is jobs[arm][0] else None
+      for n, job in enumerate(j for j in jobs[arm] if j.done):
+        reward, label = smooth(tables.column(job, "reward_ipw"), LAST), None if n else ARMS[arm]
         axes[0].plot(clock(job), reward, color=f"C{i}", label=label)
         axes[1].plot(np.arange(1, len(reward) + 1), reward, color=f"C{i}")
     axes[0].set_title(f"Figure 4, reward of all rollouts started, {LAST}-step mean ({scale.name})", fontsize=9)

@@ -33,7 +33,7 @@ def pooled(values: list[Estimate]) -> Estimate | None:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  arms = [("published", seed) for seed in scale.seeds] + [("none", scale.seeds[0])]
+  arms = [("published", seed) for seed in scale.seeds] + [("none", seed) for seed in scale.seeds]
   stopped = [runs.stopping(scale, "published", seed) for seed in scale.seeds if scale.name != "paper"]
   jobs = [*(runs.voting(scale, arm, seed) for arm, seed in arms), *stopped]
   read_lines = [runs.lines(job.result)[-1] if job.done else {} for job in jobs]
@@ -60,7 +60,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     line = next(x for x in read_lines if x)
     notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap "
                  "intervals over problems. Rules vote on the same samples, so intervals of differences are too wide.")
-    tables.bars(figure.subplots(), [what.replace(" ", "\n") for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
+    tables.bars(figure.subplots(), [what for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
                 f"Table 3, accuracy of the voted answer, % ({scale.name})")
     figure.axes[0].tick_params(axis="x", labelsize=7)
   columns = ("vote", *(f"after {arm}, seed {seed}" for arm, seed in arms),

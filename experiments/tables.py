@@ -191,10 +191,11 @@ def subtract(a: Estimate | None, b: Estimate | None) -> Estimate | None:
 def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0") -> None:
   """Bars with their intervals; what was not run has none."""
   there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
-  axis.bar([label for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
+  axis.bar([label.replace(" ", "\n") for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
            yerr=[v.half for _, v in there])
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
+  axis.tick_params(axis="x", labelsize=8)
   axis.set_title(title, fontsize=10)
   axis.spines[["top", "right"]].set_visible(False)
 
