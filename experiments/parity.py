@@ -18,11 +18,16 @@ import sys
 
 import jax
 import numpy as np
-import torch
 import transformers
 
-from arrol_jax import hf_config
+from arrol_jax import config, hf_config
+from arrol_jax.types import UserError
 from arrol_jax.weights import Policy, load_policy
+
+try:
+  import torch
+except ModuleNotFoundError:
+  torch = None
 
 ROW = 128  # rows are padded to a multiple, so that few shapes are compiled
 
@@ -84,6 +89,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--out", type=Path)
   args = parser.parse_args(argv)
   files = [Path(f) for f in args.data.split(",")]
+  for path in (args.gguf, *files):
+    if not path.is_file():
+      raise UserError(f"{path}: no such file")
+  if torch is None:
+    raise UserError("transformers' side of the comparison needs PyTorch: pip install torch")
   out = []
 
   def record(line: dict) -> None:
@@ -118,4 +128,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  config.run(lambda: main(sys.argv[1:]))
