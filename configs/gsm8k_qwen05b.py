@@ -4,7 +4,7 @@ Command:  python -m arrol_jax.train --config=configs/gsm8k_qwen05b.py --workdir=
             --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl --config.data.eval=DIR/gsm8k_test.jsonl
           Without pruning, the same program: add --config.prune.enabled=False
 Hardware: one H100 (80 GB).
-Result:   experiments/results/gsm8k_qwen05b/
+Result:   experiments/results/gsm8k_arms/ (four arms), gsm8k_qwen05b/ (longer, one seed, larger micro-batches)
 Open in the paper and chosen here: learning rate (the paper's 1e-6 is for larger models and longer runs), 32 prompts a step,
 400 response tokens, detection at 128 of them, a cold start of 10 steps.
 """

@@ -131,6 +131,25 @@ def test_over_a_mesh_rows_are_gathered_within_their_shard(alone, monkeypatch):
   assert any(new < old and live for old, new, live in taken), taken
 
 
+def test_rows_that_read_their_prompt_in_another_row_say_the_same(mesh):
+  """The GPU kernel (interpreted) in a crowd whose rows end, are cut and refilled, against plain attention over own columns."""
+  rng = np.random.default_rng(4)
+  texts = [rng.integers(0, 31, n).astype(np.int32) for n in (40, 70, 37, 66)]  # a block has 32 columns
+  wanted = [Request(i + 17, i // 3, texts[i // 3], int(n)) for i, n in enumerate(rng.integers(7, 13, 12))]
+
+  def run(attention):
+    e = Engine(C, mesh, rows=5, max_prompt=72, max_new=12, segment=4, row_buckets=1, length_buckets=1, prefill_rows=2)
+    with jax.set_mesh(mesh):
+      e.load(PARAMS, "float32")
+      return e.run(wanted, KEY, Sampling(1.0, (7, 13), "float32", attention=attention), decide=cut_some)
+
+  plain, shared = run("xla"), run("triton")
+  assert any(r.pruned for r in plain) and any(r.stopped for r in plain)
+  for a, b in zip(shared, plain, strict=True):
+    assert a.pruned == b.pruned
+    same(a, b)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):
