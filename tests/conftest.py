@@ -1,5 +1,6 @@
 """Tests run on the CPU with 8 forced devices, refuse silent rank promotion and turn warnings into errors."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,6 +10,15 @@ import jax  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_module():
+  """Each compiled CPU program holds a few memory maps; kept over the whole suite they come to more than Linux gives a process
+  (65,530), and the compiler then crashes."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
