@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from arrol_jax.norms import Turn, split_qkv
-from arrol_jax.sharding import DECODE, constrain, platform
+from arrol_jax.sharding import DECODE, constrain, platform, rows_on_a_chip
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "tpu")
 BLOCK = 64      # columns a kernel reads at once: a cache's length is a multiple of it where a kernel reads it
@@ -47,7 +47,7 @@ class Common(NamedTuple):
 def common(group: jax.Array, active: jax.Array, columns: jax.Array) -> Common:
   """What rows share with the first active row of their group i32[B] (and shard): the first `columns` i32[B], all alike."""
   rows = jnp.arange(group.shape[0], dtype=jnp.int32)
-  size = rows.size // _shards(rows.size)
+  size = rows_on_a_chip(rows.size)
   alike = active[None, :] & (group[:, None] == group[None, :]) & (rows[:, None] // size == rows[None, :] // size)
   first = jnp.argmax(alike, axis=1).astype(jnp.int32)
   return Common(jnp.where(active, first, rows) % size, columns)
@@ -142,17 +142,10 @@ def step(implementation: str, columns: Columns, qkv: jax.Array, turn: Turn, posi
 
 def _specs(columns: Columns, rows: int) -> tuple:
   """How a kernel's arguments are split over the mesh: the cache, arrays of heads [B,N,...], arrays of rows [B,...]."""
-  batch = ("data", "fsdp") if _shards(rows) > 1 else None
+  batch = DECODE["batch"] if rows_on_a_chip(rows) < rows else None
   heads = "tensor" if columns.k.shape[0] % jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 0 else None
   cache = jax.tree.map(lambda x: PartitionSpec(heads, batch, *(None,) * (x.ndim - 2)), columns)
   return cache, PartitionSpec(batch, heads), PartitionSpec(batch)
-
-
-def _shards(rows: int) -> int:
-  """Parts that the mesh splits so many rows into."""
-  mesh = jax.sharding.get_abstract_mesh()
-  parts = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
-  return parts if rows % parts == 0 else 1
 
 
 def _by_shard(kernel, in_specs: tuple, out_specs):

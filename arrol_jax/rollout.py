@@ -211,7 +211,7 @@ class PackShape(NamedTuple):
     rows where they do."""
     full, length = next(size for size in self.sizes(unit) if size[1] >= longest)
     half = -(-full // 2 // unit) * unit
-    return (half if 0 < rows <= half else full), length
+    return (half if rows <= half else full), length
 
 
 def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch]:
