@@ -120,8 +120,8 @@ def no_recent(head: dict, width: int, size: int, optimizer: optax.GradientTransf
   return Recent(reading, jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
 
 
-@functools.partial(jax.jit, static_argnames=("passes", "optimizer"), donate_argnames=("recent",))
-def refit(head: dict, recent: Recent, reading: Reading, reward: jax.Array, weight: jax.Array, *, passes: int,
+@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("recent",))
+def refit(head: dict, recent: Recent, reading: Reading, reward: jax.Array, weight: jax.Array, *, passes: int | jax.Array,
           optimizer: optax.GradientTransformation) -> tuple[dict, Recent]:
   """Adds n <= R readings (reward, weight f32[n]; weight 0 adds nothing) and takes `passes` full-batch steps on the ring."""
   size, used = recent.reward.shape[0], weight > 0

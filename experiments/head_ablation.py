@@ -123,13 +123,13 @@ def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict
   return lines
 
 
-def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int) -> list[dict]:
+def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int, group: int) -> list[dict]:
   """Steps of `prompts` prompts, each scored before it is learned from: means over the second half of the steps."""
   step, lines = examples.prompt // prompts, []
   for inputs in (("last",), ("last", "logprobs"), ("last", "mean", "logprobs")):
     for passes, buffer in ((1, 1), (8, 1), (8, 4), (32, 4)):  # buffer: steps' worth of rollouts
       head = quality.init_head(width, hidden, jax.random.key(0), inputs)
-      room = buffer * int(np.bincount(step).max())
+      room = buffer * prompts * group
       recent, results = quality.no_recent(head, width, room, optimizer), []
       for n in range(step.max() + 1):
         results.append(examples.judged(examples.scores(head), step == n))
@@ -182,7 +182,8 @@ def main():
     width = examples.reading.last.shape[1]
     base = {"length": length, "examples": len(examples.reward)}
     lines += [{"part": "offline"} | base | x for x in offline(examples, width, c.quality.hidden, optimizer)]
-    lines += [{"part": "online"} | base | x for x in online(examples, width, c.quality.hidden, optimizer, c.rollout.prompts)]
+    lines += [{"part": "online"} | base | x for x in online(examples, width, c.quality.hidden, optimizer, c.rollout.prompts,
+                                                                c.rollout.group_size)]
     with open(f"{flags.out}/ablation.jsonl", "w") as f:  # after each length: what is done stays
       f.writelines(json.dumps(x | about) + "\n" for x in lines)
     print(f"{length} tokens: done", flush=True)
