@@ -4,7 +4,7 @@ A 2-layer MLP (ARRoL, section on the quality head; METHOD section 2). Published 
 the detection token, the position whose forward pass samples response token number L_detect, so that one forward gives next-token
 logits and quality logit. Further inputs (METHOD 9.6): the mean of these states over the response so far, and its tokens'
 mean and lowest log-prob. States are scaled to unit root-mean-square, because their scale differs by an order of magnitude between
-model families; the caller's `stop_gradient` keeps the loss out of the backbone.
+model families, and log-probs by a logarithm; the caller's `stop_gradient` keeps the loss out of the backbone.
 
 `Recent` holds the last readings whose rewards are known, for further passes of the head alone. Left out: the loss
 (losses.py) and what follows from the logit (prune.py).
@@ -23,6 +23,7 @@ from arrol_jax.losses import binary_cross_entropy
 
 INPUTS = {"last": "w1", "mean": "w1_mean", "logprobs": "w1_logprobs"}  # input -> its weights in the first layer
 STATISTICS = 2  # mean and lowest log-prob
+_CENTRE = (-1.0, 1.5)  # of their logarithms, about; they spread by about a half
 
 
 class Reading(NamedTuple):
@@ -50,7 +51,9 @@ class QualityHead(nnx.Module):
     for name, weights in INPUTS.items():
       if hasattr(self, weights):
         y = getattr(reading, name).astype(jnp.float32)
-        if name != "logprobs":
+        if name == "logprobs":  # models' differ by factors; with scores near 0 and 1 a unit learns from them as from states
+          y = 2.0 * (jnp.log(0.01 - jnp.minimum(y, 0.0)) - jnp.broadcast_to(jnp.array(_CENTRE), y.shape))
+        else:
           y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
         x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim))) + y @ getattr(self, weights)[...]
     return jax.nn.gelu(x) @ self.w2[...] + self.b2[...]

@@ -218,18 +218,19 @@ def empty_batches(shape: PackShape, mesh, detect: tuple[int, ...]) -> list[Batch
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   sizes = dict.fromkeys(shape.holding(rows, length, unit) for full, length in shape.sizes(unit) for rows in (full, 1))
-  return [sharding.put(_micro_batch([], np.zeros(0), *size, detect, "skip", ()), sharding.rows(mesh)) for size in sizes]
+  return [sharding.put(_micro_batch([], np.zeros(0), np.zeros(0), *size, detect), sharding.rows(mesh)) for size in sizes]
 
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, ...], normalize_std: bool = True,
-         short: str = "skip", weigh: tuple[str, ...] = (), punish: Callable | None = None) -> list[Batch]:
+         short: str = "skip", weigh: tuple[str, ...] = (), balance: bool = False, punish: Callable | None = None) -> list[Batch]:
   """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows first: a part-filled one has the shortest.
 
   Advantages are taken over a group's survivors. `short` says what a rollout that ended before the detection length
   teaches the head: "skip" nothing (the head learns the question it will be asked), "last" its last hidden state (the
   paper leaves this open). weigh: where a survivor counts 1 / survival times (METHOD 9.1), "head" in the head's loss,
-  "policy" in group means and advantages, scaled to mean 1. punish(lengths): added to the rewards that advantages are taken
-  from, not to those that the head learns. Old and reference log-probs are the update's to fill.
+  "policy" in group means and advantages, scaled to mean 1. balance: `head_weights`. punish(lengths): added to the
+  rewards that advantages are taken from, not to those that the head learns. Old and reference log-probs are the
+  update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.survival for r in kept]) if "policy" in weigh else None
@@ -237,18 +238,35 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, *, detect: tuple[int, 
   if punish:
     shaped = shaped + punish(np.array([len(r.tokens) for r in kept]))
   advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), normalize_std, weights=weights)
+  teach = np.array([bool(r.scores) or short == "last" for r in kept], np.float32)
+  lessons = head_weights(kept, teach, weigh, balance)
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   length_of = lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens)
   order, batches = sorted(range(len(kept)), key=length_of, reverse=True), []
   while order:
     rows, length = shape.holding(len(order), length_of(order[0]), unit)
     part, order = order[:rows], order[rows:]
-    batches.append(_micro_batch([kept[i] for i in part], advantages[part], rows, length, detect, short, weigh))
+    batches.append(_micro_batch([kept[i] for i in part], advantages[part], lessons[part], rows, length, detect))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches]
 
 
-def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length: int, detect: tuple[int, ...], short: str,
-                 weigh: tuple[str, ...]) -> Batch:
+def head_weights(rollouts: list[Rollout], teach: np.ndarray, weigh: tuple[str, ...], balance: bool) -> np.ndarray:
+  """What each rollout counts in the head's loss, f32[N]; teach f32[N]: 0 where it teaches the head nothing.
+
+  weigh holding "head": 1 / survival times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of the whole
+  each, so the head learns what tells them apart and leaves their shares to the table's prior; without it Adam's first steps,
+  each as large as any, go into the shares alone.
+  """
+  weight = teach * np.array([1.0 / r.survival if "head" in weigh else 1.0 for r in rollouts], np.float32)
+  if balance:
+    right = np.array([r.reward for r in rollouts], np.float32)
+    half = lambda share: share / max(float(np.sum(weight * share)), 1e-6)
+    weight = weight * np.sum(weight) / 2 * (half(right) + half(1.0 - right))
+  return weight
+
+
+def _micro_batch(rows: list[Rollout], advantages: np.ndarray, lessons: np.ndarray, count: int, length: int,
+                 detect: tuple[int, ...]) -> Batch:
   grid = lambda dtype: np.zeros((count, length), dtype)
   tokens, mask, sampled = grid(np.int32), grid(np.float32), grid(np.float32)
   reward, advantage = np.zeros(count, np.float32), np.zeros(count, np.float32)
@@ -259,9 +277,9 @@ def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length
     mask[i, start:end], sampled[i, start:end] = 1.0, r.logprobs
     reward[i], advantage[i] = r.reward, advantages[i]
     # The state that sampled response token number n stands at start + n - 2.
-    reads = detect[:len(r.scores)] or ((len(r.tokens),) if short == "last" else ())
+    reads = detect[:len(r.scores)] or ((len(r.tokens),) if lessons[i] else ())
     position[i, :len(reads)] = start + np.array(reads, int) - 2
-    weight[i, :len(reads)] = 1.0 / r.survival if "head" in weigh else 1.0
+    weight[i, :len(reads)] = lessons[i]
   return Batch(tokens=tokens, response_mask=mask, sampler_logprobs=sampled, old_logprobs=np.zeros_like(sampled),
                ref_logprobs=np.zeros_like(sampled), advantages=advantage, rewards=reward, head_position=position,
                head_weight=weight)
@@ -292,10 +310,10 @@ def _update_tables(tables, score, reward, weight, half_life):
 
 
 def refit_head(state: TrainState, rollouts: list[Rollout], *, passes: int, optimizer: optax.GradientTransformation,
-               weigh: tuple[str, ...] = ()) -> TrainState:
+               weigh: tuple[str, ...] = (), balance: bool = False) -> TrainState:
   """The state after `passes` more steps of the head alone, over its buffer and this step's scored survivors.
 
-  weigh holding "head": a survivor counts 1 / survival times. Needs rollouts with readings (`make_decide`).
+  weigh, balance: `head_weights`. Needs rollouts with readings (`make_decide`).
   """
   scored = [(reading, r) for r in rollouts if not r.pruned for reading in r.readings][-state.recent.reward.shape[0]:]
   if not scored:
@@ -304,6 +322,6 @@ def refit_head(state: TrainState, rollouts: list[Rollout], *, passes: int, optim
   reading = jax.tree.map(lambda *x: np.pad(np.stack(x).astype(np.float32), ((0, size - len(x)), (0, 0))), *(x for x, _ in scored))
   reward, weight = np.zeros((2, size), np.float32)
   reward[:len(scored)] = [r.reward for _, r in scored]
-  weight[:len(scored)] = [1.0 / r.survival if "head" in weigh else 1.0 for _, r in scored]
+  weight[:len(scored)] = head_weights([r for _, r in scored], np.ones(len(scored), np.float32), weigh, balance)
   head, recent = quality.refit(state.params["head"], state.recent, reading, reward, weight, passes=passes, optimizer=optimizer)
   return state.replace(params=state.params | {"head": head}, recent=recent)

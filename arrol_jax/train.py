@@ -122,7 +122,7 @@ def main():
       stop.check()
       clock.lap("sec_generate")
       batches = rollout.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
-                             short=c.quality.short, weigh=tuple(c.prune.weigh), punish=punish)
+                             short=c.quality.short, weigh=tuple(c.prune.weigh), balance=c.quality.balance, punish=punish)
       batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
       clock.lap("sec_logprob", batches)
       state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
@@ -130,7 +130,7 @@ def main():
                                                                    tuple(c.prune.weigh)))
       if c.quality.buffer:
         state = rollout.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
-                                   weigh=tuple(c.prune.weigh))
+                                   weigh=tuple(c.prune.weigh), balance=c.quality.balance)
       metrics |= {"head_norm": update.norm_of(state.params["head"])}
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       clock.lap("sec_update", state.step)

@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
 
   c.quality = ConfigDict()
   c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
+  c.quality.balance = False    # right and wrong rollouts weigh alike in the head's loss; their shares are the table's to know
   c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
   c.quality.buffer = config_dict.placeholder(int)  # scored rollouts kept for more passes of the head alone; None: no passes
   c.quality.passes = 8         # full-batch steps over the buffer after each training step

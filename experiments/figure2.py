@@ -25,7 +25,7 @@ def predictor(lines: list[dict], length: int, name: str, judge: str) -> Estimate
   score, inputs = PREDICTORS[name]
   for x in lines:
     if (x["part"], x["length"], x["score"] if x["part"] == "offline" else None) == ("offline", length, score) and \
-        (inputs is None or (x["inputs"] == inputs and x["passes"] == PASSES)):
+        (inputs is None or (x["inputs"] == inputs and x["passes"] == PASSES and not x.get("balanced"))):
       return Estimate(x[judge], 2 * x[f"{judge}_sd"])
   return None
 

@@ -14,7 +14,8 @@ from experiments.plot_run import smooth
 from experiments.runs import Job, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
 
-ARMS = {"none": "GRPO", "published": "GRPO with pruning", "random": "random pruning", "ours": "balance within the group"}
+ARMS = {"none": "GRPO", "published": "GRPO with pruning", "random": "random pruning", "ours": "balance within the group",
+        "balanced_head": "the same, balanced head"}
 SLOW = 3.0  # a step that takes so many medians of the ten around it compiles; it counts as their median
 LAST = 5    # steps whose mean reward counts as the reward at a moment
 

@@ -5,9 +5,11 @@
 Rolls out `prompts` training problems once, unpruned, and keeps what a head could read at each length. Part "offline": heads
 trained on half of the prompts and asked about the other half, five splits, beside trace confidence and log-probs as plain
 scores (the paper's figure 2). Part "online": a step's rollouts are scored before the head learns from them, as in training.
-Writes DIR/ablation.jsonl and DIR/ablation.png; AUC within a prompt is the one that balance inside a group needs.
+"balanced" heads learn with `quality.balance`. Writes DIR/ablation.jsonl and DIR/ablation.png; AUC within a prompt is the one
+that balance inside a group needs.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -59,7 +61,7 @@ class Examples:
   """The rollouts that reached one length: readings (on the device), rewards, prompts and trace confidence so far."""
 
   def __init__(self, rollouts: list[Rollout], which: int, length: int, size: int):
-    there = [r for r in rollouts if len(r.readings) > which]
+    self.rollouts = there = [r for r in rollouts if len(r.readings) > which]
     pad = lambda x: np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))  # one compiled shape for all lengths
     self.reading = jax.device_put(Reading(*(pad(np.stack([getattr(r.readings[which], x) for r in there]).astype(np.float32))
                                             for x in INPUTS)))
@@ -69,9 +71,9 @@ class Examples:
     self.confidence = np.array([r.confidences[:length].mean() for r in there])
     self.size = size
 
-  def fit(self, head: dict, recent: quality.Recent, mask: np.ndarray, **how) -> tuple[dict, quality.Recent]:
+  def fit(self, head: dict, recent: quality.Recent, mask: np.ndarray, balanced: bool, **how) -> tuple[dict, quality.Recent]:
     """`quality.refit` on the rows in `mask`."""
-    weight = np.pad(mask.astype(np.float32), (0, self.size - len(mask)))
+    weight = np.pad(rollout.head_weights(self.rollouts, mask.astype(np.float32), (), balanced), (0, self.size - len(mask)))
     return quality.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
 
   def of(self, head: dict) -> Reading:
@@ -112,29 +114,29 @@ def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict
   for name, score in plain.items():
     lines.append({"score": name} | summary([examples.judged(score, ~half) for half in halves]))
   for inputs in COMBINATIONS:
-    for passes in PASSES:
+    for passes, balanced in (*((n, False) for n in PASSES), (PASSES[1], True)):
       results = []
       for seed, half in enumerate(halves):
         head = quality.init_head(width, hidden, jax.random.key(seed), inputs)
         recent = quality.no_recent(head, width, examples.size, optimizer)
-        head, _ = examples.fit(head, recent, half, passes=passes, optimizer=optimizer)
+        head, _ = examples.fit(head, recent, half, balanced, passes=passes, optimizer=optimizer)
         results.append(examples.judged(examples.scores(head), ~half))
-      lines.append({"score": "head", "inputs": inputs, "passes": passes} | summary(results))
+      lines.append({"score": "head", "inputs": inputs, "passes": passes, "balanced": balanced} | summary(results))
   return lines
 
 
 def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int, group: int) -> list[dict]:
   """Steps of `prompts` prompts, each scored before it is learned from: means over the second half of the steps."""
   step, lines = examples.prompt // prompts, []
-  for inputs in (("last",), ("last", "logprobs"), ("last", "mean", "logprobs")):
-    for passes, buffer in ((1, 1), (8, 1), (8, 4), (32, 4)):  # buffer: steps' worth of rollouts
+  for inputs in (("last",), ("last", "logprobs"), ("mean", "logprobs")):
+    for passes, buffer, balanced in itertools.product((1, 8, 32), (1, 4), (False, True)):  # buffer: steps' worth of rollouts
       head = quality.init_head(width, hidden, jax.random.key(0), inputs)
       room = buffer * prompts * group
       recent, results = quality.no_recent(head, width, room, optimizer), []
       for n in range(step.max() + 1):
         results.append(examples.judged(examples.scores(head), step == n))
-        head, recent = examples.fit(head, recent, step == n, passes=passes, optimizer=optimizer)
-      lines.append({"inputs": inputs, "passes": passes, "buffer": room, "steps": int(step.max()) + 1}
+        head, recent = examples.fit(head, recent, step == n, balanced, passes=passes, optimizer=optimizer)
+      lines.append({"inputs": inputs, "passes": passes, "balanced": balanced, "buffer": room, "steps": int(step.max()) + 1}
                    | summary(results[len(results) // 2:]))
   return lines
 
@@ -142,9 +144,10 @@ def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int,
 def plot(lines: list[dict], path: str) -> None:
   """AUC over prefix length: all prompts together, and within a prompt."""
   fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-  best = {name: lambda x, p=PASSES[1], i=inputs: x["score"] == "head" and tuple(x["inputs"]) == i and x["passes"] == p
-          for name, inputs in (("head: last state", ("last",)), ("head: last state, log-probs", ("last", "logprobs")),
-                               ("head: all three", COMBINATIONS[-1]))}
+  heads = {"head: last state": (("last",), False), "head: last state, log-probs": (("last", "logprobs"), False),
+           "head: mean state, log-probs, balanced": (("mean", "logprobs"), True)}
+  best = {name: lambda x, h=h: x["score"] == "head" and (tuple(x["inputs"]), x["balanced"], x["passes"]) == (*h, PASSES[1])
+          for name, h in heads.items()}
   best |= {name: lambda x, n=name: x["score"] == n for name in ("trace confidence", "mean log-prob")}
   for axis, key, title in zip(axes, ("auc", "auc_within"), ("all prompts together", "within a prompt"), strict=True):
     for name, wanted in best.items():
@@ -155,7 +158,7 @@ def plot(lines: list[dict], path: str) -> None:
     axis.set_xlabel("response tokens read")
     axis.set_title(title)
   axes[0].set_ylabel("AUC of right against wrong")
-  fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncol=5, loc="lower center")
+  fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=5, loc="lower center")
   fig.tight_layout(rect=(0, 0.06, 1, 1))
   fig.savefig(path, dpi=110)
 

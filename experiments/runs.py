@@ -36,13 +36,15 @@ STOP_BELOW = 0.2  # posterior below which a trace is hopeless; set beforehand
 SCORES = ("step", "prompt", "tokens", "pruned", "score", "posterior", "survival", "reward")  # of rollouts.jsonl: no texts
 CACHE = "runs/xla_cache"  # compiled programs, shared by all jobs: most of a short run is compiling
 
+_OURS = ("prune.rule=group", "prune.draw=systematic", "prune.weigh=('table','head')", "quality.buffer=2048", "quality.passes=8")
+
 # What an arm changes in its scale's config.
 ARMS = {
   "none": ("prune.enabled=False",),
   "published": (),
   "random": ("prune.rule=random",),
-  "ours": ("prune.rule=group", "prune.draw=systematic", "prune.weigh=('table','head')", "quality.inputs=('last','logprobs')",
-           "quality.buffer=2048", "quality.passes=8"),
+  "ours": (*_OURS, "quality.inputs=('last','logprobs')"),
+  "balanced_head": (*_OURS, "quality.inputs=('mean','logprobs')", "quality.balance=True"),
   "keep025": ("prune.keep=0.25",),
   "keep075": ("prune.keep=0.75",),
   "dapo_none": ("loss.name=dapo", "rollout.rounds=3", "prune.enabled=False"),

@@ -11,7 +11,8 @@ from experiments.runs import Scale
 from experiments.tables import Estimate, Table, accuracy, cell, step_mean, subtract
 
 ARMS = {"none": ("no pruning", "", ""), "random": ("random", "", "0.21 or less"),
-        "published": ("ARRoL", "nearer 0.5 than random", "0.23 to 0.24"), "ours": ("within the group", "", "")}
+        "published": ("ARRoL", "nearer 0.5 than random", "0.23 to 0.24"), "ours": ("within the group", "", ""),
+        "balanced_head": ("the same, balanced head", "", "")}
 
 
 def off_balance(ratio: Estimate | None) -> Estimate | None:
@@ -34,9 +35,11 @@ def build(scale: Scale, figure: Figure) -> Table:
   if variance["none"] and variance["random"]:
     notes.append("Fewer rollouts a group lower rho_hat (1 - rho_hat) by themselves: random pruning against none "
                  f"{(variance['random'] - variance['none']).text('+.3f')}.")
-  if variance["ours"] and variance["random"]:
-    notes.append("Not in the paper: balance solved within the group, fixed sizes, weighted survivors, log-probs and a buffer for "
-                 f"the head; E[rho_hat (1 - rho_hat)] against random {(variance['ours'] - variance['random']).text('+.3f')}.")
+  for arm, what in (("ours", "balance solved within the group, fixed sizes, weighted survivors, log-probs and a buffer"),
+                    ("balanced_head", "the same, its head reading mean state and log-probs, right and wrong weighing alike")):
+    if variance[arm] and variance["random"]:
+      notes.append(f"Not in the paper: {what}; E[rho_hat (1 - rho_hat)] against random "
+                   f"{(variance[arm] - variance['random']).text('+.3f')}.")
   if any(ratio.values()):
     axes, names = figure.subplots(1, 3), [what for what, _, _ in ARMS.values()]
     tables.bars(axes[0], names, list(ratio.values()), f"Table 4, E[ρ̂] of survivors ({scale.name})")

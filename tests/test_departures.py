@@ -135,7 +135,7 @@ def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
   every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__control=0.2,
                prune__weigh="('table','head','policy')", prune__cold_start=1, rollout__rounds=2, loss__name="dapo",
                loss__kl_weight=0.0, data__eval="", steps=3, quality__inputs="('last','mean','logprobs')", quality__buffer=40,
-               quality__passes=4)
+               quality__passes=4, quality__balance=True)
   run(tmp_path / "whole", **every)
   run(tmp_path / "parts", **every | {"steps": 2})
   run(tmp_path / "parts", **every)

@@ -9,9 +9,10 @@ from test_rollout import KEY, PARAMS, SAMPLING, C, engine, plain_hidden, request
 
 from arrol_jax import policy, quality
 from arrol_jax.decode import Sampling
+from arrol_jax.metrics import auc
 from arrol_jax.prune import Calibration
 from arrol_jax.quality import INPUTS, Reading, init_head, inputs_of, no_recent, quality_logit, refit
-from arrol_jax.rollout import PackShape, PruneRule, make_decide, pack, refit_head
+from arrol_jax.rollout import PackShape, PruneRule, head_weights, make_decide, pack, refit_head
 from arrol_jax.types import Rollout, TrainState
 
 ALL = tuple(INPUTS)
@@ -151,3 +152,47 @@ def test_refit_learns_from_scored_survivors_alone(rollouts):
   for r in rollouts[:5]:
     r.pruned, r.survival = False, 1.0
   assert refit_head(state, [], passes=1, optimizer=optimizer) is state
+
+
+def test_balanced_weights_give_right_and_wrong_half_each():
+  """Whatever their shares, beside 1 / survival; rollouts that teach nothing count nothing, one class alone keeps its half."""
+  make = lambda reward, survival=1.0: Rollout(0, 0, np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1), reward=reward,
+                                              survival=survival)
+  some = [make(1.0, 0.5), make(0.0), make(0.0, 0.25), make(1.0), make(0.0)]
+  teach = np.array([1, 1, 1, 0, 1], np.float32)
+  np.testing.assert_allclose(head_weights(some, teach, (), False), teach)
+  np.testing.assert_allclose(head_weights(some, teach, ("head",), False), [2, 1, 4, 0, 1])
+  np.testing.assert_allclose(head_weights(some, teach, (), True), [2, 2 / 3, 2 / 3, 0, 2 / 3])
+  np.testing.assert_allclose(head_weights(some, teach, ("head",), True), [4, 4 / 6, 16 / 6, 0, 4 / 6], rtol=1e-6)
+  np.testing.assert_allclose(head_weights(some[1:3], np.ones(2, np.float32), (), True), [0.5, 0.5])
+  assert head_weights([], np.zeros(0, np.float32), (), True).shape == (0,)
+
+
+def test_a_balanced_head_learns_ranks_where_the_other_still_learns_the_share():
+  """One in ten is right and the state tells which: after ten steps of Adam the plain loss has moved the bias only."""
+  optimizer, n = optax.adam(1e-3), 512
+  rng = np.random.default_rng(3)
+  reward = (rng.random(n) < 0.1).astype(np.float32)
+  states = rng.normal(size=(n, C.width)).astype(np.float32)
+  states[:, 0] += 2 * reward
+  rollouts_ = [Rollout(0, 0, np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1), reward=float(r)) for r in reward]
+  head = init_head(C.width, 64, jax.random.key(0))
+  found = {}
+  for balance in (False, True):
+    weight = head_weights(rollouts_, np.ones(n, np.float32), (), balance)
+    empty = no_recent(head, C.width, n, optimizer)
+    after, _ = refit(head, empty, Reading(states), reward, weight, passes=10, optimizer=optimizer)
+    score = np.asarray(quality_logit(after, Reading(states)))
+    found[balance] = auc(score, reward), score.mean()
+  assert found[True][0] > 0.85 > found[False][0] + 0.05
+  assert abs(found[True][1]) < abs(found[False][1])
+
+
+def test_log_probs_are_read_by_their_size_and_a_certain_rollout_is_finite():
+  """Twice the log-prob moves what is read as far from -0.1 as from -1; zero and rounding above it stay finite."""
+  head = init_head(C.width, 8, jax.random.key(1), ("logprobs",)) | {"w2": jnp.ones(8)}
+  slope = {k: v for k, v in head.items()} | {"w1_logprobs": jnp.zeros((2, 8)).at[0].set(1e-3)}  # gelu is straight there
+  at = lambda x: float(quality_logit(slope, Reading(logprobs=jnp.array([x, -5.0]))))
+  assert abs((at(-2.0) - at(-1.0)) - (at(-0.4) - at(-0.2))) < 0.05 * abs(at(-2.0) - at(-1.0))
+  for x in ([0.0, 0.0], [1e-7, 0.0], [-50.0, -90.0]):
+    assert np.isfinite(float(quality_logit(head, Reading(logprobs=jnp.array(x)))))
