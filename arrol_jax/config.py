@@ -179,6 +179,7 @@ def _check_data(c: ConfigDict) -> None:
   _need(train != [], "data.train is empty; give a JSONL file")
   for one, split in [(one, "train") for one in train] + [(one, "test") for one in held_out]:
     sources.check(one, split, c.data.folder)
+  for one in train + held_out + sources.split_list(c.eval.benchmarks):
     _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
           f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
   _need("{problem}" in c.data.template, "data.template has no {problem} in it")

@@ -73,6 +73,7 @@ def test_early_stopping_needs_a_head(monkeypatch, capsys):
   (["--config.data.eval=none.jsonl"], "none.jsonl"),
   (["--config.eval.benchmarks=amc23"], "data.folder"),
   (["--config.eval.benchmarks={empty}"], "empty.jsonl: the data file is empty"),
+  (["--config.eval.benchmarks=reasoning_gym:basic_arithmetic?size=5&seed=1"], "set reward.function=arrol_jax.rewards.gym.score"),
 ])
 def test_mistakes_end_in_one_line(monkeypatch, capsys, tmp_path, arguments, word):
   """Before anything is evaluated, also where the fault is in the last file of several."""

@@ -6,13 +6,17 @@ judgement of equality (grade.py) and natural-language answers ("the answer is tw
 """
 
 from collections import deque
+from collections.abc import Iterator
 import re
 import unicodedata
+
+import regex
 
 from arrol_jax.rewards import units
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+SEARCH_S = 0.2  # what a pattern of the user's may take on one response
 
 # Answer formats by name. "answer" takes the rest of its line: **Final Answer:** 12.
 PATTERNS = {
@@ -29,8 +33,8 @@ def check_pattern(pattern: str | None) -> None:
   if pattern is None:
     return
   try:
-    groups = re.compile(pattern).groups
-  except re.error as error:
+    groups = regex.compile(pattern).groups
+  except regex.error as error:
     raise ValueError(f"answer pattern {pattern!r} is not a regular expression: {error}") from None
   if groups < 1:
     raise ValueError(f"answer pattern {pattern!r} has no group: put the answer in (parentheses)")
@@ -44,15 +48,23 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
   nested boxes the inner one counts; \\fbox does not. Takes time linear in the response's length.
   "answer": what follows the last "Answer:" on its line; "hashes": what follows the last "####"; "first_hashes":
   the first one (a base model shown examples goes on to questions of its own).
-  Else a regular expression; group 1 of its last match (r"A(-?\\d+)$"). What it costs is up to who wrote it.
-  Raises ValueError for a pattern that does not compile or has no group.
+  Else a regular expression as the `regex` package reads it; group 1 of its last match (r"A(-?\\d+)$"). One that searches for more
+  than 0.2 s has found nothing. Raises ValueError for a pattern that does not compile or has no group.
   """
+  try:
+    return search(response, pattern)
+  except TimeoutError:
+    return None
+
+
+def search(response: str, pattern: str | None) -> str | None:
+  """`extract_answer` that raises TimeoutError for a pattern that takes too long."""
   pattern = PATTERNS.get(pattern, pattern)
   if pattern is not None:
     check_pattern(pattern)
-    last = _last(re.compile(pattern), response)
+    last = _last(regex.compile(pattern).finditer(response, timeout=SEARCH_S))
     return None if last is None else last.group(1)
-  box = _last(_BOX, response)
+  box = _last(_BOX.finditer(response))
   if box is None:
     return None
   depth = 1
@@ -63,9 +75,9 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
   return None
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-  matches = deque(pattern.finditer(text), maxlen=1)
-  return matches[0] if matches else None
+def _last(matches: Iterator):
+  last = deque(matches, maxlen=1)
+  return last[0] if last else None
 
 
 def nesting(text: str) -> int:

@@ -17,7 +17,7 @@ import logging
 import re
 from typing import NamedTuple
 
-from arrol_jax.rewards.extract import canonical, check_pattern, extract_answer, nesting
+from arrol_jax.rewards.extract import canonical, check_pattern, nesting, search
 from arrol_jax.rewards.units import measure
 
 MAX_CHARACTERS = 300  # a longer box is no final answer, and costs a parser seconds
@@ -316,7 +316,10 @@ def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tu
 
   Takes well under a millisecond for a short response. Raises ValueError for a bad `pattern`.
   """
-  found = extract_answer(response, pattern)
+  try:
+    found = search(response, pattern)
+  except TimeoutError:
+    return Graded(0.0, "timeout")
   if found is None or not found.strip():
     return Graded(0.0, "no_answer")
   found, gold = found.strip(), str(answer).strip()
