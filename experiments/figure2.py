@@ -51,7 +51,7 @@ def share(lengths: np.ndarray, detect: int, keep: float = 0.5) -> Estimate | Non
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  ablation, unpruned = runs.ablation(scale), [runs.training(scale, "none", seed) for seed in scale.seeds]
+  ablation, unpruned = runs.ablation(scale), runs.trainings(scale, "none")
   lines = runs.lines(ablation.result) if ablation.done else []
   logged = rollouts(unpruned)
   tokens = np.array([x["tokens"] for x in logged], float)

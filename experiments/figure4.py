@@ -36,7 +36,7 @@ def reward_at(job: Job, seconds: float) -> Estimate:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  jobs = {arm: [runs.training(scale, arm, seed) for seed in scale.seeds] for arm in ARMS}
+  jobs = {arm: runs.trainings(scale, arm) for arm in ARMS}
   everyone = [job for each in jobs.values() for job in each]
   there = [job for job in everyone if job.done]
   together = min((clock(job)[-1] for job in there), default=0.0)
@@ -51,7 +51,7 @@ def build(scale: Scale, figure: Figure) -> Table:
       reward = tables.column(job, "reward_ipw")
       rewards[arm, seed] = [reward_at(job, t) for t in moments]
       rows.append([f"{what}, seed {seed}", f"{len(reward)}", f"{clock(job)[-1]:.0f}", f"{np.nanmean(reward[-LAST:]):.3f}",
-                   *(x.text(".3f") for x in rewards[arm, seed])])
+                   *("too early" if np.isnan(x.value) else x.text(".3f") for x in rewards[arm, seed])])
   gap = lambda seed: rewards["published", seed][1] - rewards["none", seed][1]
   pairs = [gap(seed) for arm, seed in rewards if arm == "none" and ("published", seed) in rewards]
   if pairs:

@@ -2,7 +2,7 @@
 
 | scale | model and data | where |
 |---|---|---|
-| cpu | the shipped arithmetic model, 20 steps | two CPU cores, minutes |
+| cpu | the shipped arithmetic model, 20 steps of 8 prompts | two CPU cores, minutes |
 | gpu | Qwen2.5-Coder-0.5B-Instruct, GSM8K, 50 steps | one GPU |
 | paper | the paper's four models, Dapo-Math-17K | a TPU slice; configs only, nothing has been run |
 
@@ -52,6 +52,9 @@ ARMS = {
 }
 
 
+ONE_SEED = ("keep025", "keep075", "dapo_none", "dapo")  # arms of one table each: the scale's last seed only
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
   """model, data: for the tables' readers. config: file of the arms, settings: what all of them change in it; skip: first
@@ -73,9 +76,9 @@ class Scale:
 CPU = Scale(
   "cpu", "The shipped arithmetic model (0.6 M parameters)", "arithmetic, held-out accuracy greedy on 400 problems",
   "experiments/results/arithmetic_arms", "configs/quickstart.py",
-  ("steps=20", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 6,
-  ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=8", "eval.problems=200"),
-  ("--lengths=8,16,24", "--prompts=64"))
+  ("steps=20", "rollout.prompts=8", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 6,
+  ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=8", "eval.problems=128"),
+  ("--lengths=8,16,24", "--prompts=32"))
 GPU = Scale(
   "gpu", "Qwen2.5-Coder-0.5B-Instruct", "GSM8K, held-out accuracy greedy on all 1,319 test problems",
   "experiments/results/gsm8k_arms", "configs/gsm8k_qwen05b.py",
@@ -130,6 +133,11 @@ def training(scale: Scale, arm: str, seed: int, model: str = "qwen3_1b7") -> Job
   argv = ("arrol_jax.train", f"--config={config}", f"--workdir={workdir}",
           *_settings(scale, (*scale.settings, f"seed={seed}", *changes)))
   return Job(scale, name, argv, Path(scale.results) / name / "summary.json", workdir)
+
+
+def trainings(scale: Scale, arm: str, model: str = "qwen3_1b7") -> list[Job]:
+  """An arm's trainings, one a seed."""
+  return [training(scale, arm, seed, model) for seed in (scale.seeds[-1:] if arm in ONE_SEED else scale.seeds)]
 
 
 def evaluation(trained: Job, name: str, settings: tuple[str, ...], sources: int = 1) -> Job:

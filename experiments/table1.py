@@ -21,7 +21,7 @@ def compare(scale: Scale, figure: Figure, name: str, title: str, arms: tuple[str
   rows, notes, jobs = [], [], []
   axes = None
   for model in models:
-    base, pruned = ([runs.training(scale, arm, seed, model) for seed in scale.seeds] for arm in arms)
+    base, pruned = (runs.trainings(scale, arm, model) for arm in arms)
     mine = [*base, *pruned]
     jobs += mine if scale.name != "paper" else [x for job in mine for x in (job, *runs.benchmarks(job))]
     a, b = accuracy(base), accuracy(pruned)

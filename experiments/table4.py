@@ -21,7 +21,7 @@ def off_balance(ratio: Estimate | None) -> Estimate | None:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  jobs = {arm: [runs.training(scale, arm, seed) for seed in scale.seeds] for arm in ARMS}
+  jobs = {arm: runs.trainings(scale, arm) for arm in ARMS}
   ratio, variance, right = ({arm: f(j) for arm, j in jobs.items()} for f in (
     lambda j: step_mean(j, "pos_ratio"), lambda j: step_mean(j, "pos_var"), accuracy))
   rows = [[what, cell(ratio[arm], ".3f"), paper_ratio, cell(variance[arm], ".3f"), paper_variance,

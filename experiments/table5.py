@@ -17,7 +17,7 @@ PHASES = (("sec_generate", "generation", 106.82, 72.96), ("sec_logprob", "log-pr
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  base, pruned = ([runs.training(scale, arm, seed) for seed in scale.seeds] for arm in ("none", "published"))
+  base, pruned = (runs.trainings(scale, arm) for arm in ("none", "published"))
   show = lambda x: f"{np.mean(list(x.values())):.3g} ({', '.join(f'{v:.3g}' for v in x.values())})" if x else NOT_RUN
   rows, notes, ratios = [], [], {}
   for key, what, slow, fast in PHASES:

@@ -17,7 +17,7 @@ ARMS = {"keep025": (0.25, 32.46, 2.33), "published": (0.5, 33.34, 1.61), "keep07
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  jobs = {arm: [runs.training(scale, arm, seed) for seed in scale.seeds] for arm in ARMS}
+  jobs = {arm: runs.trainings(scale, arm) for arm in ARMS}
   right = {arm: accuracy(j) for arm, j in jobs.items()}
   ratios = {arm: speedup(seconds(jobs["none"]), seconds(j)) for arm, j in jobs.items()}
   rows = []

@@ -83,8 +83,8 @@ def test_a_loss_beyond_the_interval_contradicts_and_one_within_is_undecided(scal
 
 def test_table2_reads_dapo_runs_alone(scale):
   put(runs.training(scale, "none", 0), 0.9)
-  put(runs.training(scale, "dapo_none", 0), 0.40, steps=[seconds(3, 1, 1)] * 2)
-  put(runs.training(scale, "dapo", 0), 0.45, steps=[seconds(2, 1, 1)] * 2)
+  put(runs.training(scale, "dapo_none", 1), 0.40, steps=[seconds(3, 1, 1)] * 2)
+  put(runs.training(scale, "dapo", 1), 0.45, steps=[seconds(2, 1, 1)] * 2)
   assert build(table2, scale).rows[0][1:8] == ["40.0 ± 3.0", "36.43", "45.0 ± 3.0", "39.42", "+5.0 ± 4.2", "+2.99", "1.25x"]
 
 
@@ -136,10 +136,10 @@ def test_table5_takes_medians_after_the_first_step_and_marks_a_busy_cpu(scale):
 
 def test_table6_speeds_are_shares_of_keeping_all(scale):
   for arm, step in (("none", 6), ("published", 4), ("keep025", 3)):
-    put(runs.training(scale, arm, 0), steps=[{"sec_step": step, "keep_ratio": 0.5}] * 2)
+    put(runs.training(scale, arm, 1), steps=[{"sec_step": step, "keep_ratio": 0.5}] * 2)
   table = build(table6, scale)
   assert [r[5] for r in table.rows] == ["2.00x", "1.50x", "not run", "1.00x"]
-  assert [r[0] for r in table.rows] == ["0.25", "0.5", "0.75", "1.0"] and len(table.missing) == 5
+  assert [r[0] for r in table.rows] == ["0.25", "0.5", "0.75", "1.0"] and len(table.missing) == 3  # a second seed of two, keep075
 
 
 def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale):
@@ -170,7 +170,7 @@ def test_figure4_compares_at_equal_time_without_compilation(scale):
   put(runs.training(scale, "published", 0), steps=[{"sec_step": 1.0, "reward_ipw": 0.1 * i} for i in range(10)])
   table = build(figure4, scale)
   # The first step (999 s) counts as the median: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
-  assert [r[2] for r in table.rows] == ["16", "not run", "11", *["not run"] * 5]
+  assert [r[2] for r in table.rows] == ["16", "not run", "11", *["not run"] * 7]
   # Its steps 3 to 7 have 0.1 to 0.5, the fast one's 7 to 11 0.5 to 0.9: standard error 0.158 / sqrt(5), 1.96 of it 0.139.
   assert [table.rows[i][5] for i in (0, 2)] == ["0.300 ± 0.139", "0.700 ± 0.139"]
   assert table.notes[0].startswith("Agrees with the paper in direction") and "+0.400 ± 0.196" in table.notes[0]
@@ -213,6 +213,7 @@ def test_every_training_command_is_understood():
       assert [read[arm].prune.enabled for arm in ("none", "published", "dapo_none", "dapo")] == [False, True, False, True]
       assert [read[arm].loss.name for arm in ("none", "dapo_none", "dapo")] == ["grpo", "dapo", "dapo"]
       assert [read[arm].prune.keep for arm in ("keep025", "published", "keep075")] == [0.25, 0.5, 0.75]
+      assert read["balanced_head"].quality.balance and tuple(read["balanced_head"].quality.inputs) == ("mean", "logprobs")
       assert read["random"].prune.rule == "random" and read["dapo"].rollout.rounds == 3
       assert len({c.model.path for c in read.values()}) == 1
     assert config.parse(list(runs.stopping(scale, "published", 0).argv))[0].eval.stop_below == runs.STOP_BELOW
