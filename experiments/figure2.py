@@ -16,7 +16,8 @@ from experiments.tables import NOT_RUN, Estimate, Table
 
 PASSES = 100  # full-batch steps of the heads shown; the ablation's file has more
 PREDICTORS = {"head as published": ("head", ["last"]),
-              "head, log-probs too": ("head", ["last", "logprobs"]), "trace confidence": ("trace confidence", None)}
+              "head, log-probs too": ("head", ["last", "logprobs"]),
+              "head, mean state and log-probs": ("head", ["mean", "logprobs"]), "trace confidence": ("trace confidence", None)}
 JUDGES = {"auc": "AUC", "auc_within": "AUC within a prompt", "spearman": "Spearman"}
 
 

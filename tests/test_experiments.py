@@ -148,7 +148,8 @@ def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale
   judged = lambda x: {"auc": x, "auc_sd": 0.01, "auc_within": x, "auc_within_sd": 0.01, "spearman": x - 0.4, "spearman_sd": 0.0}
   lines = [same | {"length": n, "score": "head", "inputs": ["last"], "passes": p} | judged(x) for n, p, x in
            ((32, 100, 0.6), (32, 400, 0.9), (64, 100, 0.7))]
-  lines += [same | {"length": n, "score": "head", "inputs": ["last", "logprobs"], "passes": 100} | judged(0.8) for n in (32, 64)]
+  lines += [same | {"length": n, "score": "head", "inputs": [x, "logprobs"], "passes": 100} | judged(y)
+            for n in (32, 64) for x, y in (("last", 0.8), ("mean", 0.9))]
   lines += [same | {"length": n, "score": "trace confidence"} | judged(x) for n, x in ((32, 0.5), (64, 0.75))]
   job = runs.ablation(scale)
   job.result.parent.mkdir(parents=True)

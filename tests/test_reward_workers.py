@@ -1,4 +1,4 @@
-"""Workers that go wrong in ways that a deadline alone does not catch: standing still, writing noise, no /proc."""
+"""What a worker's deadline alone does not catch: workers that stand still or write noise, no /proc, a pattern that never ends."""
 
 import resource
 import textwrap
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from arrol_jax.rewards import Graded, Grader, pool
+from arrol_jax.rewards import Graded, Grader, extract_answer, pool
 
 REWARDS = """
   import os, signal, sys, threading
@@ -68,3 +68,13 @@ def test_a_worker_killed_three_times_while_it_starts_loses_nothing(monkeypatch):
   monkeypatch.setattr(pool._Worker, "start", killed_at_first)
   with Grader(1) as grader:
     assert grader.grade_all([("\\boxed{x+1}", "1+x")]) == [Graded(1.0, "correct")] and len(kills) == 3
+
+
+def test_a_pattern_that_searches_for_ever_finds_nothing_and_is_a_timeout():
+  """Eleven lazy runs to place among six hundred commas: years for `re`."""
+  pattern, response = r"(.*?,){11}P(x)", "12," * 600
+  begun = time.monotonic()
+  assert extract_answer(response, pattern) is None
+  with Grader(1, pattern=pattern) as grader:
+    assert grader.grade_all([(response, "12")]) == [Graded(0.0, "timeout")]
+  assert time.monotonic() - begun < 5
