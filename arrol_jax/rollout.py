@@ -10,6 +10,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import logging
+import math
 import time
 from typing import NamedTuple
 
@@ -169,16 +170,21 @@ def mixed_groups(rollouts: list[Rollout]) -> list[int]:
 def until_mixed(roll_out: Callable, wanted: int, rounds: int) -> tuple[list[Rollout], list[Rollout], int]:
   """DAPO's dynamic sampling: rolls out new prompts until `wanted` groups have variance, or `rounds` rounds are spent.
 
-  roll_out(round) -> rollouts of that round's prompts, numbered on from the rounds before. Returns the rollouts to learn from
-  (the first `wanted` mixed groups), all rollouts, and the rounds taken.
+  roll_out(round, count) -> rollouts of `count` prompts of that round, numbered on from the rounds before. The first round has
+  `wanted` prompts, a later one as many as should give the missing groups at the share that was mixed so far, and a margin
+  of about one standard deviation. Returns the rollouts to learn from (the first `wanted` mixed groups), all rollouts,
+  and the rounds taken.
   """
-  everything, mixed = [], []
+  everything, mixed, prompts, count = [], [], 0, wanted
   for n in range(rounds):
-    new = roll_out(n)
+    new = roll_out(n, count)
     everything += new
     mixed += mixed_groups(new)
-    if len(mixed) >= wanted:
+    prompts += count
+    missing = wanted - len(mixed)
+    if missing <= 0:
       break
+    count = min(wanted, math.ceil((missing + math.sqrt(missing)) * prompts / max(len(mixed), 1)))
   chosen = set(mixed[:wanted])
   return [r for r in everything if r.prompt in chosen], everything, n + 1
 

@@ -67,16 +67,16 @@ def main():
       """Step's rollouts, those to learn from, rounds of prompts taken and seconds waited for grades."""
       waited = []
 
-      def one(n: int) -> list:
+      def one(n: int, count: int) -> list:
         # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
-        batch = data.batch_at(train_prompts, step * c.rollout.rounds + n, c.seed, c.rollout.prompts)
+        batch = data.batch_at(train_prompts, step * c.rollout.rounds + n, c.seed, c.rollout.prompts)[:count]
         done, seconds = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
                                          loaded.tokenizer, grader, decide=decide, first=n * c.rollout.prompts)
         waited.append(seconds)
         return done
 
       if c.rollout.rounds == 1:
-        rollouts = one(0)
+        rollouts = one(0, c.rollout.prompts)
         return rollouts, rollouts, 1, waited[0]
       learned, rollouts, rounds = rollout.until_mixed(one, c.rollout.prompts, c.rollout.rounds)
       return rollouts, learned, rounds, sum(waited)

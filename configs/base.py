@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
   c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: as many as free memory holds
   c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
-  c.rollout.rounds = 1         # above 1: DAPO's dynamic sampling, at most so many batches of prompts till enough groups are mixed
+  c.rollout.rounds = 1         # above 1: DAPO's dynamic sampling in at most so many rounds, later ones as large as needed
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
   c.rollout.row_buckets = 4    # compiled row counts: slots, slots/2, slots/4, ...
   c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced (one where attention reads each row's own length)
