@@ -60,9 +60,8 @@ def build(scale: Scale, figure: Figure) -> Table:
   rows, notes = [], []
   for length in lengths:
     cost = share(tokens, length)
-    found = [predictor(lines, length, name, judge) for judge in JUDGES for name in PREDICTORS]
-    rows.append([f"{length}", *(tables.cell(x, ".3f") for x in found),
-                 NOT_RUN if cost is None else f"{100 * cost.value:.0f}%"])
+    rows += [[f"{length}", name, *(tables.cell(predictor(lines, length, name, judge), ".3f") for judge in JUDGES),
+              NOT_RUN if cost is None else f"{100 * cost.value:.0f}%"] for name in PREDICTORS]
   head, confidence = list(PREDICTORS)[0], list(PREDICTORS)[-1]
   for length in lengths if lines else []:
     gap = tables.subtract(*(predictor(lines, length, name, "spearman") for name in (head, confidence)))
@@ -79,7 +78,7 @@ def build(scale: Scale, figure: Figure) -> Table:
   if lines or logged:
     draw(figure, scale, lines, lengths, right, wrong)
   notes.append("Tokens: computed from the lengths of unpruned rollouts at keep ratio 0.5, not timed.")
-  columns = ("tokens read", *(f"{judge}: {name}" for judge in JUDGES.values() for name in PREDICTORS), "tokens generated")
+  columns = ("tokens read", "score", *JUDGES.values(), "tokens generated")
   return Table("figure2", "Figure 2: what scores tell, and when", scale, columns, rows, notes, [ablation, *unpruned])
 
 
@@ -101,8 +100,10 @@ def draw(figure: Figure, scale: Scale, lines: list[dict], lengths: list[int], ri
     axis.set_xlabel("response tokens read", fontsize=8)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
-    if axis in (axes[0], axes[-1]) and axis.get_legend_handles_labels()[0]:
-      axis.legend(fontsize=6)
+  if right or wrong:
+    axes[0].legend(fontsize=6)
+  if lines:
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=7, ncols=len(PREDICTORS), loc="outside lower center")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale
   trained.result.with_name("scores.jsonl").write_text("".join(json.dumps(x) + "\n" for x in logged))
   table = build(figure2, scale)
   # At 32 of 32 and 96 tokens: 32 + (32 + 64 / 2) = 96 of 128, 75%; at 64: 32 + 64 + 16 = 112, 88%. Step 1 is in the first half.
-  assert [r[-1] for r in table.rows] == ["75%", "88%"] and table.rows[0][1] == "0.600 ± 0.020"
+  assert [r[-1] for r in table.rows] == ["75%"] * 4 + ["88%"] * 4
+  assert table.rows[0][:3] == ["32", "head as published", "0.600 ± 0.020"]
   assert table.notes[0].startswith("Agrees") and table.notes[1].startswith("Contradicts")
   assert any("mean 0.500 of 1 right and 0.500 of 1 wrong" in note for note in table.notes)
 
@@ -190,7 +191,7 @@ def test_nothing_run_shows_no_figure_of_ours_and_all_commands(module, name, tmp_
   assert f"Scale: {name}." in text and "nothing run" in text and table.title in text
   assert all(job.command in text for job in table.jobs)
   assert not any(word in text for word in ("Agrees", "Contradicts", "Undecided"))
-  ours = [i for i, c in enumerate(table.columns) if i and not c.startswith("paper") and c != "keep ratio asked"]
+  ours = [i for i, c in enumerate(table.columns) if i and not c.startswith("paper") and c not in ("keep ratio asked", "score")]
   assert {r[i] for r in table.rows for i in ours} == {"not run"}
 
 
