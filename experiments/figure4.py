@@ -16,14 +16,15 @@ from experiments.tables import NOT_RUN, Estimate, Table
 
 ARMS = {"none": "GRPO", "published": "GRPO with pruning", "random": "random pruning", "ours": "balance within the group",
         "balanced_head": "the same, balanced head"}
-SLOW = 3.0  # a step that takes so many medians of the ten around it compiles; it counts as their median
+SLOW = 2.0  # a step that takes so many times the lower quartile of the like steps around it compiles; it counts as that quartile
 LAST = 5    # steps whose mean reward counts as the reward at a moment
 
 
 def clock(job: Job) -> np.ndarray:
   """Seconds since the start at the end of each step, compilation left out."""
   step = tables.column(job, "sec_step")
-  usual = np.array([np.median(step[max(0, i - 5):i + 5]) for i in range(len(step))])
+  pruned, place = np.nan_to_num(tables.column(job, "pruning")), np.arange(len(step))
+  usual = np.array([np.quantile(step[(abs(place - i) <= 10) & (pruned == pruned[i])], 0.25) for i in place])
   return np.cumsum(np.where(step > SLOW * usual, usual, step))
 
 
