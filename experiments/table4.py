@@ -25,7 +25,8 @@ def build(scale: Scale, figure: Figure) -> Table:
   ratio, variance, right = ({arm: f(j) for arm, j in jobs.items()} for f in (
     lambda j: step_mean(j, "pos_ratio"), lambda j: step_mean(j, "pos_var"), accuracy))
   rows = [[what, cell(ratio[arm], ".3f"), paper_ratio, cell(variance[arm], ".3f"), paper_variance,
-           cell(step_mean(jobs[arm], "keep_ratio"), ".3f"), cell(step_mean(jobs[arm], "groups_mixed")), cell(right[arm])]
+           cell(step_mean(jobs[arm], "keep_ratio"), ".3f"), cell(step_mean(jobs[arm], "groups_mixed")),
+           cell(step_mean(jobs[arm], "head_auc_within"), ".3f"), cell(right[arm])]
           for arm, (what, paper_ratio, paper_variance) in ARMS.items()]
   notes = tables.verdict("E[rho_hat] nearer 0.5 than with random pruning, by",
                          subtract(off_balance(ratio["random"]), off_balance(ratio["published"])), "nearer", ".3f")
@@ -46,7 +47,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     axes[0].axhline(0.5, color="k", lw=0.8, ls="--")
     tables.bars(axes[1], names, list(variance.values()), "E[ρ̂(1 - ρ̂)]", "C2")
     tables.bars(axes[2], names, list(right.values()), "held-out accuracy, %", "C1")
-  columns = ("pruning", "E[ρ̂]", "paper", "E[ρ̂(1 - ρ̂)]", "paper", "keep ratio", "mixed groups a step", "accuracy, %")
+  columns = ("pruning", "E[ρ̂]", "paper", "E[ρ̂(1 - ρ̂)]", "paper", "keep ratio", "mixed groups a step",
+             "head's AUC within a prompt", "accuracy, %")
   return Table("table4", "Table 4: balance within groups of survivors, against random pruning", scale, columns, rows, notes,
                sum(jobs.values(), []))
 
