@@ -171,7 +171,7 @@ def test_figure4_compares_at_equal_time_without_compilation(scale):
   put(runs.training(scale, "none", 0), steps=slow)
   put(runs.training(scale, "published", 0), steps=[{"sec_step": 1.0, "reward_ipw": 0.1 * i} for i in range(10)])
   table = build(figure4, scale)
-  # The first step (999 s) counts as the median: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
+  # The first step (999 s) counts as any other: 11 steps of 1.5 s and of 1 s. After 11 s the slow one has 7 steps behind it.
   assert [r[2] for r in table.rows] == ["16", "not run", "11", *["not run"] * 7]
   # Its steps 3 to 7 have 0.1 to 0.5, the fast one's 7 to 11 0.5 to 0.9: standard error 0.158 / sqrt(5), 1.96 of it 0.139.
   assert [table.rows[i][5] for i in (0, 2)] == ["0.300 ± 0.139", "0.700 ± 0.139"]

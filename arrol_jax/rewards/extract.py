@@ -16,7 +16,7 @@ from arrol_jax.rewards import units
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-SEARCH_S = 0.2  # what a pattern of the user's may take on one response
+SEARCH_S = 1.0  # what a pattern of the user's may take on one response; `regex` counts the time of all threads of the process
 
 # Answer formats by name. "answer" takes the rest of its line: **Final Answer:** 12.
 PATTERNS = {
@@ -49,7 +49,7 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
   "answer": what follows the last "Answer:" on its line; "hashes": what follows the last "####"; "first_hashes":
   the first one (a base model shown examples goes on to questions of its own).
   Else a regular expression as the `regex` package reads it; group 1 of its last match (r"A(-?\\d+)$"). One that searches for more
-  than 0.2 s has found nothing. Raises ValueError for a pattern that does not compile or has no group.
+  than a second has found nothing. Raises ValueError for a pattern that does not compile or has no group.
   """
   try:
     return search(response, pattern)
@@ -59,10 +59,13 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
 
 def search(response: str, pattern: str | None) -> str | None:
   """`extract_answer` that raises TimeoutError for a pattern that takes too long."""
-  pattern = PATTERNS.get(pattern, pattern)
-  if pattern is not None:
-    check_pattern(pattern)
-    last = _last(regex.compile(pattern).finditer(response, timeout=SEARCH_S))
+  if PATTERNS.get(pattern, pattern) is not None:
+    if pattern in PATTERNS:
+      matches = re.finditer(PATTERNS[pattern], response)  # linear: needs no deadline
+    else:
+      check_pattern(pattern)
+      matches = regex.finditer(pattern, response, timeout=SEARCH_S)
+    last = _last(matches)
     return None if last is None else last.group(1)
   box = _last(_BOX.finditer(response))
   if box is None:
