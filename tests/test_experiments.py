@@ -178,6 +178,16 @@ def test_figure4_compares_at_equal_time_without_compilation(scale):
   assert table.notes[0].startswith("Agrees with the paper in direction") and "+0.400 ± 0.196" in table.notes[0]
 
 
+def test_figure4s_clock_compares_a_step_with_those_pruned_alike(scale):
+  """4 s without pruning and 1 s with it: the 4 s are no compilation; 9 s of either kind are, and count as their like."""
+  steps = [{"sec_step": t, "pruning": p} for t, p in ((4.0, False), (9.0, False), (4.0, False), (9.0, True), *[(1.0, True)] * 8)]
+  job = runs.training(scale, "none", 0)
+  put(job, steps=steps)
+  lines = runs.metrics(job)[1:]  # without the first, which holds 999 everywhere
+  job.result.with_name("metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  assert figure4.clock(job).tolist() == [4, 8, 12, *range(13, 22)]
+
+
 # ---- what was not run
 
 
