@@ -54,7 +54,8 @@ def build(scale: Scale, figure: Figure) -> Table:
       rows.append([f"{what}, seed {seed}", f"{len(reward)}", f"{clock(job)[-1]:.0f}", f"{np.nanmean(reward[-LAST:]):.3f}",
                    *("too early" if np.isnan(x.value) else x.text(".3f") for x in rewards[arm, seed])])
   gap = lambda seed: rewards["published", seed][1] - rewards["none", seed][1]
-  pairs = [gap(seed) for arm, seed in rewards if arm == "none" and ("published", seed) in rewards]
+  timed = [tables.seconds(jobs[arm]) for arm in ("none", "published")]
+  pairs = [gap(seed) for seed, device in timed[0] if (seed, device) in timed[1]]
   if pairs:
     half = float(np.sqrt(np.sum([x.half**2 for x in pairs]))) / len(pairs)
     difference = Estimate(float(np.mean([x.value for x in pairs])), half)
@@ -71,7 +72,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     axes[0].set_xlabel("seconds, compilation left out")
     axes[1].set_xlabel("step")
     axes[0].legend(fontsize=8)
-  notes += tables.load_note(everyone)
+  notes += tables.device_note(*jobs.values()) + tables.load_note(everyone)
   columns = ("run", "steps", "seconds", f"reward, last {LAST} steps", f"after {moments[0]:.0f} s", f"after {moments[1]:.0f} s")
   return Table("figure4", "Figure 4: reward against wall clock", scale, columns, rows, notes, everyone)
 

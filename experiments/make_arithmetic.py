@@ -10,11 +10,11 @@ A problem is a sum such as 3+5-2+7-1>; a response works it out, 3+5=8;8-2=6;6+7=
           counter-case.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +106,18 @@ def warm_up(name: str, wrong: float, steps: int, held_out: set) -> None:
 
 
 def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("only", nargs="?", choices=["signs", "clean"], help="one of the two models")
+  only = parser.parse_args().only
   os.makedirs(OUT, exist_ok=True)
   rng = np.random.default_rng(1)
   texts = list(dict.fromkeys(problem(rng) for _ in range(2600)))
   write_problems(f"{OUT}/train.jsonl", texts[:2000])
   write_problems(f"{OUT}/test.jsonl", texts[2000:2400])
   held_out = set(texts[2000:2400])
-  only = sys.argv[1:] or ["signs", "clean"]
-  if "signs" in only:
+  if only != "clean":
     warm_up("signs", 0.5, 340, held_out)
-  if "clean" in only:
+  if only != "signs":
     warm_up("clean", 0.0, 200, held_out)
 
 

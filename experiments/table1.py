@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from arrol_jax import config
 from experiments import runs, tables
 from experiments.runs import PAPER_MODELS, Scale
-from experiments.tables import Table, accuracy, cell, seconds, speedup, subtract
+from experiments.tables import Table, accuracy, cell, pair, seconds, speedup, subtract
 
 # The paper's average over six benchmarks without and with pruning, and its speed-up.
 PAPER = {"qwen3_1b7": (34.79, 37.09, 1.61), "qwen3_4b": (51.01, 53.54, 1.63), "qwen3_8b": (56.66, 59.53, 1.62),
@@ -31,12 +31,13 @@ def compare(scale: Scale, figure: Figure, name: str, title: str, arms: tuple[str
                  cell(ratio, ".2f", "x"), f"{theirs[2]:.2f}x"])
     notes += tables.verdict(f"accuracy with pruning against without ({label})", gain, rows[-1][6] + " points", unit=" points")
     notes += tables.faster(f"speed-up of a step ({label})", ratio, rows[-1][8])
-    notes += tables.load_note(mine)
+    notes += tables.device_note(base, pruned) + tables.load_note(mine)
     if a or b:
       axes = figure.subplots(1, 2) if axes is None else axes
       before = accuracy(mine, "eval_before") if scale.name != "paper" else None
       tables.bars(axes[0], ["before", "without", "with pruning"], [before, a, b], f"{title}: accuracy, %")
-      tables.bars(axes[1], ["without", "with pruning"], [_mean(seconds(base)), _mean(seconds(pruned))], "seconds a step", "C1")
+      tables.bars(axes[1], ["without", "with pruning"], [_mean(x) for x in pair(seconds(base), seconds(pruned))],
+                  "seconds a step", "C1")
   if scale.name != "paper":
     notes.append(f"The paper's columns are {PAPER_MODELS[models[0]]}, the average of six benchmarks: another scale, there to "
                  "compare directions.")
@@ -44,7 +45,7 @@ def compare(scale: Scale, figure: Figure, name: str, title: str, arms: tuple[str
   return Table(name, f"{title}: accuracy (%) and speed-up", scale, columns, rows, notes, jobs)
 
 
-def _mean(by_seed: dict[str, float]) -> tables.Estimate | None:
+def _mean(by_seed: dict) -> tables.Estimate | None:
   each = tuple(by_seed.values())
   return tables.Estimate(sum(each) / len(each), float("nan"), each) if each else None
 

@@ -9,7 +9,7 @@ import numpy as np
 from arrol_jax import config
 from experiments import runs, tables
 from experiments.runs import Scale
-from experiments.tables import NOT_RUN, Table, cell, seconds, speedup
+from experiments.tables import NOT_RUN, Table, cell, pair, seconds, speedup
 
 # The paper's seconds for Qwen3-1.7B-Base; it gives no whole step.
 PHASES = (("sec_generate", "generation", 106.82, 72.96), ("sec_logprob", "log-probs", 18.40, 10.02),
@@ -21,7 +21,7 @@ def build(scale: Scale, figure: Figure) -> Table:
   show = lambda x: f"{np.mean(list(x.values())):.3g} ({', '.join(f'{v:.3g}' for v in x.values())})" if x else NOT_RUN
   rows, notes, ratios = [], [], {}
   for key, what, slow, fast in PHASES:
-    a, b = seconds(base, key), seconds(pruned, key)
+    a, b = pair(seconds(base, key), seconds(pruned, key))
     ratios[what] = speedup(a, b)
     paper = ["", "", "1.61x"] if slow is None else [f"{slow}", f"{fast}", f"{slow / fast:.2f}x"]
     rows.append([what, show(a), paper[0], show(b), paper[1], cell(ratios[what], ".2f", "x"), paper[2]])
@@ -31,7 +31,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     tables.bars(axis, list(ratios), list(ratios.values()), f"Table 5, speed-up by phase ({scale.name}); crosses: the paper")
     axis.plot(range(4), [slow / fast if slow else 1.61 for _, _, slow, fast in PHASES], "rx")
     axis.axhline(1, color="k", lw=0.8)
-  notes += tables.load_note([*base, *pruned])
+  notes += tables.device_note(base, pruned) + tables.load_note([*base, *pruned])
   columns = ("phase, median seconds", "GRPO", "paper", "+ pruning", "paper", "speed-up", "paper")
   return Table("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, [*base, *pruned])
 

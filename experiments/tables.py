@@ -130,15 +130,43 @@ def step_mean(jobs: list[Job], key: str) -> Estimate | None:
                   tuple(float(np.nanmean(x)) for x in each))
 
 
-def seconds(jobs: list[Job], key: str = "sec_step") -> dict[str, float]:
-  """Median seconds a step by seed ("0": ...), after the first steps, of the trainings that are done."""
-  return {job.name.rpartition("_seed")[2]: float(np.median(column(job, key)[job.scale.skip:])) for job in jobs if job.done}
+def step_difference(jobs: list[Job], others: list[Job], key: str) -> Estimate | None:
+  """Mean of jobs' figure less others' at the same step of the same seed, where all train on the same prompts; its interval is
+  over these steps, taken as independent. A step that lacks one of the two is left out."""
+  there = {job.name.rpartition("_seed")[2]: job for job in others if job.done}
+  pairs = [(job, there[seed]) for job in jobs for seed in [job.name.rpartition("_seed")[2]] if job.done and seed in there]
+  steps = [min(len(column(job, key)) for job in both) for both in pairs]
+  each = [(column(a, key)[:n] - column(b, key)[:n])[a.scale.skip:] for (a, b), n in zip(pairs, steps, strict=True)]
+  values = np.concatenate(each) if each else np.array([])
+  values = values[np.isfinite(values)]
+  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))) if len(values) > 1 else None
 
 
-def speedup(base: dict[str, float], fast: dict[str, float]) -> Estimate | None:
-  """base / fast over the seeds that both have; no interval, each seed's own."""
-  each = tuple(base[s] / fast[s] for s in base if s in fast)
+def seconds(jobs: list[Job], key: str = "sec_step") -> dict[tuple[str, str], float]:
+  """Median seconds a step by seed and device, after the first steps, of the trainings that are done."""
+  return {(job.name.rpartition("_seed")[2], runs.summary(job)["device"]): float(np.median(column(job, key)[job.scale.skip:]))
+          for job in jobs if job.done}
+
+
+def pair(base: dict[tuple[str, str], float], fast: dict[tuple[str, str], float]) -> tuple[dict, dict]:
+  """Both sides' seconds of the seeds that ran on one device on both; all seconds where no seed did."""
+  shared = [k for k in base if k in fast]
+  return ({k: base[k] for k in shared}, {k: fast[k] for k in shared}) if shared else (base, fast)
+
+
+def speedup(base: dict[tuple[str, str], float], fast: dict[tuple[str, str], float]) -> Estimate | None:
+  """base / fast over the seeds that both have on one device; no interval, each seed's own."""
+  each = tuple(base[k] / fast[k] for k in base if k in fast)
   return Estimate(float(np.mean(each)), float("nan"), each) if each else None
+
+
+def device_note(base: list[Job], *others: list[Job]) -> list[str]:
+  """Says which seeds' seconds are left out because the runs to compare were on different devices."""
+  where = lambda jobs: {seed: device for seed, device in seconds(jobs)}
+  first, apart = where(base), {}
+  for jobs in others:
+    apart |= {seed: f"{first[seed]}, {device}" for seed, device in where(jobs).items() if first.get(seed, device) != device}
+  return [f"Seed {seed} ran on different devices ({devices}): its seconds are not compared." for seed, devices in apart.items()]
 
 
 def cell(x: Estimate | None, form: str = ".1f", unit: str = "") -> str:
@@ -223,6 +251,9 @@ def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
   flags.DEFINE_string("model", None, "the scale's model on this machine", flag_values=values)
   flags.DEFINE_string("data", None, "folder of the scale's data on this machine", flag_values=values)
+  if {"-h", "--help"} & set(argv):
+    print(sys.modules["__main__"].__doc__)
+    raise SystemExit(0)
   try:
     rest = values(argv)
   except flags.Error as e:

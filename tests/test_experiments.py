@@ -111,16 +111,21 @@ def test_table3_shows_each_rule_and_compares_them(scale):
 
 
 def test_table4_compares_balance_with_random_pruning(scale):
-  balance = lambda ratio, variance: [{"pos_ratio": ratio + d, "pos_var": variance, "keep_ratio": 0.5, "groups_mixed": 20}
-                                     for d in (-0.01, 0.01)]
-  put(runs.training(scale, "random", 0), steps=balance(0.30, 0.15))
-  put(runs.training(scale, "published", 0), steps=balance(0.20, 0.16))
+  balance = lambda ratios, variances: [{"pos_ratio": r, "pos_var": v, "keep_ratio": 0.5, "groups_mixed": 20,
+                                        "head_auc_within": 2 * r} for r, v in zip(ratios, variances, strict=True)]
+  put(runs.training(scale, "random", 0), steps=balance((0.29, 0.31), (0.10, 0.20)))
+  put(runs.training(scale, "published", 0), steps=balance((0.20, 0.20), (0.11, 0.23)))
+  put(runs.training(scale, "ours", 0), steps=balance((0.40, 0.42), (0.15, 0.25)))
+  put(runs.training(scale, "none", 0), steps=balance((0.40, 0.42, 0.90), (None, 0.24, 0.90)))  # random has no third step
   table = build(table4, scale)
   # Two steps 0.02 apart: standard deviation 0.0141, standard error 0.01, 1.96 of it 0.0196.
-  assert row(table, "random")[1] == "0.300 ± 0.020" and row(table, "ARRoL")[3] == "0.160 ± 0.000"
-  assert row(table, "no pruning")[1] == "not run"
-  assert table.notes[0].startswith("Contradicts the paper") and "-0.100 ± 0.028" in table.notes[0]  # 0.5 - 0.3 less 0.5 - 0.2
-  assert table.notes[1].startswith("Agrees with the paper") and "+0.010 ± 0.000" in table.notes[1]
+  assert row(table, "random")[1] == "0.300 ± 0.020" and row(table, "ARRoL")[3] == "0.170 ± 0.118"
+  assert row(table, "random")[7] == "0.600 ± 0.039" and row(table, "the same, balanced head")[7] == "not run"
+  # Differences are taken step by step: 0.20 - 0.29 and 0.20 - 0.31; 0.11 - 0.10 and 0.23 - 0.20; 0.05 twice.
+  assert table.notes[0].startswith("Contradicts the paper") and "-0.100 ± 0.020" in table.notes[0]
+  assert table.notes[1].startswith("Agrees with the paper") and "+0.0200 ± 0.0196" in table.notes[1]
+  assert any("buffer; E[rho_hat (1 - rho_hat)] against random +0.0500 ± 0.0000" in note for note in table.notes)
+  assert not any("no pruning against random" in note for note in table.notes)  # one step that both have: no interval
 
 
 def test_table5_takes_medians_after_the_first_step_and_marks_a_busy_cpu(scale):
@@ -142,11 +147,28 @@ def test_table6_speeds_are_shares_of_keeping_all(scale):
   assert [r[0] for r in table.rows] == ["0.25", "0.5", "0.75", "1.0"] and len(table.missing) == 3  # a second seed of two, keep075
 
 
+def test_seconds_are_compared_on_one_device_alone(scale):
+  """Seed 0 is three times as fast on another device: nothing that compares seconds reads it."""
+  for arm, seed, device, step in (("none", 0, "old", 6.0), ("published", 0, "new", 2.0), ("none", 1, "new", 6.0),
+                                  ("published", 1, "new", 4.0)):
+    steps = [seconds(step - 2, 1, 1, reward_ipw=0.1 * step + 0.5 * seed * (arm == "none"), keep_ratio=0.5)] * 30
+    put(runs.training(scale, arm, seed), steps=steps, device=device)
+  said = "Seed 0 ran on different devices (old, new): its seconds are not compared."
+  for module in (table1, table5, table6, figure4):
+    assert build(module, scale).notes.count(said) == 1
+  assert build(table1, scale).rows[0][7] == "1.50x"
+  assert row(build(table5, scale), "whole step")[1:6] == ["6 (6)", "", "4 (4)", "", "1.50x"]
+  assert [row(build(table6, scale), keep)[4:6] for keep in ("0.5", "1.0")] == [["4", "1.50x"], ["6", "1.00x (1.00, 1.00)"]]
+  # At the end of the shortest run: published 0.4 at seed 1, none 0.6 + 0.5 there; at seed 0 they would be 0.2 and 0.6.
+  assert "-0.700 ± 0.000" in build(figure4, scale).notes[0]
+
+
 def test_figure2_takes_the_heads_line_and_the_lengths_of_unpruned_rollouts(scale):
   scale = dataclasses.replace(scale, head=("--lengths=32,64", "--prompts=4"))
   same = {"part": "offline", "rollouts": 64, "reward": 0.5, "device": "test"}
   judged = lambda x: {"auc": x, "auc_sd": 0.01, "auc_within": x, "auc_within_sd": 0.01, "spearman": x - 0.4, "spearman_sd": 0.0}
-  lines = [same | {"length": n, "score": "head", "inputs": ["last"], "passes": p} | judged(x) for n, p, x in
+  lines = [same | {"length": 32, "score": "head", "inputs": ["last"], "passes": 100, "balanced": True} | judged(0.2)]
+  lines += [same | {"length": n, "score": "head", "inputs": ["last"], "passes": p} | judged(x) for n, p, x in
            ((32, 100, 0.6), (32, 400, 0.9), (64, 100, 0.7))]
   lines += [same | {"length": n, "score": "head", "inputs": [x, "logprobs"], "passes": 100} | judged(y)
             for n in (32, 64) for x, y in (("last", 0.8), ("mean", 0.9))]
@@ -334,6 +356,13 @@ def test_wrong_arguments_end_in_one_line(argument):
   with pytest.raises(UserError) as e:
     tables.parse(["table4.py", argument])
   assert "\n" not in " ".join(str(e.value).split())
+
+
+def test_help_shows_the_commands_own_page(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "__main__", table4)
+  with pytest.raises(SystemExit) as e:
+    tables.parse(["table4.py", "--scale=gpu", "--help"])
+  assert e.value.code == 0 and "python -m experiments.table4 [--scale=cpu|gpu|paper]" in capsys.readouterr().out
 
 
 # ---- report and notebook
