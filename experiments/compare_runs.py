@@ -8,6 +8,7 @@ start) are left out of phases and means. Seconds and tokens of the later runs al
 
 import json
 import os
+from pathlib import Path
 import sys
 
 import numpy as np
@@ -29,12 +30,16 @@ def relative(values: list[float | None], form: str) -> list[str]:
 def rows(workdirs: list[str], skip: int) -> list[list[str]]:
   """Label and each run's figure, of every line of the table, as text."""
   runs = [read(w) for w in workdirs]
-  summaries = [json.load(open(f"{w}/summary.json")) if os.path.exists(f"{w}/summary.json") else {} for w in workdirs]
+  ends = [Path(w, "summary.json") for w in workdirs]
+  summaries = [json.loads(path.read_text()) if path.exists() else {} for path in ends]
   cell = lambda x: "-" if x is None else f"{100 * x['accuracy']:.1f}% ± {100 * x['ci95']:.1f}"
   out = []
   for when in ("eval_before", "eval_after"):
     for name in dict.fromkeys(n for s in summaries for n in s.get(when, {})):
-      out.append([f"{name} {when[5:]}, greedy", *(cell(s.get(when, {}).get(name)) for s in summaries)])
+      held_out = [s.get(when, {}).get(name) for s in summaries]
+      out.append([f"{name} {when[5:]}, greedy", *(cell(x) for x in held_out)])
+      out.append([f"- tokens, cut off, {when[5:]}", *(f"{x['response_len']:.0f}, {100 * x['truncated']:.1f}%"
+                                                       if x and "truncated" in x else "-" for x in held_out)])
   for name in PHASES:
     out.append([f"{name}, median", *relative([float(np.median(m[name][skip:])) for m in runs], ".2f")])
   for name in MEANS:

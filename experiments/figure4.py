@@ -5,6 +5,8 @@
 The reward is that of all rollouts started (reward_ipw: survivors count 1 / survival times), so that pruning does not flatter it.
 """
 
+import collections
+
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -62,19 +64,31 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes += tables.verdict(f"reward with pruning less that without at equal wall clock ({together:.0f} s), mean over seeds,",
                             difference, "above zero all along", ".3f")
   if there:
-    axes = figure.subplots(1, 2)
-    for i, arm in enumerate(ARMS):
-      for n, job in enumerate(j for j in jobs[arm] if j.done):
-        reward, label = smooth(tables.column(job, "reward_ipw"), LAST), None if n else ARMS[arm]
-        axes[0].plot(clock(job), reward, color=f"C{i}", label=label)
-        axes[1].plot(np.arange(1, len(reward) + 1), reward, color=f"C{i}")
-    axes[0].set_title(f"Figure 4, reward of all rollouts started, {LAST}-step mean ({scale.name})", fontsize=9)
-    axes[0].set_xlabel("seconds, compilation left out")
-    axes[1].set_xlabel("step")
-    axes[0].legend(fontsize=8)
+    draw(figure, scale, jobs)
   notes += tables.device_note(*jobs.values()) + tables.load_note(everyone)
   columns = ("run", "steps", "seconds", f"reward, last {LAST} steps", f"after {moments[0]:.0f} s", f"after {moments[1]:.0f} s")
   return Table("figure4", "Figure 4: reward against wall clock", scale, columns, rows, notes, everyone)
+
+
+def draw(figure: Figure, scale: Scale, jobs: dict[str, list[Job]]) -> None:
+  """Rewards over seconds, those of the commonest device alone, and over steps; each seed thin, the mean of seeds thick."""
+  device = lambda job: runs.summary(job)["device"]
+  done = {arm: [job for job in each if job.done] for arm, each in jobs.items()}
+  commonest, _ = collections.Counter(device(job) for each in done.values() for job in each).most_common(1)[0]
+  axes = figure.subplots(1, 2, sharey=True)
+  for i, arm in enumerate(ARMS):
+    steps = [(np.arange(1.0, len(y) + 1), y) for job in done[arm] for y in [smooth(tables.column(job, "reward_ipw"), LAST)]]
+    timed = [(clock(job), y) for job, (_, y) in zip(done[arm], steps, strict=True) if device(job) == commonest]
+    for axis, lines in zip(axes, (timed, steps), strict=True):
+      for x, y in lines:
+        axis.plot(x, y, color=f"C{i}", lw=0.8, alpha=0.4)
+      if lines:
+        x = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
+        axis.plot(x, np.mean([np.interp(x, *line) for line in lines], axis=0), color=f"C{i}", lw=1.8, label=ARMS[arm])
+  axes[0].set_title(f"Figure 4, reward of all rollouts started, {LAST}-step mean ({scale.name})", fontsize=9)
+  axes[0].set_xlabel(f"seconds on {commonest}, compilation left out", fontsize=8)
+  axes[1].set_xlabel("step; thin: each seed, thick: their mean", fontsize=8)
+  axes[1].legend(fontsize=7)
 
 
 if __name__ == "__main__":

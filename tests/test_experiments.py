@@ -17,7 +17,7 @@ import pytest
 
 from arrol_jax import config
 from arrol_jax.types import UserError
-from experiments import figure2, figure4, report, runs, table1, table2, table3, table4, table5, table6, tables
+from experiments import compare_runs, figure2, figure4, report, runs, table1, table2, table3, table4, table5, table6, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (table1, table2, table3, table4, table5, table6, figure2, figure4)
@@ -208,6 +208,22 @@ def test_figure4s_clock_compares_a_step_with_those_pruned_alike(scale):
   lines = runs.metrics(job)[1:]  # without the first, which holds 999 everywhere
   job.result.with_name("metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   assert figure4.clock(job).tolist() == [4, 8, 12, *range(13, 22)]
+
+
+def test_runs_are_compared_with_what_was_cut_off(scale):
+  """Shares of the first run's seconds, steps after the skipped ones, held-out length and share cut off."""
+  for arm, step, share in (("none", 4.0, 0.07), ("published", 3.0, 0.175)):
+    job = runs.training(scale, arm, 0)
+    keys = (*compare_runs.PHASES, *compare_runs.MEANS, "tokens_generated", "tokens_trained")
+    put(job, 0.4, steps=[dict.fromkeys(keys, step)] * 2)
+    summary = runs.summary(job)
+    summary["eval_after"]["gsm8k_test"] |= {"response_len": 248.4, "truncated": share}
+    job.result.write_text(json.dumps(summary))
+  folders = [str(ROOT / runs.training(scale, arm, 0).result.parent) for arm in ("none", "published")]
+  table = {row[0]: row[1:] for row in compare_runs.rows(folders, 1)}
+  assert table["gsm8k_test after, greedy"] == ["40.0% ± 3.0"] * 2
+  assert table["- tokens, cut off, after"] == ["248, 7.0%", "248, 17.5%"] and table["- tokens, cut off, before"] == ["-", "-"]
+  assert table["sec_step, median"] == ["4.00", "3.00 (0.75)"] and table["reward_ipw, mean"] == ["4", "3"]
 
 
 # ---- what was not run
