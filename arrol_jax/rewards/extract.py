@@ -139,11 +139,12 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
   (r"\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le "),
   (r"\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge "),
-  (r"\\%|\\text\{\s*(?:percent(?:age)?|pct)\s*\}|\bpercent(?![A-Za-z])", "%"),
+  (r"\\%|\\text\{\s*(?:per\s?cents?|percentage|pct)\s*\}|\bper\s?cents?(?![A-Za-z])", "%"),
   (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])", r"^\\circ "),
   (r",?\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
   (r",(?:\s*,)+", ","),
   (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+  (r"\\[lc]dots(?![A-Za-z])", r"\\dots "),
   (r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"),
 )]
 # Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
@@ -181,7 +182,7 @@ def canonical(text: str) -> tuple[str, str]:
   text = _WORD.sub(r"\\text", text)
   for pattern, replacement in _NOTATION:
     text = pattern.sub(replacement, text)
-  text = text.strip().rstrip(" .")
+  text = re.sub(r"(?:\.\s*){2,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
   inner = extract_answer(text)
   if inner is not None and text == f"\\boxed{{{inner}}}":  # "Answer: $\boxed{12}$", found by a pattern
     text = inner

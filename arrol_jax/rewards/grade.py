@@ -231,12 +231,15 @@ def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide) -> 
 
 def _words(text: str) -> list[str]:
   """The words of an answer in words, without case, spaces and full stops; single letters (choices) sorted."""
-  words = re.sub(r"\\text|[{}\s.]", "", text).casefold().split(",")
+  text = re.sub(r"\\text\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text)
+  words = re.sub(r"\s|(?<![0-9])\.|\.(?![0-9])", "", text).casefold().split(",")
   words = [re.sub(r"^\((.)\)$", r"\1", word) for word in words]
   return sorted(words) if all(len(word) == 1 for word in words) else words
 
 
 _OTHER_BASE = re.compile(r"[+-]?[0-9A-Fa-f.]+_\{?[0-9]+\}?")
+# What math-verify drops (primes, dots, \angle) or evaluates (\gcd of two letters is 1 to it, dy/dx is 0).
+_TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(")
 _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
@@ -250,7 +253,7 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
   if None not in values:
     return values[0] == values[1]
   if gold.count("=") > 1 or any(
-      ":" in text or _OTHER_BASE.fullmatch(text) or _SCIENTIFIC.fullmatch(text) and number(text) is None
+      ":" in text or _TEXT_ONLY.search(text) or _OTHER_BASE.fullmatch(text) or _SCIENTIFIC.fullmatch(text) and number(text) is None
       or "=" in text and None not in map(number, text.split("=")) for text in (gold, answer)):
     return False  # chains, times, ratios, other bases, huge powers of ten, equations of numbers: as text only
   # math-verify folds case, but 3R^2 is not 3r^2, and N=n must not become n=n, which every identity equals.
@@ -261,13 +264,21 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
 
 
 def _for_sympy(text: str) -> str:
-  """LaTeX that math-verify reads as meant: exact decimals, e-notation as products, degrees in radians."""
+  """LaTeX that math-verify reads as meant: exact decimals, mixed numbers, 3/4\\pi as 3/4 of \\pi, e-notation as products, degrees
+  in radians."""
   text = re.sub(r"np\.([a-z]+)", r"\\\1", text)
   text = re.sub(
     r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9.])", r"(\1\\cdot 10^{\2})", text)
   if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
     text = re.sub(r"([0-9]+(?:\.[0-9]+)?)\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
   text = text.replace("^\\circ", "")
+
+  def mixed(found: re.Match) -> str:
+    whole, above, below = found.groups()
+    return f"({whole}+\\frac{{{above}}}{{{below}}})" if int(above) < int(below) else found[0]
+
+  text = re.sub(r"(?<![0-9.A-Za-z^_}/])([0-9]+)/([0-9]+)(?![0-9.])", r"\\frac{\1}{\2}", text)
+  text = re.sub(r"(?<![0-9.A-Za-z^_}/])([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}", mixed, text)
 
   def exact(decimal: re.Match) -> str:
     whole, _, digits = decimal[0].partition(".")

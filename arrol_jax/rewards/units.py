@@ -26,8 +26,10 @@ _NOT_UNITS = frozenset(
   "thousandth thousandths point maybe perhaps possibly probably otherwise except unless score squared cubed factorial pi "
   "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
   "nineteen twenty thirty forty fifty sixty seventy eighty ninety am pm below negative choose over sqrt january february "
-  "march april may june july august september october november december".split()
+  "march april may june july august september october november december "
+  "permille mille lakh lakhs crore crores gross tens repeating recurring eleventh elevenths twelfth twelfths".split()
 )
+_NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$")  # sixteenths, twentieths, quadrillion
 _UNIT_LETTERS = frozenset("ACFJKLNVWghms")
 _JOINING = frozenset("per of a the square sq cubic cu".split())
 
@@ -50,15 +52,19 @@ def split_unit(text: str) -> tuple[str, str]:
     words = re.findall("[A-Za-z]+", unit[1]) if unit else []
     # What begins with a comma was "or" or "and": a second answer, no unit.
     if not 1 <= len(words) <= 5 or unit[1].lstrip().startswith(",") or any(
-        word.lower() in _NOT_UNITS or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
+        _changes_value(word) or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
       break
     text = text[:unit.start()]
   if text == whole and (plain := _PLAIN.fullmatch(_TEXT.sub(r"\1", text))):
     words = re.findall("[A-Za-z]+", plain[2])
-    if len(words) <= 5 and not any(word.lower() in _NOT_UNITS for word in words) and all(
+    if len(words) <= 5 and not any(map(_changes_value, words)) and all(
         len(word) > 3 or word.lower() in _JOINING or len(word) > 1 and _name(word) or word in _COMPOUND for word in words):
       return plain[1], plain[2]
   return text, whole[len(text):]
+
+
+def _changes_value(word: str) -> bool:
+  return word.lower() in _NOT_UNITS or _NUMBER_WORD.search(word.lower()) is not None
 
 
 def measure(unit: str) -> dict[str, int] | None:
