@@ -44,7 +44,8 @@ class Decision(NamedTuple):
   score: jax.Array      # f32[B]
   posterior: jax.Array  # f32[B]
   survival: jax.Array   # f32[B]   probability with which the row was kept
-  planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept
+  planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept, and where a floor adds rows
+  control: jax.Array    # bool[B]  kept whatever the rule says
   reading: tuple | None = None  # what was scored, f32[B,...] each, where it is wanted on the host
 
 
@@ -349,6 +350,7 @@ class Run:
           out.readings += (jax.tree.map(lambda x, i=i: x[i], decision.reading),)
         out.survival *= float(decision.survival[i])
         out.planned *= float(decision.planned[i])
+        out.control = bool(decision.control[i])
       if not active[i]:
         out.tokens, out.logprobs, out.confidences = map(np.concatenate, (seat.tokens, seat.logprobs, seat.confidences))
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids

@@ -71,7 +71,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
   score, reward = [r.score for r in scored], [r.reward for r in scored]
   # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
-  controls = [r for r in scored if r.survival == 1.0 and r.planned < 1.0]
+  controls = [r for r in scored if r.control]
   return {
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
@@ -79,7 +79,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "rollouts_started": len(rollouts), "rollouts_pruned": len(rollouts) - len(kept), "rollouts_kept": len(kept),
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
-    "groups_mixed": sum(0 < p < 1 for p in ratios),
+    "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were
     "tokens_saved": sum(len(r.tokens) / r.survival for r in kept) - sum(len(r.tokens) for r in rollouts),

@@ -10,9 +10,9 @@ probabilities of success, those into survival probabilities, and a draw decides 
 
 Everything is pure jnp and works under jit and vmap; nothing here knows about a model, a prompt or a step.
 The defaults are the published rule. Departures from it (METHOD section 9) are switches or functions of their own: `weight` and
-`half_life` in `update` (inverse-propensity weights, forgetting), `group_survival` (balance solved within the group), and in
-`draw` `method="systematic"` (a fixed number of survivors) and `floor` (never fewer than so many a group). Several detection
-lengths are several tables, kept by the caller; `best_subset` is a baseline that chooses after the rewards are known.
+`half_life` in `update` (inverse-propensity weights, forgetting), `group_survival` (balance solved within the group), in
+`draw` `method="systematic"` (a fixed number of survivors), `at_least` and `lift` (never fewer than so many a group). Several
+detection lengths are several tables, kept by the caller; `best_subset` is a baseline that chooses after the rewards are known.
 
 Axes: B rollouts, Q calibration bins.
 """
@@ -235,6 +235,30 @@ def at_least(floor, order, group, decided):
   return decided & (jnp.sum(ahead, axis=1) < floor)
 
 
+def survival_with_floor(floor, u, p, group, decided):
+  """Probability with which each row survives where `at_least` adds `floor` of its group by u / p, given the others' u: f32[B].
+
+  A row survives if its u / p is below 1 or below the floor-th lowest of the others, which does not depend on its own u: what
+  is weighed 1 / survival stays unbiased. p f32[B] where not decided.
+  """
+  order = u / p
+  same = (group[:, None] == group[None, :]) & decided[None, :]
+  rank = jnp.sum(_before(order) & same, axis=1)
+  wanted = jnp.where(rank < floor, floor, floor - 1)  # the others' floor-th lowest, by its rank among all
+  bar = jnp.min(jnp.where(same & (rank[None, :] == wanted[:, None]), order[None, :], jnp.inf), axis=1)
+  return jnp.where(decided, jnp.minimum(1.0, p * jnp.maximum(1.0, bar)), p)
+
+
+def lift(floor, p, group, decided):
+  """Survival p f32[B] raised by the same share of what each lacks to 1, until a group's sum over its decided rows is `floor`, or
+  their number where that is less: a systematic draw then keeps so many. Groups that have it stay as they are."""
+  same = (group[:, None] == group[None, :]) & decided[None, :]
+  size, total = jnp.sum(same, axis=1), jnp.sum(jnp.where(same, p[None, :], 0.0), axis=1)
+  missing = jnp.maximum(jnp.minimum(floor, size) - total, 0.0)
+  share = jnp.minimum(missing / jnp.maximum(size - total, 1e-6), 1.0)
+  return jnp.where(decided, p + share * (1.0 - p), p)
+
+
 def _before(order):
   """bool[B,B]: whether column j comes before row i by `order` f32[B], lowest first, ties by index."""
   index = jnp.arange(order.shape[0])
@@ -249,7 +273,7 @@ def top_share(order, group, decided, *, kappa, p_min, p_max):
   """
   same = (group[:, None] == group[None, :]) & decided[None, :]
   size, rank = jnp.sum(same, axis=1), jnp.sum(_before(-order) & same, axis=1)
-  share = jnp.clip(size * (kappa - p_min) / (p_max - p_min) - rank, 0.0, 1.0)
+  share = jnp.clip(size * (kappa - p_min) / max(p_max - p_min, 1e-6) - rank, 0.0, 1.0)
   return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
 
 
@@ -283,7 +307,7 @@ def draw(key, p, *, method="bernoulli", groups=None):
   give p = 1 to rows that are not up for a decision. A NaN never survives.
 
   Args:
-    key: PRNG key.
+    key: PRNG key, or one a row (of p's shape): then what is drawn for a row or a group does not depend on where its rows lie.
     p: f32[B] survival probabilities.
     method: "bernoulli" or "systematic".
     groups: i32[B] labels in any order, each group drawn by itself; None is one group. Only "systematic"
@@ -292,16 +316,17 @@ def draw(key, p, *, method="bernoulli", groups=None):
   Raises: ValueError for an unknown method.
   """
   p = jnp.asarray(p, jnp.float32)
+  one_a_row = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == p.shape
   if method == "bernoulli":
-    return jax.random.uniform(key, p.shape, jnp.float32) < p
+    return (jax.vmap(jax.random.uniform)(key) if one_a_row else jax.random.uniform(key, p.shape, jnp.float32)) < p
   if method == "systematic":
     labels = jnp.zeros(p.shape, jnp.int32) if groups is None else jnp.asarray(groups)
-    return _draw_systematic(key, p, labels)
+    return _draw_systematic(key if one_a_row else jax.random.split(key, p.shape[0]), p, labels)
   raise ValueError(f"unknown method {method!r}; expected 'bernoulli' or 'systematic'")
 
 
-def _draw_systematic(key, p, groups):
-  """Systematic sampling within groups; see `draw`. p f32[B], groups i32[B] -> bool[B].
+def _draw_systematic(keys, p, groups):
+  """Systematic sampling within groups; see `draw`. keys [B], p f32[B], groups i32[B] -> bool[B].
 
   Positions on the line are fixed-point fractions, 2^32 to one: uint32 addition wraps around at each whole
   number, so it is exact at any length, and a rollout holds a sampling point just when its end has wrapped
@@ -309,17 +334,17 @@ def _draw_systematic(key, p, groups):
   times 0.1) a hair off; starts keep START_MARGIN away from 0 and 1, so the hair cannot change the number of
   survivors. That moves a marginal by at most 2 START_MARGIN.
   """
-  order_key, start_key = jax.random.split(key)
-  order = jnp.lexsort((jax.random.bits(order_key, p.shape, jnp.uint32), groups))  # by group, random within it
+  order_keys, start_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  certain = p >= 1.0  # a whole turn: zero as a fraction, and always holds a point; last, as their keys must not matter
+  bits = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(order_keys)
+  order = jnp.lexsort((bits, certain, groups))  # by group, random within it
   first = jnp.searchsorted(groups[order], groups[order])  # i32[B] where each row's group begins
-  certain = p >= 1.0  # a whole turn: zero as a fraction, and always holds a point
   length = _fixed_point(jnp.where((p > 0.0) & ~certain, p, 0.0))[order]
   end = jnp.cumsum(length, dtype=jnp.uint32)
   begin = end - length
-  start = _fixed_point(
-    jax.random.uniform(start_key, p.shape, jnp.float32, minval=START_MARGIN, maxval=1.0 - START_MARGIN)
-  )
-  offset = (start - begin)[first]  # one start per group, at the group's first row
+  start = _fixed_point(jax.vmap(
+    lambda k: jax.random.uniform(k, (), jnp.float32, minval=START_MARGIN, maxval=1.0 - START_MARGIN))(start_keys))
+  offset = (start[order] - begin)[first]  # one start per group: that of its first row
   crossed = end + offset < begin + offset
   return jnp.zeros(p.shape, bool).at[order].set(crossed) | certain
 

@@ -107,15 +107,15 @@ def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, prun
   survival = jnp.where(control, 1.0, planned)
   u = jax.vmap(jax.random.uniform)(key)
   if rule.draw == "systematic":
-    # Its draw is a group's: any member's key will do.
-    keep = prune.draw(key[jnp.argmax(decided)], jnp.where(decided, survival, 1.0), method="systematic", groups=group)
+    survival = prune.lift(rule.floor, survival, group, decided) if rule.floor else survival
+    keep = prune.draw(key, jnp.where(decided, survival, 1.0), method="systematic", groups=group)
   else:
-    keep = u < survival
-  if rule.floor:
-    keep |= prune.at_least(rule.floor, -posterior if rule.kind == "threshold" else u / survival, group, decided)
-  keep |= ~decided
+    keep = (u < survival) | ~decided
+    if rule.floor:
+      keep |= prune.at_least(rule.floor, -posterior if rule.kind == "threshold" else u / survival, group, decided)
+      survival = prune.survival_with_floor(rule.floor, u, survival, group, decided)
   return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, survival, planned,
-                                                             reading if readings else None)
+                                                             control, reading if readings else None)
 
 
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, readings: bool = False) -> Callable:

@@ -61,6 +61,7 @@ class Rollout:
   posterior: float = float("nan")   # q at the last of them, METHOD section 3
   survival: float = 1.0             # product of the probabilities p with which it was kept
   planned: float = 1.0              # the same by the rule, where a control rollout's survival is 1
+  control: bool = False             # kept whatever the rule said
   final: float = float("nan")       # the head's logit at its last token, where a head was given
   reward: float = float("nan")      # NaN where pruned
   reason: str = ""             # what the grader said

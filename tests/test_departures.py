@@ -1,5 +1,6 @@
 """Departures from the published rule (METHOD section 9): each does what it says, and all together train and resume."""
 
+import dataclasses
 import math
 
 import jax
@@ -75,13 +76,19 @@ def test_max_variance_cuts_nothing_in_generation_and_trains_on_the_most_varied(h
 
 def test_a_floor_of_survivors(head, table, standing):
   rule = PruneRule((8,), keep=0.01, p_min=0.01, kind="random", floor=3)
-  assert np.asarray(decide_once(head, table, rule, standing).keep).reshape(2, 8).sum(1).tolist() == [3, 3]
+  decision = decide_once(head, table, rule, standing)
+  keep, survival = np.asarray(decision.keep), np.asarray(decision.survival)
+  assert keep.reshape(2, 8).sum(1).tolist() == [3, 3]
+  assert survival.min() > 0.02 and np.allclose(decision.planned, 0.01)  # three of eight survive, not one of a hundred
+  fixed = decide_once(head, table, dataclasses.replace(rule, draw="systematic"), standing)
+  assert np.asarray(fixed.keep).reshape(2, 8).sum(1).tolist() == [3, 3] and np.allclose(fixed.survival, 3 / 8)
 
 
 def test_controls_are_never_cut_and_the_rules_probability_is_noted(head, table, standing):
   decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", control=0.5), standing)
   survival = np.asarray(decision.survival)
   controls = survival == 1.0
+  np.testing.assert_array_equal(decision.control, controls)
   assert 2 < controls.sum() < 14 and np.all(np.asarray(decision.keep)[controls])
   np.testing.assert_allclose(decision.planned, 0.01, rtol=1e-5)
 

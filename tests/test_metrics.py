@@ -97,9 +97,15 @@ def test_tokens_trained_are_those_the_update_sees():
 
 
 def test_false_prune_rate_is_that_of_the_right_controls():
-  step = [rollout(0, reward=1, score=0.0, planned=0.3), rollout(0, reward=1, score=0.0, planned=0.7),
-          rollout(0, reward=0, score=0.0, planned=0.1), rollout(0, reward=1, score=0.0, survival=0.4, planned=0.4)]
-  assert rollout_metrics(step)["false_prune"] == pytest.approx((0.7 + 0.3) / 2)
+  step = [*(rollout(0, reward=r, score=0.0, planned=p, control=True) for r, p in ((1, 0.3), (1, 0.7), (1, 1.0), (0, 0.1))),
+          rollout(0, reward=1, score=0.0, survival=0.4, planned=0.4),
+          rollout(0, reward=1, score=0.0, planned=0.4)]  # the floor's, no control
+  assert rollout_metrics(step)["false_prune"] == pytest.approx((0.7 + 0.3 + 0.0) / 3)
+
+
+def test_groups_of_one_reward_are_not_mixed_whatever_it_is():
+  step = [rollout(p, reward=r) for p, rewards in enumerate(((0.5, 0.5), (0.5, 1.0), (0, 1), (1, 1))) for r in rewards]
+  assert rollout_metrics(step)["groups_mixed"] == 2
 
 
 def test_reward_ipw_is_unbiased():

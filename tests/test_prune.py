@@ -333,6 +333,55 @@ def test_systematic_groups_are_drawn_apart():
   assert abs(np.mean(kept[:, 3] & kept[:, 1]) - 0.075) < 4 * np.sqrt(0.075 * 0.925 / n)
 
 
+def test_systematic_draws_do_not_depend_on_where_rows_lie():
+  """With a key a row: rows in another order, and rows without a decision anywhere among them, with keys of their own."""
+  rng = np.random.default_rng(0)
+  groups, p = np.repeat(np.arange(5), 6).astype(np.int32), jnp.asarray(rng.uniform(0.1, 0.9, 30), jnp.float32)
+  keys = jax.random.split(jax.random.key(3), 30)
+  draw = jax.jit(lambda keys, p, groups: prune.draw(keys, p, method="systematic", groups=groups))
+  kept = np.asarray(draw(keys, p, jnp.asarray(groups)))
+  assert 5 < kept.sum() < 25
+  for seed in range(5):
+    order = np.random.default_rng(seed).permutation(30)
+    np.testing.assert_array_equal(draw(keys[order], p[order], jnp.asarray(groups[order])), kept[order])
+    idle = jax.random.split(jax.random.key(seed + 9), 30)
+    place = np.random.default_rng(seed).permutation(60)
+    all_keys, all_p = jnp.concatenate([keys, idle])[place], jnp.concatenate([p, jnp.ones(30)])[place]
+    both = draw(all_keys, all_p, jnp.asarray(np.r_[groups, groups][place]))
+    np.testing.assert_array_equal(both, np.r_[kept, [True] * 30][place])
+
+
+def test_a_floors_survival_is_that_with_which_rows_survive():
+  """Weighed 1 / survival, survivors stand for all: for 3,000 groups of 5 with values that go with p. By p alone they do not."""
+  rng = np.random.default_rng(0)
+  group, decided = jnp.repeat(jnp.arange(20), 5), jnp.asarray(rng.random(100) < 0.9)
+  survive = jax.jit(jax.vmap(lambda u, p: (
+    ((u < p) | prune.at_least(2, u / p, group, decided)) & decided, prune.survival_with_floor(2, u, p, group, decided))))
+  u, p = jnp.asarray(rng.random((150, 100)), jnp.float32), jnp.asarray(rng.uniform(0.05, 0.5, (150, 100)), jnp.float32)
+  kept, survival = survive(u, p)
+  some = np.asarray(decided)
+  sizes = np.asarray(kept).reshape(-1, 5).sum(1)
+  assert np.all(sizes >= np.minimum(2, np.tile(some.reshape(-1, 5).sum(1), 150)))
+  value = np.asarray(p)[:, some]  # rows that survive more often are worth more
+  estimate = (np.asarray(kept) / np.asarray(survival))[:, some] * value
+  by_rule = (np.asarray(kept) / np.asarray(p))[:, some] * value
+  error = lambda x: (x.mean() - value.mean()) / (x.std() / np.sqrt(x.size))
+  assert abs(error(estimate)) < 4 < 40 < error(by_rule)
+  alone = prune.survival_with_floor(2, u[0, :2], p[0, :2], group[:2], jnp.array([True, True]))
+  assert alone.tolist() == [1.0, 1.0]  # two rows, a floor of two
+
+
+def test_lifted_systematic_draws_keep_the_floor_and_the_size():
+  """Sums of 0.8, 3.2 and 2 of a group of one kind each; of two decided rows no more than two can be kept."""
+  p = jnp.array([0.2] * 4 + [0.8] * 4 + [0.5] * 4 + [0.3] * 4, jnp.float32)
+  group, decided = jnp.repeat(jnp.arange(4), 4), jnp.array([True] * 12 + [True, True, False, False])
+  lifted = prune.lift(2, p, group, decided)
+  np.testing.assert_allclose(lifted.reshape(4, 4).sum(1), [2.0, 3.2, 2.0, 2.6], rtol=1e-6)
+  np.testing.assert_allclose(lifted[:4], 0.5, rtol=1e-6)
+  kept = np.asarray(many_draws(jnp.where(decided, lifted, 1.0), group, method="systematic", n=500)).reshape(500, 4, 4)
+  assert [set(sizes) for sizes in kept.sum(2).T.tolist()] == [{2}, {3, 4}, {2}, {4}]
+
+
 def test_unknown_method():
   with pytest.raises(ValueError, match="method"):
     prune.draw(jax.random.key(0), jnp.full(4, 0.5), method="poisson")
