@@ -30,6 +30,8 @@ TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
 def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
+  if c.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    raise UserError(f"model.attention=cudnn needs an NVIDIA GPU and this is a {jax.default_backend()}; auto takes what fits")
   try:
     return sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
   except ValueError as e:
@@ -92,6 +94,15 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.P
             disable=not hosts.first()) as bar:
     return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, loaded.tokenizer, grader, voters=voters,
                    pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
+
+
+def check_tables(c: ConfigDict, loaded: Policy) -> None:
+  """Raises UserError unless the policy has a calibration table for each of prune.detect's lengths, or none at all."""
+  if loaded.calibration is not None:
+    tables = jnp.atleast_2d(loaded.calibration.positive).shape[0]
+    if tables != len(c.prune.detect):
+      raise UserError(f"the policy's quality head has calibration tables of {tables} detection lengths and prune.detect is "
+                      f"{tuple(c.prune.detect)}; give the lengths that it was trained with")
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float | None) -> Sampling:

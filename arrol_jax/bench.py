@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrol_jax import config as configuration, engine as engines, kv_cache, policy, prune, quality, rollout, sharding, update
+from arrol_jax.attention import IMPLEMENTATIONS
 from arrol_jax.decode import Sampling, generate_segment, init_slots, take_rows
 from arrol_jax.engine import Engine, Request
 from arrol_jax.losses import GRPO
@@ -380,8 +381,8 @@ def main():
   p.add_argument("--static", action=argparse.BooleanOptionalAction, default=True, help="`decode`: also all rows to --max_new")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
   p.add_argument("--cache", choices=("int8",), default=None)
-  p.add_argument("--attention", default="auto")
-  p.add_argument("--decode_attention", default="auto")
+  p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
+  p.add_argument("--decode_attention", choices=kv_cache.IMPLEMENTATIONS, default="auto")
   p.add_argument("--remat", choices=policy.REMAT, default="dots")
   p.add_argument("--profile", default=None)
   a = p.parse_args(sys.argv[1:])
@@ -392,6 +393,13 @@ def main():
   except ValueError as e:
     raise UserError("--rows and --detect take whole numbers, separated by commas") from e
   a.rows = a.attention_rows[0]
+  for name in ("group", "prompt", "max_new", "segment", "runs", "row_buckets", "length_buckets", "micro_tokens", "chunk_tokens"):
+    if getattr(a, name) < 1:
+      raise UserError(f"--{name} is {getattr(a, name)}; it must be at least 1")
+  if min(a.attention_rows) < 1:
+    raise UserError(f"--rows is {min(a.attention_rows)}; it must be at least 1")
+  if a.slots < 0:
+    raise UserError(f"--slots is {a.slots}; it must be at least 1, or 0 for as many as there are rows")
   if a.case == "step" and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
     raise UserError(f"--detect: each must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
   mesh = sharding.make_mesh()

@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -53,7 +54,8 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; every option is --NAME=VALUE")
   if values.workdir is None:
-    values.workdir = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
+    # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
+    values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
   return config, values
 
 
@@ -155,6 +157,7 @@ def _check(c: ConfigDict) -> None:
   for name in ("top_p", "min_p"):
     _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
   _check_quality(c)
+  _check_rates(c)
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
     _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
@@ -163,6 +166,19 @@ def _check(c: ConfigDict) -> None:
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
+
+
+def _check_rates(c: ConfigDict) -> None:
+  """Numbers that would train the wrong way, or not at all, without a word."""
+  at_least_0 = ("optim.lr", "optim.head_lr", "optim.weight_decay", "loss.clip_low", "loss.clip_high", "loss.kl_weight",
+                "loss.head_weight")
+  for name in at_least_0:
+    value = functools.reduce(getattr, name.split("."), c)
+    _need(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be a number from 0 on")
+  o = c.optim
+  _need(0 < o.clip_norm < math.inf, f"optim.clip_norm is {o.clip_norm}; it must be above 0")
+  for name in ("b1", "b2"):
+    _need(0 <= o[name] < 1, f"optim.{name} is {o[name]}; it must lie in [0, 1)")
 
 
 def _check_quality(c: ConfigDict) -> None:
@@ -196,6 +212,7 @@ def _check_counts(c: ConfigDict) -> None:
     for name in names:
       value = functools.reduce(getattr, name.split("."), c)
       _need(value >= least, f"{name} is {value}; it must be at least {least}")
+  _need(c.seed < 2**31, f"seed is {c.seed}; it must be below 2^31")
 
 
 def _check_prune(c: ConfigDict) -> None:
@@ -210,6 +227,8 @@ def _check_prune(c: ConfigDict) -> None:
   _need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
   _need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   _need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
+  _need(0 <= p.target <= 1, f"prune.target is {p.target}; it is a share between 0 and 1")
+  _need(math.isfinite(p.strength), f"prune.strength is {p.strength}; it must be a finite number")
   _need(0 <= p.control <= 1, f"prune.control is {p.control}; it is a share between 0 and 1")
   _need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
   _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "

@@ -146,8 +146,10 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
     if chat:
       messages = [] if system is None else [{"role": "system", "content": system}]
       messages.append({"role": "user", "content": text})
-      text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=thinking)
+      try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+      except Exception as e:  # a template is a program: some refuse a system message
+        raise UserError(f"the chat template refuses these messages ({e}); see data.system and data.chat") from e
     return text, np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
 
   prompts = [Prompt(problem, text, tokens) for problem, (text, tokens) in zip(problems, spread(encode, problems), strict=True)

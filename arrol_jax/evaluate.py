@@ -14,6 +14,7 @@ import jax
 
 from arrol_jax import assemble, config as configuration, hosts, sources
 from arrol_jax.types import UserError
+from arrol_jax.workdir import finite
 
 
 def main():
@@ -23,25 +24,29 @@ def main():
   paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
   if not paths:
     raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files or benchmarks")
+  if flags["step"].present and not flags["workdir"].present:
+    raise UserError("--step names one of a run's checkpoints: give its --workdir=DIR too")
   for path in paths:
     sources.check(path, "test", c.data.folder)
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
-    if any(a.startswith("--workdir") for a in sys.argv):
+    if flags["workdir"].present:
       state, step = assemble.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
+    if c.eval.stop_below is not None:
+      assemble.check_tables(c, loaded)
     # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
     with assemble.grader(c) as grader:
       for path, prompts in prompts_of.items():
         result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
-        hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
+        hosts.say(json.dumps(finite({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result)))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,14 @@ def layout(c: PolicyConfig) -> dict[str, Place]:
 
 
 def config_from_json(file: Path, raw: dict) -> PolicyConfig:
-  """PolicyConfig of a parsed config.json; `file` is named in errors. UserError: unknown or unsupported model."""
+  """PolicyConfig of a parsed config.json; `file` is named in errors. UserError: a model or a value that cannot be."""
+  try:
+    return _config(file, raw)
+  except (TypeError, ValueError, AttributeError) as e:
+    raise UserError(f"{file}: a key has a value of the wrong kind ({e})") from e
+
+
+def _config(file: Path, raw: dict) -> PolicyConfig:
   kind = raw.get("model_type")
   if kind not in ARCHITECTURES:
     raise UserError(f"{file}: model_type {kind!r} is not supported (supported: {', '.join(ARCHITECTURES)})")
@@ -70,14 +77,14 @@ def config_from_json(file: Path, raw: dict) -> PolicyConfig:
   _refuse(file, kind, raw)
   heads, width = need("num_attention_heads"), need("hidden_size")
   default_kv = heads if kind == "llama" else 32
-  kv_heads = raw.get("num_key_value_heads", default_kv) or heads
+  kv_heads = int(raw.get("num_key_value_heads", default_kv) or heads)
   if heads % kv_heads:
     raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-  length = raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768)
+  length = int(raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768))
   theta, scaling = _rope(file, raw, length)
   return PolicyConfig(
     family=kind, vocab=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
-    kv_heads=kv_heads, head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else width // heads),
+    kv_heads=kv_heads, head_dim=int(raw.get("head_dim") or (128 if kind == "qwen3" else width // heads)),
     ffn=need("intermediate_size"),
     qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2", tied=bool(raw.get("tie_word_embeddings", False)),
     rope_theta=theta, rope_scaling=scaling, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), max_length=length)

@@ -16,14 +16,20 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jetstream.core import config_lib, server_lib
-from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 import numpy as np
 
 from arrol_jax import assemble, config as configuration, decode, kv_cache, sharding
 from arrol_jax.decode import Sampling, Slots
 from arrol_jax.engine import Engine
 from arrol_jax.types import UserError
+
+try:
+  from jetstream.core import config_lib, server_lib
+  from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
+except ImportError:
+  if __name__ == "__main__":
+    sys.exit("error: JetStream is not installed; experiments/results/serve/README.md says how")
+  raise
 
 
 class RolloutEngine(engine_api.Engine):
@@ -165,7 +171,7 @@ def main():
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
     loaded = assemble.load(c, mesh)
-    if any(a.startswith("--workdir") for a in sys.argv):
+    if flags["workdir"].present:
       loaded.params = assemble.from_checkpoint(c, loaded, mesh, flags.workdir)[0].params["policy"]
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
   adapter = RolloutEngine(engine, assemble.sampling(c, loaded, c.rollout.temperature), loaded.tokenizer, c.model.path,

@@ -42,11 +42,14 @@ AGGREGATES, RATIOS = ("token", "sequence", "constant"), ("token", "sequence")
 
 
 def overlong_punishment(length: np.ndarray, longest: int, share: float) -> np.ndarray:
-  """DAPO's soft punishment in tokens: 0 up to longest - buffer, then linearly down to -1 at `longest`; buffer = share of it."""
+  """DAPO's soft punishment in tokens: 0 up to longest - buffer, then linearly down to -1/2 at `longest`; buffer = share of it.
+
+  DAPO (arXiv 2503.14476) goes down to -1, for rewards of -1 and 1: half of it is the same for rewards of 0 and 1.
+  """
   buffer = round(share * longest)
   if not buffer:
     return np.zeros(len(length), np.float32)
-  return np.clip((longest - buffer - np.asarray(length)) / buffer, -1.0, 0.0).astype(np.float32)
+  return 0.5 * np.clip((longest - buffer - np.asarray(length)) / buffer, -1.0, 0.0).astype(np.float32)
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: bool = True, eps: float = 1e-6,

@@ -185,7 +185,7 @@ def _integer(body: dict, name: str, default, low: int, high: int):
 
 def _number(body: dict, name: str, default: float, low: float, high: float) -> float:
   value = body.get(name, default)
-  if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and low <= value <= high):
+  if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is not
     raise Refused(f"{name} must be a number from {low:g} to {high:g}", name)
   return float(value)
 
@@ -282,7 +282,8 @@ class Answer:
       return None
     texts = [self.limits.tokenizer.decode([token]) for token in tokens]
     if self.asked.chat:
-      return {"content": [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []}
+      # Of a token that ends within a character the bytes are not known here: null, as the schema allows.
+      return {"content": [{"token": t, "logprob": p, "bytes": None if "\ufffd" in t else list(t.encode()), "top_logprobs": []}
                           for t, p in zip(texts, logprobs, strict=True)], "refusal": None}
     offsets = np.cumsum([self._offset[i]] + [len(t) for t in texts]).tolist()
     self._offset[i] = offsets.pop()

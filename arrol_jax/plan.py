@@ -412,7 +412,10 @@ def model_shape(path: str, shape: str | None) -> tuple[PolicyConfig, str]:
     return ZOO[shape], f"{shape} of zoo.py"
   file = Path(path) / "config.json"
   if file.is_file():
-    return hf_config.config_from_json(file, json.loads(file.read_text())), str(file)
+    try:
+      return hf_config.config_from_json(file, json.loads(file.read_text())), str(file)
+    except ValueError as e:
+      raise UserError(f"{file}: not readable as JSON ({e})") from e
   if Path(path).is_file():
     return gguf_files.open_gguf(Path(path)).config, path
   found = max((n for n in ZOO if Path(path).name.lower().startswith(n)), key=len, default=None)

@@ -48,7 +48,7 @@ def main():
   c, flags = configuration.parse(sys.argv, {"host": "127.0.0.1", "port": "8000", "queue": "256", "drain": "600"})
   configuration.check(c)
   number = {name: _number(name, flags[name].value, most) for name, most in (("port", 65535), ("queue", 10**6), ("drain", 10**6))}
-  workdir = flags.workdir if any(a.startswith("--workdir") for a in sys.argv) else None
+  workdir = flags.workdir if flags["workdir"].present else None
   with _bind(flags.host, number["port"]) as listener:  # before a model is loaded for nothing
     service, limits = load(c, workdir, number["queue"])
     service.warm_up()
@@ -98,6 +98,7 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
       state, _ = assemble.from_checkpoint(c, loaded, mesh, workdir)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
+    assemble.check_tables(c, loaded)
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
   pool = loaded.head is not None and "mean" in quality.inputs_of(loaded.head)

@@ -155,6 +155,8 @@ class Service:
       self._taken += call.n
     ticket = Ticket(call, on_piece)
     self._inbox.put(ticket)
+    if self.failure is not None:  # it broke in between: nobody may be left to read the inbox
+      raise RuntimeError("the engine broke") from self.failure
     return ticket
 
   def cancel(self, ticket: Ticket) -> None:

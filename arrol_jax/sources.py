@@ -23,6 +23,7 @@ import sys
 
 from arrol_jax.data import Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
+from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.types import UserError
 
 # name -> (file to train on, file to evaluate on), without ending
@@ -88,6 +89,11 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
     raise UserError(f"{source}: tfds: takes a file or a benchmark, no options")
   if kind == "hf" and not options.keys() <= _HF_KEYS:
     raise UserError(f"{source}: unknown {', '.join(sorted(options.keys() - _HF_KEYS))}; hf: takes {', '.join(sorted(_HF_KEYS))}")
+  if "pattern" in options:
+    try:
+      check_pattern(options["pattern"])
+    except ValueError as e:
+      raise UserError(f"{source}: {e}") from e
   if kind == "reasoning_gym" and not {"size", "seed"} <= options.keys():
     raise UserError(f"{source}: say how many entries and from which seed: reasoning_gym:{name}?size=1000&seed=0")
   return kind, name, options

@@ -7,7 +7,6 @@ is looked up, never guessed: an unknown one is an error. Left out: SentencePiece
 `transformers` takes seconds to import, so it is imported where it is needed.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def load_tokenizer(folder: Path):
   from transformers import AutoTokenizer
   try:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as e:
+  except Exception as e:  # the tokenizers package raises bare Exception
     raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(e).splitlines()[0] if str(e) else e!r})") from e
 
 
@@ -114,4 +113,7 @@ def stop_ids(tokenizer, *declared) -> tuple[int, ...]:
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     ids += [special[t] for t in TURN_ENDS if t in special and t in template]
     ids += [special[t] for t in TEXT_ENDS if t in special]
-  return tuple(dict.fromkeys(int(i) for i in ids))
+  strange = [repr(i) for i in ids if not isinstance(i, int)]
+  if strange:
+    raise UserError(f"eos_token_id {', '.join(strange)} in the model's files is no token id")
+  return tuple(dict.fromkeys(ids))

@@ -17,7 +17,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, data, hosts, losses, rollout, update
+from arrol_jax import assemble, config as configuration, data, hosts, losses, rollout, sources, update
 from arrol_jax.checkpoint import Checkpoints
 from arrol_jax.metrics import rollout_metrics
 from arrol_jax.types import UserError
@@ -41,7 +41,8 @@ def main():
     stop = stack.enter_context(hosts.Watch())
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
-    eval_prompts = assemble.prompts(c, loaded, c.data.eval, c.eval.problems) if c.data.eval else []
+    eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
+                    for name, source in benchmark_names(c.data.eval).items()}
     loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
     sampling = assemble.sampling(c, loaded, c.rollout.temperature)
     if hosts.first():
@@ -54,10 +55,11 @@ def main():
       if not hosts.agree(os.path.exists(path)):
         held_out = assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
-        result = assemble.accuracy(c, loaded, held_out, eval_prompts, grader, name.replace("_", " "),
-                                   state.params["head"], state.calibration)
+        results = {benchmark: assemble.accuracy(c, loaded, held_out, prompts, grader, name.replace("_", " "),
+                                                state.params["head"], state.calibration)
+                   for benchmark, prompts in eval_prompts.items()}
         if hosts.first():
-          write_json(path, {benchmark_name(c.data.eval): result})
+          write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)
 
     def punish(lengths):
@@ -92,6 +94,8 @@ def main():
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c)))
     start, state = checkpoints.restore(state)
+    if start > c.steps:
+      raise UserError(f"{workdir} holds step {start} and steps is {c.steps}; give as many at least, or another --workdir")
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
@@ -188,8 +192,11 @@ class Clock:
     return time.perf_counter() - self.start
 
 
-def benchmark_name(path: str) -> str:
-  return os.path.basename(path).partition(".")[0]
+def benchmark_names(listed: str) -> dict[str, str]:
+  """Held-out sources by the name of their results: the file's without its ending, the whole source where two would share it."""
+  paths = sources.split_list(listed)
+  names = [os.path.basename(path).partition(".")[0] for path in paths]
+  return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
 
 
 def summary_line(result: dict) -> str:

@@ -40,14 +40,7 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
   Raises: ValueError for no traces, lengths that differ, an unknown rule, missing scores, scores that are not
     finite or do not fit the rule, or keep_top where it has no meaning.
   """
-  if rule not in RULES:
-    raise ValueError(f"unknown rule {rule!r}; expected one of {', '.join(RULES)}")
-  if not len(answers):
-    raise ValueError("a vote needs at least one trace")
-  if scores is not None and len(scores) != len(answers):
-    raise ValueError(f"{len(answers)} answers but {len(scores)} scores")
-  if scores is None and rule != "majority":
-    raise ValueError(f"rule {rule!r} needs scores")
+  _check(answers, scores, rule)
   if keep_top is not None and (rule != "deepconf" or not 0.0 < keep_top <= 1.0):
     raise ValueError(f"keep_top is a fraction in (0, 1] for rule 'deepconf', got {keep_top} for {rule!r}")
   voters = [i for i, answer in enumerate(answers) if answer is not None]
@@ -61,8 +54,21 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
   return _winner(ballots, equal)
 
 
+def _check(answers, scores, rule):
+  if rule not in RULES:
+    raise ValueError(f"unknown rule {rule!r}; expected one of {', '.join(RULES)}")
+  if not len(answers):
+    raise ValueError("a vote needs at least one trace")
+  if scores is not None and len(scores) != len(answers):
+    raise ValueError(f"{len(answers)} answers but {len(scores)} scores")
+  if scores is None and rule != "majority":
+    raise ValueError(f"rule {rule!r} needs scores")
+
+
 def trace_weights(answers, scores=None, rule="majority"):
-  """What each trace weighs in `vote`, list of floats, 0 for one without an answer. Arguments and errors are those of `vote`."""
+  """What each trace weighs in `vote`, list of floats, 0 for one without an answer. These arguments and their errors are those of
+  `vote`."""
+  _check(answers, scores, rule)
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   out = [0.0] * len(answers)
   if voters:

@@ -31,7 +31,7 @@ class Logs:
   def write(self, line: dict, rollouts: list, texts: int) -> None:
     line = {k: finite(v) for k, v in line.items()}
     self.lines.append(line)
-    for i in np.linspace(0, len(rollouts) - 1, texts, dtype=int):
+    for i in np.linspace(0, len(rollouts) - 1, min(texts, len(rollouts)), dtype=int):
       r = rollouts[i]
       self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
                                 "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
@@ -70,6 +70,8 @@ def check_workdir(workdir: str, c) -> None:
     os.makedirs(workdir, exist_ok=True)
   except OSError as e:
     raise UserError(f"--workdir={workdir}: {e.strerror}") from e
+  if not os.access(workdir, os.W_OK):
+    raise UserError(f"--workdir={workdir}: this user may not write there")
   stored = read_json(f"{workdir}/config.json") if os.path.exists(f"{workdir}/config.json") else None
   if stored and configuration.lasting(type(c)(stored)) != configuration.lasting(c):
     names = configuration.differing(configuration.lasting(type(c)(stored)), configuration.lasting(c))

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from experiments.plot_run import read
+from experiments.plot_run import fail, read
 
 PHASES = ("sec_generate", "sec_reward", "sec_logprob", "sec_update", "sec_step")
 MEANS = ("reward", "reward_ipw", "keep_ratio", "pos_ratio", "pos_var", "groups_mixed", "head_auc", "head_auc_within", "head_ece",
@@ -53,12 +53,15 @@ def rows(workdirs: list[str], skip: int) -> list[list[str]]:
 
 def main():
   workdirs = [a for a in sys.argv[1:] if not a.startswith("--")]
-  skip = int(next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--skip=")), 14))
+  skipped = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--skip=")), "14")
+  if not skipped.isdigit():
+    fail(f"--skip is {skipped!r}; it must be a number of steps")
+  skip = int(skipped)
   if len(workdirs) < 2:
-    sys.exit("error: give the workdirs of two runs or more")
+    fail("give the workdirs of two runs or more")
   missing = [f"{w}/metrics.jsonl" for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
   if missing:
-    sys.exit(f"error: {missing[0]} does not exist")
+    fail(f"{missing[0]} does not exist")
   names = [os.path.basename(os.path.normpath(w)) for w in workdirs]
   print(f"| steps {skip + 1} to the end | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
   for row in rows(workdirs, skip):

@@ -8,6 +8,7 @@ Several workdirs share the reward panels; the rollout panel shows the first. Wit
 import json
 import os
 import sys
+from typing import NoReturn
 
 import matplotlib
 import numpy as np
@@ -16,10 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 
+def fail(text: str) -> NoReturn:
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(2)
+
+
 def read(workdir: str) -> dict[str, np.ndarray]:
   """Columns of metrics.jsonl as float arrays, histograms left out; null becomes NaN."""
   with open(f"{workdir}/metrics.jsonl") as f:
-    lines = [json.loads(line) for line in f]
+    lines = [json.loads(line) for line in f if line.endswith("\n")]  # a run that is under way may be writing its last
+  if not lines:
+    fail(f"{workdir}/metrics.jsonl holds no step yet")
   return {k: np.array([np.nan if x[k] is None else x[k] for x in lines], float)
           for k, first in lines[0].items() if not isinstance(first, list)}
 
@@ -60,7 +68,7 @@ def main():
   out = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--out=")), None)
   missing = [w for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
   if missing or not workdirs:
-    sys.exit(f"error: no metrics.jsonl in {missing[0]}" if missing else "error: give the workdir of a run")
+    fail(f"no metrics.jsonl in {missing[0]}" if missing else "give the workdir of a run")
   out = out or f"{workdirs[0]}/plot.png"
   plot(workdirs, out)
   print(f"{out}: written")

@@ -144,6 +144,13 @@ def test_prompts_of_a_chat_model():
   prompts, _ = encode_prompts(PROBLEMS, Letters(), "Solve {problem}", True, 100, system="Be brief.")
   assert prompts[2].text == "<system>Be brief.<user>Solve qq<assistant>"
 
+  class Refusing(Letters):
+    def apply_chat_template(self, messages, **_):
+      raise ValueError("System role not supported")
+
+  with pytest.raises(UserError, match=r"chat template refuses.*System role not supported"):
+    encode_prompts(PROBLEMS, Refusing(), "Solve {problem}", True, 100, system="Be brief.")
+
 
 def test_a_prompt_of_exactly_max_prompt_tokens_is_kept():
   prompts, skipped = encode_prompts(PROBLEMS, Letters(), "{problem}", False, 4)  # BOS and three letters

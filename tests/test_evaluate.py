@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, bench, config as configuration, evaluate
+from arrol_jax import assemble, bench, config as configuration, evaluate, quality
 from arrol_jax.checkpoint import Checkpoints
+from arrol_jax.prune import Calibration
 
 SMALL = ["--config=configs/quickstart.py", "--config.rollout.slots=8", "--config.rollout.row_buckets=1",
          "--config.rollout.length_buckets=1", "--config.rollout.prompts=4", "--config.eval.problems=8"]
@@ -69,6 +70,7 @@ def test_early_stopping_needs_a_head(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, word", [
   (["--workdir=nowhere"], "no checkpoint"),
+  (["--step=best"], "--workdir=DIR"),
   (["--config.data.eval="], "nothing to evaluate"),
   (["--config.data.eval=none.jsonl"], "none.jsonl"),
   (["--config.eval.benchmarks=amc23"], "data.folder"),
@@ -80,6 +82,20 @@ def test_mistakes_end_in_one_line(monkeypatch, capsys, tmp_path, arguments, word
   (tmp_path / "empty.jsonl").touch()
   status, out, err = call(evaluate, monkeypatch, capsys, *SMALL, *(a.format(empty=tmp_path / "empty.jsonl") for a in arguments))
   assert status == 2 and not out and word in err and err.startswith("error:") and len(err.splitlines()) == 1
+
+
+def test_tables_of_other_detection_lengths_are_refused(monkeypatch, capsys, tmp_path):
+  """A policy whose head has one table, asked to stop traces at two lengths; without stopping, the last table serves."""
+  c, _ = configuration.parse(["prog", *SMALL])
+  loaded = assemble.load(c, assemble.make_mesh(c))
+  loaded.head, loaded.calibration = quality.init_head(loaded.config.width, 8, jax.random.key(0), ("last",)), Calibration()
+  loaded.save(tmp_path / "policy")
+  arguments = [*SMALL, f"--config.model.path={tmp_path}/policy", "--config.eval.samples=2", "--config.prune.detect=(8,16)",
+               "--config.rollout.segment=8", "--config.eval.problems=1"]
+  status, out, err = call(evaluate, monkeypatch, capsys, *arguments, "--config.eval.stop_below=0.5")
+  assert status == 2 and not out and "tables of 1 detection lengths and prune.detect is (8, 16)" in err
+  status, out, _ = call(evaluate, monkeypatch, capsys, *arguments)
+  assert status == 0 and "NaN" not in out[-1] and json.loads(out[-1])["ci95"] is None  # of one problem
 
 
 def test_a_checkpoint_of_another_shape_is_refused(monkeypatch, capsys, run_with_checkpoint):
@@ -106,5 +122,10 @@ def test_bench_lengths_are_the_workloads():
 def test_bench_mistakes(monkeypatch, capsys):
   status, _, err = call(bench, monkeypatch, capsys, "decode", "--shape=qwen9")
   assert status == 2 and "qwen9" in err and "tiny" in err
+  for wrong in ("--rows=0", "--group=0", "--segment=0", "--runs=0", "--slots=-1"):
+    status, out, err = call(bench, monkeypatch, capsys, "decode", wrong)
+    assert status == 2 and not out and err.startswith(f"error: {wrong.partition('=')[0]} is ") and len(err.splitlines()) == 1
+  status, _, err = call(bench, monkeypatch, capsys, "update", "--attention=foo")
+  assert status == 2 and "invalid choice: 'foo'" in err
   status, _, err = call(bench, monkeypatch, capsys, "step", "--detect=65")
   assert status == 2 and "--detect: each must" in err

@@ -17,7 +17,21 @@ import pytest
 
 from arrol_jax import config
 from arrol_jax.types import UserError
-from experiments import compare_runs, figure2, figure4, report, runs, table1, table2, table3, table4, table5, table6, tables
+from experiments import (
+  compare_runs,
+  figure2,
+  figure4,
+  plot_run,
+  report,
+  runs,
+  table1,
+  table2,
+  table3,
+  table4,
+  table5,
+  table6,
+  tables,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (table1, table2, table3, table4, table5, table6, figure2, figure4)
@@ -224,6 +238,20 @@ def test_runs_are_compared_with_what_was_cut_off(scale):
   assert table["gsm8k_test after, greedy"] == ["40.0% ± 3.0"] * 2
   assert table["- tokens, cut off, after"] == ["248, 7.0%", "248, 17.5%"] and table["- tokens, cut off, before"] == ["-", "-"]
   assert table["sec_step, median"] == ["4.00", "3.00 (0.75)"] and table["reward_ipw, mean"] == ["4", "3"]
+
+
+def test_mistakes_of_the_two_are_one_line(tmp_path, monkeypatch, capsys):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rew')  # a run that has just begun
+  for module, arguments, word in ((plot_run, ["nowhere"], "nowhere"), (plot_run, [], "workdir"),
+                                  (plot_run, [tmp_path], "no step"), (compare_runs, [tmp_path], "two runs"),
+                                  (compare_runs, [tmp_path, "nowhere"], "nowhere"),
+                                  (compare_runs, [tmp_path, tmp_path, "--skip=x"], "--skip"),
+                                  (compare_runs, [tmp_path, tmp_path], "no step")):
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
+    with pytest.raises(SystemExit) as e:
+      module.main()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and word in err and len(err.splitlines()) == 1
 
 
 # ---- what was not run

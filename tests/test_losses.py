@@ -226,7 +226,11 @@ def test_the_sequence_ratio_is_one_number_a_row(logprobs):
 
 def test_overlong_punishment_counts_tokens():
   """A fifth of 100: from 80 tokens on, one twentieth a token."""
-  np.testing.assert_allclose(overlong_punishment(np.array([10, 80, 81, 90, 100, 120]), 100, 0.2), [0, 0, -0.05, -0.5, -1, -1])
+  punishment = overlong_punishment(np.array([10, 80, 81, 90, 100, 120]), 100, 0.2)
+  np.testing.assert_allclose(punishment, [0, 0, -0.025, -0.25, -0.5, -0.5])
+  right, group = np.array([1, 0, 1, 0, 1, 0.0]), np.zeros(6, int)
+  theirs = 2 * right - 1 + np.array([0, 0, -0.05, -0.5, -1, -1])  # its rewards of -1 and 1, its punishment
+  np.testing.assert_allclose(group_advantages(right + punishment, group), group_advantages(theirs, group), rtol=1e-4)
   assert not overlong_punishment(np.array([100]), 100, 0.0).any()
 
 

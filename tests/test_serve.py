@@ -285,6 +285,7 @@ def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
   ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 49}, "1 to 48"), ({"max_tokens": 1.5}, "integer"),
   ({"max_tokens": True}, "integer"), ({"n": 0}, "n must"), ({"n": 10**30}, "n must"), ({"n": "2"}, "n must"),
   ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e300}, "temperature"),
+  ({"temperature": 10**400}, "temperature"), ({"top_p": -10**400}, "top_p"),
   ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 2}, "top_p"), ({"seed": -1}, "seed"),
   ({"seed": 2**64}, "seed"), ({"seed": 0.5}, "seed"), ({"stop": ["x"] * 9}, "stop"), ({"stop": [""]}, "stop"),
   ({"stop": 3}, "stop"), ({"stream": "yes"}, "stream"), ({"logprobs": 5}, "chosen"), ({"echo": True}, "echo"),

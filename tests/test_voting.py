@@ -182,3 +182,7 @@ def test_trace_weights_are_what_vote_adds_up():
   assert trace_weights(answers) == [1, 0, 1, 1, 1] and trace_weights([None, None], [1, 2], "rank") == [0, 0]
   np.testing.assert_allclose(trace_weights(answers, scores, "rank"), [1 / 3, 0, 1, 0, 2 / 3])
   assert trace_weights(answers, scores, "deepconf") == [0.2, 0, 0.9, 0.1, 0.5]
+  for wrong in ((answers, scores, "bogus"), (answers, scores[:3], "rank"), (answers, None, "rank"), ([], [], "rank")):
+    for ask in (vote, trace_weights):
+      with pytest.raises(ValueError):
+        ask(*wrong)

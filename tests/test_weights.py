@@ -291,6 +291,11 @@ def test_missing_folder_weights_and_config(tmp_path):
   ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling llama3 needs"),
   ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
   ({"num_key_value_heads": 3}, "not a multiple"),
+  ({"num_key_value_heads": "two"}, "wrong kind"),
+  ({"rms_norm_eps": "small"}, "wrong kind"),
+  ({"rope_parameters": {"rope_theta": "abc"}}, "wrong kind"),
+  ({"max_position_embeddings": "many"}, "wrong kind"),
+  ({"layer_types": 5}, "wrong kind"),
   ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
   ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
 ])

@@ -254,7 +254,8 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
     return values[0] == values[1]
   if gold.count("=") > 1 or any(
       ":" in text or _TEXT_ONLY.search(text) or _OTHER_BASE.fullmatch(text)
-      or _SCIENTIFIC.fullmatch(text) and number(text) is None or "=" in text and None not in map(number, text.split("=")) for text in (gold, answer)):
+      or _SCIENTIFIC.fullmatch(text) and number(text) is None
+      or "=" in text and None not in map(number, text.split("=")) for text in (gold, answer)):
     return False  # chains, times, ratios, other bases, huge powers of ten, equations of numbers: as text only
   # math-verify folds case, but 3R^2 is not 3r^2, and N=n must not become n=n, which every identity equals.
   letters, used = ({match[1] for match in _LETTERS.finditer(text) if match[1]} for text in (gold, answer))

@@ -1,0 +1,76 @@
+"""Configs that would train the wrong way are refused; several held-out sources keep their names; when a workdir was given."""
+
+import json
+from pathlib import Path
+import sys
+
+import pytest
+
+from arrol_jax import config, train
+from arrol_jax.types import UserError
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.mark.parametrize("override, words", [
+  ("optim.lr=-1", "optim.lr is -1"),
+  ("optim.lr=nan", "optim.lr is nan"),
+  ("optim.head_lr=inf", "optim.head_lr is inf"),
+  ("optim.weight_decay=-0.1", "optim.weight_decay is -0.1"),
+  ("optim.clip_norm=0", "optim.clip_norm is 0"),  # no step at all, and below it steps up the loss
+  ("optim.clip_norm=-1", "optim.clip_norm is -1"),
+  ("optim.b1=1", "optim.b1 is 1"),
+  ("optim.b2=1.5", "optim.b2 is 1.5"),
+  ("loss.clip_low=-0.2", "loss.clip_low is -0.2"),
+  ("loss.kl_weight=-1", "loss.kl_weight is -1"),
+  ("prune.target=60", "prune.target is 60"),
+  ("prune.target=nan", "prune.target is nan"),
+  ("prune.strength=nan", "prune.strength is nan"),
+  ("seed=99999999999999999999", "seed is 99999999999999999999"),
+])
+def test_numbers_that_would_train_the_wrong_way_are_refused(override, words):
+  c, _ = config.parse(["train.py", QUICKSTART, f"--config.{override}"])
+  with pytest.raises(UserError, match=words):
+    config.check(c)
+
+
+def test_the_shipped_values_and_the_ends_of_their_ranges_are_fine():
+  for overrides in ((), ("optim.lr=0", "loss.clip_high=0.28", "prune.target=0", "prune.strength=-1", "optim.b1=0")):
+    config.check(config.parse(["train.py", QUICKSTART, *(f"--config.{x}" for x in overrides)])[0])
+
+
+@pytest.mark.parametrize("spelling", [["--workdir=DIR"], ["-workdir=DIR"], ["--workdir", "DIR"]])
+def test_a_workdir_is_known_to_be_given(spelling):
+  _, flags = config.parse(["evaluate.py", QUICKSTART, *spelling])
+  assert flags.workdir == "DIR" and flags["workdir"].present
+  _, flags = config.parse(["evaluate.py", QUICKSTART])
+  assert flags.workdir == "runs/quickstart" and not flags["workdir"].present
+
+
+def test_each_held_out_source_has_a_result_of_its_own(monkeypatch, tmp_path, capsys):
+  """Two files of four and six problems, and a run that holds more steps than are asked for."""
+  assert train.benchmark_names("a/test.jsonl,b/test.jsonl,amc23") == {
+    "a/test.jsonl": "a/test.jsonl", "b/test.jsonl": "b/test.jsonl", "amc23": "amc23"}
+  assert train.benchmark_names("") == {}
+  lines = Path("experiments/arithmetic/test.jsonl").read_text().splitlines(True)
+  for name, some in (("some", lines[:4]), ("more", lines[4:10])):
+    (tmp_path / f"{name}.jsonl").write_text("".join(some))
+
+  def run(steps):
+    monkeypatch.setattr(sys, "argv", [
+      "train.py", QUICKSTART, f"--workdir={tmp_path}/run", f"--config.data.eval={tmp_path}/some.jsonl,{tmp_path}/more.jsonl",
+      f"--config.steps={steps}", *(f"--config.{x}" for x in (
+        "rollout.prompts=4", "rollout.group_size=4", "rollout.slots=16", "rollout.row_buckets=1", "rollout.length_buckets=1",
+        "optim.micro_tokens=1024", "optim.length_buckets=1", "checkpoint.export=False", "log.tensorboard=False",
+        "log.rollouts=40"))])
+    config.run(train.main)
+
+  run(2)
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  for when in ("eval_before", "eval_after"):
+    assert {k: v["problems"] for k, v in summary[when].items()} == {"some": 4, "more": 6}
+  assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 2 * 16  # 40 asked for, each of 16 once
+  (tmp_path / "run" / "summary.json").unlink()  # as if killed before its end
+  with pytest.raises(SystemExit) as e:
+    run(1)
+  assert e.value.code == 2 and "holds step 2 and steps is 1" in capsys.readouterr().err
