@@ -182,7 +182,7 @@ def canonical(text: str) -> tuple[str, str]:
   text = _WORD.sub(r"\\text", text)
   for pattern, replacement in _NOTATION:
     text = pattern.sub(replacement, text)
-  text = re.sub(r"(?:\.\s*){2,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
+  text = re.sub(r"(?:\.\s*){3,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
   inner = extract_answer(text)
   if inner is not None and text == f"\\boxed{{{inner}}}":  # "Answer: $\boxed{12}$", found by a pattern
     text = inner
