@@ -343,6 +343,7 @@ def assert_refused(result, *words):
   ("model.path=no/such/model", ["model.path: no/such/model does not exist"]),
   ("model.dtype=float8", ["model.dtype", "float32 or bfloat16"]),
   ("model.attention=fast", ["model.attention is 'fast'", "must be one of auto, xla, cudnn"]),
+  ("model.attention=cudnn", ["model.attention=cudnn needs an NVIDIA GPU"]),
   ("rollout.group_size=1", ["rollout.group_size is 1", "at least 2"]),
   ("rollout.prompts=0", ["rollout.prompts is 0"]),
   ("rollout.row_buckets=0", ["rollout.row_buckets is 0"]),
