@@ -28,7 +28,8 @@ try:
   from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 except ImportError:
   if __name__ == "__main__":
-    sys.exit("error: JetStream is not installed; experiments/results/serve/README.md says how")
+    print("error: JetStream is not installed; experiments/results/serve/README.md says how", file=sys.stderr)
+    sys.exit(2)
   raise
 
 
