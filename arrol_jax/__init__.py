@@ -2,7 +2,7 @@
 
 import importlib
 
-_EXPORTS = {"load_policy": "weights", "Policy": "weights", "grade": "rewards"}
+_EXPORTS = {"load_policy": "models.files.weights", "Policy": "models.files.weights", "grade": "rewards"}
 _MODULES = ("prune", "voting")
 __all__ = ["Policy", "grade", "load_policy", "prune", "voting"]
 

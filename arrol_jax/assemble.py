@@ -12,18 +12,25 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
-from arrol_jax import config, data, hosts, quality, sharding, sources, update
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine, slots_that_fit
-from arrol_jax.held_out import Voters, measure
-from arrol_jax.losses import ALGORITHMS, LossConfig
-from arrol_jax.prune import Calibration
+from arrol_jax.data import sources
+from arrol_jax.data.problems import Prompt, encode_prompts
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, slots_that_fit
+from arrol_jax.learning import head_training, update
+from arrol_jax.learning.batching import PackShape
+from arrol_jax.learning.evaluation import Voters, measure
+from arrol_jax.learning.losses import ALGORITHMS, LossConfig
+from arrol_jax.learning.update import Compute
+from arrol_jax.models import sharding
+from arrol_jax.models.files.weights import Policy, load_policy
+from arrol_jax.pruning.head import init_head, inputs_of
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
-from arrol_jax.rollout import PackShape, PruneRule
+from arrol_jax.running import hosts
+from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.running.workdir import fingerprint
 from arrol_jax.types import TrainState, UserError
-from arrol_jax.update import Compute
-from arrol_jax.weights import Policy, load_policy
 
 TRAIN, EVAL, INIT = range(3)  # purposes of random keys
 TOP_K = 20  # DeepConf's, as its authors' servers report them
@@ -51,11 +58,11 @@ def grader(c: ConfigDict) -> Grader:
   return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function)
 
 
-def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[data.Prompt]:
+def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[Prompt]:
   """Encoded problems of the sources `path`, used to "train" or to "test", each process encoding its share; says how many were
   too long and left out."""
   problems = hosts.together(lambda: sources.load_problems(path, split, c.data.folder, c.data.tfds_dir))[:limit or None]
-  out, skipped = data.encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
+  out, skipped = encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
                                      c.data.system, c.data.thinking, spread=hosts.spread)
   if skipped:
     hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
@@ -84,12 +91,12 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
   return out
 
 
-def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[data.Prompt], grader, name: str,
+def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt], grader, name: str,
              head: dict | None = None, tables: Calibration | None = None) -> dict:
   """`held_out.measure` as eval.* says, with a progress bar called `name`."""
   voters = Voters(head, tables, tuple(c.prune.detect), c.eval.stop_below, c.eval.window)
   how = dataclasses.replace(sampling(c, loaded, c.eval.temperature), confidence=TOP_K if c.eval.deepconf else None,
-                            pool=head is not None and "mean" in quality.inputs_of(head))
+                            pool=head is not None and "mean" in inputs_of(head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, loaded.tokenizer, grader, voters=voters,
@@ -113,7 +120,7 @@ def sampling(c: ConfigDict, loaded: Policy, temperature: float | None) -> Sampli
 
 def prune_rule(c: ConfigDict) -> PruneRule:
   p = c.prune
-  return PruneRule(tuple(p.detect), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.control)
+  return PruneRule(tuple(p.detect), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.holdout)
 
 
 def loss(c: ConfigDict) -> LossConfig:
@@ -136,7 +143,7 @@ def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
 
 def belongs(c: ConfigDict) -> dict:
   """What a checkpoint of this run says of itself."""
-  return {"config_hash": config.fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
+  return {"config_hash": fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
@@ -152,11 +159,11 @@ def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
   """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
   q, width = c.quality, loaded.config.width
-  head = jax.device_put(quality.init_head(width, q.hidden, key(c, INIT), tuple(q.inputs)), sharding.replicated(mesh))
+  head = jax.device_put(init_head(width, q.hidden, key(c, INIT), tuple(q.inputs)), sharding.replicated(mesh))
   weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
   params = {"policy": weights, "head": head}
   tables = jax.tree.map(lambda x: jnp.stack([x] * len(c.prune.detect)), Calibration.empty(c.prune.bins))
-  recent = quality.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
+  recent = head_training.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
   # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
   return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent)))

@@ -23,14 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import config as configuration, engine as engines, kv_cache, policy, prune, quality, rollout, sharding, update
-from arrol_jax.attention import IMPLEMENTATIONS
-from arrol_jax.decode import Sampling, generate_segment, init_slots, take_rows
-from arrol_jax.engine import Engine, Request
-from arrol_jax.losses import GRPO
-from arrol_jax.norms import Turn
-from arrol_jax.types import TrainState, UserError
-from arrol_jax.zoo import ZOO
+from arrol_jax import config as configuration
+from arrol_jax.engine import decode_attention, decode_kernel, kv_cache, scheduler
+from arrol_jax.engine.programs import generate_segment, init_slots, take_rows
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request
+from arrol_jax.learning import batching, update
+from arrol_jax.learning.losses import GRPO
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import IMPLEMENTATIONS
+from arrol_jax.models.layers import Rotary
+from arrol_jax.models.zoo import ZOO
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.table import Calibration
+from arrol_jax.types import Rollout, TrainState, UserError
 
 
 def timed(run, runs: int, profile: str | None = None) -> tuple[list[float], float]:
@@ -72,7 +80,7 @@ def peak_bytes() -> int | None:
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def requests(c: policy.PolicyConfig, rows: int, group: int, prompt: int, lengths: np.ndarray) -> list[Request]:
+def requests(c: transformer.PolicyConfig, rows: int, group: int, prompt: int, lengths: np.ndarray) -> list[Request]:
   """`rows` requests over rows / group random prompts of `prompt` tokens, each to run to its own length."""
   tokens = np.random.default_rng(0).integers(1, c.vocab - 2, (-(-rows // group), prompt)).astype(np.int32)
   return [Request(i, i // group, tokens[i // group], int(lengths[i])) for i in range(rows)]
@@ -113,7 +121,7 @@ def decode(a, c, mesh) -> list[dict]:
   """W1: static and useful tokens a second of the engine, log-probs and hidden states on."""
   limits = ceilings()
   engine, sampling = make_engine(a, c, mesh, a.slots or a.rows)
-  engine.load(jax.jit(lambda key: policy.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
+  engine.load(jax.jit(lambda key: transformer.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
   key, start = jax.random.key(1), time.perf_counter()
   engine.warm_up(sampling)
   compile_s = time.perf_counter() - start
@@ -145,14 +153,14 @@ def bench_gather(a, c, mesh) -> list[dict]:
   Both row counts step on half the rows living at half of --max_new, the worst case for compacting: it saves least there.
   """
   engine, sampling = make_engine(a, c, mesh, a.slots or a.rows)
-  engine.load(jax.jit(lambda key: policy.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
+  engine.load(jax.jit(lambda key: transformer.init_params(c, key, a.dtype))(jax.random.key(0)), a.dtype)
   length, out = engine.lengths(sampling)[-1], []
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def half_alive(rows: int, living: int):
     slots = init_slots(c, rows, length, sampling)
     return slots.replace(active=jnp.arange(rows) < living, position=jnp.full(rows, a.prompt + a.max_new // 2, jnp.int32),
-                         limit=jnp.full(rows, a.max_new, jnp.int32))
+                         max_tokens=jnp.full(rows, a.max_new, jnp.int32))
 
   def step_ms(rows: int, living: int) -> float:
     run = lambda: generate_segment(c, engine.params, half_alive(rows, living), steps=a.segment, sampling=sampling)
@@ -176,18 +184,19 @@ def bench_gather(a, c, mesh) -> list[dict]:
 def bench_attention(a, c, mesh) -> list[dict]:
   """One layer's decoding step: microseconds and bandwidth of each way, by rows and by context (all alike, and W1's spread).
 
-  "shared" reads the prompt of --group rows once, see kv_cache.Common; the bandwidth counts every row's own columns all the same.
+  "shared" reads the prompt of --group rows once, see kv_cache.SharedPrefix; the bandwidth counts every row's own columns
+  all the same.
   """
   limits, out = ceilings(), []
   room = -(-(a.prompt + a.max_new) // kv_cache.BLOCK) * kv_cache.BLOCK
-  def step_triton(columns, qkv, turn, position, active, kind, together):
-    turn = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
+  def step_triton(columns, qkv, rotary, position, active, kind, together):
+    rotary = rotary._replace(cos=rotary.cos[:, 0, 0], sin=rotary.sin[:, 0, 0])
     group = jnp.arange(position.size, dtype=jnp.int32) // a.group
-    shared = kv_cache.common(group, active, jnp.full_like(position, a.prompt - 1)) if together else None
-    columns, out = kv_cache.step_triton(columns, qkv[:, 0], position + 1, turn, shared, **kind)
+    shared = kv_cache.shared_prefix(group, active, jnp.full_like(position, a.prompt - 1)) if together else None
+    columns, out = decode_kernel.step_triton(columns, qkv[:, 0], position + 1, rotary, shared, **kind)
     return columns, out[:, None]
 
-  ways = {"xla": functools.partial(kv_cache.step, "xla")}
+  ways = {"xla": functools.partial(decode_attention.step, "xla")}
   if jax.default_backend() == "gpu":
     ways |= {f"triton{' shared' * together} splits={n} block={block} warps={warps} stages={stages}":
              functools.partial(step_triton, kind=dict(splits=n, block=block, warps=warps, stages=stages), together=together)
@@ -197,8 +206,8 @@ def bench_attention(a, c, mesh) -> list[dict]:
   def chain(way, columns, qkv, position):
     """Fifty steps, each waiting for the one before, so that launches do not count."""
     rows, active = qkv.shape[0], jnp.ones(qkv.shape[0], bool)
-    turn = Turn(*policy.rope_tables(c, position[:, None]), scale, scale, c.norm_eps)
-    one = lambda _, x: way(x[0], (qkv + 0.0 * x[1][:, :, :1, None]).astype(qkv.dtype), turn, position, active)
+    rotary = Rotary(*transformer.rope_tables(c, position[:, None]), scale, scale, c.norm_eps)
+    one = lambda _, x: way(x[0], (qkv + 0.0 * x[1][:, :, :1, None]).astype(qkv.dtype), rotary, position, active)
     return jax.lax.fori_loop(0, 50, one, (columns, qkv[:, :, :, :-2].reshape(rows, 1, -1, c.head_dim)))
 
   for rows in a.attention_rows:
@@ -230,10 +239,10 @@ def bench_attention(a, c, mesh) -> list[dict]:
 KERNELS = [(1, 64, 2, 3), (1, 32, 2, 4), (2, 64, 2, 3)]
 
 
-def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
+def fake_rollouts(c, a, lengths: np.ndarray) -> list[Rollout]:
   """Finished rollouts with random tokens and rewards, all of one length a row."""
   rng = np.random.default_rng(0)
-  return [rollout.Rollout(i, i // a.group, rng.integers(1, c.vocab - 2, a.prompt).astype(np.int32),
+  return [Rollout(i, i // a.group, rng.integers(1, c.vocab - 2, a.prompt).astype(np.int32),
                           rng.integers(1, c.vocab - 2, n).astype(np.int32), np.full(n, -10.0, np.float32), stopped=True,
                           scores=(0.0,) * sum(n > d for d in a.detect), reward=float(rng.integers(2)))
           for i, n in enumerate(lengths)]
@@ -241,10 +250,10 @@ def fake_rollouts(c, a, lengths: np.ndarray) -> list[rollout.Rollout]:
 
 def fresh_state(c, mesh) -> tuple[TrainState, object]:
   optimizer = update.make_optimizer(1e-6, 1e-3, 0, 1.0, 0.0, 0.9, 0.99)
-  axes = sharding.shardings(policy.logical_axes(c), policy.abstract_params(c), mesh, sharding.TRAIN)
-  weights = jax.jit(lambda key: policy.init_params(c, key), out_shardings=axes)(jax.random.key(0))
-  params = {"policy": weights, "head": quality.init_head(c.width, 256, jax.random.key(1))}
-  return TrainState(params, jax.jit(optimizer.init)(params), prune.Calibration(), jnp.zeros((), jnp.int32)), optimizer
+  axes = sharding.shardings(transformer.logical_axes(c), transformer.abstract_params(c), mesh, sharding.TRAIN)
+  weights = jax.jit(lambda key: transformer.init_params(c, key), out_shardings=axes)(jax.random.key(0))
+  params = {"policy": weights, "head": init_head(c.width, 256, jax.random.key(1))}
+  return TrainState(params, jax.jit(optimizer.init)(params), Calibration(), jnp.zeros((), jnp.int32)), optimizer
 
 
 def flops(c, tokens: int, length: float, passes: int) -> float:
@@ -257,8 +266,8 @@ def bench_update(a, c, mesh) -> list[dict]:
   limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
   compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
-  shape = rollout.PackShape(a.prompt + a.max_new, min(a.micro_tokens, a.rows * (a.prompt + a.max_new)), 1)
-  batches = rollout.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=tuple(a.detect))
+  shape = batching.PackShape(a.prompt + a.max_new, min(a.micro_tokens, a.rows * (a.prompt + a.max_new)), 1)
+  batches = batching.pack(fake_rollouts(c, a, np.full(a.rows, a.max_new)), shape, mesh, detect=tuple(a.detect))
   tokens = a.rows * (a.prompt + a.max_new)
   logprob, _ = timed(lambda: update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute), a.runs)
 
@@ -283,15 +292,15 @@ def bench_step(a, c, mesh) -> list[dict]:
   state, optimizer = fresh_state(c, mesh)
   compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
   engine, sampling = make_engine(a, c, mesh, a.rows)
-  slots = a.slots or engines.slots_that_fit(engine, sampling, a.group, state.params["policy"]) or a.rows
+  slots = a.slots or scheduler.slots_that_fit(engine, sampling, a.group, state.params["policy"]) or a.rows
   engine, _ = make_engine(a, c, mesh, min(slots, a.rows))
   lengths = target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5)
   wanted = requests(c, a.rows, a.group, a.prompt, lengths)
-  shape = rollout.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets)
+  shape = batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets)
 
   def decide_at(detect):
-    rule = rollout.PruneRule((detect or a.detect[0],))
-    return rollout.make_decide(state.params["head"], state.calibration, rule, detect is not None)
+    rule = PruneRule((detect or a.detect[0],))
+    return make_decide(state.params["head"], state.calibration, rule, detect is not None)
 
   def once(detect: int | None) -> tuple[dict, list]:
     """One step; with detect None the same programs keep every rollout."""
@@ -303,7 +312,7 @@ def bench_step(a, c, mesh) -> list[dict]:
     marks.append(time.perf_counter())
     for r in done:
       r.reward = float(r.request % 2)
-    batches = rollout.pack(done, shape, mesh, detect=(detect or a.detect[0],))
+    batches = batching.pack(done, shape, mesh, detect=(detect or a.detect[0],))
     batches = jax.block_until_ready(update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute))
     marks.append(time.perf_counter())
     state, metrics = update.step(c, state, batches, GRPO, 1.0, compute, optimizer)
@@ -358,7 +367,7 @@ def warm_up_step(engine, sampling, decide_at, a, c, state, mesh, shape, compute,
     engine.warm_up(sampling, decide_at(detect))
   engine.params = None
   totals = {"tokens": jnp.float32(1), "rows": jnp.float32(1), "head": jnp.float32(1)}
-  for batch in rollout.empty_batches(shape, mesh, (a.detect[0],)):
+  for batch in batching.empty_batches(shape, mesh, (a.detect[0],)):
     update.fill_logprobs(c, state.params["policy"], None, [batch], 1.0, compute)
     grads, metrics = update.zeros(c, state.params)
     jax.block_until_ready(update.accumulate(c, state.params, grads, metrics, batch, totals, loss=GRPO, temperature=1.0,
@@ -382,8 +391,8 @@ def main():
   p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
   p.add_argument("--cache", choices=("int8",), default=None)
   p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
-  p.add_argument("--decode_attention", choices=kv_cache.IMPLEMENTATIONS, default="auto")
-  p.add_argument("--remat", choices=policy.REMAT, default="dots")
+  p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto")
+  p.add_argument("--remat", choices=transformer.REMAT, default="dots")
   p.add_argument("--profile", default=None)
   a = p.parse_args(sys.argv[1:])
   if a.shape not in ZOO:

@@ -6,8 +6,6 @@ configs/base.py says what every key means. Only entry points import this module.
 from collections.abc import Callable
 import errno
 import functools
-import hashlib
-import json
 import math
 import os
 import sys
@@ -17,19 +15,45 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from arrol_jax import hosts, sources
-from arrol_jax.attention import IMPLEMENTATIONS
-from arrol_jax.kv_cache import IMPLEMENTATIONS as CACHE_ATTENTION
-from arrol_jax.losses import AGGREGATES, ALGORITHMS, RATIOS
-from arrol_jax.policy import REMAT
-from arrol_jax.quality import INPUTS
-from arrol_jax.rollout import DRAWS, RULES, WEIGH
+from arrol_jax.data import sources
+from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
+from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, RATIOS
+from arrol_jax.models.attention import IMPLEMENTATIONS
+from arrol_jax.models.transformer import REMAT
+from arrol_jax.pruning.head import INPUTS
+from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
+from arrol_jax.running import hosts
+from arrol_jax.running.workdir import RENAMED
 from arrol_jax.types import UserError
+
+
+class Section(ConfigDict):
+  """A part of the config whose keys may also be set by the names that they had a release ago."""
+
+  def __setattr__(self, name, value):
+    new = _LAST_NAMES.get(name) if name not in self else None
+    if new in self:
+      hosts.say(f"config: {name} is called {new} now")
+      name = new
+    super().__setattr__(name, value)
+
+
+_LAST_NAMES = {old.split(".")[1]: new.split(".")[1] for old, new in RENAMED.items()}
+
+
+def _with_new_names(argv: list[str]) -> list[str]:
+  """The command line with today's names of config keys, and a word about each old one."""
+  for old, new in RENAMED.items():
+    for i, text in enumerate(argv):
+      if text.partition("=")[0] == f"--config.{old}":
+        hosts.say(f"config: {old} is called {new} now")
+        argv = [*argv[:i], text.replace(old, new, 1), *argv[i + 1:]]
+  return argv
 
 
 def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
   """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
-  values = flags.FlagValues()
+  values, argv = flags.FlagValues(), _with_new_names(argv)
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
   for name, default in (defaults or {}).items():
@@ -203,7 +227,7 @@ def _check_data(c: ConfigDict) -> None:
 
 def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
-  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.rounds",
+  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.resampling",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
                 "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "reward.memory", "checkpoint.every",
                 "checkpoint.keep", "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -229,34 +253,8 @@ def _check_prune(c: ConfigDict) -> None:
   _need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   _need(0 <= p.target <= 1, f"prune.target is {p.target}; it is a share between 0 and 1")
   _need(math.isfinite(p.strength), f"prune.strength is {p.strength}; it must be a finite number")
-  _need(0 <= p.control <= 1, f"prune.control is {p.control}; it is a share between 0 and 1")
+  _need(0 <= p.holdout <= 1, f"prune.holdout is {p.holdout}; it is a share between 0 and 1")
   _need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
   _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
         f"({p.p_max}), and these in (0, 1]")
   _need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")
-
-
-def to_json(c: ConfigDict) -> str:
-  return json.dumps(c.to_dict(), indent=2, sort_keys=True, default=list)
-
-
-def lasting(c: ConfigDict) -> dict:
-  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh continue the same run."""
-  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
-
-
-def fingerprint(c: ConfigDict) -> str:
-  """Hash of `lasting`."""
-  return hashlib.sha256(json.dumps(lasting(c), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differing(a: dict, b: dict, prefix: str = "") -> list[str]:
-  """Dotted names of the leaves in which two nested dicts differ."""
-  out = []
-  for key in sorted(a.keys() | b.keys()):
-    x, y = a.get(key), b.get(key)
-    if isinstance(x, dict) and isinstance(y, dict):
-      out += differing(x, y, f"{prefix}{key}.")
-    elif x != y:
-      out.append(f"{prefix}{key}")
-  return out

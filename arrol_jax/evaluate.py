@@ -12,9 +12,11 @@ import sys
 
 import jax
 
-from arrol_jax import assemble, config as configuration, hosts, sources
+from arrol_jax import assemble, config as configuration
+from arrol_jax.data import sources
+from arrol_jax.running import hosts
+from arrol_jax.running.workdir import finite
 from arrol_jax.types import UserError
-from arrol_jax.workdir import finite
 
 
 def main():

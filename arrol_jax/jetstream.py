@@ -18,9 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import assemble, config as configuration, decode, kv_cache, sharding
-from arrol_jax.decode import Sampling, Slots
-from arrol_jax.engine import Engine
+from arrol_jax import assemble, config as configuration
+from arrol_jax.engine import kv_cache, programs
+from arrol_jax.engine.programs import Slots
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine
+from arrol_jax.models import sharding
 from arrol_jax.types import UserError
 
 try:
@@ -70,11 +73,11 @@ class RolloutEngine(engine_api.Engine):
     number = next(self.numbers) % (1 << 31)
     key = jax.random.fold_in(self.seed, number) if rng is None else rng
     with jax.set_mesh(self.engine.mesh):
-      prefix = decode.prefill(c, params, tokens, length, sampling=self.sampling)
+      prefix = programs.prefill(c, params, tokens, length, sampling=self.sampling)
       room = min(self.length, -(-(tokens.shape[1] + 1) // kv_cache.BLOCK) * kv_cache.BLOCK)
-      slots = decode.init_slots(c, rows, room, self.sampling)
-      source, limit, group = (np.full(rows, x, np.int32) for x in (0, self.engine.max_new, number))
-      slots = decode.insert(slots, prefix, source, jax.random.split(key, rows), limit, group)
+      slots = programs.init_slots(c, rows, room, self.sampling)
+      source, max_tokens, group = (np.full(rows, x, np.int32) for x in (0, self.engine.max_new, number))
+      slots = programs.insert(slots, prefix, source, jax.random.split(key, rows), max_tokens, group)
       return self._step(params, slots, rows)
 
   def insert(self, prefix, decode_state, slot, request_id=None):
@@ -95,14 +98,14 @@ class RolloutEngine(engine_api.Engine):
       return self._step(params, decode_state, self.samples)
 
   def _step(self, params, slots: Slots, samples: int):
-    slots, tokens, *_ = decode.generate_segment(self.engine.config, params, slots, steps=1, sampling=self.sampling)
+    slots, tokens, *_ = programs.generate_segment(self.engine.config, params, slots, steps=1, sampling=self.sampling)
     # A row that is done says so with its last token: JetStream hands that out and ends the sample.
     data = _columns(tokens, slots.active, slots.generated)
     return slots, engine_api.ResultTokens(data, (0, 1), (1, 2), (2, 3), samples)
 
   def init_decode_state(self, *args, **kwargs):
     with jax.set_mesh(self.engine.mesh):
-      return decode.init_slots(self.engine.config, self.engine.rows, self.length, self.sampling)
+      return programs.init_slots(self.engine.config, self.engine.rows, self.length, self.sampling)
 
   # ---- what JetStream asks about
 

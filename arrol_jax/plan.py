@@ -27,24 +27,18 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 import optax
 
-from arrol_jax import (
-  assemble,
-  config as configuration,
-  decode,
-  gguf_files,
-  hf_config,
-  hlo,
-  policy,
-  quality,
-  rollout,
-  sharding,
-  update,
-)
-from arrol_jax.policy import PolicyConfig
-from arrol_jax.prune import Calibration
+from arrol_jax import assemble, config as configuration
+from arrol_jax.engine import programs
+from arrol_jax.learning import head_training, update
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files import gguf as gguf_files, hf_config
+from arrol_jax.models.files.weights import Policy
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.models.zoo import ZOO
+from arrol_jax.planning import hlo
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.table import Calibration
 from arrol_jax.types import Batch, TrainState, UserError
-from arrol_jax.weights import Policy
-from arrol_jax.zoo import ZOO
 
 # GiB that programs may fill of a chip's memory; the compiler names the figure where one does not fit.
 HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
@@ -92,10 +86,10 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> tuple[Trai
   """assemble.init_state's result as shapes with shardings, and the optimizer."""
   optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  weights = policy.abstract_params(model)
-  weights = jax.tree.map(place, weights, sharding.shardings(policy.logical_axes(model), weights, mesh, sharding.TRAIN))
+  weights = transformer.abstract_params(model)
+  weights = jax.tree.map(place, weights, sharding.shardings(transformer.logical_axes(model), weights, mesh, sharding.TRAIN))
   q = c.quality
-  head = jax.eval_shape(lambda: quality.init_head(model.width, q.hidden, jax.random.key(0), tuple(q.inputs)))
+  head = jax.eval_shape(lambda: head.init_head(model.width, q.hidden, jax.random.key(0), tuple(q.inputs)))
   params = {"policy": weights, "head": jax.tree.map(lambda x: place(x, everywhere), head)}
   # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble.init_state).
   at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -105,7 +99,7 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> tuple[Trai
   count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
   recent = None
   if q.buffer:
-    ring = jax.eval_shape(lambda head: quality.no_recent(head, model.width, q.buffer, assemble.head_optimizer(c)), head)
+    ring = jax.eval_shape(lambda head: head_training.no_recent(head, model.width, q.buffer, assemble.head_optimizer(c)), head)
     recent = jax.tree.map(lambda x: place(x, everywhere), ring)
   return TrainState(params, opt_state, Calibration(table, table), count, recent), optimizer
 
@@ -155,7 +149,7 @@ class Step:
   def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
                stop: bool = False):
     self.c, self.mesh, self.limit, self.stop = c, mesh, limit, stop
-    self.loaded = Policy(model, policy.abstract_params(model), None, (model.vocab - 1,), 0)
+    self.loaded = Policy(model, transformer.abstract_params(model), None, (model.vocab - 1,), 0)
     self.options = None if effort is None else {"exec_time_optimization_effort": effort}
     self.programs: list[Program] = []
     self.held: dict[str, int] = {}
@@ -227,31 +221,32 @@ class Step:
     if not params:
       return self.skip(*GENERATION[1:])
     self.hold("decode weights", self.programs[-1].output)
-    slots = self.compile("init slots", decode.init_slots, self.loaded.config, engine.rows, columns, sampling=sampling)
+    slots = self.compile("init slots", programs.init_slots, self.loaded.config, engine.rows, columns, sampling=sampling)
     if not slots:
       return self.skip(*GENERATION[2:])
     self.hold("cache and slots", self.programs[-1].output)
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=number)
                for shape in ((engine.prefill_rows, engine.max_prompt), (engine.prefill_rows,))]
-    prefix = self.compile("prefill", decode.prefill, self.loaded.config, params, *prompts, sampling=sampling,
+    prefix = self.compile("prefill", programs.prefill, self.loaded.config, params, *prompts, sampling=sampling,
                           runs=-(-c.rollout.prompts // engine.prefill_rows))
     if prefix:
       self.hold("prompts' cache", self.programs[-1].output)
       keys = jax.eval_shape(lambda k: jax.random.split(k, engine.rows), key)
       row = many(engine.rows)
-      self.compile("insert", decode.insert, slots, prefix, row, keys, row, row, runs=self.programs[-1].runs * waves)
+      self.compile("insert", programs.insert, slots, prefix, row, keys, row, row, runs=self.programs[-1].runs * waves)
     else:
       self.skip("insert")
     segments = waves * -(-c.rollout.max_new // engine.segment)
-    out = self.compile("decode segment", decode.segment_program(), self.loaded.config, params, slots, steps=engine.segment,
-                       sampling=sampling, runs=segments, unknown_trips=engine.segment // math.gcd(engine.segment, decode.STRIDE))
+    out = self.compile("decode segment", programs.segment_program(), self.loaded.config, params, slots, steps=engine.segment,
+                       sampling=sampling, runs=segments,
+                       unknown_trips=engine.segment // math.gcd(engine.segment, programs.STRIDE))
     slots = out[0] if out else slots
     rule, readings = assemble.prune_rule(c), bool(c.quality.buffer)
-    decide = jax.jit(lambda slots, head, tables: rollout.make_decide(head, tables, rule, True, readings)(slots), donate_argnums=0)
+    decide = jax.jit(lambda slots, head, tables: make_decide(head, tables, rule, True, readings)(slots), donate_argnums=0)
     self.compile("decide", decide, slots, state.params["head"], state.calibration, runs=segments)
     counts = engine.row_counts(sampling)
     if len(counts) > 1:  # a layer at a time, the old one deleted before the next
-      self.compile("gather", decode.take_columns, slots.cache[0], many(counts[-2]), length=columns,
+      self.compile("gather", programs.take_columns, slots.cache[0], many(counts[-2]), length=columns,
                    runs=self.loaded.config.layers * (len(counts) - 1))
 
   def training(self, state: TrainState, optimizer: optax.GradientTransformation) -> None:

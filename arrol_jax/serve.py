@@ -35,9 +35,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 import uvicorn
 
-from arrol_jax import assemble, config as configuration, openai_api, quality, service as services
-from arrol_jax.openai_api import Answer, Asked, Limits, Refused, refusal
-from arrol_jax.service import Service
+from arrol_jax import assemble, config as configuration
+from arrol_jax.pruning.head import inputs_of
+from arrol_jax.serving import openai_api, service
+from arrol_jax.serving.openai_api import Answer, Asked, Limits, Refused, refusal
+from arrol_jax.serving.service import Service
 from arrol_jax.types import UserError
 
 MAX_BODY = 4 << 20  # bytes
@@ -101,7 +103,7 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
     assemble.check_tables(c, loaded)
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
-  pool = loaded.head is not None and "mean" in quality.inputs_of(loaded.head)
+  pool = loaded.head is not None and "mean" in inputs_of(loaded.head)
   how = dataclasses.replace(assemble.sampling(c, loaded, None), confidence=assemble.TOP_K, pool=pool)
   service = Service(engine, how, loaded.tokenizer, queue_size, head=loaded.head, tables=loaded.calibration,
                     detect=tuple(c.prune.detect))
@@ -218,7 +220,7 @@ async def _answer(service: Service, limits: Limits, meters: Meters, chat: bool, 
   pieces = asyncio.Queue()
   try:
     ticket = service.submit(asked.call, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
-  except services.Full as e:
+  except service.Full as e:
     raise Refused(f"the server is full: {e}; try again later", status=429) from None
   answer = Answer(asked, limits, secrets.token_hex(12))
 
@@ -268,7 +270,7 @@ class _Stream(StreamingResponse):
 def _whole(asked: Asked, limits: Limits, answer: Answer) -> dict:
   if asked.vote is None:
     return answer.whole()
-  return answer.whole(services.tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window))
+  return answer.whole(service.tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window))
 
 
 async def _events(answer: Answer, said: Callable):

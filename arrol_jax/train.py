@@ -17,11 +17,16 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, data, hosts, losses, rollout, sources, update
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.metrics import rollout_metrics
+from arrol_jax import assemble, config as configuration
+from arrol_jax.data import problems, sources
+from arrol_jax.learning import batching, generation, head_training, losses, resampling, update
+from arrol_jax.learning.metrics import rollout_metrics
+from arrol_jax.pruning.baselines import down_sample
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.running import hosts
+from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
 from arrol_jax.types import UserError
-from arrol_jax.workdir import Logs, check_workdir, claim, read_json, write_json
 
 
 def main():
@@ -62,8 +67,8 @@ def main():
           write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)
 
-    def punish(lengths):
-      return losses.overlong_punishment(lengths, c.rollout.max_new, loss.overlong)
+    def overlong_penalty(lengths):
+      return losses.overlong_penalty(lengths, c.rollout.max_new, loss.overlong)
 
     def roll_out(step: int, decide) -> tuple[list, list, int, float]:
       """Step's rollouts, those to learn from, rounds of prompts taken and seconds waited for grades."""
@@ -71,16 +76,16 @@ def main():
 
       def one(n: int, count: int) -> list:
         # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
-        batch = data.batch_at(train_prompts, step * c.rollout.rounds + n, c.seed, c.rollout.prompts)[:count]
-        done, seconds = rollout.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
+        batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, c.rollout.prompts)[:count]
+        done, seconds = generation.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
                                          loaded.tokenizer, grader, decide=decide, first=n * c.rollout.prompts)
         waited.append(seconds)
         return done
 
-      if c.rollout.rounds == 1:
+      if c.rollout.resampling == 1:
         rollouts = one(0, c.rollout.prompts)
         return rollouts, rollouts, 1, waited[0]
-      learned, rollouts, rounds = rollout.until_mixed(one, c.rollout.prompts, c.rollout.rounds)
+      learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
       return rollouts, learned, rounds, sum(waited)
 
     # ---- state, resume
@@ -118,22 +123,23 @@ def main():
       clock = Clock()
       engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
-      decide = rollout.make_decide(state.params["head"], state.calibration, rule, pruning, readings=bool(c.quality.buffer))
+      decide = make_decide(state.params["head"], state.calibration, rule, pruning, features=bool(c.quality.buffer))
       rollouts, learned, rounds, sec_reward = roll_out(step, decide)
       if pruning and rule.kind == "max_variance":
-        learned = rollout.down_sample(learned, rule.keep)
+        learned = down_sample(learned, rule.keep)
       engine.params = None  # the update needs the room
       stop.check()
       clock.lap("sec_generate")
-      batches = rollout.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
-                             short=c.quality.short, weigh=tuple(c.prune.weigh), balance=c.quality.balance, punish=punish)
+      batches = batching.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
+                             short=c.quality.short, weigh=tuple(c.prune.weigh), balance=c.quality.balance,
+                             overlong_penalty=overlong_penalty)
       batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
       clock.lap("sec_logprob", batches)
       state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
-      state = state.replace(calibration=rollout.update_calibration(state.calibration, rollouts, c.prune.half_life,
+      state = state.replace(calibration=head_training.update_calibration(state.calibration, rollouts, c.prune.half_life,
                                                                    tuple(c.prune.weigh)))
       if c.quality.buffer:
-        state = rollout.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
+        state = head_training.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
                                    weigh=tuple(c.prune.weigh), balance=c.quality.balance)
       metrics |= {"head_norm": update.norm_of(state.params["head"])}
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}

@@ -11,7 +11,10 @@ import dataclasses
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+BINS = 128  # of a calibration table (paper)
 
 
 class UserError(Exception):
@@ -33,13 +36,30 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Calibration:
+  """Counts of past rollouts by score bin and reward (appendix on online calibration).
+
+  `Calibration()` is the empty table of 128 bins. The fields count rollouts with reward 1 and 0, or sum their
+  weights where `update` is given weights. In float32 a bin stops growing by ones at 2^24 (16.7 million).
+  """
+
+  positive: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(BINS, jnp.float32))  # f32[Q]
+  negative: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(BINS, jnp.float32))  # f32[Q]
+
+  @classmethod
+  def empty(cls, bins=BINS):
+    """The empty table with `bins` bins."""
+    return cls(positive=jnp.zeros(bins, jnp.float32), negative=jnp.zeros(bins, jnp.float32))
+
+
+@flax.struct.dataclass
 class TrainState:
   """All that an update changes; `params` is {"policy": ..., "head": ...}."""
   params: dict
   opt_state: object
-  calibration: object          # prune.Calibration
+  calibration: Calibration     # one table [Q], or [C,Q], one a detection length
   step: jax.Array              # i32[]
-  recent: object = None        # quality.Recent, None without a buffer for the head
+  recent: object = None        # learning.head_training.Recent, None without a buffer for the head
 
 
 FAILED = frozenset({"timeout", "crashed", "error"})  # reasons of a reward that speak of the grader, not of the answer
@@ -56,12 +76,12 @@ class Rollout:
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
   scores: tuple = ()           # the head's logit at each detection length reached
-  readings: tuple = ()         # what it read there (quality.Reading), where asked for
+  features: tuple = ()         # what it read there (pruning.head.Features), where asked for
   confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off
   posterior: float = float("nan")   # q at the last of them, METHOD section 3
-  survival: float = 1.0             # product of the probabilities p with which it was kept
-  planned: float = 1.0              # the same by the rule, where a control rollout's survival is 1
-  control: bool = False             # kept whatever the rule said
+  keep_probability: float = 1.0             # product of the probabilities p with which it was kept
+  rule_probability: float = 1.0              # the same by the rule, where a held-out rollout's survival is 1
+  holdout: bool = False             # kept whatever the rule said
   final: float = float("nan")       # the head's logit at its last token, where a head was given
   reward: float = float("nan")      # NaN where pruned
   reason: str = ""             # what the grader said

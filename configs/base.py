@@ -6,6 +6,8 @@ locked: a misspelt key on the command line fails.
 
 from ml_collections import ConfigDict, config_dict
 
+from arrol_jax.config import Section
+
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
@@ -29,7 +31,7 @@ def get_config() -> ConfigDict:
   c.data.system = config_dict.placeholder(str)  # the chat's system message; None: the chat template's own
   c.data.thinking = False      # what that template hears as enable_thinking (Qwen3)
 
-  c.rollout = ConfigDict()
+  c.rollout = Section()
   c.rollout.prompts = 32       # prompts a step (open in the paper)
   c.rollout.group_size = 16    # G, rollouts a prompt (paper)
   c.rollout.temperature = 1.0  # (open in the paper)
@@ -41,12 +43,12 @@ def get_config() -> ConfigDict:
   c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: as many as free memory holds
   c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
-  c.rollout.rounds = 1         # above 1: DAPO's dynamic sampling in at most so many rounds, later ones as large as needed
+  c.rollout.resampling = 1         # above 1: DAPO's dynamic sampling in at most so many rounds, later ones as large as needed
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
   c.rollout.row_buckets = 4    # compiled row counts: slots, slots/2, slots/4, ...
   c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced (one where attention reads each row's own length)
 
-  c.prune = ConfigDict()
+  c.prune = Section()
   c.prune.enabled = True
   c.prune.detect = (512,)      # response tokens at each decision (paper: one, at 512), ascending; a table each
   c.prune.keep = 0.5           # kappa, target keep ratio (paper); that of all decisions together
@@ -60,8 +62,8 @@ def get_config() -> ConfigDict:
                                # "confidence" (DeepConf's, in its group), "max_variance" (PODS: all finish, a share is trained on)
   c.prune.draw = "bernoulli"   # (paper); "systematic": a fixed number of survivors a group, same probabilities
   c.prune.floor = 0            # survivors of a group that decides together, at least
-  c.prune.control = 0.0        # share of rollouts that are never pruned: unbiased false-prune rate
-  c.prune.weigh = ()           # where survivors count 1 / survival times (METHOD 9.1): any of "table", "head", "policy"
+  c.prune.holdout = 0.0        # share of rollouts that are never pruned: unbiased false-prune rate
+  c.prune.weigh = ()           # where survivors count 1 / keep probability times (METHOD 9.1): any of "table", "head", "policy"
   c.prune.half_life = config_dict.placeholder(float)  # rollouts after which a count weighs half; None: never forget (open)
 
   c.quality = ConfigDict()

@@ -16,5 +16,5 @@ from configs import llama32_1b
 def get_config():
   c = llama32_1b.get_config()
   c.loss.name = "dapo"
-  c.rollout.rounds = 3
+  c.rollout.resampling = 3
   return c

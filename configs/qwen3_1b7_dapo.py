@@ -17,5 +17,5 @@ from configs import qwen3_1b7
 def get_config():
   c = qwen3_1b7.get_config()
   c.loss.name = "dapo"
-  c.rollout.rounds = 3
+  c.rollout.resampling = 3
   return c

@@ -16,5 +16,5 @@ from configs import qwen3_8b
 def get_config():
   c = qwen3_8b.get_config()
   c.loss.name = "dapo"
-  c.rollout.rounds = 3
+  c.rollout.resampling = 3
   return c

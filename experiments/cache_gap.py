@@ -14,10 +14,13 @@ import sys
 import jax
 import numpy as np
 
-from arrol_jax import config, data, rollout, sharding, update
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine, Request
-from arrol_jax.weights import load_policy
+from arrol_jax import config
+from arrol_jax.data import problems
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request
+from arrol_jax.learning import batching, update
+from arrol_jax.models import sharding
+from arrol_jax.models.files.weights import load_policy
 
 
 def gap(policy, engine: Engine, requests: list, sampling: Sampling) -> np.ndarray:
@@ -27,8 +30,8 @@ def gap(policy, engine: Engine, requests: list, sampling: Sampling) -> np.ndarra
   for r in done:
     r.reward = 0.0
   compute = update.Compute(sampling.dtype, "auto", "none")
-  shape = rollout.PackShape(engine.max_prompt + engine.max_new, 4096, 1)
-  batches = rollout.pack(done, shape, engine.mesh, detect=(2,))
+  shape = batching.PackShape(engine.max_prompt + engine.max_new, 4096, 1)
+  batches = batching.pack(done, shape, engine.mesh, detect=(2,))
   batches = update.fill_logprobs(policy.config, policy.params, None, batches, 1.0, compute)
   return np.concatenate([np.abs(b.old_logprobs - b.sampler_logprobs)[np.asarray(b.response_mask) > 0] for b in batches])
 
@@ -44,7 +47,7 @@ def main():
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     policy = load_policy(a.model, dtype="float32", mesh=mesh)
-    prompts, _ = data.encode_prompts(data.load_problems(a.data)[:a.problems], policy.tokenizer, "{problem}", True, 256)
+    prompts, _ = problems.encode_prompts(problems.load_problems(a.data)[:a.problems], policy.tokenizer, "{problem}", True, 256)
     requests = [Request(i, i, x.tokens, a.max_new) for i, x in enumerate(prompts)]
     engine = Engine(policy.config, mesh, len(requests), 256, a.max_new, 32, row_buckets=1, length_buckets=1)
     for cache in (None, "int8"):

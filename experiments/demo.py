@@ -12,10 +12,13 @@ import sys
 import jax
 import numpy as np
 
-from arrol_jax import assemble, config as configuration, rollout, voting
+from arrol_jax import assemble, config as configuration
+from arrol_jax.learning import generation
 from arrol_jax.prune import Calibration
+from arrol_jax.pruning import voting
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Grader, extract_answer
-from arrol_jax.rollout import PruneRule
 from arrol_jax.types import Rollout, UserError
 
 SHOWN = 48  # last characters of a text
@@ -32,15 +35,17 @@ def sample(c, problems: int, rule: PruneRule | None, progress: Callable | None =
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
     engine.load(loaded.params, c.model.dtype)
     tables = Calibration() if loaded.calibration is None else loaded.calibration
-    decide = rollout.make_decide(loaded.head, tables, rule or PruneRule((c.rollout.max_new + 1,)), rule is not None)
-    return prompts, rollout.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.EVAL), assemble.sampling(
+    decide = make_decide(loaded.head, tables, rule or PruneRule((c.rollout.max_new + 1,)), rule is not None)
+    return prompts, generation.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.EVAL), assemble.sampling(
       c, loaded, c.rollout.temperature), loaded.tokenizer, grader, decide=decide, progress=progress)[0]
 
 
 def line(r: Rollout) -> str:
   """One rollout: prompt, length, what became of it, score, posterior, survival probability, the end of its text."""
   fate = "cut  " if r.pruned else "ended"
-  numbers = f"score {r.score:+.2f}  q {r.posterior:.2f}  p {r.survival:.2f}" if r.decided else "ended before it was scored"
+  numbers = "ended before it was scored"
+  if r.decided:
+    numbers = f"score {r.score:+.2f}  q {r.posterior:.2f}  p {r.keep_probability:.2f}"
   return f"prompt {r.prompt}  {fate} at {len(r.tokens):4d}  {numbers}  ...{r.text[-SHOWN:]!r}"
 
 

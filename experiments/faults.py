@@ -34,10 +34,10 @@ SETTINGS = {"data.eval": "", "rollout.prompts": 4, "rollout.group_size": 4, "rol
             "rollout.length_buckets": 1, "prune.cold_start": 2, "optim.micro_tokens": 1024, "optim.length_buckets": 1,
             "checkpoint.every": 3, "checkpoint.export": False, "log.tensorboard": False}
 # Where a kill falls: what is entered, about how long it lasts (seconds), and on which entry the timer is set.
-PHASES = {"generation": ("arrol_jax.rollout.generate", 0.05, 2, 6),
+PHASES = {"generation": ("arrol_jax.learning.generation.generate", 0.05, 2, 6),
           "grading": ("arrol_jax.rewards.pool.Grader.grade_async", 0.002, 20, 90),
-          "update": ("arrol_jax.update.step", 0.05, 2, 6),
-          "save": ("arrol_jax.checkpoint.Checkpoints.save", 0.2, 1, 2)}
+          "update": ("arrol_jax.learning.update.step", 0.05, 2, 6),
+          "save": ("arrol_jax.running.checkpoint.Checkpoints.save", 0.2, 1, 2)}
 
 
 def arguments(folder: Path, **other) -> list[str]:
@@ -151,7 +151,7 @@ def disk(folder: Path, plain: Path) -> dict:
 def damage(folder: Path, plain: Path, times=60) -> dict:
   """The newest checkpoint of a run, a bit flipped or a file cut short at a random place."""
   from arrol_jax import assemble, config
-  from arrol_jax.checkpoint import Checkpoints
+  from arrol_jax.running.checkpoint import Checkpoints
   c, _ = config.parse(["faults", *arguments(plain)])
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
@@ -223,7 +223,8 @@ def nan(folder: Path, plain: Path, what: str) -> dict:
 
 def poisoned(what: str, argv: list[str]) -> None:
   """The training command, with NaN in the loss or in the policy's ("gradient") or the head's gradient of its 5th step."""
-  from arrol_jax import config, train, update
+  from arrol_jax import config, train
+  from arrol_jax.learning import update
   real, steps = update.accumulate, [0]
 
   def accumulate(c, params, grads, metrics, batch, totals, **settings):

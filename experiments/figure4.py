@@ -2,7 +2,8 @@
 
   python -m experiments.figure4 [--scale=cpu|gpu|paper] [--run [--minutes=9]] [--model=PATH] [--data=DIR]
 
-The reward is that of all rollouts started (reward_ipw: survivors count 1 / survival times), so that pruning does not flatter it.
+The reward is that of all rollouts started (reward_ipw: survivors count 1 / keep probability times), so that pruning does not
+flatter it.
 """
 
 import collections

@@ -25,7 +25,7 @@ import threading
 import time
 
 from arrol_jax import config
-from arrol_jax.data import load_problems
+from arrol_jax.data.problems import load_problems
 from arrol_jax.rewards import Grader
 from arrol_jax.rewards.grade import CORRECT, judge
 from arrol_jax.types import UserError

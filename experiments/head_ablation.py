@@ -21,12 +21,14 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, quality, rollout
-from arrol_jax.metrics import auc, mean, spearman
+from arrol_jax import assemble, config as configuration
+from arrol_jax.learning import generation, head_training
+from arrol_jax.learning.metrics import auc, mean, spearman
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import INPUTS, Reading
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import INPUTS, Features, init_head, inputs_of, quality_logit
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Grader
-from arrol_jax.rollout import PruneRule, make_decide
 from arrol_jax.types import Rollout, UserError
 
 matplotlib.use("Agg")
@@ -49,11 +51,11 @@ def collect(c, lengths: tuple[int, ...], count: int) -> list[Rollout]:
     c.quality.inputs, c.prune.rule = tuple(INPUTS), "confidence"  # so that sampling keeps what these need
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
     engine.load(loaded.params, c.model.dtype)
-    head = quality.init_head(loaded.config.width, 1, jax.random.key(0), tuple(INPUTS))
+    head = init_head(loaded.config.width, 1, jax.random.key(0), tuple(INPUTS))
     tables = jax.tree.map(lambda x: jnp.stack([x] * len(lengths)), Calibration.empty(2))
-    decide = make_decide(head, tables, PruneRule(lengths), False, readings=True)
+    decide = make_decide(head, tables, PruneRule(lengths), False, features=True)
     with tqdm(total=count * c.rollout.group_size, desc="rollouts", unit="response") as bar:
-      return rollout.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.TRAIN), assemble.sampling(
+      return generation.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.TRAIN), assemble.sampling(
         c, loaded, c.rollout.temperature), loaded.tokenizer, grader, decide=decide, progress=lambda _: bar.update())[0]
 
 
@@ -61,9 +63,9 @@ class Examples:
   """The rollouts that reached one length: readings (on the device), rewards, prompts and trace confidence so far."""
 
   def __init__(self, rollouts: list[Rollout], which: int, length: int, size: int):
-    self.rollouts = there = [r for r in rollouts if len(r.readings) > which]
+    self.rollouts = there = [r for r in rollouts if len(r.features) > which]
     pad = lambda x: np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))  # one compiled shape for all lengths
-    self.reading = jax.device_put(Reading(*(pad(np.stack([getattr(r.readings[which], x) for r in there]).astype(np.float32))
+    self.features = jax.device_put(Features(*(pad(np.stack([getattr(r.features[which], x) for r in there]).astype(np.float32))
                                             for x in INPUTS)))
     self.reward = np.array([r.reward for r in there], np.float32)
     self.padded_reward = jax.device_put(pad(self.reward))
@@ -71,14 +73,15 @@ class Examples:
     self.confidence = np.array([r.confidences[:length].mean() for r in there])
     self.size = size
 
-  def fit(self, head: dict, recent: quality.Recent, mask: np.ndarray, balanced: bool, **how) -> tuple[dict, quality.Recent]:
+  def fit(self, head: dict, recent: head_training.Recent, mask: np.ndarray, balanced: bool,
+          **how) -> tuple[dict, head_training.Recent]:
     """`quality.refit` on the rows in `mask`."""
-    weight = np.pad(rollout.head_weights(self.rollouts, mask.astype(np.float32), (), balanced), (0, self.size - len(mask)))
-    return quality.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
+    weight = np.pad(head_training.head_weights(self.rollouts, mask.astype(np.float32), (), balanced), (0, self.size - len(mask)))
+    return head_training.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
 
-  def of(self, head: dict) -> Reading:
+  def of(self, head: dict) -> Features:
     """What `head` reads of the rows."""
-    return Reading(**{x: getattr(self.reading, x) for x in quality.inputs_of(head)})
+    return Features(**{x: getattr(self.features, x) for x in inputs_of(head)})
 
   def scores(self, head: dict) -> np.ndarray:
     return np.asarray(logits(head, self.of(head)))[:len(self.reward)]
@@ -101,15 +104,15 @@ def summary(results: list[dict]) -> dict:
 
 
 @jax.jit
-def logits(head: dict, reading: Reading) -> jax.Array:
-  return quality.quality_logit(head, reading)
+def logits(head: dict, reading: Features) -> jax.Array:
+  return quality_logit(head, reading)
 
 
 def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict]:
   """Heads trained on half of the prompts, judged on the other half; plain scores on the same halves."""
   prompts, lines = np.unique(examples.prompt), []
   halves = [np.isin(examples.prompt, np.random.default_rng(seed).permutation(prompts)[::2]) for seed in range(SPLITS)]
-  logprobs = np.asarray(examples.reading.logprobs)[:len(examples.reward)]
+  logprobs = np.asarray(examples.features.logprobs)[:len(examples.reward)]
   plain = {"trace confidence": examples.confidence, "mean log-prob": logprobs[:, 0], "lowest log-prob": logprobs[:, 1]}
   for name, score in plain.items():
     lines.append({"score": name} | summary([examples.judged(score, ~half) for half in halves]))
@@ -117,8 +120,8 @@ def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict
     for passes, balanced in (*((n, False) for n in PASSES), (PASSES[1], True)):
       results = []
       for seed, half in enumerate(halves):
-        head = quality.init_head(width, hidden, jax.random.key(seed), inputs)
-        recent = quality.no_recent(head, width, examples.size, optimizer)
+        head = init_head(width, hidden, jax.random.key(seed), inputs)
+        recent = head_training.no_recent(head, width, examples.size, optimizer)
         head, _ = examples.fit(head, recent, half, balanced, passes=passes, optimizer=optimizer)
         results.append(examples.judged(examples.scores(head), ~half))
       lines.append({"score": "head", "inputs": inputs, "passes": passes, "balanced": balanced} | summary(results))
@@ -130,9 +133,9 @@ def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int,
   step, lines = examples.prompt // prompts, []
   for inputs in (("last",), ("last", "logprobs"), ("mean", "logprobs")):
     for passes, buffer, balanced in itertools.product((1, 8, 32), (1, 4), (False, True)):  # buffer: steps' worth of rollouts
-      head = quality.init_head(width, hidden, jax.random.key(0), inputs)
+      head = init_head(width, hidden, jax.random.key(0), inputs)
       room = buffer * prompts * group
-      recent, results = quality.no_recent(head, width, room, optimizer), []
+      recent, results = head_training.no_recent(head, width, room, optimizer), []
       for n in range(step.max() + 1):
         results.append(examples.judged(examples.scores(head), step == n))
         head, recent = examples.fit(head, recent, step == n, balanced, passes=passes, optimizer=optimizer)
@@ -182,7 +185,7 @@ def main():
   lines = []
   for which, length in enumerate(lengths):
     examples = Examples(rollouts, which, length, size)
-    width = examples.reading.last.shape[1]
+    width = examples.features.last.shape[1]
     base = {"length": length, "examples": len(examples.reward)}
     lines += [{"part": "offline"} | base | x for x in offline(examples, width, c.quality.hidden, optimizer)]
     lines += [{"part": "online"} | base | x for x in online(examples, width, c.quality.hidden, optimizer, c.rollout.prompts,

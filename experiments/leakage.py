@@ -18,7 +18,8 @@ import re
 
 import numpy as np
 
-from arrol_jax import config, sources
+from arrol_jax import config
+from arrol_jax.data import sources
 from arrol_jax.rewards.grade import CORRECT, judge
 
 TOKEN = re.compile(r"\\[A-Za-z]+|[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[-+*/=<>^]")

@@ -24,15 +24,15 @@ import time
 
 import numpy as np
 
-from arrol_jax import hf_config, safetensors_files, weights
-from arrol_jax.zoo import ZOO
+from arrol_jax.models.files import hf_config, safetensors, weights
+from arrol_jax.models.zoo import ZOO
 
 OUT = Path("experiments/results/load_memory/cpu.jsonl")
 
 
 def make_folder(folder: Path, config, shard_bytes: int) -> list[Path]:
   """A Hugging Face folder of random bfloat16 weights; values repeat, shapes and bytes are the real ones."""
-  block = np.random.default_rng(0).normal(size=1 << 22).astype(safetensors_files.DTYPES["BF16"])
+  block = np.random.default_rng(0).normal(size=1 << 22).astype(safetensors.DTYPES["BF16"])
   dtype = block.dtype
   tensors = [(name, place.stored, dtype, lambda shape=place.stored: np.resize(block, shape))
              for name, place in hf_config.layout(config).items()]
@@ -52,7 +52,7 @@ def measure(folder: Path, dtype: str, axes: tuple[int, int, int] | None) -> dict
   import jax
   import jax.numpy as jnp
 
-  from arrol_jax import sharding
+  from arrol_jax.models import sharding
   mesh = sharding.make_mesh(*axes) if axes else None
   jax.jit(lambda x: x + 1)(jnp.zeros(4)).block_until_ready()  # the runtime and compiler are part of the baseline
   Path("/proc/self/clear_refs").write_text("5")               # the peak starts again from here

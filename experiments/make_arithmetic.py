@@ -22,10 +22,11 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from arrol_jax import policy, update
-from arrol_jax.attention import causal_attention
-from arrol_jax.weights import Policy
-from arrol_jax.zoo import ZOO
+from arrol_jax.learning import update
+from arrol_jax.models import transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.files.weights import Policy
+from arrol_jax.models.zoo import ZOO
 
 OUT = "experiments/arithmetic"
 TERMS, ROWS, LENGTH = 5, 128, 64
@@ -86,7 +87,7 @@ def demonstrations(rng: np.random.Generator, held_out: set, wrong: float) -> tup
 def warm_up_step(c, params, opt_state, tokens, mask, optimizer):
   def loss(p):
     attend = causal_attention("xla")
-    hidden = policy.forward(c, p, tokens, policy.default_positions(tokens), attend)[0]
+    hidden = transformer.forward(c, p, tokens, transformer.default_positions(tokens), attend)[0]
     logprobs = update.token_logprobs(p, hidden, tokens, mask, 1.0, ROWS * LENGTH)[0]
     return -jnp.sum(logprobs * mask) / jnp.sum(mask)
   value, grads = jax.value_and_grad(loss)(params)
@@ -97,7 +98,7 @@ def warm_up_step(c, params, opt_state, tokens, mask, optimizer):
 def warm_up(name: str, wrong: float, steps: int, held_out: set) -> None:
   c = dataclasses.replace(ZOO["tiny"], vocab=len(CHARS) + 3, max_length=64)
   rng, optimizer = np.random.default_rng(0), optax.adam(1e-3)
-  params = policy.init_params(c, jax.random.key(0))
+  params = transformer.init_params(c, jax.random.key(0))
   opt_state = optimizer.init(params)
   for _ in (bar := tqdm(range(steps), desc=f"warm-up {name}")):
     params, opt_state, value = warm_up_step(c, params, opt_state, *demonstrations(rng, held_out, wrong), optimizer)

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 import transformers
 
-from arrol_jax import config, hf_config
+from arrol_jax import config
+from arrol_jax.models.files import hf_config
+from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.types import UserError
-from arrol_jax.weights import Policy, load_policy
 
 try:
   import torch

@@ -47,8 +47,8 @@ ARMS = {
   "balanced_head": (*_OURS, "quality.inputs=('mean','logprobs')", "quality.balance=True"),
   "keep025": ("prune.keep=0.25",),
   "keep075": ("prune.keep=0.75",),
-  "dapo_none": ("loss.name=dapo", "rollout.rounds=3", "prune.enabled=False"),
-  "dapo": ("loss.name=dapo", "rollout.rounds=3"),
+  "dapo_none": ("loss.name=dapo", "rollout.resampling=3", "prune.enabled=False"),
+  "dapo": ("loss.name=dapo", "rollout.resampling=3"),
 }
 
 

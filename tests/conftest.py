@@ -31,14 +31,14 @@ def programs_go_with_their_module():
 @pytest.fixture(scope="session")
 def mesh():
   """A mesh of one device."""
-  from arrol_jax import sharding
+  from arrol_jax.models import sharding
   return sharding.make_mesh()
 
 
 @pytest.fixture(scope="session")
 def head():
   """A quality head for states of width 32 with random weights in both layers: its scores differ."""
-  from arrol_jax.quality import init_head
+  from arrol_jax.pruning.head import init_head
   out = init_head(32, 8, jax.random.key(1))
   return out | {"w2": jax.random.normal(jax.random.key(2), out["w2"].shape)}
 

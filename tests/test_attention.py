@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import sharding
-from arrol_jax.attention import causal_attention
+from arrol_jax.models import sharding
+from arrol_jax.models.attention import causal_attention
 
 SHAPES = {"odd": (2, 37, 6, 2, 20), "one group": (2, 16, 4, 4, 8), "one kv head": (1, 130, 3, 1, 16)}  # B, S, N, M, H
 

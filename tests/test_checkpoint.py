@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from arrol_jax import sharding
-from arrol_jax.checkpoint import Checkpoints, _checksums
+from arrol_jax.models import sharding
 from arrol_jax.prune import Calibration
+from arrol_jax.running.checkpoint import Checkpoints, _checksums
 from arrol_jax.types import TrainState, UserError
 
 # When one array cannot be read or written, orbax drops the work on the others unfinished; Python remarks on that.

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.data import Problem, Prompt, batch_at, encode_prompts, load_problems
+from arrol_jax.data.problems import Problem, Prompt, batch_at, encode_prompts, load_problems
 from arrol_jax.types import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

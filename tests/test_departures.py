@@ -10,9 +10,14 @@ import pytest
 from test_rollout import KEY, PLAIN, SAMPLING, C, engine, found, requests, rollout_of
 from test_train import read, run
 
-from arrol_jax import decode
+from arrol_jax.engine import programs
+from arrol_jax.learning.batching import PackShape, pack
+from arrol_jax.learning.head_training import update_calibration
+from arrol_jax.learning.resampling import until_mixed
 from arrol_jax.prune import Calibration
-from arrol_jax.rollout import PackShape, PruneRule, down_sample, make_decide, pack, until_mixed, update_calibration
+from arrol_jax.pruning.baselines import down_sample
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.rule import PruneRule
 
 
 def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
@@ -24,9 +29,9 @@ def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
   for r in out:
     assert len(r.scores) == (len(r.tokens) >= 4) + (len(r.tokens) >= 8) or r.stopped
     if not r.pruned and len(r.tokens) > 8:
-      assert r.survival == pytest.approx(0.49, rel=1e-5) == r.planned and len(r.scores) == 2
+      assert r.keep_probability == pytest.approx(0.49, rel=1e-5) == r.rule_probability and len(r.scores) == 2
     elif r.pruned:
-      assert len(r.tokens) in (4, 8) and r.survival == pytest.approx(0.7**len(r.scores), rel=1e-5)
+      assert len(r.tokens) in (4, 8) and r.keep_probability == pytest.approx(0.7**len(r.scores), rel=1e-5)
     r.reward = math.nan if r.pruned else 1.0
   after = update_calibration(tables, out, None)
   kept = [r for r in out if not r.pruned]
@@ -43,7 +48,7 @@ def decide_once(head, table, rule, slots):
 @pytest.fixture
 def standing(mesh):
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 16, 16, PLAIN)
+    slots = programs.init_slots(C, 16, 16, PLAIN)
   keys = jax.random.split(jax.random.key(5), 16)
   hidden = jax.random.normal(jax.random.key(3), (16, C.width))
   return slots.replace(generated=jnp.full(16, 8), active=jnp.ones(16, bool), key=keys, hidden=hidden,
@@ -59,7 +64,8 @@ def test_confidence_keeps_a_groups_most_confident(head, table, standing):
   """Of eight with p in [0.1, 0.9] and a mean of 0.3: two at 0.9, six at 0.1, and the confidence that counts is a token's mean."""
   confident = np.random.default_rng(0).permutation(16).astype(np.float32)
   slots = standing.replace(confidence_sum=jnp.asarray(confident))
-  planned = np.asarray(decide_once(head, table, PruneRule((8,), keep=0.3, kind="confidence"), slots).planned).reshape(2, 8)
+  decision = decide_once(head, table, PruneRule((8,), keep=0.3, kind="confidence"), slots)
+  planned = np.asarray(decision.rule_probability).reshape(2, 8)
   for p, c in zip(planned, confident.reshape(2, 8), strict=True):
     assert p.mean() == pytest.approx(0.3, abs=1e-6)
     np.testing.assert_allclose(p[np.argsort(-c)], [0.9, 0.9] + [0.1] * 6, atol=1e-6)
@@ -77,24 +83,24 @@ def test_max_variance_cuts_nothing_in_generation_and_trains_on_the_most_varied(h
 def test_a_floor_of_survivors(head, table, standing):
   rule = PruneRule((8,), keep=0.01, p_min=0.01, kind="random", floor=3)
   decision = decide_once(head, table, rule, standing)
-  keep, survival = np.asarray(decision.keep), np.asarray(decision.survival)
+  keep, survival = np.asarray(decision.keep), np.asarray(decision.keep_probability)
   assert keep.reshape(2, 8).sum(1).tolist() == [3, 3]
-  assert survival.min() > 0.02 and np.allclose(decision.planned, 0.01)  # three of eight survive, not one of a hundred
+  assert survival.min() > 0.02 and np.allclose(decision.rule_probability, 0.01)  # three of eight survive, not one of a hundred
   fixed = decide_once(head, table, dataclasses.replace(rule, draw="systematic"), standing)
-  assert np.asarray(fixed.keep).reshape(2, 8).sum(1).tolist() == [3, 3] and np.allclose(fixed.survival, 3 / 8)
+  assert np.asarray(fixed.keep).reshape(2, 8).sum(1).tolist() == [3, 3] and np.allclose(fixed.keep_probability, 3 / 8)
 
 
 def test_controls_are_never_cut_and_the_rules_probability_is_noted(head, table, standing):
-  decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", control=0.5), standing)
-  survival = np.asarray(decision.survival)
+  decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", holdout=0.5), standing)
+  survival = np.asarray(decision.keep_probability)
   controls = survival == 1.0
-  np.testing.assert_array_equal(decision.control, controls)
+  np.testing.assert_array_equal(decision.holdout, controls)
   assert 2 < controls.sum() < 14 and np.all(np.asarray(decision.keep)[controls])
-  np.testing.assert_allclose(decision.planned, 0.01, rtol=1e-5)
+  np.testing.assert_allclose(decision.rule_probability, 0.01, rtol=1e-5)
 
 
 def test_rules_prefer_what_they_say(head, table, standing):
-  p = {kind: np.asarray(decide_once(head, table, PruneRule((8,), kind=kind), standing).survival)
+  p = {kind: np.asarray(decide_once(head, table, PruneRule((8,), kind=kind), standing).keep_probability)
        for kind in ("random", "lowest", "highest", "group", "published")}
   q = np.asarray(decide_once(head, table, PruneRule((8,)), standing).posterior)
   assert np.ptp(q) > 0.1 and np.allclose(p["random"], 0.5)
@@ -103,8 +109,8 @@ def test_rules_prefer_what_they_say(head, table, standing):
 
 
 def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh):
-  rollouts = [rollout_of(1, 0, 3, 9, decided=True, score=0.0, reward=1.0, survival=0.25),
-              rollout_of(2, 0, 3, 9, decided=True, score=0.0, reward=0.0, survival=0.5)]
+  rollouts = [rollout_of(1, 0, 3, 9, decided=True, score=0.0, reward=1.0, keep_probability=0.25),
+              rollout_of(2, 0, 3, 9, decided=True, score=0.0, reward=0.0, keep_probability=0.5)]
   table = update_calibration(Calibration.empty(2), rollouts, None, ("table",))
   assert (table.positive.tolist(), table.negative.tolist()) == ([0, 4], [0, 2])
   batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), weigh=("head", "policy"), normalize_std=False)
@@ -148,7 +154,7 @@ def test_later_rounds_take_the_prompts_that_the_missing_groups_should_need(mixed
 
 def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh):
   rollouts = [rollout_of(1, 0, 3, 9, reward=1.0), rollout_of(2, 0, 3, 5, reward=1.0)]
-  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), normalize_std=False, punish=lambda n: -1.0 * (n > 8))
+  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), normalize_std=False, overlong_penalty=lambda n: -1.0 * (n > 8))
   rows = {i: row for i, (_, row) in found([batch]).items()}
   assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == [-0.5, 0.5]
   assert [float(batch.rewards[rows[i]]) for i in (1, 2)] == [1, 1]
@@ -157,7 +163,7 @@ def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh):
 def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
   """Two decisions, group rule, fixed sizes, floor, controls, weights, dynamic sampling, DAPO, a head that reads all and goes over
   a buffer: stopped and resumed, or not."""
-  every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__control=0.2,
+  every = dict(prune__detect="(8,16)", prune__rule="group", prune__draw="systematic", prune__floor=1, prune__holdout=0.2,
                prune__weigh="('table','head','policy')", prune__cold_start=1, rollout__rounds=2, loss__name="dapo",
                loss__kl_weight=0.0, data__eval="", steps=3, quality__inputs="('last','mean','logprobs')", quality__buffer=40,
                quality__passes=4, quality__balance=True)

@@ -6,17 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import engine as engines, policy, sharding
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Decision, Engine, Request
-from arrol_jax.policy import PolicyConfig
+from arrol_jax.engine import scheduler
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Decision, Engine, Request
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head
-from arrol_jax.rollout import PruneRule, make_decide
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.types import UserError
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
-PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
+PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
 SAMPLING = Sampling(1.0, (7, 13), "float32")
 KEY = jax.random.key(12)
 
@@ -70,9 +72,9 @@ def test_sharded_engine_gives_the_same_tokens(alone):
 
 
 def test_rows_and_columns_shrink_and_grow_with_need(mesh, monkeypatch):
-  from arrol_jax import decode
-  seen, plain = [], decode.generate_segment
-  monkeypatch.setattr(decode, "generate_segment", lambda c, p, s, **k: (
+  from arrol_jax.engine import programs
+  seen, plain = [], programs.generate_segment
+  monkeypatch.setattr(programs, "generate_segment", lambda c, p, s, **k: (
     seen.append((s.token.shape[0], s.cache[0].k.shape[2])), plain(c, p, s, **k))[1])
   run(mesh, 16, requests())
   rows, columns = zip(*seen, strict=True)
@@ -108,7 +110,7 @@ def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
     assert a.decided == (len(b.tokens) > 8)
     if a.pruned:
       pruned += 1
-      assert len(a.tokens) == 8 and not a.stopped and a.survival == 0.25
+      assert len(a.tokens) == 8 and not a.stopped and a.keep_probability == 0.25
       np.testing.assert_array_equal(a.tokens, b.tokens[:8])
     else:
       same(a, b)
@@ -117,14 +119,14 @@ def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):
 
 def test_over_a_mesh_rows_are_gathered_within_their_shard(alone, monkeypatch):
   """Survivors stay where their cache is, whoever leaves."""
-  from arrol_jax import decode
-  taken, plain = [], decode.take_rows
+  from arrol_jax.engine import programs
+  taken, plain = [], programs.take_rows
   def take_rows(slots, rows, valid, *, length):
     old, new = slots.token.shape[0] // 4, len(rows) // 4
     assert all(i // old == j // new for j, i in enumerate(rows)) and len(set(rows[valid])) == valid.sum()
     taken.append((4 * old, 4 * new, int(valid.sum())))
     return plain(slots, rows, valid, length=length)
-  monkeypatch.setattr(decode, "take_rows", take_rows)
+  monkeypatch.setattr(programs, "take_rows", take_rows)
   for a, b in zip(run(sharding.make_mesh(2, 2, 1), 20, requests(), decide=cut_some), alone, strict=True):
     np.testing.assert_array_equal(a.tokens, b.tokens[:len(a.tokens)])
     assert a.pruned or len(a.tokens) == len(b.tokens)
@@ -156,7 +158,7 @@ def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):
   """Random limits (finish), random cuts (prune), random slots (refill): a request's tokens are a prefix of what it says alone."""
   rows = data.draw(st.sampled_from([3, 8, 20]))
   limits = data.draw(st.lists(st.integers(1, 20), min_size=len(alone), max_size=len(alone)))
-  wanted = [r._replace(limit=n) for r, n in zip(requests(), limits, strict=True)]
+  wanted = [r._replace(max_tokens=n) for r, n in zip(requests(), limits, strict=True)]
   decide = cut_some if data.draw(st.booleans()) else None
   for a, b, limit in zip(run(mesh, rows, wanted, decide=decide), alone, limits, strict=True):
     whole = min(limit, len(b.tokens))
@@ -176,7 +178,7 @@ def test_keep_ratio_one_is_pruning_off_token_for_token(mesh, alone):
   for a, b, c in zip(on, off, alone, strict=True):
     same(a, c)
     same(b, c)
-    assert a.decided == b.decided == (len(c.tokens) > 8) and not a.pruned and a.survival == 1.0
+    assert a.decided == b.decided == (len(c.tokens) > 8) and not a.pruned and a.keep_probability == 1.0
     if a.decided:
       assert abs(a.score - b.score) < 1e-6
 
@@ -194,7 +196,7 @@ def test_a_real_rule_keeps_about_kappa(mesh):
 def free_memory(mesh, limit, used=0, cache=None, params=PARAMS, **other):
   """Slots of an engine whose device says that it has so many bytes."""
   e = Engine(C, mesh, rows=64, max_prompt=8, max_new=20, segment=4, prefill_rows=4, **other)
-  return engines._slots_in(e, Sampling(dtype="float32", cache=cache), 4, params, limit - used, limit)
+  return scheduler._slots_in(e, Sampling(dtype="float32", cache=cache), 4, params, limit - used, limit)
 
 
 def test_slots_fill_the_free_memory_and_no_more(mesh):

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, bench, config as configuration, evaluate, quality
-from arrol_jax.checkpoint import Checkpoints
+from arrol_jax import assemble, bench, config as configuration, evaluate
 from arrol_jax.prune import Calibration
+from arrol_jax.pruning.head import init_head
+from arrol_jax.running.checkpoint import Checkpoints
 
 SMALL = ["--config=configs/quickstart.py", "--config.rollout.slots=8", "--config.rollout.row_buckets=1",
          "--config.rollout.length_buckets=1", "--config.rollout.prompts=4", "--config.eval.problems=8"]
@@ -88,7 +89,7 @@ def test_tables_of_other_detection_lengths_are_refused(monkeypatch, capsys, tmp_
   """A policy whose head has one table, asked to stop traces at two lengths; without stopping, the last table serves."""
   c, _ = configuration.parse(["prog", *SMALL])
   loaded = assemble.load(c, assemble.make_mesh(c))
-  loaded.head, loaded.calibration = quality.init_head(loaded.config.width, 8, jax.random.key(0), ("last",)), Calibration()
+  loaded.head, loaded.calibration = init_head(loaded.config.width, 8, jax.random.key(0), ("last",)), Calibration()
   loaded.save(tmp_path / "policy")
   arguments = [*SMALL, f"--config.model.path={tmp_path}/policy", "--config.eval.samples=2", "--config.prune.detect=(8,16)",
                "--config.rollout.segment=8", "--config.eval.problems=1"]

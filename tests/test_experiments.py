@@ -292,7 +292,7 @@ def test_every_training_command_is_understood():
       assert [read[arm].loss.name for arm in ("none", "dapo_none", "dapo")] == ["grpo", "dapo", "dapo"]
       assert [read[arm].prune.keep for arm in ("keep025", "published", "keep075")] == [0.25, 0.5, 0.75]
       assert read["balanced_head"].quality.balance and tuple(read["balanced_head"].quality.inputs) == ("mean", "logprobs")
-      assert read["random"].prune.rule == "random" and read["dapo"].rollout.rounds == 3
+      assert read["random"].prune.rule == "random" and read["dapo"].rollout.resampling == 3
       assert len({c.model.path for c in read.values()}) == 1
     assert config.parse(list(runs.stopping(scale, "published", 0).argv))[0].eval.stop_below == runs.STOP_BELOW
     vote = config.parse(list(runs.voting(scale, "published", 0).argv))[0]

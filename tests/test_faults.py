@@ -16,8 +16,9 @@ from unittest import mock
 import jax
 import pytest
 
-from arrol_jax import config, rollout, train, update
-from arrol_jax.checkpoint import Checkpoints
+from arrol_jax import config, train
+from arrol_jax.learning import generation, update
+from arrol_jax.running.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 5
@@ -81,7 +82,7 @@ def test_sigterm_saves_the_step_before_and_ends_with_0_and_a_word(tmp_path, plai
   """During generation: that step is given up, and made again by the same command."""
   handler = signal.getsignal(signal.SIGTERM)
   tell = lambda: os.kill(os.getpid(), signal.SIGTERM)
-  with mock.patch.object(rollout, "generate", nth(call, tell, rollout.generate)):
+  with mock.patch.object(generation, "generate", nth(call, tell, generation.generate)):
     result = run(tmp_path)
   assert result.status == 0 and result.out.endswith("stopped by SIGTERM; the same command goes on from there\n")
   assert (f"SIGTERM; step {saved} is saved" in result.out) == (saved is not None)

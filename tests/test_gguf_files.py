@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from arrol_jax import gguf_files
-from arrol_jax.policy import RopeScaling
+from arrol_jax.models.files import gguf as gguf_files
+from arrol_jax.models.files.weights import load_policy
+from arrol_jax.models.transformer import RopeScaling
 from arrol_jax.types import UserError
-from arrol_jax.weights import load_policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 F32, F16, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_rollout import KEY, SAMPLING, Words, engine, plain_hidden, prompts, rollout_of
 
-from arrol_jax import held_out
-from arrol_jax.decode import Sampling
-from arrol_jax.held_out import Voters, measure, voted_reward
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.learning import evaluation
+from arrol_jax.learning.evaluation import Voters, measure, voted_reward
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import Reading, quality_logit
+from arrol_jax.pruning.head import Features, quality_logit
 from arrol_jax.rewards import Grader
 
 NOTHING = types.SimpleNamespace(max_new=9)  # an engine that is not asked to generate
@@ -28,7 +28,7 @@ def test_measure_by_hand(monkeypatch):
     assert options.get("decide") is None  # nothing is pruned in an evaluation
     return rollouts[:len(prompts) * samples], 0.0
 
-  monkeypatch.setattr(held_out, "generate", given)
+  monkeypatch.setattr(evaluation, "generate", given)
   result, behind = measure(NOTHING, [None] * 3, 2, KEY, SAMPLING, None, None)
   assert behind == rollouts
   plain = {k: v for k, v in result.items() if "@" not in k}
@@ -45,7 +45,7 @@ def test_votes_by_hand(monkeypatch, head):
   """Three say 7 (wrong), in two spellings; two say 5 (right) with the best scores. Weights by rank: 0, 1/4, 1/2; 3/4, 1."""
   said = [("7", -3.0), ("7.0", -2.0), ("7", -1.0), ("5", 1.0), ("5", 2.0)]
   rollouts = [rollout_of(i, 0, 2, 4, reward=float(a == "5"), text=f"so \\boxed{{{a}}}", final=s) for i, (a, s) in enumerate(said)]
-  monkeypatch.setattr(held_out, "generate", lambda *a, **k: (rollouts, 0.0))
+  monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (rollouts, 0.0))
   table = Calibration(jnp.array([0.0, 0.0, 0.0, 9.0]), jnp.array([9.0, 0.0, 0.0, 0.0]))
   result, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, None, None, voters=Voters(head, table))
   assert (result["maj@5"], result["rank@5"], result["posterior@5"], result["best@5"]) == (0.0, 1.0, 1.0, 1.0)
@@ -60,7 +60,7 @@ def test_the_last_score_is_the_heads_at_the_last_token(mesh, head):
     tokens = np.zeros((1, 28), np.int32)
     tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
     hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + len(r.tokens) - 2]
-    assert r.final == pytest.approx(float(quality_logit(head, Reading(hidden[None]))[0]), abs=1e-4)
+    assert r.final == pytest.approx(float(quality_logit(head, Features(hidden[None]))[0]), abs=1e-4)
 
 
 def test_measure_generates_and_grades(mesh):
@@ -76,7 +76,7 @@ def test_confident_traces_outvote_the_others(monkeypatch):
   rollouts = [rollout_of(i, 0, 2, 4, reward=float(a == "5"), text=f"\\boxed{{{a}}}") for i, a in enumerate("775")]
   for r, last in zip(rollouts, (1.0, 1.0, 3.0), strict=True):
     r.confidences = np.array([1.0, 1.0, last, last], np.float32)
-  monkeypatch.setattr(held_out, "generate", lambda *a, **k: (rollouts, 0.0))
+  monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (rollouts, 0.0))
   out, _ = measure(NOTHING, [None], 3, KEY, Sampling(confidence=2), None, None, voters=Voters(window=2))
   assert (out["deepconf_tail@3"], out["deepconf_mean@3"], out["deepconf_lowest@3"]) == (1.0, 0.0, 0.0)
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from arrol_jax import hosts
+from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The house rules that a program can check: imports go one way, and files and functions stay short."""
+"""The house rules that a program can check: imports go one way, files and functions stay short, parameters few."""
 
 import ast
 from pathlib import Path
@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arrol_jax"
 
-# A module imports only from modules before it. A new one gets its place here.
-ORDER = """types hosts sharding norms attention kv_cache policy losses quality prune metrics voting rewards data tfds_problems
-  sources zoo hf_config safetensors_files gguf_files tokenizers weights
-  decode engine rollout held_out service openai_api update checkpoint config workdir assemble hlo""".split()
+# A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
+PACKAGES = "types running rewards data models engine pruning learning serving".split()
+TOP = "prune voting config assemble step planning benchmarks".split()
 ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
+ORDER = PACKAGES + TOP
 
-MAX_FILE, MAX_FUNCTION = 520, 75
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 50, 8
 
 
 def imported(tree: ast.AST, path: Path) -> set[str]:
@@ -45,8 +45,8 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize("name, path", modules(), ids=lambda x: x if isinstance(x, str) else x.name)
 def test_imports_only_go_up_the_list(name, path):
   allowed = set(ORDER if name in ENTRY_POINTS else ORDER[:ORDER.index(name)])
-  if name == "rewards":  # a package: its files import each other
-    allowed |= {"rewards"}
+  if name != path.stem:  # a package: its files import each other
+    allowed |= {name}
   assert not imported(ast.parse(path.read_text()), path) - allowed
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("jetstream.engine.engine_api")
 
 from arrol_jax import assemble, config as configuration, jetstream  # noqa: E402
-from arrol_jax.engine import Request  # noqa: E402
+from arrol_jax.engine.scheduler import Request  # noqa: E402
 from arrol_jax.types import UserError  # noqa: E402
 
 PROMPTS = ["5+5-7-9+1>", "8-2+3>", "1-1-8+7+8>", "9>", "4+4+4-4>"]

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import kv_cache, sharding
-from arrol_jax.norms import Turn
+from arrol_jax.engine import decode_attention, decode_kernel, kv_cache
+from arrol_jax.models import sharding
+from arrol_jax.models.layers import Rotary
 
 B, M, G, S, H = 5, 2, 3, 192, 128
 LENGTH = np.array([0, 1, 64, 101, 192], np.int32)
@@ -46,8 +47,8 @@ def run_triton(splits, block=64):
     last = lambda x, scale: (pick(x) * (pick(scale)[..., None] if scale is not None else 1)).swapaxes(0, 1)
     k, v = last(columns.k, columns.k_scale), last(columns.v, columns.v_scale)
     hole = jax.tree.map(lambda x: x.at[:, jnp.arange(B), at].set(0), columns)
-    still = Turn(jnp.ones((B, q.shape[2] // 2)), jnp.zeros((B, q.shape[2] // 2)), None, None, 1e-6)
-    after, out = kv_cache.step_triton(hole, merged(q, k, v), length, still, interpret=True, splits=splits, block=block)
+    still = Rotary(jnp.ones((B, q.shape[2] // 2)), jnp.zeros((B, q.shape[2] // 2)), None, None, 1e-6)
+    after, out = decode_kernel.step_triton(hole, merged(q, k, v), length, still, interpret=True, splits=splits, block=block)
     some = lambda x: np.asarray(x)[:, 1:]  # row 0 is idle: nothing is written
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(columns), strict=True):
       np.testing.assert_allclose(some(a), some(b), rtol=1e-6)
@@ -56,7 +57,7 @@ def run_triton(splits, block=64):
   return run
 
 
-@pytest.mark.parametrize("run", [kv_cache.attend_xla, run_triton(1), run_triton(2), run_triton(3, 32)],
+@pytest.mark.parametrize("run", [decode_attention.attend_xla, run_triton(1), run_triton(2), run_triton(3, 32)],
                          ids=["xla", "triton", "two splits", "three splits"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_each_way_is_plain_attention(run, head_dim):
@@ -68,11 +69,11 @@ def test_each_way_is_plain_attention(run, head_dim):
 
 def test_the_tpu_kernel_is_plain_attention_in_bfloat16():
   q, k, v, columns = inputs("bfloat16")
-  got = np.asarray(kv_cache.attend_tpu(q, columns, LENGTH, interpret=True), np.float32)
+  got = np.asarray(decode_attention.attend_tpu(q, columns, LENGTH, interpret=True), np.float32)
   np.testing.assert_allclose(got[1:], plain(q, k, v)[1:], atol=0.02)
 
 
-@pytest.mark.parametrize("run", [kv_cache.attend_xla, run_triton(1), run_triton(2)], ids=["xla", "triton", "two splits"])
+@pytest.mark.parametrize("run", [decode_attention.attend_xla, run_triton(1), run_triton(2)], ids=["xla", "triton", "two splits"])
 def test_an_int8_cache_is_close_and_exact_in_what_it_holds(run):
   q, k, v, columns = inputs("float32", "int8")
   assert columns.k.dtype == jnp.int8
@@ -89,7 +90,7 @@ def test_columns_beyond_a_rows_length_are_never_read():
   q, k, v, columns = inputs("float32")
   beyond = np.arange(S)[None, None, :, None] >= LENGTH[None, :, None, None]
   wild = jax.tree.map(lambda x: jnp.where(beyond, jnp.where(x > 0, 1e30, -1e30), x), columns)
-  for run in (kv_cache.attend_xla, run_triton(1), run_triton(2)):
+  for run in (decode_attention.attend_xla, run_triton(1), run_triton(2)):
     np.testing.assert_array_equal(run(q, wild, LENGTH)[1:], run(q, columns, LENGTH)[1:])
 
 
@@ -116,7 +117,7 @@ def test_a_write_to_a_donated_cache_copies_nothing():
 def turn_of(position, scaled=True, head_dim=64):
   angle = position.astype(jnp.float32)[:, None, None, None] * (1000.0 ** -jnp.linspace(0, 1, head_dim // 2))[None, None, None, :]
   scale = 1.0 + 0.3 * jax.random.normal(jax.random.key(8), (2, head_dim)) if scaled else (None, None)
-  return Turn(jnp.cos(angle), jnp.sin(angle), *scale, 1e-6)
+  return Rotary(jnp.cos(angle), jnp.sin(angle), *scale, 1e-6)
 
 
 @pytest.mark.parametrize("dtype, scaled, splits", [("float32", True, 1), ("float32", False, 2), ("int8", True, 1)])
@@ -127,9 +128,9 @@ def test_the_kernel_turns_and_writes_as_the_plain_way_does(dtype, scaled, splits
   length = jnp.asarray(LENGTH)
   turn = turn_of(length - 1, scaled)
   qkv = merged(q[:, 0], k[:, 0], v[:, 0])
-  want_columns, want = kv_cache.step("xla", columns, qkv[:, None], turn, jnp.maximum(length - 1, 0), length > 0)
+  want_columns, want = decode_attention.step("xla", columns, qkv[:, None], turn, jnp.maximum(length - 1, 0), length > 0)
   flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
-  got_columns, got = kv_cache.step_triton(columns, qkv, length, flat, interpret=True, splits=splits)
+  got_columns, got = decode_kernel.step_triton(columns, qkv, length, flat, interpret=True, splits=splits)
   np.testing.assert_allclose(got[1:], want[1:, 0], atol=3e-6)
   for a, b in zip(jax.tree.leaves(got_columns), jax.tree.leaves(want_columns), strict=True):
     np.testing.assert_allclose(a[:, 1:], b[:, 1:], atol=1e-6)  # row 0 is idle
@@ -147,7 +148,7 @@ def test_sharded_reading_and_writing(shape):
   turn = turn_of(length - 1)
 
   def step(columns, qkv, implementation):
-    return kv_cache.step(implementation, columns, qkv, turn, length - 1, length > 1)
+    return decode_attention.step(implementation, columns, qkv, turn, length - 1, length > 1)
 
   qkv = merged(q, k[:, 0], v[:, 0])[:, None]
   want = jax.jit(step, static_argnums=2)(columns, qkv, "xla")
@@ -165,15 +166,15 @@ def test_an_unknown_name_is_refused():
   q, k, v, columns = inputs("float32")
   with pytest.raises(ValueError, match="must be one of"):
     turn = turn_of(jnp.asarray(LENGTH), head_dim=H)
-    kv_cache.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn, LENGTH, LENGTH > 0)
+    decode_attention.step("flash", columns, merged(q, k[:, 0], v[:, 0])[:, None], turn, LENGTH, LENGTH > 0)
 
 
 def test_rows_have_in_common_what_their_first_active_one_holds():
   group, active = jnp.array([4, 4, 7, 4, 7, 9]), jnp.array([False, True, True, True, True, True])
-  shared = kv_cache.common(group, active, jnp.arange(6))
+  shared = kv_cache.shared_prefix(group, active, jnp.arange(6))
   np.testing.assert_array_equal(shared.row, [0, 1, 2, 1, 2, 5])  # row 0 is idle: whatever it holds is its own
   with jax.set_mesh(sharding.make_mesh(2, 1, 1)):
-    shared = jax.jit(kv_cache.common)(group, active, jnp.arange(6))
+    shared = jax.jit(kv_cache.shared_prefix)(group, active, jnp.arange(6))
   np.testing.assert_array_equal(shared.row, [0, 1, 2, 0, 1, 2])  # numbers within each half of the rows
 
 
@@ -186,9 +187,9 @@ def test_common_columns_are_read_in_one_row_and_change_no_bit(dtype, splits, blo
   qkv = jnp.asarray(np.random.default_rng(3).normal(size=(B, M, G + 2, 64)), jnp.float32)
   turn = turn_of(length - 1)
   flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
-  shared = kv_cache.common(jnp.array([5, 5, 5, 5, 5]), length > 0, jnp.full(B, 70))
+  shared = kv_cache.shared_prefix(jnp.array([5, 5, 5, 5, 5]), length > 0, jnp.full(B, 70))
   how = dict(interpret=True, splits=splits, block=block)
-  run = lambda columns, shared: kv_cache.step_triton(columns, qkv, length, flat, shared, **how)
+  run = lambda columns, shared: decode_kernel.step_triton(columns, qkv, length, flat, shared, **how)
   want_columns, want = run(columns, None)
   got_columns, got = run(columns, shared)
   np.testing.assert_array_equal(got[1:], want[1:])

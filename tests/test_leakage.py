@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from arrol_jax.data import Problem
+from arrol_jax.data.problems import Problem
 from experiments.leakage import Index, overlaps, table, tokens
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.losses import (
+from arrol_jax.learning.losses import (
   ALGORITHMS,
   DAPO,
   GRPO,
@@ -15,7 +15,7 @@ from arrol_jax.losses import (
   binary_cross_entropy,
   group_advantages,
   kl_estimate,
-  overlong_punishment,
+  overlong_penalty,
   surrogate,
   token_weights,
 )
@@ -226,12 +226,12 @@ def test_the_sequence_ratio_is_one_number_a_row(logprobs):
 
 def test_overlong_punishment_counts_tokens():
   """A fifth of 100: from 80 tokens on, one twentieth a token."""
-  punishment = overlong_punishment(np.array([10, 80, 81, 90, 100, 120]), 100, 0.2)
+  punishment = overlong_penalty(np.array([10, 80, 81, 90, 100, 120]), 100, 0.2)
   np.testing.assert_allclose(punishment, [0, 0, -0.025, -0.25, -0.5, -0.5])
   right, group = np.array([1, 0, 1, 0, 1, 0.0]), np.zeros(6, int)
   theirs = 2 * right - 1 + np.array([0, 0, -0.05, -0.5, -1, -1])  # its rewards of -1 and 1, its punishment
   np.testing.assert_allclose(group_advantages(right + punishment, group), group_advantages(theirs, group), rtol=1e-4)
-  assert not overlong_punishment(np.array([100]), 100, 0.0).any()
+  assert not overlong_penalty(np.array([100]), 100, 0.0).any()
 
 
 def test_weighted_advantages_estimate_the_whole_groups():

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.metrics import auc, bootstrap_interval, calibration_error, mean, pass_at_k, rollout_metrics
+from arrol_jax.learning.metrics import auc, bootstrap_interval, calibration_error, mean, pass_at_k, rollout_metrics
 from arrol_jax.types import Rollout
 
 
@@ -57,17 +57,17 @@ def rollout(prompt, length=10, stopped=True, score=math.nan, posterior=0.5, **fi
 
 STEP = [
   # group 0: three survive, two of them right; one was pruned
-  rollout(0, reward=1, length=20, score=2.0, posterior=0.8, survival=0.5),
-  rollout(0, reward=0, length=30, score=-1.0, posterior=0.3, survival=0.25, stopped=False),
+  rollout(0, reward=1, length=20, score=2.0, posterior=0.8, keep_probability=0.5),
+  rollout(0, reward=0, length=30, score=-1.0, posterior=0.3, keep_probability=0.25, stopped=False),
   rollout(0, reward=1, length=6),                                    # ended before detection
-  rollout(0, length=8, score=-2.0, posterior=0.1, survival=0.2, pruned=True),
+  rollout(0, length=8, score=-2.0, posterior=0.1, keep_probability=0.2, pruned=True),
   # group 1: all right
-  rollout(1, reward=1, length=12, score=0.5, posterior=0.6, survival=0.4),
-  rollout(1, length=8, score=0.0, posterior=0.5, survival=0.5, pruned=True),
+  rollout(1, reward=1, length=12, score=0.5, posterior=0.6, keep_probability=0.4),
+  rollout(1, length=8, score=0.0, posterior=0.5, keep_probability=0.5, pruned=True),
   # group 2: nothing survives
-  rollout(2, length=8, score=1.0, posterior=0.5, survival=0.5, pruned=True),
+  rollout(2, length=8, score=1.0, posterior=0.5, keep_probability=0.5, pruned=True),
   # group 3: one survives, wrong, scored higher than all
-  rollout(3, reward=0, length=24, score=3.0, posterior=0.9, survival=0.8),
+  rollout(3, reward=0, length=24, score=3.0, posterior=0.9, keep_probability=0.8),
 ]
 
 
@@ -97,9 +97,10 @@ def test_tokens_trained_are_those_the_update_sees():
 
 
 def test_false_prune_rate_is_that_of_the_right_controls():
-  step = [*(rollout(0, reward=r, score=0.0, planned=p, control=True) for r, p in ((1, 0.3), (1, 0.7), (1, 1.0), (0, 0.1))),
-          rollout(0, reward=1, score=0.0, survival=0.4, planned=0.4),
-          rollout(0, reward=1, score=0.0, planned=0.4)]  # the floor's, no control
+  outcomes = (1, 0.3), (1, 0.7), (1, 1.0), (0, 0.1)
+  step = [*(rollout(0, reward=r, score=0.0, rule_probability=p, holdout=True) for r, p in outcomes),
+          rollout(0, reward=1, score=0.0, keep_probability=0.4, rule_probability=0.4),
+          rollout(0, reward=1, score=0.0, rule_probability=0.4)]  # the floor's, no control
   assert rollout_metrics(step)["false_prune"] == pytest.approx((0.7 + 0.3 + 0.0) / 3)
 
 
@@ -114,7 +115,7 @@ def test_reward_ipw_is_unbiased():
   expected = 0.0
   for outcome in np.ndindex(2, 2, 2):
     chance = math.prod(p if kept else 1 - p for p, kept in zip(survival, outcome, strict=True))
-    group = [rollout(0, reward=r if kept else math.nan, score=0.0, survival=p, pruned=not kept)
+    group = [rollout(0, reward=r if kept else math.nan, score=0.0, keep_probability=p, pruned=not kept)
              for r, p, kept in zip(rewards, survival, outcome, strict=True)]
     expected += chance * rollout_metrics(group)["reward_ipw"]
   assert expected == pytest.approx(2 / 3)

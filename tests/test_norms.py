@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.norms import add_norm, add_norm_kernel, rms_norm
+from arrol_jax.models.layers import add_norm, add_norm_kernel, rms_norm
 
 
 def test_norm_by_hand():

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from arrol_jax import assemble, hlo, plan, policy, rollout, sharding
+from arrol_jax import assemble, plan
+from arrol_jax.learning import batching
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files.weights import load_policy
+from arrol_jax.planning import hlo
 from arrol_jax.types import UserError
-from arrol_jax.weights import load_policy
 from configs import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +172,7 @@ def test_abstract_state_is_the_real_one():
 
 def test_abstract_batch_is_what_pack_makes():
   mesh = sharding.make_mesh(1, 4, 2)
-  for real in rollout.empty_batches(rollout.PackShape(64, 512, 2), mesh, (8, 16)):
+  for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh, (8, 16)):
     abstract = plan.abstract_batch(*real.tokens.shape, 2, mesh)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
       assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
@@ -310,7 +313,7 @@ def test_the_limits_are_the_compilers(chip):
 def test_a_tpu_writes_the_cache_in_place():
   """The decode segment must neither copy the cache nor loop over rows to write it: a copy a step would double its traffic."""
   c = config(**{"model.dtype": "bfloat16", "rollout.prompts": 16, "rollout.max_new": 480})
-  shape = policy.PolicyConfig("qwen3", 512, 256, 2, 8, 4, 128, 512, qk_norm=True)
+  shape = transformer.PolicyConfig("qwen3", 512, 256, 2, 8, 4, 128, 512, qk_norm=True)
   mesh, limit = plan.topology_mesh("v5e:2x4", c)
   texts = {}
   class Watched(plan.Step):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import policy, sharding
-from arrol_jax.attention import causal_attention
-from arrol_jax.norms import rotate, split_qkv
-from arrol_jax.policy import PolicyConfig, RopeScaling
-from arrol_jax.zoo import ZOO
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.layers import rotate, split_qkv
+from arrol_jax.models.transformer import PolicyConfig, RopeScaling
+from arrol_jax.models.zoo import ZOO
 
 SIZES = dict(vocab=29, width=24, layers=3, heads=4, kv_heads=2, head_dim=10, ffn=40)
 CONFIGS = {
@@ -27,7 +27,7 @@ def make(name):
   """Config and parameters, every weight away from its neutral value."""
   c, rng = CONFIGS[name], np.random.default_rng(0)
   draw = lambda path, x: jnp.asarray(("norm" in path[-1].key) + 0.25 * rng.normal(size=x.shape), jnp.float32)
-  return c, jax.tree.map_with_path(draw, policy.abstract_params(c))
+  return c, jax.tree.map_with_path(draw, transformer.abstract_params(c))
 
 
 def tokens_of(c, rows=2, length=12, seed=3):
@@ -37,8 +37,8 @@ def tokens_of(c, rows=2, length=12, seed=3):
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
 def logits(c, params, tokens, remat="none"):
   attend = causal_attention("xla")
-  hidden, _ = policy.forward(c, params, tokens, policy.default_positions(tokens), attend, remat=remat)
-  return policy.unembed(params, hidden)
+  hidden, _ = transformer.forward(c, params, tokens, transformer.default_positions(tokens), attend, remat=remat)
+  return transformer.unembed(params, hidden)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,10 +51,10 @@ def test_scanned_layers_equal_unrolled_ones(name):
     q, k, v = split_qkv(qkv)
     return attend(*turn(q, k), v)[0]
 
-  run = jax.jit(lambda p: policy.forward(c, policy.unstack(p), tokens, policy.default_positions(tokens),
+  run = jax.jit(lambda p: transformer.forward(c, transformer.unstack(p), tokens, transformer.default_positions(tokens),
                                          lambda i, qkv, turn: (turned(attend, qkv, turn), i)))
   unrolled, kept = run(params)
-  np.testing.assert_allclose(policy.unembed(params, unrolled), logits(c, params, tokens), atol=1e-5)
+  np.testing.assert_allclose(transformer.unembed(params, unrolled), logits(c, params, tokens), atol=1e-5)
   assert kept == [0, 1, 2]
 
 
@@ -107,7 +107,7 @@ def test_tied_and_untied_unembedding():
 
 def test_rope_frequencies_by_hand():
   c = dataclasses.replace(CONFIGS["qwen3"], head_dim=4, rope_theta=100.0)  # frequencies 1 and 100^(-1/2) = 0.1
-  cos, sin = policy.rope_tables(c, jnp.array([[0, 1, 10]]))
+  cos, sin = transformer.rope_tables(c, jnp.array([[0, 1, 10]]))
   assert cos.shape == (1, 3, 1, 2)
   np.testing.assert_allclose(cos[0, :, 0], np.cos([[0, 0], [1, 0.1], [10, 1]]), atol=1e-6)
   np.testing.assert_allclose(sin[0, :, 0], np.sin([[0, 0], [1, 0.1], [10, 1]]), atol=1e-6)
@@ -123,7 +123,7 @@ def test_llama3_rope_scaling_known_values():
   # Inverse frequencies of Llama-3.2-1B as transformers 5.23 computes them: kept, interpolated, divided by 32.
   known = {0: 1.0, 14: 0.0032114461064338684, 15: 0.0012905480107292533, 16: 0.000429556705057621,
            17: 9.708286233944818e-05, 18: 1.9461638657958247e-05, 31: 9.418306490260875e-08}
-  _, sin = policy.rope_tables(ZOO["llama-3.2-1b"], jnp.array([[1]]))
+  _, sin = transformer.rope_tables(ZOO["llama-3.2-1b"], jnp.array([[1]]))
   np.testing.assert_allclose(sin[0, 0, 0, jnp.array(list(known))], np.sin(list(known.values())), rtol=2e-6)
 
 
@@ -133,7 +133,7 @@ def test_sharded_equals_unsharded(name):
   tokens = tokens_of(c, rows=4)
   want = logits(c, params, tokens)
   mesh = sharding.make_mesh(2, 2, 2)
-  put = jax.device_put(params, sharding.shardings(policy.logical_axes(c), params, mesh, sharding.TRAIN))
+  put = jax.device_put(params, sharding.shardings(transformer.logical_axes(c), params, mesh, sharding.TRAIN))
   with jax.set_mesh(mesh):
     got = logits(c, put, jax.device_put(tokens, sharding.rows(mesh)))
   np.testing.assert_allclose(got, want, atol=1e-5)
@@ -149,5 +149,5 @@ def test_zoo_has_the_published_parameter_counts(name, count):
 
 
 def test_zoo_counts_are_those_of_the_parameters():
-  params = policy.init_params(ZOO["tiny"], jax.random.key(0))
+  params = transformer.init_params(ZOO["tiny"], jax.random.key(0))
   assert sum(x.size for x in jax.tree.leaves(params)) == ZOO["tiny"].num_params() == 593_984

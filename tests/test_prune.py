@@ -352,7 +352,8 @@ def test_systematic_draws_do_not_depend_on_where_rows_lie():
 
 
 def test_a_floors_survival_is_that_with_which_rows_survive():
-  """Weighed 1 / survival, survivors stand for all: for 3,000 groups of 5 with values that go with p. By p alone they do not."""
+  """Weighed 1 / keep probability, survivors stand for all: for 3,000 groups of 5 with values that go with p. By p alone they do
+  not."""
   rng = np.random.default_rng(0)
   group, decided = jnp.repeat(jnp.arange(20), 5), jnp.asarray(rng.random(100) < 0.9)
   survive = jax.jit(jax.vmap(lambda u, p: (

@@ -7,12 +7,15 @@ import optax
 import pytest
 from test_rollout import KEY, PARAMS, SAMPLING, C, engine, plain_hidden, requests
 
-from arrol_jax import policy, quality
-from arrol_jax.decode import Sampling
-from arrol_jax.metrics import auc
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.learning.batching import PackShape, pack
+from arrol_jax.learning.head_training import head_weights, no_recent, refit, refit_head
+from arrol_jax.learning.metrics import auc
+from arrol_jax.models import transformer
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import INPUTS, Reading, init_head, inputs_of, no_recent, quality_logit, refit
-from arrol_jax.rollout import PackShape, PruneRule, head_weights, make_decide, pack, refit_head
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import INPUTS, Features, init_head, inputs_of, quality_logit, read
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.types import Rollout, TrainState
 
 ALL = tuple(INPUTS)
@@ -27,10 +30,10 @@ def rollouts(mesh):
   sampling = Sampling(SAMPLING.temperature, SAMPLING.stop_ids, "float32", confidence=5, pool=True)
   tables = jax.tree.map(lambda x: jnp.stack([x, x]), Calibration.empty(8))
   with jax.set_mesh(mesh):
-    out = engine(mesh).run(requests(), KEY, sampling, decide=make_decide(HEAD, tables, PruneRule(LENGTHS), False, readings=True))
+    out = engine(mesh).run(requests(), KEY, sampling, decide=make_decide(HEAD, tables, PruneRule(LENGTHS), False, features=True))
   for r in out:
     r.reward = float(r.request % 2)
-  assert sum(len(r.readings) for r in out) > 20
+  assert sum(len(r.features) for r in out) > 20
   return out
 
 
@@ -44,7 +47,7 @@ def test_readings_are_those_of_a_plain_forward_pass(rollouts):
   """Last state, mean of the states that sampled the tokens so far, mean and lowest log-prob of these tokens."""
   for r in rollouts:
     hidden, start = np.asarray(plain_hidden(whole(r))[0]), len(r.prompt_tokens) - 1
-    for reading, score, n in zip(r.readings, r.scores, LENGTHS, strict=False):
+    for reading, score, n in zip(r.features, r.scores, LENGTHS, strict=False):
       np.testing.assert_allclose(reading.last, hidden[start + n - 1], atol=2e-4)
       np.testing.assert_allclose(reading.mean, hidden[start:start + n].mean(0), atol=2e-4)
       np.testing.assert_allclose(reading.logprobs, [r.logprobs[:n].mean(), r.logprobs[:n].min()], atol=1e-5)
@@ -53,14 +56,14 @@ def test_readings_are_those_of_a_plain_forward_pass(rollouts):
 
 def test_the_trainer_reads_what_the_engine_read(rollouts, mesh):
   batch, = pack(rollouts, PackShape(32, 32 * len(rollouts), 1), mesh, detect=LENGTHS)
-  reading = quality.read(HEAD, plain_hidden(np.asarray(batch.tokens)), batch.response_mask, batch.sampler_logprobs,
+  reading = read(HEAD, plain_hidden(np.asarray(batch.tokens)), batch.response_mask, batch.sampler_logprobs,
                          batch.head_position)
   row = {tuple(np.asarray(t)[:len(r.prompt_tokens) + len(r.tokens)]): i for r in rollouts
          for i, t in enumerate(batch.tokens) if np.array_equal(t, np.pad(whole(r)[0], (0, len(t) - 28)))}
   seen = 0
   for r in rollouts:
     i = row[tuple(whole(r)[0, :len(r.prompt_tokens) + len(r.tokens)])]
-    for c, mine in enumerate(r.readings):
+    for c, mine in enumerate(r.features):
       for name in ALL:
         np.testing.assert_allclose(getattr(reading, name)[i, c], getattr(mine, name), atol=3e-4, err_msg=name)
       seen += 1
@@ -70,13 +73,13 @@ def test_the_trainer_reads_what_the_engine_read(rollouts, mesh):
 def test_confidence_is_that_of_the_full_softmax(rollouts):
   """The mean -log-prob of the five likeliest tokens, at each token."""
   for r in rollouts[:6]:
-    logits = policy.unembed(PARAMS, plain_hidden(whole(r)))[0, len(r.prompt_tokens) - 1:][:len(r.tokens)]
+    logits = transformer.unembed(PARAMS, plain_hidden(whole(r)))[0, len(r.prompt_tokens) - 1:][:len(r.tokens)]
     top = np.sort(np.asarray(jax.nn.log_softmax(logits)), axis=1)[:, -5:]
     np.testing.assert_allclose(r.confidences, -top.mean(1), atol=2e-4)
 
 
 def test_the_likeliest_tokens_lie_in_the_blocks_with_the_highest_maxima():
-  from arrol_jax.decode import _top
+  from arrol_jax.engine.sampling import _top
   x = jax.random.normal(jax.random.key(4), (3, 9, 128))
   x = x.at[0, 2].add(5.0)  # one block holds them all
   np.testing.assert_array_equal(_top(x, 7), -np.sort(-np.asarray(x).reshape(3, -1))[:, :7])
@@ -87,7 +90,7 @@ def test_the_likeliest_tokens_lie_in_the_blocks_with_the_highest_maxima():
 def test_a_heads_weights_say_what_it_reads(inputs):
   head = init_head(C.width, 8, jax.random.key(1), inputs)
   assert inputs_of(head) == inputs and {INPUTS[x] for x in inputs} == set(head) - {"b1", "w2", "b2"}
-  reading = Reading(*(jnp.ones((5, 2 if x == "logprobs" else C.width)) for x in ALL))
+  reading = Features(*(jnp.ones((5, 2 if x == "logprobs" else C.width)) for x in ALL))
   np.testing.assert_array_equal(quality_logit(head, reading), 0.0)  # knows nothing yet
 
 
@@ -102,7 +105,7 @@ def test_an_unknown_input_is_refused():
 def readings(n, seed=0):
   rng = np.random.default_rng(seed)
   states = rng.normal(size=(2, n, C.width)).astype(np.float32)
-  return Reading(states[0], states[1], rng.normal(size=(n, 2)).astype(np.float32))
+  return Features(states[0], states[1], rng.normal(size=(n, 2)).astype(np.float32))
 
 
 def test_the_ring_keeps_the_last_readings_that_count():
@@ -116,7 +119,7 @@ def test_the_ring_keeps_the_last_readings_that_count():
   np.testing.assert_array_equal(recent.weight, [1, 1, 2, 0, 0])
   _, recent = refit(HEAD, recent, part([4, 5, 6, 7]), reward[4:], np.ones(4, np.float32), passes=1, optimizer=optimizer)
   np.testing.assert_array_equal(recent.reward, [6, 7, 3, 4, 5])
-  np.testing.assert_array_equal(recent.reading.mean, many.mean[np.array([6, 7, 3, 4, 5])])
+  np.testing.assert_array_equal(recent.features.mean, many.mean[np.array([6, 7, 3, 4, 5])])
 
 
 def test_passes_are_gradient_steps_on_the_weighted_loss_of_the_ring():
@@ -140,24 +143,25 @@ def test_refit_learns_from_scored_survivors_alone(rollouts):
   recent = no_recent(HEAD, C.width, 64, optimizer)
   state = TrainState({"policy": PARAMS, "head": HEAD}, None, None, jnp.int32(0), recent)
   for r in rollouts[:5]:
-    r.pruned, r.survival = True, 0.5
+    r.pruned, r.keep_probability = True, 0.5
   kept = [r for r in rollouts if not r.pruned]
   after = refit_head(state, rollouts, passes=60, optimizer=optimizer)
-  wanted = [r.reward for r in kept for _ in r.readings]
+  wanted = [r.reward for r in kept for _ in r.features]
   np.testing.assert_array_equal(after.recent.reward[:len(wanted)], wanted)
   assert int(after.recent.next) == len(wanted) == int(after.recent.weight.sum())
   chance = lambda head, reading: 1 / (1 + np.exp(-float(quality_logit(head, reading))))
-  error = lambda head: np.mean([(chance(head, x) - r.reward)**2 for r in kept for x in r.readings])
+  error = lambda head: np.mean([(chance(head, x) - r.reward)**2 for r in kept for x in r.features])
   assert error(after.params["head"]) < 0.5 * error(HEAD)
   for r in rollouts[:5]:
-    r.pruned, r.survival = False, 1.0
+    r.pruned, r.keep_probability = False, 1.0
   assert refit_head(state, [], passes=1, optimizer=optimizer) is state
 
 
 def test_balanced_weights_give_right_and_wrong_half_each():
-  """Whatever their shares, beside 1 / survival; rollouts that teach nothing count nothing, one class alone keeps its half."""
-  make = lambda reward, survival=1.0: Rollout(0, 0, np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1), reward=reward,
-                                              survival=survival)
+  """Whatever their shares, beside 1 / keep probability; rollouts that teach nothing count nothing, one class alone keeps its
+  half."""
+  one = np.zeros(1, np.int32)
+  make = lambda reward, p=1.0: Rollout(0, 0, one, one, np.zeros(1), reward=reward, keep_probability=p)
   some = [make(1.0, 0.5), make(0.0), make(0.0, 0.25), make(1.0), make(0.0)]
   teach = np.array([1, 1, 1, 0, 1], np.float32)
   np.testing.assert_allclose(head_weights(some, teach, (), False), teach)
@@ -181,8 +185,8 @@ def test_a_balanced_head_learns_ranks_where_the_other_still_learns_the_share():
   for balance in (False, True):
     weight = head_weights(rollouts_, np.ones(n, np.float32), (), balance)
     empty = no_recent(head, C.width, n, optimizer)
-    after, _ = refit(head, empty, Reading(states), reward, weight, passes=10, optimizer=optimizer)
-    score = np.asarray(quality_logit(after, Reading(states)))
+    after, _ = refit(head, empty, Features(states), reward, weight, passes=10, optimizer=optimizer)
+    score = np.asarray(quality_logit(after, Features(states)))
     found[balance] = auc(score, reward), score.mean()
   assert found[True][0] > 0.85 > found[False][0] + 0.05
   assert abs(found[True][1]) < abs(found[False][1])
@@ -192,7 +196,7 @@ def test_log_probs_are_read_by_their_size_and_a_certain_rollout_is_finite():
   """Twice the log-prob moves what is read as far from -0.1 as from -1; zero and rounding above it stay finite."""
   head = init_head(C.width, 8, jax.random.key(1), ("logprobs",)) | {"w2": jnp.ones(8)}
   slope = {k: v for k, v in head.items()} | {"w1_logprobs": jnp.zeros((2, 8)).at[0].set(1e-3)}  # gelu is straight there
-  at = lambda x: float(quality_logit(slope, Reading(logprobs=jnp.array([x, -5.0]))))
+  at = lambda x: float(quality_logit(slope, Features(logprobs=jnp.array([x, -5.0]))))
   assert abs((at(-2.0) - at(-1.0)) - (at(-0.4) - at(-0.2))) < 0.05 * abs(at(-2.0) - at(-1.0))
   for x in ([0.0, 0.0], [1e-7, 0.0], [-50.0, -90.0]):
-    assert np.isfinite(float(quality_logit(head, Reading(logprobs=jnp.array(x)))))
+    assert np.isfinite(float(quality_logit(head, Features(logprobs=jnp.array(x)))))

@@ -8,20 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import decode, policy, prune, sharding
-from arrol_jax.attention import causal_attention
-from arrol_jax.data import Problem, Prompt
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine, Request
-from arrol_jax.policy import PolicyConfig
+from arrol_jax import prune
+from arrol_jax.data.problems import Problem, Prompt
+from arrol_jax.engine import programs
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request
+from arrol_jax.learning.batching import PackShape, empty_batches, pack
+from arrol_jax.learning.generation import generate
+from arrol_jax.learning.head_training import update_calibration
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import Reading, quality_logit
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import Features, quality_logit
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Graded, Grader
-from arrol_jax.rollout import PackShape, PruneRule, empty_batches, generate, make_decide, pack, update_calibration
 from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
-PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
+PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
 SAMPLING = Sampling(1.0, (7, 13), "float32")
 KEY = jax.random.key(12)
 PLAIN = Sampling(dtype="float32")
@@ -232,7 +238,7 @@ def test_only_active_rows_of_just_that_length_are_decided(mesh, head, table):
   active = np.array([1, 1, 0, 1, 1, 1, 1, 0], bool)
   rule = dataclasses.replace(RULE, keep=1e-9, p_min=1e-9)  # as good as none survives
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 8, 16, PLAIN).replace(generated=jnp.asarray(generated), active=jnp.asarray(active))
+    slots = programs.init_slots(C, 8, 16, PLAIN).replace(generated=jnp.asarray(generated), active=jnp.asarray(active))
     slots, decision = make_decide(head, table, rule, True)(slots)
   up = active & (generated == 8)
   np.testing.assert_array_equal(decision.decided, up)
@@ -249,7 +255,7 @@ def test_decisions_in_the_engine(decided, unpruned):
     assert len(a.tokens) == (8 if a.pruned else len(b.tokens))
     np.testing.assert_array_equal(a.tokens, b.tokens[:len(a.tokens)])
     if not a.decided:
-      assert math.isnan(a.score) and math.isnan(a.posterior) and a.survival == 1.0
+      assert math.isnan(a.score) and math.isnan(a.posterior) and a.keep_probability == 1.0
 
 
 def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
@@ -259,13 +265,13 @@ def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
       tokens = np.zeros((1, 28), np.int32)
       tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
       hidden = plain_hidden(tokens)[0, len(r.prompt_tokens) + RULE.detect[0] - 2]
-      assert r.score == pytest.approx(float(quality_logit(head, Reading(hidden[None]))[0]), abs=1e-4)
+      assert r.score == pytest.approx(float(quality_logit(head, Features(hidden[None]))[0]), abs=1e-4)
   assert len({r.score for r in decided if r.decided}) > 5
 
 
 @jax.jit
 def plain_hidden(tokens):
-  return policy.forward(C, PARAMS, tokens, policy.default_positions(tokens), causal_attention("xla"))[0]
+  return transformer.forward(C, PARAMS, tokens, transformer.default_positions(tokens), causal_attention("xla"))[0]
 
 
 def test_survival_is_the_published_rule(decided, table):
@@ -273,21 +279,21 @@ def test_survival_is_the_published_rule(decided, table):
   for r in decided:
     if r.decided:
       q, p = survival_by_hand(table, RULE, r.score)
-      assert r.posterior == pytest.approx(q, abs=1e-5) and r.survival == pytest.approx(p, abs=2e-4)
-      assert RULE.p_min <= r.survival <= RULE.p_max
-      seen.add(round(r.survival, 4))
+      assert r.posterior == pytest.approx(q, abs=1e-5) and r.keep_probability == pytest.approx(p, abs=2e-4)
+      assert RULE.p_min <= r.keep_probability <= RULE.p_max
+      seen.add(round(r.keep_probability, 4))
   assert len(seen) > 2
 
 
 def test_before_there_is_a_history_all_survive_alike(mesh, head):
   """An empty table: q = 1/2 and delta = 0, so p = kappa + lambda (rho - 1/2), whatever the scores."""
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, 8, 16, PLAIN).replace(
+    slots = programs.init_slots(C, 8, 16, PLAIN).replace(
       hidden=jax.random.normal(jax.random.key(3), (8, C.width)), generated=jnp.full(8, 8), active=jnp.ones(8, bool))
     _, decision = make_decide(head, Calibration.empty(8), RULE, True)(slots)
   assert np.ptp(decision.score) > 0.1
   np.testing.assert_allclose(decision.posterior, 0.5)
-  np.testing.assert_allclose(decision.survival, 0.6 + 0.7 * (0.4 - 0.5), rtol=1e-6)
+  np.testing.assert_allclose(decision.keep_probability, 0.6 + 0.7 * (0.4 - 0.5), rtol=1e-6)
 
 
 def test_draws_depend_on_the_request_alone(mesh, head, table, decided):
@@ -303,11 +309,11 @@ def test_draws_follow_the_survival_probability(mesh, head, table):
   """4000 rows with the same state: the share that survives is within four standard errors of p."""
   rows = 4000
   with jax.set_mesh(mesh):
-    slots = decode.init_slots(C, rows, 1, PLAIN).replace(
+    slots = programs.init_slots(C, rows, 1, PLAIN).replace(
       generated=jnp.full(rows, 8, jnp.int32), active=jnp.ones(rows, bool), hidden=jnp.ones((rows, C.width)))
     _, decision = make_decide(head, table, RULE, True)(slots)
-  p = float(decision.survival[0])
-  assert 0.25 < p < 0.8 and np.all(np.asarray(decision.survival) == decision.survival[0])
+  p = float(decision.keep_probability[0])
+  assert 0.25 < p < 0.8 and np.all(np.asarray(decision.keep_probability) == decision.keep_probability[0])
   assert abs(np.mean(decision.keep) - p) < 4 * math.sqrt(p * (1 - p) / rows)
 
 
@@ -316,7 +322,7 @@ def test_pruning_off_scores_all_and_keeps_all(mesh, head, table, decided, unprun
     out = engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, table, RULE, False))
   for a, b, c in zip(out, decided, unpruned, strict=True):
     np.testing.assert_array_equal(a.tokens, c.tokens)
-    assert not a.pruned and a.survival == 1.0 and a.decided == b.decided
+    assert not a.pruned and a.keep_probability == 1.0 and a.decided == b.decided
     assert a.score == pytest.approx(b.score, abs=1e-6, nan_ok=True)
     assert a.posterior == pytest.approx(b.posterior, nan_ok=True)
 
@@ -378,7 +384,7 @@ def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, capl
   assert log.count("asked") == count and log[-count:] == ["waited for"] * count
   assert "segment" in log[log.index("asked"):]
   assert {r.reason for r in out} == {"timeout"}
-  assert [r.getMessage()[:62] for r in caplog.records if r.name == "arrol_jax.rollout"] == [
+  assert [r.getMessage()[:62] for r in caplog.records if r.name == "arrol_jax.learning.generation"] == [
     "20 of 20 answers could not be graded (20 timeout) and count as wrong"[:62]]
 
 

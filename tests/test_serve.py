@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 import uvicorn
 
-from arrol_jax import assemble, config as configuration, decode, openai_api, serve, service as services, voting
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.decode import Own, Sampling
-from arrol_jax.engine import Request, Run
+from arrol_jax import assemble, config as configuration, serve
+from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
+from arrol_jax.engine.scheduler import Request, Run
+from arrol_jax.models.files.weights import load_policy
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head
-from arrol_jax.service import Call, Piece
+from arrol_jax.pruning import voting
+from arrol_jax.pruning.head import init_head
+from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.serving import openai_api, service
+from arrol_jax.serving.service import Call, Piece
 from arrol_jax.types import Rollout
-from arrol_jax.weights import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "5+5-7-9+1>"
@@ -92,7 +94,7 @@ def alone(server):
     sampling = Sampling(temperature, s.sampling.stop_ids, "float32", top_p=None if top_p == 1.0 else top_p)
     tokens = np.array(s.tokenizer.encode(prompt), np.int32)
     with jax.set_mesh(s.engine.mesh):
-      requests = [Request(services.seed_of(seed, i), 0, tokens, max_tokens) for i in range(n)]
+      requests = [Request(service.seed_of(seed, i), 0, tokens, max_tokens) for i in range(n)]
       out = s.engine.run(requests, jax.random.key(0), sampling)
     return [s.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in out]
   return run
@@ -105,10 +107,10 @@ def test_rows_that_choose_draw_as_if_all_had_chosen_so():
   logits = jax.random.normal(jax.random.key(0), (6, 300)) * 2
   keys = jax.random.split(jax.random.key(1), 6)
   temperature, top_p = jnp.array([0.0, 0.5, 1.0, 1.0, 1.7, 0.5]), jnp.array([1.0, 1.0, 1.0, 0.3, 0.9, 0.2])
-  mixed = decode.sample(Sampling(None, (), "float32", confidence=5), keys, logits, Own(temperature, top_p, jnp.zeros(6)))
+  mixed = sample(Sampling(None, (), "float32", confidence=5), keys, logits, SamplingParams(temperature, top_p, jnp.zeros(6)))
   for i in range(6):
     p = None if top_p[i] == 1 else float(top_p[i])
-    own = decode.sample(Sampling(float(temperature[i]), (), "float32", top_p=p, confidence=5), keys, logits)
+    own = sample(Sampling(float(temperature[i]), (), "float32", top_p=p, confidence=5), keys, logits)
     for a, b in zip(mixed, own, strict=True):
       np.testing.assert_allclose(a[i], b[i], rtol=1e-6)
 
@@ -120,21 +122,21 @@ def test_requests_come_and_go_and_the_others_never_notice(server, alone):
   expected = alone(n=24)
   with jax.set_mesh(s.engine.mesh):
     run = Run(s.engine, jax.random.key(0), s.sampling)
-    add = lambda i: run.add(Request(services.seed_of(0, i), i, tokens, 48))
-    seats = [add(0), add(1)]
+    add = lambda i: run.add(Request(service.seed_of(0, i), i, tokens, 48))
+    sequences = [add(0), add(1)]
     assert run.advance() and run.advance()
-    seats += [add(i) for i in range(2, 24)]
-    run.cancel([seats[23]])  # waiting
+    sequences += [add(i) for i in range(2, 24)]
+    run.cancel([sequences[23]])  # waiting
     run.advance()
     run.advance()
-    assert seats[1].count and seats[3].count and not seats[1].rollout.tokens.size
-    run.cancel([seats[1], seats[3]])  # speaking
+    assert sequences[1].count and sequences[3].count and not sequences[1].rollout.tokens.size
+    run.cancel([sequences[1], sequences[3]])  # speaking
     while run.advance():
       pass
     done = {r.request: r for r in run.take_finished()}
   assert len(done) == 21
   for i in set(range(24)) - {1, 3, 23}:
-    assert s.tokenizer.decode(done[services.seed_of(0, i)].tokens, skip_special_tokens=True) == expected[i]
+    assert s.tokenizer.decode(done[service.seed_of(0, i)].tokens, skip_special_tokens=True) == expected[i]
 
 
 @pytest.mark.parametrize("body", [
@@ -197,11 +199,11 @@ def test_half_characters_and_halves_of_stop_strings_wait():
 
   said = "aé#b##c€".encode()
   for stop, wanted in [((), "aé#b##c€"), (("##",), "aé#b")]:
-    seat = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
-    trace = services._Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, seat)
+    sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
+    trace = service._Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
     texts, piece = [], None
     for i, byte in enumerate(said):
-      for kept in (seat.tokens, seat.logprobs, seat.confidences):
+      for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
         kept.append(np.array([byte]))
       piece = trace.read(Bytes(), ended=i == len(said) - 1)
       texts.append(piece.text)
@@ -227,7 +229,7 @@ def test_chat(server, alone):
 # ---- votes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", list(services.VOTES))
+@pytest.mark.parametrize("word", list(service.VOTES))
 def test_a_vote_is_that_of_its_traces(server, alone, word):
   body = {"prompt": "9-7+8-6+5>", "n": 8, "seed": 2, "temperature": 1.5, "vote": word}
   status, answer = ask(server.port, body)
@@ -237,7 +239,7 @@ def test_a_vote_is_that_of_its_traces(server, alone, word):
   assert [t["text"] for t in traces] == alone(**body)
   answers, scores = [t["answer"] for t in traces], [t["score"] for t in traces]
   assert len(set(answers)) > 1
-  assert vote["answer"] == voting.vote(answers, None if word == "majority" else scores, services.VOTES[word])
+  assert vote["answer"] == voting.vote(answers, None if word == "majority" else scores, service.VOTES[word])
   assert len(answer["choices"]) == 1 and answer["choices"][0]["text"] == traces[vote["trace"]]["text"]
   assert traces[vote["trace"]]["answer"] == vote["answer"]
   mine = sum(t["weight"] for t in traces if t["answer"] == vote["answer"])
@@ -268,10 +270,10 @@ def test_hopeless_traces_are_stopped_and_have_no_vote(server):
 def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
   pieces = [Piece(i, "", [1], [-1.0], finish, Rollout(0, 0, None, None, None, final=score))
             for i, (finish, score) in enumerate([("length", 0.1), ("length", 0.5), ("hopeless", 2.0)])]
-  vote = services.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
+  vote = service.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
   assert vote.answer is None and vote.chosen == 1 and vote.weights == [0, 0, 0]
   ended = [piece._replace(finish="stop") for piece in pieces]
-  vote = services.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8)
+  vote = service.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8)
   assert vote.answer == "1/2" and vote.chosen == 0 and abs(vote.weight - 2 / 3) < 1e-9
 
 
@@ -380,7 +382,7 @@ def test_metrics_and_health(server):
 
 def test_an_engine_that_breaks_tells_every_caller(server):
   s = server.service
-  broken = services.Service(s.engine, s.sampling, None, 4)  # without a tokenizer: the first token breaks it
+  broken = service.Service(s.engine, s.sampling, None, 4)  # without a tokenizer: the first token breaks it
   got = []
   broken.submit(Call(np.array([1], np.int32), 8), got.append)
   with pytest.raises(AttributeError):

@@ -7,15 +7,18 @@ import numpy as np
 import optax
 import pytest
 
-from arrol_jax import policy, rollout, sharding, update
-from arrol_jax.data import Problem, Prompt
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine
-from arrol_jax.losses import GRPO
-from arrol_jax.policy import PolicyConfig
+from arrol_jax.data.problems import Problem, Prompt
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine
+from arrol_jax.learning import batching, generation, head_training, update
+from arrol_jax.learning.batching import PackShape
+from arrol_jax.learning.losses import GRPO
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import init_head
-from arrol_jax.rollout import PackShape, PruneRule
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.types import TrainState
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 1, 8)]
@@ -65,7 +68,7 @@ def test_a_mesh_takes_every_process_or_says_so():
 
 def test_what_does_not_divide_is_replicated():
   mesh = sharding.make_mesh(1, 1, 8)
-  axes, shapes = policy.logical_axes(C), policy.abstract_params(C)
+  axes, shapes = transformer.logical_axes(C), transformer.abstract_params(C)
   parts = jax.tree.map(lambda x: x.spec, sharding.shardings(axes, shapes, mesh, sharding.TRAIN))
   assert "tensor" in parts["layers"]["q"] and "tensor" in parts["layers"]["o"] and "tensor" in parts["layers"]["up"]
   assert "tensor" not in parts["layers"]["k"] and "tensor" not in parts["layers"]["v"] and "tensor" not in parts["embed"]
@@ -97,8 +100,8 @@ def train(shape):
   rng = np.random.default_rng(0)
   prompts = [Prompt(Problem(str(i), "", "", ""), "", rng.integers(0, 31, 2 + i).astype(np.int32)) for i in range(5)]
   with jax.set_mesh(mesh):
-    weights = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, policy.init_params(C, k)))(jax.random.key(0))
-    weights = jax.device_put(weights, sharding.shardings(policy.logical_axes(C), weights, mesh, sharding.TRAIN))
+    weights = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
+    weights = jax.device_put(weights, sharding.shardings(transformer.logical_axes(C), weights, mesh, sharding.TRAIN))
     head = init_head(C.width, 16, jax.random.key(1)) | {"w2": jax.random.normal(jax.random.key(2), (16,))}
     params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
     tables = jax.device_put(jax.tree.map(lambda x: x[None], Calibration.empty(8)), sharding.replicated(mesh))
@@ -108,13 +111,14 @@ def train(shape):
     compute = update.Compute("float32", "xla", remat="none", chunk_tokens=8)  # chunks of 2 to 8 positions, by mesh
     for step in range(STEPS):
       engine.load(state.params["policy"], "float32")
-      decide = rollout.make_decide(state.params["head"], state.calibration, RULE, step > 0)
-      done, _ = rollout.generate(engine, prompts, 4, jax.random.key(step), Sampling(1.0, (7, 13), "float32"), TOKENIZER, Parity(),
+      decide = make_decide(state.params["head"], state.calibration, RULE, step > 0)
+      sampling = Sampling(1.0, (7, 13), "float32")
+      done, _ = generation.generate(engine, prompts, 4, jax.random.key(step), sampling, TOKENIZER, Parity(),
                                  decide=decide)
-      batches = rollout.pack(done, PackShape(32, 96, 1), mesh, detect=RULE.detect)
+      batches = batching.pack(done, PackShape(32, 96, 1), mesh, detect=RULE.detect)
       batches = update.fill_logprobs(C, state.params["policy"], None, batches, 1.0, compute)
       state, metrics = update.step(C, state, batches, GRPO, 1.0, compute, OPTIMIZER)
-      state = state.replace(calibration=rollout.update_calibration(state.calibration, done, None))
+      state = state.replace(calibration=head_training.update_calibration(state.calibration, done, None))
       out.tokens += [r.tokens.tolist() for r in done]
       out.pruned += [r.pruned for r in done]
       out.scores += [r.score for r in done]

@@ -12,8 +12,8 @@ import textwrap
 from hypothesis import given, settings, strategies as st
 import pytest
 
-from arrol_jax import sources
-from arrol_jax.data import Problem, Prompt, batch_at, encode_prompts, load_problems
+from arrol_jax.data import sources
+from arrol_jax.data.problems import Problem, Prompt, batch_at, encode_prompts, load_problems
 from arrol_jax.rewards import Graded, Grader, extract_answer
 from arrol_jax.types import UserError
 from configs import base, templates
@@ -86,7 +86,7 @@ def test_tfds_copies_again_when_the_file_changes(folder, tmp_path):
 
 def test_tfds_copies_made_at_once_become_one(folder, tmp_path, monkeypatch):
   pytest.importorskip("tensorflow_datasets")
-  from arrol_jax.tfds_problems import ArrolProblems
+  from arrol_jax.data.tfds import ArrolProblems
   alone = ArrolProblems._generate_examples
 
   def another_is_faster(builder):

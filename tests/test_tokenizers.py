@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from arrol_jax import tokenizers
+from arrol_jax.models.files import tokenizers
+from arrol_jax.models.files.weights import load_policy
 from arrol_jax.types import UserError
-from arrol_jax.weights import load_policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PATH = Path("m.gguf")

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, config, data, train
-from arrol_jax.checkpoint import Checkpoints
-from arrol_jax.losses import LossConfig
+from arrol_jax import assemble, config, train
+from arrol_jax.data import problems
+from arrol_jax.learning.batching import PackShape
+from arrol_jax.learning.losses import LossConfig
+from arrol_jax.learning.update import Compute
 from arrol_jax.prune import Calibration
-from arrol_jax.rollout import PackShape, PruneRule
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.running.workdir import differing, fingerprint, to_json
 from arrol_jax.types import TrainState, UserError
-from arrol_jax.update import Compute
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -159,8 +162,8 @@ def test_config_json_is_the_config(whole):
   stored = read(whole / "config.json")
   assert stored["prune"]["detect"] == [16] and stored["steps"] == STEPS and stored["loss"]["kl_weight"] == 0.05
   c, _ = config.parse(["train.py", *(a.replace("configs/", f"{ROOT}/configs/") for a in arguments(whole))])
-  assert stored == json.loads(config.to_json(c))
-  assert read(whole / "summary.json")["config_hash"] == config.fingerprint(c)
+  assert stored == json.loads(to_json(c))
+  assert read(whole / "summary.json")["config_hash"] == fingerprint(c)
 
 
 def test_the_end_is_announced(whole):
@@ -204,7 +207,7 @@ def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   first = read(tmp_path / "summary.json")
   assert first["steps"] == 3
   assert timeless(read(tmp_path / "metrics.jsonl")) == timeless(read(whole / "metrics.jsonl"))[:3]
-  with mock.patch.object(data, "batch_at", wraps=data.batch_at) as batches:
+  with mock.patch.object(problems, "batch_at", wraps=problems.batch_at) as batches:
     assert f"{tmp_path}: going on after step 3" in run(tmp_path).out
   assert [call.args[1] for call in batches.call_args_list] == [3, 4]
   assert_same_course(tmp_path, whole)
@@ -442,7 +445,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(whole):
 def test_a_mistake_in_a_longer_run_leaves_the_finished_one_alone(tmp_path, whole):
   """The data file is gone when the run is to be extended: its results stay."""
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-  with mock.patch("arrol_jax.sources.load_problems", side_effect=UserError("gone")):
+  with mock.patch("arrol_jax.data.sources.load_problems", side_effect=UserError("gone")):
     assert_refused(command(*arguments(tmp_path, steps=9)), "gone")
   assert (tmp_path / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
   assert read(tmp_path / "config.json")["steps"] == STEPS
@@ -511,7 +514,7 @@ def test_what_belongs_to_a_run():
   parse = lambda *argv: config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *argv])[0]
   same = ("--config.steps=9", "--config.checkpoint.every=3", "--config.log.rollouts=0", "--config.eval.samples=4",
           "--config.mesh.data=2")
-  assert config.fingerprint(parse()) == config.fingerprint(parse(*same))
+  assert fingerprint(parse()) == fingerprint(parse(*same))
   for other in ("seed=1", "optim.lr=1.0", "prune.keep=0.4", "data.train=x"):
-    assert config.fingerprint(parse()) != config.fingerprint(parse(f"--config.{other}"))
-  assert config.differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}) == ["b.c", "e"]
+    assert fingerprint(parse()) != fingerprint(parse(f"--config.{other}"))
+  assert differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}) == ["b.c", "e"]

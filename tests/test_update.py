@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from arrol_jax import hlo, policy, sharding, update
-from arrol_jax.attention import causal_attention
-from arrol_jax.losses import DAPO, GRPO, LossConfig
-from arrol_jax.policy import PolicyConfig
+from arrol_jax.learning import update
+from arrol_jax.learning.losses import DAPO, GRPO, LossConfig
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.planning import hlo
 from arrol_jax.prune import Calibration
-from arrol_jax.quality import Reading, init_head, quality_logit
+from arrol_jax.pruning.head import Features, init_head, quality_logit
 from arrol_jax.types import Batch, TrainState
 
 # Vocabulary, heads and feed-forward width divide by 8: on a mesh of (1, 1, 8) they really are cut.
@@ -28,7 +30,7 @@ SGD = optax.sgd(1.0)  # with this optimizer a step's change is minus the gradien
 @jax.jit
 def make_params():
   """Weights three times their usual size, so that log-probs differ; a head that has an opinion."""
-  weights = jax.tree.map(lambda x: x * 3.0, policy.init_params(C, jax.random.key(0)))
+  weights = jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, jax.random.key(0)))
   head = init_head(C.width, 16, jax.random.key(1))
   head["w2"] = jax.random.normal(jax.random.key(2), head["w2"].shape)
   return {"policy": weights, "head": head}
@@ -112,7 +114,7 @@ KL = dataclasses.replace(DAPO, kl_weight=0.05)  # averages over tokens, as the m
 
 def plain_logprobs(params, hidden, tokens, temperature):
   """Every logit at once."""
-  logprobs = jax.nn.log_softmax(policy.unembed(params, hidden[:, :-1]) / temperature, axis=-1)
+  logprobs = jax.nn.log_softmax(transformer.unembed(params, hidden[:, :-1]) / temperature, axis=-1)
   chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=2)[:, :, 0]
   return jnp.pad(chosen, ((0, 0), (1, 0))), jnp.pad(-jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1), ((0, 0), (1, 0)))
 
@@ -170,8 +172,8 @@ def test_fill_logprobs_keeps_old_and_reference_apart():
 
 @jax.jit
 def hidden_states(batch):
-  positions = policy.default_positions(batch.tokens)
-  return policy.forward(C, PARAMS["policy"], batch.tokens, positions, causal_attention("xla"))[0]
+  positions = transformer.default_positions(batch.tokens)
+  return transformer.forward(C, PARAMS["policy"], batch.tokens, positions, causal_attention("xla"))[0]
 
 
 def head_by_hand(hidden):
@@ -364,7 +366,7 @@ def test_sharded_is_unsharded(whole, shape):
   mesh = sharding.make_mesh(*shape)
   chunks = dataclasses.replace(COMPUTE, chunk_tokens=2 * ROWS // (shape[0] * shape[1]))  # 2 positions at once, as on one device
   with jax.set_mesh(mesh):
-    target = sharding.shardings(policy.logical_axes(C), PARAMS["policy"], mesh, sharding.TRAIN)
+    target = sharding.shardings(transformer.logical_axes(C), PARAMS["policy"], mesh, sharding.TRAIN)
     params = {"policy": jax.device_put(PARAMS["policy"], target),
               "head": jax.device_put(PARAMS["head"], sharding.replicated(mesh))}
     batches = [jax.device_put(BATCH, sharding.rows(mesh))]
@@ -387,8 +389,8 @@ def test_chunks_gather_the_unembedding_once(tied):
   c, mesh = dataclasses.replace(C, tied=tied), sharding.make_mesh(1, 8, 1)
   with jax.set_mesh(mesh):
     place = lambda tree, at: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
-    weights = policy.abstract_params(c)
-    params = {"policy": place(weights, sharding.shardings(policy.logical_axes(c), weights, mesh, sharding.TRAIN)),
+    weights = transformer.abstract_params(c)
+    params = {"policy": place(weights, sharding.shardings(transformer.logical_axes(c), weights, mesh, sharding.TRAIN)),
               "head": place(PARAMS["head"], jax.tree.map(lambda _: sharding.replicated(mesh), PARAMS["head"]))}
     batch = place(BATCH, jax.tree.map(lambda _: sharding.rows(mesh), BATCH))
     metrics = dict.fromkeys(update.METRICS, jax.ShapeDtypeStruct((), jnp.float32))
@@ -405,8 +407,8 @@ def test_chunks_gather_the_unembedding_once(tied):
 
 @pytest.mark.parametrize("shape, positions", [((1, 1, 1), 2), ((1, 1, 8), 2), ((2, 2, 2), 8), ((8, 1, 1), 16)])
 def test_a_chunk_counts_the_tokens_of_a_chip(monkeypatch, shape, positions):
-  seen, real = [], policy.unembed
-  monkeypatch.setattr(policy, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
+  seen, real = [], transformer.unembed
+  monkeypatch.setattr(transformer, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
   with jax.set_mesh(sharding.make_mesh(*shape)):
     jax.eval_shape(lambda h, t, m: update.token_logprobs(PARAMS["policy"], h, t, m, 1.0, 2 * ROWS),
                    jnp.zeros((ROWS, LENGTH, C.width)), BATCH.tokens, BATCH.response_mask)
@@ -427,6 +429,6 @@ def test_head_reads_the_hidden_state_at_its_position():
   only = BATCH.replace(head_weight=np.eye(ROWS, dtype=np.float32)[4][:, None])
   for position in (1, 7):
     _, metrics = micro_loss(PARAMS, only.replace(head_position=np.full((ROWS, 1), position, np.int32)), GRPO, 1.0)
-    logit = float(quality_logit(PARAMS["head"], Reading(hidden[4:5, position]))[0])
+    logit = float(quality_logit(PARAMS["head"], Features(hidden[4:5, position]))[0])
     expected = math.log1p(math.exp(-logit if BATCH.rewards[4] else logit))
     assert float(metrics["head_loss"]) == pytest.approx(expected, rel=1e-4)

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.voting import rank_weights, trace_confidence, trace_weights, vote
+from arrol_jax.pruning.voting import rank_weights, trace_confidence, trace_weights, vote
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -16,11 +16,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arrol_jax import policy, quality, safetensors_files, sharding
-from arrol_jax.policy import PolicyConfig, RopeScaling
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files import safetensors
+from arrol_jax.models.files.weights import Policy, load_policy
+from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 from arrol_jax.prune import Calibration
+from arrol_jax.pruning.head import init_head
 from arrol_jax.types import UserError
-from arrol_jax.weights import Policy, load_policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(f.name for f in FIXTURES.iterdir())
@@ -49,12 +51,12 @@ def edit(file, **changes):
 
 
 def write(file, arrays):
-  safetensors_files.write(file, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+  safetensors.write(file, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
 
 
 def rewrite(file, change):
   """Writes the safetensors `file` again with change({name: array})."""
-  arrays = change({name: np.array(t.read()) for name, t in safetensors_files.read_header(file).items()})
+  arrays = change({name: np.array(t.read()) for name, t in safetensors.read_header(file).items()})
   write(file, arrays)
 
 
@@ -63,7 +65,7 @@ def make(qkv_bias=False, tied=True, **options) -> Policy:
   c = PolicyConfig("qwen2" if qkv_bias else "llama", vocab=20, width=16, layers=2, heads=2, kv_heads=1, head_dim=8,
                    ffn=24, qkv_bias=qkv_bias, tied=tied, **options)
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), policy.abstract_params(c))
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), transformer.abstract_params(c))
   return Policy(c, params, None, eos_ids=(3, 5), pad_id=1)
 
 
@@ -121,7 +123,7 @@ def test_sharded_load_equals_unsharded(name, table):
   mesh, table = sharding.make_mesh(2, 2, 2), getattr(sharding, table)
   plain, spread = fixture(name), load_policy(FIXTURES / name, mesh=mesh, table=table)
   same(plain.params, spread.params)
-  want = sharding.shardings(policy.logical_axes(plain.config), plain.params, mesh, table)
+  want = sharding.shardings(transformer.logical_axes(plain.config), plain.params, mesh, table)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), spread.params, want)))
   tokens, lengths = np.arange(6, dtype=np.int32).reshape(2, 3), [3, 2]
   np.testing.assert_allclose(spread.logits(tokens, lengths), plain.logits(tokens, lengths), atol=1e-5)
@@ -168,7 +170,7 @@ def test_round_trip_is_exact(name, shard_bytes, tmp_path):
   assert (len(files) == 1) == (shard_bytes == 10**9)
   last = f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
   assert len(files) == 1 or sorted(f.name for f in files)[-1] == last
-  shapes = lambda files: {t: s.shape for f in files for t, s in safetensors_files.read_header(f).items()}
+  shapes = lambda files: {t: s.shape for f in files for t, s in safetensors.read_header(f).items()}
   assert shapes(files) == shapes((FIXTURES / name).glob("*.safetensors"))
 
 
@@ -177,7 +179,7 @@ def test_round_trip_from_a_mesh_and_in_another_dtype(tmp_path):
   spread.save(tmp_path / "out", dtype="bfloat16")
   again = load_policy(tmp_path / "out", dtype="bfloat16")
   same(again.params, jax.tree.map(lambda x: x.astype("bfloat16"), spread.params))
-  tensor = safetensors_files.read_header(tmp_path / "out" / "model.safetensors")["model.norm.weight"].read()
+  tensor = safetensors.read_header(tmp_path / "out" / "model.safetensors")["model.norm.weight"].read()
   assert tensor.dtype == ml_dtypes.bfloat16
   assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -188,7 +190,7 @@ def test_files_are_read_and_written_like_the_safetensors_package(tmp_path):
             "c": np.zeros((0, 2), np.float32), "d": np.array(7, np.int32), "e": np.array([True, False])}
   save_file(arrays, tmp_path / "theirs.safetensors")
   write(tmp_path / "ours.safetensors", arrays)
-  ours = {n: t.read() for n, t in safetensors_files.read_header(tmp_path / "theirs.safetensors").items()}
+  ours = {n: t.read() for n, t in safetensors.read_header(tmp_path / "theirs.safetensors").items()}
   theirs = load_file(tmp_path / "ours.safetensors")
   assert set(ours) == set(theirs) == set(arrays)
   for name, a in arrays.items():
@@ -198,13 +200,13 @@ def test_files_are_read_and_written_like_the_safetensors_package(tmp_path):
 
 def test_head_and_calibration_travel_in_a_file_of_their_own(tmp_path):
   model = make()
-  model.head = quality.init_head(16, 4, jax.random.key(1))
+  model.head = init_head(16, 4, jax.random.key(1))
   model.calibration = Calibration(jnp.arange(128.0), jnp.arange(128.0)[::-1])
   model.save(tmp_path / "out")
   again = load_policy(tmp_path / "out")
   same(model.head, again.head)
   same(model.calibration, again.calibration)
-  names = safetensors_files.read_header(tmp_path / "out" / "model.safetensors")
+  names = safetensors.read_header(tmp_path / "out" / "model.safetensors")
   assert all(n.startswith("model.") for n in names) and (tmp_path / "out" / "quality_head.safetensors").is_file()
   model.head = model.calibration = None
   model.save(tmp_path / "out")  # and goes away with the next model that has none
@@ -219,7 +221,7 @@ def test_a_failed_save_leaves_the_existing_folder(tmp_path, monkeypatch):
   def full(path, tensors):
     path.write_bytes(b"half")
     raise OSError("no space left on device")
-  monkeypatch.setattr(safetensors_files, "write", full)
+  monkeypatch.setattr(safetensors, "write", full)
   with pytest.raises(OSError, match="no space"):
     model.save(tmp_path / "out")
   assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
@@ -318,7 +320,7 @@ def test_damaged_files_name_file_and_tensor(tmp_path):
   file = folder / "model.safetensors"
   whole = file.read_bytes()
   file.write_bytes(whole[:-10])
-  last = list(safetensors_files.read_header(FIXTURES / "qwen2_tied" / "model.safetensors"))[-1]
+  last = list(safetensors.read_header(FIXTURES / "qwen2_tied" / "model.safetensors"))[-1]
   assert f"{file}: truncated, tensor {last} ends 10 bytes past" in message(load_policy, folder)
   file.write_bytes(whole[:100])
   assert f"{file}: truncated or not a safetensors file" in message(load_policy, folder)
@@ -371,7 +373,7 @@ def test_transformers_loads_what_was_saved(name, tmp_path):
   torch = pytest.importorskip("torch")
   from transformers import AutoModelForCausalLM
   want = np.load(FIXTURES / name / "expected.npz")
-  model = dataclasses.replace(fixture(name), head=quality.init_head(16, 4, jax.random.key(1)))
+  model = dataclasses.replace(fixture(name), head=init_head(16, 4, jax.random.key(1)))
   model.save(tmp_path / "out", shard_bytes=5_000)
   theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 
-from arrol_jax.data import Problem, read_jsonl, to_problems
+from arrol_jax.data.problems import Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.types import UserError
@@ -72,9 +72,9 @@ def _records(source: str, split: str, folder: str, tfds_dir: str | None) -> Iter
     return _reasoning_gym(source, name, options)
   path = _file(name, split, folder)
   if kind == "tfds":
-    from arrol_jax import tfds_problems  # imports TFDS
+    from arrol_jax.data import tfds  # imports TFDS
 
-    return tfds_problems.read(path, tfds_dir)
+    return tfds.read(path, tfds_dir)
   return read_jsonl(path)
 
 

@@ -4,7 +4,7 @@ The numbers are those of the published config.json files. A real model's shape i
 (weights.py), never from here.
 """
 
-from arrol_jax.policy import PolicyConfig, RopeScaling
+from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 
 
 def _qwen3(width, layers, heads, ffn, tied):

@@ -25,7 +25,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-class Turn(NamedTuple):
+class Rotary(NamedTuple):
   """What queries and keys go through between projection and attention: a norm a head (Qwen3 only) and rotation."""
   cos: jax.Array             # f32[B,S,1,H/2]
   sin: jax.Array             # f32[B,S,1,H/2]

@@ -15,7 +15,7 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from arrol_jax.data import FIELDS, load_problems
+from arrol_jax.data.problems import FIELDS, load_problems
 from arrol_jax.types import UserError
 
 

@@ -71,24 +71,24 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
   score, reward = [r.score for r in scored], [r.reward for r in scored]
   # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
-  controls = [r for r in scored if r.control]
+  controls = [r for r in scored if r.holdout]
   return {
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
-    "reward_ipw": sum(r.reward / r.survival for r in kept) / len(rollouts),
+    "reward_ipw": sum(r.reward / r.keep_probability for r in kept) / len(rollouts),
     "rollouts_started": len(rollouts), "rollouts_pruned": len(rollouts) - len(kept), "rollouts_kept": len(kept),
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
     "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were
-    "tokens_saved": sum(len(r.tokens) / r.survival for r in kept) - sum(len(r.tokens) for r in rollouts),
+    "tokens_saved": sum(len(r.tokens) / r.keep_probability for r in kept) - sum(len(r.tokens) for r in rollouts),
     "ungraded": mean(r.reason in FAILED for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
     "head_ece": calibration_error([r.posterior for r in scored], reward),
     "head_brier": mean((r.posterior - r.reward)**2 for r in scored),
     "head_spearman": spearman(score, reward),
-    "false_prune": mean(1 - r.planned for r in controls if r.reward > 0),
+    "false_prune": mean(1 - r.rule_probability for r in controls if r.reward > 0),
     "survivors_fewest": min(survivors), "survivors_histogram": np.bincount(survivors).tolist(),  # groups by survivors
   }

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from arrol_jax import hosts
+from arrol_jax.running import hosts
 from arrol_jax.types import TrainState, UserError
 
 

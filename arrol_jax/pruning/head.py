@@ -6,27 +6,27 @@ logits and quality logit. Further inputs (METHOD 9.6): the mean of these states 
 mean and lowest log-prob. States are scaled to unit root-mean-square, because their scale differs by an order of magnitude between
 model families, and log-probs by a logarithm; the caller's `stop_gradient` keeps the loss out of the backbone.
 
-`Recent` holds the last readings whose rewards are known, for further passes of the head alone. Left out: the loss
-(losses.py) and what follows from the logit (prune.py).
+Left out: the loss (learning/losses.py), further passes (learning/head_training.py) and what follows from the logit (rule.py).
 """
+
 
 import functools
 from typing import NamedTuple
 
 from flax import nnx
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
-
-from arrol_jax.losses import binary_cross_entropy
 
 INPUTS = {"last": "w1", "mean": "w1_mean", "logprobs": "w1_logprobs"}  # input -> its weights in the first layer
+
+
 STATISTICS = 2  # mean and lowest log-prob
+
+
 _CENTRE = (-1.0, 1.5)  # of their logarithms, about; they spread by about a half
 
 
-class Reading(NamedTuple):
+class Features(NamedTuple):
   """What a head may read of rollouts at one place; None where none does. Any float dtype, leading axes alike."""
   last: jax.Array | None = None      # [...,D] hidden state
   mean: jax.Array | None = None      # [...,D] mean hidden state since the first response token was sampled
@@ -46,11 +46,11 @@ class QualityHead(nnx.Module):
     self.w2 = nnx.Param(jnp.zeros((hidden,), jnp.float32), axes=(None,))
     self.b2 = nnx.Param(jnp.zeros((), jnp.float32), axes=())
 
-  def __call__(self, reading: Reading) -> jax.Array:
+  def __call__(self, features: Features) -> jax.Array:
     x = self.b1[...]
     for name, weights in INPUTS.items():
       if hasattr(self, weights):
-        y = getattr(reading, name).astype(jnp.float32)
+        y = getattr(features, name).astype(jnp.float32)
         if name == "logprobs":  # models' differ by factors; with scores near 0 and 1 a unit learns from them as from states
           y = 2.0 * (jnp.log(0.01 - jnp.minimum(y, 0.0)) - jnp.broadcast_to(jnp.array(_CENTRE), y.shape))
         else:
@@ -78,12 +78,12 @@ def _structure(inputs: tuple[str, ...]):
   return nnx.split(nnx.eval_shape(lambda: QualityHead(2, 2, jax.random.key(0), inputs)))[0]
 
 
-def quality_logit(head: dict, reading: Reading) -> jax.Array:
-  """The head's logit s, f32[...], for readings [...]."""
-  return nnx.merge(_structure(inputs_of(head)), nnx.State(head))(reading)
+def quality_logit(head: dict, features: Features) -> jax.Array:
+  """The head's logit s, f32[...], for features [...]."""
+  return nnx.merge(_structure(inputs_of(head)), nnx.State(head))(features)
 
 
-def read(head: dict, hidden: jax.Array, mask: jax.Array, logprobs: jax.Array, position: jax.Array) -> Reading:
+def read(head: dict, hidden: jax.Array, mask: jax.Array, logprobs: jax.Array, position: jax.Array) -> Features:
   """What `head` reads of whole rows at `position` i32[B,C]: hidden [B,S,D] of the trainer, mask and the sampler's logprobs
   f32[B,S]. The state at p samples token p + 1, so the response's states begin one column before its mask."""
   inputs = inputs_of(head)
@@ -100,48 +100,4 @@ def read(head: dict, hidden: jax.Array, mask: jax.Array, logprobs: jax.Array, po
     seen = so_far(start, position + 1)
     lowest = jnp.min(jnp.where(seen > 0, logprobs[:, None], 0.0), axis=2)
     statistics = jnp.stack([jnp.sum(seen * logprobs[:, None], axis=2) / count[:, :, 0], lowest], axis=2)
-  return Reading(last, mean, statistics)
-
-
-# ---- further passes over recent rollouts --------------------------------------------------------------------
-
-
-@flax.struct.dataclass
-class Recent:
-  """A ring of the last R readings with known reward, and the state of the optimizer that goes over them."""
-  reading: Reading       # f32[R,...]
-  reward: jax.Array      # f32[R]
-  weight: jax.Array      # f32[R]  0 where the ring is still empty
-  next: jax.Array        # i32[]   where the next reading goes
-  opt_state: object
-
-
-def no_recent(head: dict, width: int, size: int, optimizer: optax.GradientTransformation) -> Recent:
-  """An empty ring of `size` readings for a model of `width`."""
-  wide = lambda name: jnp.zeros((size, STATISTICS if name == "logprobs" else width), jnp.float32)
-  reading = Reading(**{name: wide(name) for name in inputs_of(head)})
-  return Recent(reading, jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
-
-
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("recent",))
-def refit(head: dict, recent: Recent, reading: Reading, reward: jax.Array, weight: jax.Array, *, passes: int | jax.Array,
-          optimizer: optax.GradientTransformation) -> tuple[dict, Recent]:
-  """Adds n <= R readings (reward, weight f32[n]; weight 0 adds nothing) and takes `passes` full-batch steps on the ring."""
-  size, used = recent.reward.shape[0], weight > 0
-  # Readings that count come one after the other; the others fall off the ring's end.
-  place = jnp.where(used, (recent.next + jnp.cumsum(used.astype(jnp.int32)) - 1) % size, size)
-  put = lambda ring, new: ring.at[place].set(new.astype(ring.dtype), mode="drop")
-  recent = recent.replace(reading=jax.tree.map(put, recent.reading, reading), reward=put(recent.reward, reward),
-                          weight=put(recent.weight, weight), next=(recent.next + jnp.sum(used, dtype=jnp.int32)) % size)
-
-  def loss(head):
-    bce = binary_cross_entropy(quality_logit(head, recent.reading), recent.reward)
-    return jnp.sum(recent.weight * bce) / jnp.maximum(jnp.sum(recent.weight), 1e-6)
-
-  def one(_, carry):
-    head, opt_state = carry
-    updates, opt_state = optimizer.update(jax.grad(loss)(head), opt_state, head)
-    return optax.apply_updates(head, updates), opt_state
-
-  head, opt_state = jax.lax.fori_loop(0, passes, one, (head, recent.opt_state))
-  return head, recent.replace(opt_state=opt_state)
+  return Features(last, mean, statistics)

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from arrol_jax.policy import PolicyConfig, RopeScaling, block_weights, model_weights
+from arrol_jax.models.transformer import PolicyConfig, RopeScaling, block_weights, model_weights
 from arrol_jax.types import UserError
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}

@@ -21,8 +21,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from arrol_jax.norms import Turn, add_norm, rms_norm
-from arrol_jax.sharding import constrain
+from arrol_jax.models.layers import Rotary, add_norm, rms_norm
+from arrol_jax.models.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Block(nnx.Module):
   def __call__(self, x: jax.Array, rope: tuple, attend: Callable) -> tuple[jax.Array, object]:
     """x [B,S,D] -> [B,S,D] and what attend(q, k, v) kept."""
     weights = {name: getattr(self, name)[...] for name in block_weights(self.config)}
-    x, delta, kept = layer(self.config, weights, x, None, rope, lambda q, k, v, turn: attend(*turn(q, k), v))
+    x, delta, kept = layer(self.config, weights, x, None, rope, lambda q, k, v, rotary: attend(*rotary(q, k), v))
     return x + delta, kept
 
 
@@ -142,20 +142,20 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
           fused: bool = False) -> tuple[jax.Array, jax.Array, object]:
   """x and the branch `delta` not yet added to it, [B,S,D] -> x after attention, the MLP's branch, what `attend` kept.
 
-  Branches are added where the next norm reads the sum. attend(q, k, v, turn) gets queries and keys as projected; with merged
-  weights (`unstack`) it is attend(qkv, turn), qkv [B,S,M,N/M+2,H].
+  Branches are added where the next norm reads the sum. attend(q, k, v, rotary) gets queries and keys as projected; with merged
+  weights (`unstack`) it is attend(qkv, rotary), qkv [B,S,M,N/M+2,H].
   """
   w = lambda name: weights[name].astype(x.dtype)
   project = lambda y, equation, name: (keep(jnp.einsum(equation, y, w(name))) if name + "_bias" not in weights else
                                        keep(jnp.einsum(equation, y, w(name)) + w(name + "_bias")[None, None]))
   with jax.named_scope("attention"):
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
-    turn = Turn(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
+    rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
     if "qkv" in weights:
-      out, kept = attend(project(y, "bsd,dmgh->bsmgh", "qkv"), turn)
+      out, kept = attend(project(y, "bsd,dmgh->bsmgh", "qkv"), rotary)
     else:
       q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
-      out, kept = attend(q, k, v, turn)
+      out, kept = attend(q, k, v, rotary)
     out = project(keep(out), "bsnh,nhd->bsd", "o")
   with jax.named_scope("mlp"):
     x, y = add_norm(x, out, weights["mlp_norm"], c.norm_eps, fused=fused)
@@ -234,7 +234,7 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
   With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked. With a tuple of layers (`unstack`) it is
-  `attend(layer_index, qkv, turn)`, queries and keys still to be turned (norms.Turn), and what it keeps comes back as a list.
+  `attend(layer_index, qkv, rotary)`, queries and keys still to be turned (layers.Rotary), and what it keeps comes back as a list.
   remat says what the backward pass computes again: "none", "dots" (all but a layer's matrix products and attention's result) or
   "full" (whole layers, least memory). fused: norms.add_norm's kernel, forward only.
   """

@@ -5,7 +5,7 @@ stacked parameter is allocated once, in its target sharding, and the tensors are
 the order of the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor
 (mapped from its file) and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
 
-The files beside this one: safetensors_files.py and gguf_files.py (formats), hf_config.py (names, shapes, config.json),
+The files beside this one: safetensors.py and gguf.py (formats), hf_config.py (names, shapes, config.json),
 tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
 """
 
@@ -25,12 +25,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from arrol_jax import gguf_files, hf_config, policy, safetensors_files, sharding, tokenizers
-from arrol_jax.attention import causal_attention
-from arrol_jax.policy import PolicyConfig
-from arrol_jax.prune import Calibration
-from arrol_jax.safetensors_files import Stored
-from arrol_jax.types import UserError
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.files import gguf as gguf_files, hf_config, safetensors as safetensors_files, tokenizers
+from arrol_jax.models.files.safetensors import Stored
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.types import Calibration, UserError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 SHARD_BYTES = 5 * 10**9
@@ -106,10 +106,10 @@ class Policy:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-  positions = policy.default_positions(tokens)
+  positions = transformer.default_positions(tokens)
   dtype = jnp.bfloat16 if params["embed"].dtype == jnp.bfloat16 else jnp.float32
-  hidden, _ = policy.forward(c, params, tokens, positions, causal_attention("auto"), dtype=dtype)
-  return jnp.where((positions < lengths[:, None])[:, :, None], policy.unembed(params, hidden), 0.0)
+  hidden, _ = transformer.forward(c, params, tokens, positions, causal_attention("auto"), dtype=dtype)
+  return jnp.where((positions < lengths[:, None])[:, :, None], transformer.unembed(params, hidden), 0.0)
 
 
 def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
@@ -214,8 +214,8 @@ def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None
 
 def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
   """Writes the tensors into freshly allocated parameters, one at a time, in the order of `stored`."""
-  layout, logical = hf_config.layout(config), policy.logical_axes(config)
-  shapes = policy.abstract_params(config, dtype)
+  layout, logical = hf_config.layout(config), transformer.logical_axes(config)
+  shapes = transformer.abstract_params(config, dtype)
   get = lambda tree, place: tree[place.leaf] if place.layer is None else tree["layers"][place.leaf]
   targets = None if mesh is None else sharding.shardings(logical, shapes, mesh, table)
   params = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=targets)()

@@ -5,6 +5,7 @@ all, logs lose at most their last line, and lines of steps that will be made aga
 checkpoint.py's.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import os
 import jax
 import numpy as np
 
-from arrol_jax import config as configuration
 from arrol_jax.types import UserError
 
 
@@ -35,7 +35,7 @@ class Logs:
       r = rollouts[i]
       self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
                                 "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
-                                "survival": finite(r.survival), "reward": finite(r.reward), "reason": r.reason})
+                                "survival": finite(r.keep_probability), "reward": finite(r.reward), "reason": r.reason})
     self._append("metrics", line)
     if self.board:
       for name, value in line.items():
@@ -55,7 +55,7 @@ class Logs:
     device = jax.devices()[0]
     write_json(f"{self.workdir}/summary.json", {
       "steps": self.lines[-1]["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
-      "config_hash": configuration.fingerprint(c), "eval_before": before, "eval_after": after,
+      "config_hash": fingerprint(c), "eval_before": before, "eval_after": after,
       "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
       "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": self.lines[-1]["reward"]})
 
@@ -72,15 +72,15 @@ def check_workdir(workdir: str, c) -> None:
     raise UserError(f"--workdir={workdir}: {e.strerror}") from e
   if not os.access(workdir, os.W_OK):
     raise UserError(f"--workdir={workdir}: this user may not write there")
-  stored = read_json(f"{workdir}/config.json") if os.path.exists(f"{workdir}/config.json") else None
-  if stored and configuration.lasting(type(c)(stored)) != configuration.lasting(c):
-    names = configuration.differing(configuration.lasting(type(c)(stored)), configuration.lasting(c))
+  stored = renamed(read_json(f"{workdir}/config.json")) if os.path.exists(f"{workdir}/config.json") else None
+  if stored and lasting(type(c)(stored)) != lasting(c):
+    names = differing(lasting(type(c)(stored)), lasting(c))
     raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}); choose another --workdir")
 
 
 def claim(workdir: str, c) -> None:
   """Writes config.json; removes results that this run, longer or evaluated in another way, will replace."""
-  config = json.loads(configuration.to_json(c))
+  config = json.loads(to_json(c))
   stale = ["summary", "eval_after"]
   if os.path.exists(f"{workdir}/config.json") and read_json(f"{workdir}/config.json")["eval"] != config["eval"]:
     stale.append("eval_before")
@@ -125,3 +125,46 @@ def finite(x):
   if isinstance(x, dict):
     return {k: finite(v) for k, v in x.items()}
   return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+# ---- what makes two runs the same
+
+# Config keys by the names that they had a release ago.
+RENAMED = {"prune.control": "prune.holdout", "rollout.rounds": "rollout.resampling"}
+
+
+def renamed(config: dict) -> dict:
+  """A stored config with today's names of its keys."""
+  config = {section: dict(x) if isinstance(x, dict) else x for section, x in config.items()}
+  for old, new in RENAMED.items():
+    section, name = old.split(".")
+    if name in config.get(section, ()):
+      config[section][new.split(".")[1]] = config[section].pop(name)
+  return config
+
+
+def to_json(c) -> str:
+  """A config (ConfigDict) as JSON."""
+  return json.dumps(c.to_dict(), indent=2, sort_keys=True, default=list)
+
+
+def lasting(c) -> dict:
+  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh continue the same run."""
+  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
+
+
+def fingerprint(c) -> str:
+  """Hash of `lasting`."""
+  return hashlib.sha256(json.dumps(lasting(c), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing(a: dict, b: dict, prefix: str = "") -> list[str]:
+  """Dotted names of the leaves in which two nested dicts differ."""
+  out = []
+  for key in sorted(a.keys() | b.keys()):
+    x, y = a.get(key), b.get(key)
+    if isinstance(x, dict) and isinstance(y, dict):
+      out += differing(x, y, f"{prefix}{key}.")
+    elif x != y:
+      out.append(f"{prefix}{key}")
+  return out

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from arrol_jax.service import HOPELESS, VOTES, Call, Piece, Vote
+from arrol_jax.serving.service import HOPELESS, VOTES, Call, Piece, Vote
 
 COARSEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
 MAX_STOPS, MAX_STOP = 8, 256  # strings, characters

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import prune, voting
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine
-from arrol_jax.metrics import bootstrap_interval, pass_at_k
-from arrol_jax.prune import Calibration
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine
+from arrol_jax.learning.generation import generate
+from arrol_jax.learning.metrics import bootstrap_interval, pass_at_k
+from arrol_jax.pruning import voting
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.table import Calibration, posterior
 from arrol_jax.rewards import extract_answer, grade
-from arrol_jax.rollout import PruneRule, generate, make_decide
 from arrol_jax.types import Rollout
 
 
@@ -79,7 +81,7 @@ def vote_accuracies(rollouts: list[Rollout], rewards: np.ndarray, voters: Voters
   if voters.head is not None:
     final = np.array([r.final for r in rollouts])
     last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], Calibration() if voters.tables is None else voters.tables)
-    scores |= {"rank": ("rank", final), "posterior": ("posterior", np.asarray(prune.posterior(last, final))),
+    scores |= {"rank": ("rank", final), "posterior": ("posterior", np.asarray(posterior(last, final))),
                "best": ("best", final)}
   if confident:
     scores |= {f"deepconf_{kind}": ("deepconf", np.array([voting.summarize_confidence(r.confidences, voters.window, kind)

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from arrol_jax import voting
-from arrol_jax.decode import Sampling
-from arrol_jax.engine import Engine, Request, Run, Seat
-from arrol_jax.prune import Calibration
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request, Run, Sequence
+from arrol_jax.pruning import voting
+from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import extract_answer, grade
-from arrol_jax.rollout import PruneRule, make_decide
 from arrol_jax.types import Rollout
 
 HOPELESS = "hopeless"  # why a trace ended, beside "stop" and "length"
@@ -70,25 +71,25 @@ def seed_of(seed: int, trace: int) -> int:
 
 
 class _Trace:
-  """A trace under way: what of its seat's tokens was read, and how much of their text was handed out."""
+  """A trace under way: what of its sequence's tokens was read, and how much of their text was handed out."""
 
-  def __init__(self, ticket: Ticket, number: int, seat: Seat):
-    self.ticket, self.number, self.seat = ticket, number, seat
+  def __init__(self, ticket: Ticket, number: int, sequence: Sequence):
+    self.ticket, self.number, self.sequence = ticket, number, sequence
     self.pieces, self.sent = 0, 0
     self.tokens: list[int] = []
     self.logprobs: list[float] = []
 
   def read(self, tokenizer, ended: bool) -> Piece | None:
     """What is new since the last call; None if nothing is."""
-    pieces = self.seat.tokens[self.pieces:]
+    pieces = self.sequence.tokens[self.pieces:]
     if not pieces and not ended:
       return None
     before = len(self.tokens)
     self.tokens += np.concatenate([*pieces, np.zeros(0, np.int32)]).astype(int).tolist()
-    self.logprobs += np.concatenate([*self.seat.logprobs[self.pieces:], np.zeros(0)]).tolist()
+    self.logprobs += np.concatenate([*self.sequence.logprobs[self.pieces:], np.zeros(0)]).tolist()
     self.pieces += len(pieces)
     decode = lambda count: tokenizer.decode(self.tokens[:count], skip_special_tokens=True)
-    text, stop, rollout = decode(None), self.ticket.call.stop, self.seat.rollout
+    text, stop, rollout = decode(None), self.ticket.call.stop, self.sequence.rollout
     finish = None
     if ended:
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
@@ -101,7 +102,7 @@ class _Trace:
     new, self.sent = text[self.sent:end], max(self.sent, end)
     if finish and not ended:  # the engine never says that it is done
       rollout.tokens = np.asarray(self.tokens, np.int32)
-      rollout.confidences = np.concatenate(self.seat.confidences)[:len(self.tokens)]
+      rollout.confidences = np.concatenate(self.sequence.confidences)[:len(self.tokens)]
     return Piece(self.number, new, self.tokens[before:], self.logprobs[before:], finish, rollout if finish else None)
 
 
@@ -169,7 +170,7 @@ class Service:
 
   @property
   def running(self) -> int:
-    return sum(seat is not None for seat in self.run.at)
+    return sum(sequence is not None for sequence in self.run.slot_to_request)
 
   @property
   def waiting(self) -> int:
@@ -221,18 +222,18 @@ class Service:
     group, self._calls = self._calls, (self._calls + 1) % _GROUPS
     self.totals.prompt_tokens += len(call.tokens)
     for i in range(call.n):
-      seat = self.run.add(Request(seed_of(seed, i), group, call.tokens, call.max_tokens, call.temperature, call.top_p,
+      sequence = self.run.add(Request(seed_of(seed, i), group, call.tokens, call.max_tokens, call.temperature, call.top_p,
                                   call.stop_below))
-      self.traces[id(seat.rollout)] = _Trace(ticket, i, seat)
+      self.traces[id(sequence.rollout)] = _Trace(ticket, i, sequence)
 
   def _end(self, traces: list[_Trace]) -> None:
     self.totals.cancelled += len(traces)
-    self.run.cancel([trace.seat for trace in traces])
+    self.run.cancel([trace.sequence for trace in traces])
     self._forget(traces)
 
   def _forget(self, traces: list[_Trace]) -> None:
     for trace in traces:
-      del self.traces[id(trace.seat.rollout)]
+      del self.traces[id(trace.sequence.rollout)]
     with self._lock:
       self._taken -= len(traces)
 
@@ -250,7 +251,7 @@ class Service:
         self.totals.traces += 1
         self.totals.hopeless += piece.finish == HOPELESS
         if key not in ended:
-          stopped.append(trace.seat)
+          stopped.append(trace.sequence)
       trace.ticket.on_piece(piece)
     if stopped:
       self.run.cancel(stopped)

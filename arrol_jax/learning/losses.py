@@ -41,7 +41,7 @@ ALGORITHMS = {"grpo": GRPO, "dapo": DAPO, "dr_grpo": DR_GRPO, "gspo": GSPO}
 AGGREGATES, RATIOS = ("token", "sequence", "constant"), ("token", "sequence")
 
 
-def overlong_punishment(length: np.ndarray, longest: int, share: float) -> np.ndarray:
+def overlong_penalty(length: np.ndarray, longest: int, share: float) -> np.ndarray:
   """DAPO's soft punishment in tokens: 0 up to longest - buffer, then linearly down to -1/2 at `longest`; buffer = share of it.
 
   DAPO (arXiv 2503.14476) goes down to -1, for rewards of -1 and 1: half of it is the same for rewards of 0 and 1.
@@ -58,7 +58,7 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
 
   rewards f[B], groups i[B] -> f32[B]. A group of one, or without variance, gets 0. The standard deviation is the
   population's (divides by the group size). NumPy: it runs once a step on the host, where groups are ragged.
-  weights f[B]: how many rollouts each stands for (1 / survival): in a group's mean and deviation, and as a factor of its
+  weights f[B]: how many rollouts each stands for (1 / keep probability): in a group's mean and deviation, and as a factor of its
   advantage, scaled to mean 1 over the batch, so that the policy gradient estimates that of all rollouts started.
   """
   rewards, out = np.asarray(rewards, np.float32), np.zeros(len(rewards), np.float32)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from arrol_jax.policy import PolicyConfig, RopeScaling
-from arrol_jax.safetensors_files import Stored
+from arrol_jax.models.files.safetensors import Stored
+from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 from arrol_jax.types import UserError
 
 ARCHITECTURES = ("qwen3", "qwen2", "llama")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from arrol_jax import sharding
+from arrol_jax.models import sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _TILE = 128  # rows and lanes of the TPU kernel's blocks

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arrol_jax import losses, policy, quality
-from arrol_jax.attention import causal_attention
-from arrol_jax.losses import LossConfig
-from arrol_jax.policy import PolicyConfig
-from arrol_jax.sharding import constrain, rows_on_a_chip
+from arrol_jax.learning import losses
+from arrol_jax.learning.losses import LossConfig
+from arrol_jax.models import transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.sharding import constrain, rows_on_a_chip
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.pruning.head import quality_logit, read
 from arrol_jax.types import Batch, TrainState
 
 
@@ -49,7 +51,7 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
   """
   rows, length, width = hidden.shape
   size, chunks = _chunks(length, chunk_tokens // rows_on_a_chip(rows))
-  table = policy.whole_unembedding(params)  # before the loop, which would gather it anew for each chunk
+  table = transformer.whole_unembedding(params)  # before the loop, which would gather it anew for each chunk
   longest = jnp.max(jnp.sum(mask, axis=1))
   # Each row is turned so that its first response token comes first: chunk i then holds every row's i-th piece.
   start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)
@@ -60,7 +62,7 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
 
   @jax.checkpoint
   def chunk(h, t):
-    logits = policy.unembed(table, h) / temperature
+    logits = transformer.unembed(table, h) / temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, t[:, :, None], axis=-1)[:, :, 0] - norm
     entropy = norm - jnp.sum(jnp.exp(logits - norm[:, :, None]) * logits, axis=-1)
@@ -76,7 +78,7 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
 
 def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
   attend = causal_attention(compute.attention)
-  return policy.forward(c, params, batch.tokens, policy.default_positions(batch.tokens), attend,
+  return transformer.forward(c, params, batch.tokens, transformer.default_positions(batch.tokens), attend,
                         dtype=compute.dtype, remat=compute.remat)[0]
 
 
@@ -102,8 +104,8 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
 
-  reading = quality.read(params["head"], jax.lax.stop_gradient(hidden), mask, batch.sampler_logprobs, batch.head_position)
-  logit = quality.quality_logit(params["head"], reading)  # f32[B,C]
+  reading = read(params["head"], jax.lax.stop_gradient(hidden), mask, batch.sampler_logprobs, batch.head_position)
+  logit = quality_logit(params["head"], reading)  # f32[B,C]
   bce = losses.binary_cross_entropy(logit, batch.rewards[:, None])
   head_loss = jnp.sum(batch.head_weight * bce) / jnp.maximum(totals["head"], 1.0)
 
@@ -127,7 +129,7 @@ def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch:
 
 def _pin(c: PolicyConfig, grads: dict) -> dict:
   """The sums with the parameters' sharding: left alone, a program that makes zeros would put all of them on every device."""
-  return grads | {"policy": jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], policy.logical_axes(c))}
+  return grads | {"policy": jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], transformer.logical_axes(c))}
 
 
 @jax.jit

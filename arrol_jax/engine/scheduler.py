@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import decode, hosts, kv_cache, policy, sharding
-from arrol_jax.decode import Sampling, Slots
-from arrol_jax.policy import PolicyConfig
+from arrol_jax.engine import decode_attention, kv_cache, programs
+from arrol_jax.engine.programs import Slots
+from arrol_jax.engine.sampling import Sampling, SamplingParams
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.running import hosts
 from arrol_jax.types import Rollout, UserError
 
 
@@ -31,8 +34,8 @@ class Request(NamedTuple):
   index: int
   prompt: int
   tokens: np.ndarray   # i32[L]
-  limit: int           # response tokens at most
-  temperature: float = 1.0  # these three where Sampling.temperature is None, see decode.Own
+  max_tokens: int      # response tokens at most
+  temperature: float = 1.0  # these three where Sampling.temperature is None, see sampling.SamplingParams
   top_p: float = 1.0
   keep: float = 0.0
 
@@ -43,10 +46,10 @@ class Decision(NamedTuple):
   keep: jax.Array       # bool[B]
   score: jax.Array      # f32[B]
   posterior: jax.Array  # f32[B]
-  survival: jax.Array   # f32[B]   probability with which the row was kept
-  planned: jax.Array    # f32[B]   the rule's; differs for control rows, which are always kept, and where a floor adds rows
-  control: jax.Array    # bool[B]  kept whatever the rule says
-  reading: tuple | None = None  # what was scored, f32[B,...] each, where it is wanted on the host
+  keep_probability: jax.Array   # f32[B]   probability with which the row was kept
+  rule_probability: jax.Array  # f32[B]  the rule's; differs for held-out rows, which are always kept, and where a floor adds some
+  holdout: jax.Array    # bool[B]  kept whatever the rule says
+  features: tuple | None = None  # what was scored, f32[B,...] each, where it is wanted on the host
 
 
 # Measured on an H200 (experiments/LOG.md): a step of 64 rows, half of them idle, takes as long as one of 32.
@@ -81,7 +84,7 @@ class Engine:
 
   def _own_lengths(self, sampling: Sampling) -> bool:
     """Whether a kernel reads each row's own length, and nothing of an idle row."""
-    return kv_cache.resolve(sampling.attention, self.config.head_dim, sampling.cache_dtype) != "xla"
+    return decode_attention.resolve(sampling.attention, self.config.head_dim, sampling.cache_dtype) != "xla"
 
   def lengths(self, sampling: Sampling) -> list[int]:
     """Compiled cache lengths, ascending; the last holds any response."""
@@ -96,8 +99,8 @@ class Engine:
 
   def loader(self, params: dict, dtype: str):
     """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
-    axes = policy.unstack_axes(policy.logical_axes(self.config), self.config.layers)
-    shapes = jax.eval_shape(policy.unstack, params)
+    axes = transformer.unstack_axes(transformer.logical_axes(self.config), self.config.layers)
+    shapes = jax.eval_shape(transformer.unstack, params)
     out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
     return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
 
@@ -108,10 +111,10 @@ class Engine:
       for rows in reversed(counts):
         state = Run(self, jax.random.key(0), sampling)
         state.add(Request(0, 0, prompt, 1))
-        state.slots = decode.init_slots(self.config, rows, length, sampling)
-        state.at, state.length = [None] * rows, length
+        state.slots = programs.init_slots(self.config, rows, length, sampling)
+        state.slot_to_request, state.length = [None] * rows, length
         state.start_segment(decide)
-        state.seat(list(state.waiting))
+        state.assign(list(state.waiting))
         if rows > counts[0]:
           state.take([], counts[counts.index(rows) - 1], length)
         jax.block_until_ready(state.slots)
@@ -178,11 +181,11 @@ def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict,
 @functools.lru_cache(maxsize=8)
 def _to_decode(treedef, leaves: tuple, dtype: str):
   out = jax.tree.unflatten(treedef, leaves)
-  return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), policy.unstack(p)), out_shardings=out)
+  return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), transformer.unstack(p)), out_shardings=out)
 
 
-@dataclasses.dataclass(eq=False)  # two seats are never the same one
-class Seat:
+@dataclasses.dataclass(eq=False)  # two of them are never the same one
+class Sequence:
   """A request, waiting or in a slot, and what it has said so far, a piece a segment."""
   request: Request
   rollout: Rollout
@@ -198,30 +201,31 @@ class Run:
 
   def __init__(self, engine: Engine, key: jax.Array, sampling: Sampling):
     self.e, self.key, self.sampling = engine, key, sampling
-    self.waiting: collections.deque[Seat] = collections.deque()
+    self.waiting: collections.deque[Sequence] = collections.deque()
     self.counts, self.lengths = engine.row_counts(sampling), engine.lengths(sampling)
     self.slots: Slots | None = None
-    self.at: list[Seat | None] = []    # by slot
+    self.slot_to_request: list[Sequence | None] = []    # by slot
     self.shards = engine.mesh.shape["data"] * engine.mesh.shape["fsdp"]  # that the slots are split over
     self.length = 0                    # cache columns
-    self.prefixes: tuple[dict, decode.Prefix | None] = ({}, None)
-    self.unseen: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
+    self.prefixes: tuple[dict, programs.Prefix | None] = ({}, None)
+    self.in_flight: collections.deque = collections.deque()  # segments under way: (who sat where, device arrays)
     self.finished: list[Rollout] = []
 
-  def add(self, request: Request) -> Seat:
+  def add(self, request: Request) -> Sequence:
     """Puts a request behind those that wait. Requests of one prompt number have the same tokens."""
     rollout = Rollout(request.index, request.prompt, request.tokens, np.zeros(0, np.int32), np.zeros(0, np.float32))
-    self.waiting.append(Seat(request, rollout))
+    self.waiting.append(Sequence(request, rollout))
     return self.waiting[-1]
 
-  def cancel(self, gone: list[Seat]) -> None:
+  def cancel(self, gone: list[Sequence]) -> None:
     """Takes requests out, waiting or seated; they never count as finished."""
-    keep = lambda seats: [None if seat in gone else seat for seat in seats]
-    self.waiting = collections.deque(seat for seat in self.waiting if seat not in gone)
-    rows = np.array([seat in gone for seat in self.at])
+    keep = lambda sequences: [None if sequence in gone else sequence for sequence in sequences]
+    self.waiting = collections.deque(sequence for sequence in self.waiting if sequence not in gone)
+    rows = np.array([sequence in gone for sequence in self.slot_to_request])
     if rows.any():
-      self.slots = decode.free_resource(self.slots, rows)
-    self.at, self.unseen = keep(self.at), collections.deque((keep(seats), results) for seats, results in self.unseen)
+      self.slots = programs.free_resource(self.slots, rows)
+    self.slot_to_request = keep(self.slot_to_request)
+    self.in_flight = collections.deque((keep(sequences), results) for sequences, results in self.in_flight)
 
   def advance(self, decide: Callable | None = None, meanwhile: Callable | None = None) -> bool:
     """Fills free slots, starts a segment, calls meanwhile() while the device works, books what was said. False: nothing to do."""
@@ -231,7 +235,7 @@ class Run:
       self.start_segment(decide)
       meanwhile and meanwhile()
       # With nobody waiting for a slot the device may be a segment ahead of what the host has seen.
-      while len(self.unseen) > (0 if self.waiting else 1):
+      while len(self.in_flight) > (0 if self.waiting else 1):
         self.look()
     return started
 
@@ -242,68 +246,71 @@ class Run:
 
   def refill_and_fit(self) -> bool:
     """Puts waiting requests into free slots and brings the batch to the smallest shape that holds it. False: nobody is left."""
-    live = [i for i, x in enumerate(self.at) if x]
+    live = [i for i, x in enumerate(self.slot_to_request) if x]
     wanted = min(len(live) + len(self.waiting), self.e.rows)
     if not wanted:
-      self.unseen.clear()  # segments that ran ahead of the last end
+      self.in_flight.clear()  # segments that ran ahead of the last end
       return False
     new = [self.waiting.popleft() for _ in range(wanted - len(live))]
-    crowd = max(collections.Counter(i * self.shards // len(self.at) for i in live).values(), default=0)
+    crowd = max(collections.Counter(i * self.shards // len(self.slot_to_request) for i in live).values(), default=0)
     rows = next(n for n in self.counts if n >= max(wanted, crowd * self.shards))
-    columns = max(len(x.request.tokens) + x.count for x in [self.at[i] for i in live] + new)
-    columns += self.e.segment * (1 + len(self.unseen))
+    columns = max(len(x.request.tokens) + x.count for x in [self.slot_to_request[i] for i in live] + new)
+    columns += self.e.segment * (1 + len(self.in_flight))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
     if self.slots is None:
-      self.slots = decode.init_slots(self.e.config, rows, length, self.sampling)
-      self.at, self.length = [None] * rows, length
-    elif rows != len(self.at) or length > self.length:
+      self.slots = programs.init_slots(self.e.config, rows, length, self.sampling)
+      self.slot_to_request, self.length = [None] * rows, length
+    elif rows != len(self.slot_to_request) or length > self.length:
       self.take(live, rows, length)
     if new:
-      self.seat(new)
+      self.assign(new)
     return True
 
   def take(self, live: list[int], rows: int, length: int) -> None:
     """Gathers the slots `live` into `rows` rows of `length` columns, each within its shard of the mesh."""
-    old, new = len(self.at) // self.shards, rows // self.shards
+    old, new = len(self.slot_to_request) // self.shards, rows // self.shards
     index, at, free = np.repeat(np.arange(self.shards, dtype=np.int32) * old, new), [None] * rows, list(range(0, rows, new))
     for i in live:
       to = free[i // old]
       free[i // old] += 1
-      index[to], at[to] = i, self.at[i]
-    self.slots = decode.take_rows(self.slots, index, np.array([seat is not None for seat in at]), length=length)
-    self.at, self.length = at, length
+      index[to], at[to] = i, self.slot_to_request[i]
+    self.slots = programs.take_rows(self.slots, index, np.array([sequence is not None for sequence in at]), length=length)
+    self.slot_to_request, self.length = at, length
 
-  def seat(self, new: list[Seat]) -> None:
+  def assign(self, new: list[Sequence]) -> None:
     """Puts requests into free slots, prompts prefilled once each."""
-    free = iter([i for i, x in enumerate(self.at) if not x])
+    free = iter([i for i, x in enumerate(self.slot_to_request) if not x])
     while new:
       if new[0].request.prompt not in self.prefixes[0]:
         self._prefill(new)
       where, prefix = self.prefixes
-      rows, batch = len(self.at), []
+      rows, batch = len(self.slot_to_request), []
       while new and new[0].request.prompt in where:
         batch.append((next(free), new.pop(0)))
       source, limit, index, group = np.full(rows, -1, np.int32), *(np.zeros(rows, np.int32) for _ in range(3))
-      for slot, seat in batch:
-        request = seat.request
-        source[slot], limit[slot], index[slot], group[slot] = where[request.prompt], request.limit, request.index, request.prompt
-        self.at[slot] = seat
-      self.slots = decode.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group, self._own(batch))
+      for slot, sequence in batch:
+        request = sequence.request
+        source[slot], limit[slot] = where[request.prompt], request.max_tokens
+        index[slot], group[slot] = request.index, request.prompt
+        self.slot_to_request[slot] = sequence
+      self.slots = programs.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group,
+                                   self._sampling_params(batch))
 
-  def _own(self, batch: list[tuple[int, Seat]]) -> decode.Own | None:
-    """What the requests of `batch`, (slot, seat), choose for themselves, by slot."""
-    if self.slots.own is None:
+  def _sampling_params(self, batch: list[tuple[int, Sequence]]) -> SamplingParams | None:
+    """What the requests of `batch`, (slot, sequence), choose for themselves, by slot."""
+    if self.slots.sampling_params is None:
       return None
-    own = decode.Own(*(np.zeros(len(self.at), np.float32) for _ in range(3)))
-    for slot, seat in batch:
-      own.temperature[slot], own.top_p[slot], own.keep[slot] = seat.request.temperature, seat.request.top_p, seat.request.keep
-    return own
+    params = SamplingParams(*(np.zeros(len(self.slot_to_request), np.float32) for _ in range(3)))
+    for slot, sequence in batch:
+      request = sequence.request
+      params.temperature[slot], params.top_p[slot], params.keep[slot] = request.temperature, request.top_p, request.keep
+    return params
 
-  def _prefill(self, new: list[Seat]) -> None:
+  def _prefill(self, new: list[Sequence]) -> None:
     """Prefills the next distinct prompts of the pool, as many as one program takes."""
     prompts = {}
-    for seat in [*new, *self.waiting]:
-      prompts.setdefault(seat.request.prompt, seat.request.tokens)
+    for sequence in [*new, *self.waiting]:
+      prompts.setdefault(sequence.request.prompt, sequence.request.tokens)
       if len(prompts) == self.e.prefill_rows:
         break
     tokens = np.zeros((self.e.prefill_rows, self.e.max_prompt), np.int32)
@@ -312,12 +319,12 @@ class Run:
       tokens[i, :len(x)], length[i] = x, len(x)
     tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
     self.prefixes = ({}, None)  # before the next one is made
-    prefix = decode.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
+    prefix = programs.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
   def start_segment(self, decide: Callable | None) -> None:
     """Starts the next segment and the decision after it, without waiting for either."""
-    self.slots, *said = decode.generate_segment(
+    self.slots, *said = programs.generate_segment(
       self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling)
     decision = None
     if decide:
@@ -325,38 +332,39 @@ class Run:
     # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,
     # so that each process sees the same and does the same next (hosts.py).
     results = (*said, self.slots.generated, self.slots.active, decision)
-    self.unseen.append((list(self.at), _everywhere(self.e.mesh)(results)))
+    self.in_flight.append((list(self.slot_to_request), _everywhere(self.e.mesh)(results)))
 
   def look(self) -> None:
     """Waits for the oldest unseen segment, books its tokens and frees the slots of the rollouts that ended in it."""
-    seats, results = self.unseen.popleft()
+    sequences, results = self.in_flight.popleft()
     tokens, logprobs, confidences, generated, active, decision = jax.device_get(results)
     generated, active = generated.tolist(), active.tolist()
     ended = set()
-    for i, seat in enumerate(seats):
-      if not seat or generated[i] == seat.count:  # empty, or ended in a segment seen before
+    for i, sequence in enumerate(sequences):
+      if not sequence or generated[i] == sequence.count:  # empty, or ended in a segment seen before
         continue
-      count = generated[i] - seat.count
-      seat.tokens.append(tokens[i, :count])
-      seat.logprobs.append(logprobs[i, :count])
-      seat.confidences.append(confidences[i, :count])
-      seat.count, out = generated[i], seat.rollout
+      count = generated[i] - sequence.count
+      sequence.tokens.append(tokens[i, :count])
+      sequence.logprobs.append(logprobs[i, :count])
+      sequence.confidences.append(confidences[i, :count])
+      sequence.count, out = generated[i], sequence.rollout
       if decision is not None:
         out.final = float(decision.score[i])
       if decision is not None and decision.decided[i]:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)
-        if decision.reading is not None:
-          out.readings += (jax.tree.map(lambda x, i=i: x[i], decision.reading),)
-        out.survival *= float(decision.survival[i])
-        out.planned *= float(decision.planned[i])
-        out.control = bool(decision.control[i])
+        if decision.features is not None:
+          out.features += (jax.tree.map(lambda x, i=i: x[i], decision.features),)
+        out.keep_probability *= float(decision.keep_probability[i])
+        out.rule_probability *= float(decision.rule_probability[i])
+        out.holdout = bool(decision.holdout[i])
       if not active[i]:
-        out.tokens, out.logprobs, out.confidences = map(np.concatenate, (seat.tokens, seat.logprobs, seat.confidences))
+        said = sequence.tokens, sequence.logprobs, sequence.confidences
+        out.tokens, out.logprobs, out.confidences = map(np.concatenate, said)
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
-        ended.add(id(seat))
-    self.at = [None if seat and id(seat) in ended else seat for seat in self.at]
+        ended.add(id(sequence))
+    self.slot_to_request = [None if sequence and id(sequence) in ended else sequence for sequence in self.slot_to_request]
 
 
 def _up(n: int, unit: int) -> int:

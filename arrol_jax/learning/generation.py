@@ -1,0 +1,51 @@
+"""One step's prompts rolled out and graded: survivors are graded while later segments decode (paper Algorithm 1).
+"""
+
+
+from collections import Counter
+from collections.abc import Callable
+import logging
+import time
+
+import jax
+
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request
+from arrol_jax.running import hosts
+from arrol_jax.types import FAILED, Rollout
+
+_log = logging.getLogger(__name__)
+
+
+def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
+             decide: Callable | None = None, progress: Callable | None = None, first: int = 0) -> tuple[list[Rollout], float]:
+  """Rolls out `group_size` responses to each prompt (data.Prompt) and grades those that were not pruned.
+
+  Returns P * G rollouts in order (rollout i belongs to prompt i // G) and the seconds spent waiting for grades after the
+  last token. progress(rollout) is called for each that ends. first: number of the first prompt within the step. With several
+  processes each reads and grades its share of the rollouts, and all get all of them.
+  """
+  requests = [Request(p * group_size + g, p, prompt.tokens, engine.max_new)
+              for p, prompt in enumerate(prompts, first) for g in range(group_size)]
+  pending = []
+
+  def on_done(rollout: Rollout):
+    if hosts.mine(rollout.request):
+      rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+      if not rollout.pruned:
+        pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt - first].problem.answer)])))
+    progress and progress(rollout)
+
+  rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)
+  waited = time.perf_counter()
+  for rollout, waiting in pending:
+    rollout.reward, rollout.reason = waiting.result()[0]
+  failed = Counter(r.reason for r, _ in pending if r.reason in FAILED)
+  if 2 * failed.total() > len(pending):  # now and then it is a hostile answer; this must not pass for a policy that knows nothing
+    _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
+                 "reward.memory, reward.workers", failed.total(), len(pending),
+                 ", ".join(f"{count} {reason}" for reason, count in failed.items()))
+  parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
+  for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
+    r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
+  return rollouts, time.perf_counter() - waited

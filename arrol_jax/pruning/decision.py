@@ -1,0 +1,103 @@
+"""The decision at a segment boundary, as one jitted program: features -> score -> posterior -> keep probability -> draw.
+
+METHOD sections 2 to 4. Pruning off, and the cold start, are the same program with keep probability 1.
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from arrol_jax.engine.programs import Slots
+from arrol_jax.engine.scheduler import Decision
+from arrol_jax.pruning import table as tables_
+from arrol_jax.pruning.baselines import top_share
+from arrol_jax.pruning.draws import draw
+from arrol_jax.pruning.head import Features, inputs_of, quality_logit
+from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, solve_delta, survival, survival_with_floor
+from arrol_jax.pruning.table import Calibration
+
+# Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
+_DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
+
+
+def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:
+  """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout; features:
+  rollouts bring home what the head read."""
+  return lambda slots: _decide(slots, head, tables, rule, pruning, features)
+
+
+def features_of(slots: Slots, head: dict) -> Features:
+  """What `head` reads of each slot as it stands."""
+  inputs, count = inputs_of(head), jnp.maximum(slots.generated, 1).astype(jnp.float32)
+  return Features(slots.hidden if "last" in inputs else None, slots.hidden_sum / count[:, None] if "mean" in inputs else None,
+                  jnp.stack([slots.logprob_sum / count, slots.logprob_min], axis=1) if "logprobs" in inputs else None)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "pruning", "features"), donate_argnames=("slots",))
+def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
+            features: bool) -> tuple[Slots, Decision]:
+  tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
+  here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
+  decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
+  seen = features_of(slots, head)
+  score = quality_logit(head, seen)
+  by_decision = jax.vmap(tables_.posterior, (0, None))(tables, score)  # [C,B]
+  posterior = jnp.take_along_axis(by_decision, which[None], axis=0)[0]
+  # Members of a group that decide together, at the same length.
+  group = slots.group * len(rule.detect) + which.astype(jnp.int32)
+
+  keep_all = lambda: jnp.ones_like(score)
+  by_rule = lambda: KEEP_PROBABILITY.get(rule.kind, _published)(rule, slots, tables, posterior, which, group, decided)
+  pruning &= rule.kind != "max_variance"
+  # Most boundaries decide nothing.
+  rule_probability = jax.lax.cond(jnp.any(decided), by_rule, keep_all) if pruning else keep_all()
+  holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
+  key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
+  keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided)
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, probability, rule_probability,
+                                                             holdout, seen if features else None)
+
+
+# ---- keep probability f32[B] by rule: tables [C,Q], posterior f32[B], which (decision) i32[B], group i32[B], decided bool[B]
+
+
+def _published(rule, slots, tables, posterior, which, group, decided):
+  """METHOD section 4; "random", "lowest" and "highest" are strengths of it."""
+  constants = rule.constants()
+  delta = jax.vmap(lambda table: solve_delta(table, **constants))(tables)
+  return survival(posterior, delta=delta[which], **constants)
+
+
+def _group(rule, slots, tables, posterior, which, group, decided):
+  """METHOD 9.5: each group's expected ratio is steered to rho."""
+  return group_survival(posterior, group, decided, rho=rule.target, **rule.limits())
+
+
+def _confidence(rule, slots, tables, posterior, which, group, decided):
+  """DeepConf: a group's most confident tokens."""
+  return top_share(slots.confidence_sum / jnp.maximum(slots.generated, 1), group, decided, **rule.limits())
+
+
+def _threshold(rule, slots, tables, posterior, which, group, decided):
+  """For inference: all whose posterior is at least `keep`, or what the row's request chose."""
+  least = rule.keep if slots.sampling_params is None else slots.sampling_params.keep
+  return (posterior >= least).astype(jnp.float32)
+
+
+KEEP_PROBABILITY = {"group": _group, "confidence": _confidence, "threshold": _threshold}
+
+
+def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: jax.Array, group: jax.Array,
+          decided: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw and floor."""
+  if rule.draw == "systematic":
+    probability = lift(rule.floor, probability, group, decided) if rule.floor else probability
+    return draw(key, jnp.where(decided, probability, 1.0), method="systematic", groups=group), probability
+  u = jax.vmap(jax.random.uniform)(key)
+  keep = (u < probability) | ~decided
+  if not rule.floor:
+    return keep, probability
+  keep |= at_least(rule.floor, -posterior if rule.kind == "threshold" else u / probability, group, decided)
+  return keep, survival_with_floor(rule.floor, u, probability, group, decided)
