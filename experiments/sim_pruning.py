@@ -217,6 +217,7 @@ def plot(results: dict, path: Path) -> None:
     sizes = np.array(results["draws"][method]["sizes"]) / results["draws"]["repeats"]
     axes[2].bar(np.arange(GROUP + 1) + shift, sizes, width=0.4, label=method)
   axes[2].set(xlabel="survivors of 16, sum p = 8", ylabel="share of draws", title="survivors of a group, by draw")
+  axes[2].set_xticks(range(0, GROUP + 1, 2))
   axes[2].legend()
   width = 0.8 / len(RULES)
   for i, rule in enumerate(RULES):

@@ -150,7 +150,10 @@ def step_difference(jobs: list[Job], others: list[Job], key: str) -> Estimate | 
   each = [(column(a, key)[:n] - column(b, key)[:n])[a.scale.skip:] for (a, b), n in zip(pairs, steps, strict=True)]
   values = np.concatenate(each) if each else np.array([])
   values = values[np.isfinite(values)]
-  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))) if len(values) > 1 else None
+  if len(values) < 2:
+    return None
+  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))),
+                  tuple(float(np.nanmean(x)) for x in each if np.isfinite(x).any()))
 
 
 def seconds(jobs: list[Job], key: str = "sec_step") -> dict[tuple[str, str], float]:
