@@ -43,9 +43,9 @@ def build(scale: Scale, figure: Figure) -> Table:
     if gain[arm]:
       notes.append(f"Not in the paper: {what}; E[rho_hat (1 - rho_hat)] against random {gain[arm].text('+.4f')}.")
   if any(gain.values()):
-    notes.append("Differences in balance are between the same steps of the same seeds, which have the same prompts; ± takes steps "
-                 "as independent; in brackets, each seed. Random and published draw each rollout by itself, the two arms that are "
-                 "not in the paper a fixed number, so they differ in the draw too.")
+    notes.append("Differences in balance are between the same steps of the same seeds, which have the same prompts; ± takes "
+                 "steps as independent; in brackets, each seed. Random and published draw each rollout by itself, the two arms "
+                 "that are not in the paper a fixed number, so they differ in the draw too.")
   if any(ratio.values()):
     figure.set_size_inches(13, 4)
     axes, names = figure.subplots(1, 3), [what for what, _, _ in ARMS.values()]
