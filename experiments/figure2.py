@@ -19,6 +19,8 @@ PREDICTORS = {"head as published": ("head", ["last"]),
               "head, log-probs too": ("head", ["last", "logprobs"]),
               "head, mean state and log-probs": ("head", ["mean", "logprobs"]), "trace confidence": ("trace confidence", None)}
 JUDGES = {"auc": "AUC", "auc_within": "AUC within a prompt", "spearman": "Spearman"}
+JUDGED = {"auc": "right against wrong,\nall prompts together", "auc_within": "right against wrong,\nwithin a prompt",
+          "spearman": "rank correlation of\nscore and reward"}  # the panels' titles; 0.5 and 0 are chance
 
 
 def predictor(lines: list[dict], length: int, name: str, judge: str) -> Estimate | None:
@@ -83,27 +85,33 @@ def build(scale: Scale, figure: Figure) -> Table:
 
 
 def draw(figure: Figure, scale: Scale, lines: list[dict], lengths: list[int], right: list[float], wrong: list[float]) -> None:
-  """Score distributions, and each judge over prefix length."""
+  """Score distributions, and each judge over prefix length, where points of one length stand side by side."""
+  figure.set_size_inches(13, 4.4)
   axes = figure.subplots(1, 4)
   for values, label in ((right, "right"), (wrong, "wrong")):
     if values:
-      axes[0].hist(values, np.linspace(0, 1, 26), density=True, alpha=0.5, label=label)
-  axes[0].set_title(f"sigmoid of the score ({scale.name})", fontsize=9)
+      axes[0].hist(values, np.linspace(0, 1, 26), density=True, histtype="step", lw=1.8, label=f"{label} ({len(values)})")
+  axes[0].set_title(f"scores of the published head\n(unpruned runs, scale {scale.name})", fontsize=10)
+  axes[0].set_xlabel("sigmoid of the score", fontsize=9)
+  axes[0].set_ylabel("density of rollouts", fontsize=9)
+  step = min(np.diff(lengths), default=1) / 10
   for axis, (judge, title) in zip(axes[1:], JUDGES.items(), strict=True):
-    for name in PREDICTORS if lines else ():
+    for i, name in enumerate(PREDICTORS if lines else ()):
       y = [predictor(lines, n, name, judge) for n in lengths]
-      axis.errorbar(lengths, [v.value for v in y], [v.half for v in y], marker="o", capsize=3, label=name)
+      x = np.array(lengths) + step * (i - (len(PREDICTORS) - 1) / 2)
+      axis.errorbar(x, [v.value for v in y], [v.half for v in y], marker="o", markersize=4, capsize=2, lw=1.2, label=name)
     if not lines:
       axis.text(0.5, 0.6, NOT_RUN, ha="center", transform=axis.transAxes)
     axis.axhline(0.0 if judge == "spearman" else 0.5, color="k", lw=0.8)
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("response tokens read", fontsize=8)
+    axis.set_title(JUDGED[judge], fontsize=10)
+    axis.set_xlabel("response tokens read", fontsize=9)
+    axis.set_ylabel(title, fontsize=9)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
   if right or wrong:
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=9, loc="upper right")
   if lines:
-    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=7, ncols=len(PREDICTORS), loc="outside lower center")
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=10, ncols=len(PREDICTORS), loc="outside lower center")
 
 
 if __name__ == "__main__":

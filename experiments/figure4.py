@@ -76,20 +76,26 @@ def draw(figure: Figure, scale: Scale, jobs: dict[str, list[Job]]) -> None:
   device = lambda job: runs.summary(job)["device"]
   done = {arm: [job for job in each if job.done] for arm, each in jobs.items()}
   commonest, _ = collections.Counter(device(job) for each in done.values() for job in each).most_common(1)[0]
+  figure.set_size_inches(12, 5)
   axes = figure.subplots(1, 2, sharey=True)
   for i, arm in enumerate(ARMS):
     steps = [(np.arange(1.0, len(y) + 1), y) for job in done[arm] for y in [smooth(tables.column(job, "reward_ipw"), LAST)]]
     timed = [(clock(job), y) for job, (_, y) in zip(done[arm], steps, strict=True) if device(job) == commonest]
     for axis, lines in zip(axes, (timed, steps), strict=True):
       for x, y in lines:
-        axis.plot(x, y, color=f"C{i}", lw=0.8, alpha=0.4)
+        axis.plot(x, y, color=f"C{i}", lw=0.7, alpha=0.25)
       if lines:
         x = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
-        axis.plot(x, np.mean([np.interp(x, *line) for line in lines], axis=0), color=f"C{i}", lw=1.8, label=ARMS[arm])
-  axes[0].set_title(f"Figure 4, reward of all rollouts started, {LAST}-step mean ({scale.name})", fontsize=9)
-  axes[0].set_xlabel(f"seconds on {commonest}, compilation left out", fontsize=8)
-  axes[1].set_xlabel("step; thin: each seed, thick: their mean", fontsize=8)
-  axes[1].legend(fontsize=7)
+        axis.plot(x, np.mean([np.interp(x, *line) for line in lines], axis=0), color=f"C{i}", lw=2.0, label=ARMS[arm])
+  figure.suptitle(f"Figure 4 (scale {scale.name}). Thin: each seed; thick: the mean of the seeds shown", fontsize=11)
+  axes[0].set_ylabel(f"reward of all rollouts started, {LAST}-step mean", fontsize=9)
+  axes[0].set_title("against wall clock: runs on this device only", fontsize=10)
+  axes[0].set_xlabel(f"seconds on {commonest}, compilation left out", fontsize=9)
+  axes[1].set_title("against steps: all runs", fontsize=10)
+  axes[1].set_xlabel("step", fontsize=9)
+  for axis in axes:
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.legend(*axes[1].get_legend_handles_labels(), fontsize=10, ncols=len(ARMS), loc="outside lower center")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def smooth(y: np.ndarray, window: int = 5) -> np.ndarray:
 def plot(workdirs: list[str], out: str) -> None:
   runs = {os.path.basename(os.path.normpath(w)): read(w) for w in workdirs}
   figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
   for i, (name, m) in enumerate(runs.items()):
     color = f"C{i}"
     for axis, x in ((axes[0, 0], m["step"]), (axes[0, 1], np.cumsum(m["sec_step"]) / 60)):
@@ -48,16 +49,20 @@ def plot(workdirs: list[str], out: str) -> None:
       axis.plot(x, smooth(m["reward_ipw"]), color=color, lw=2, label=name)
     axes[1, 1].plot(m["step"], smooth(m["head_auc"]), color=color, lw=2, label=f"{name}: all rollouts")
     axes[1, 1].plot(m["step"], smooth(m["head_auc_within"]), color=color, lw=2, ls=":", label=f"{name}: within a prompt")
-  axes[0, 0].set(title="Reward over all started rollouts (inverse-propensity estimate)", xlabel="step", ylabel="reward")
-  axes[0, 1].set(title="The same against wall clock", xlabel="minutes (compilation included)", ylabel="reward")
+  axes[0, 0].set(title="Reward of all rollouts started", xlabel="step", ylabel="reward (reward_ipw)")
+  axes[0, 1].set(title="The same against wall clock", xlabel="minutes, compilation included", ylabel="reward (reward_ipw)")
   m = next(iter(runs.values()))
-  axes[1, 0].bar(m["step"], m["rollouts_kept"], width=1.0, color="C2", label="kept")
-  axes[1, 0].bar(m["step"], m["rollouts_pruned"], width=1.0, bottom=m["rollouts_kept"], color="C7", alpha=0.6, label="pruned")
-  axes[1, 0].set(title=f"Rollouts a step ({next(iter(runs))})", xlabel="step", ylabel="rollouts")
+  axes[1, 0].stackplot(m["step"], m["rollouts_kept"], m["rollouts_pruned"], step="mid", colors=("C2", "lightgrey"),
+                       labels=("kept", "pruned"))
+  axes[1, 0].set(title=f"Rollouts per step ({next(iter(runs))})", xlabel="step", ylabel="rollouts",
+                 ylim=(0, 1.2 * np.max(m["rollouts_kept"] + m["rollouts_pruned"])))  # room for the legend
   axes[1, 1].axhline(0.5, color="k", lw=0.8)
-  axes[1, 1].set(title="Quality head: AUC (5-step mean; 0.5 = chance)", xlabel="step", ylabel="AUC", ylim=(0.2, 1.0))
+  axes[1, 1].set(title="Quality head (5-step mean; 0.5 is chance)", xlabel="step", ylabel="AUC, right against wrong",
+                 ylim=(0.2, 1.0))
   for axis in axes.flat:
-    axis.legend(fontsize=8)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2} if axis is axes[1, 1] else \
+      {"loc": "upper right", "ncols": 2} if axis is axes[1, 0] else {"loc": "upper left"}  # the head's lines leave no room inside
+    axis.legend(fontsize=9, **below)
     axis.spines[["top", "right"]].set_visible(False)
   figure.savefig(out, dpi=120)
   plt.close(figure)

@@ -198,7 +198,9 @@ def plot(results: dict, path: Path) -> None:
   import matplotlib
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
-  figure, axes = plt.subplots(1, 5, figsize=(23, 4.2), layout="constrained")
+  figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+  axes.flat[5].set_visible(False)
+  axes = axes.flat
   x, y = np.array(results["theory"]["points"]).T
   axes[0].scatter(y, x, s=5, alpha=0.5)
   axes[0].plot([0, y.max()], [0, y.max()], color="k", lw=1)
@@ -210,11 +212,12 @@ def plot(results: dict, path: Path) -> None:
               color=["C3", "C0"])
   axes[1].axhline(0, color="k", lw=1)
   keep = ", ".join(f"{n} {b[n]['keep_ratio']:.3f}" for n in names)
-  axes[1].set(ylabel="prior - truth (bars: 2 standard errors)", title=f"bias of the prior; mean p (aim 0.5): {keep}")
+  axes[1].set(ylabel="prior less truth (bars: 2 standard errors)", title=f"bias of the table's prior\n(mean p, aim 0.5: {keep})")
   for method, shift in (("bernoulli", -0.2), ("systematic", 0.2)):
     sizes = np.array(results["draws"][method]["sizes"]) / results["draws"]["repeats"]
     axes[2].bar(np.arange(GROUP + 1) + shift, sizes, width=0.4, label=method)
-  axes[2].set(xlabel="survivors of 16, sum p = 8", ylabel="share of draws", title="draws")
+  axes[2].set(xlabel="survivors of 16, sum p = 8", ylabel="share of draws", title="survivors of a group, by draw")
+  axes[2].set_xticks(range(0, GROUP + 1, 2))
   axes[2].legend()
   width = 0.8 / len(RULES)
   for i, rule in enumerate(RULES):
@@ -226,7 +229,8 @@ def plot(results: dict, path: Path) -> None:
   axes[3].legend(ncols=2, fontsize=8)
   n = results["lengths"]
   axes[4].bar(["512", "64, 128, 256, 512"], [100 * n[k]["saved"] for k in ("one", "four")])
-  axes[4].set(ylabel="tokens saved, %", title=f"decisions; of the long, {n['one']['kept']:.3f} and {n['four']['kept']:.3f} kept")
+  axes[4].set(ylabel="tokens saved, %", xlabel="decided at so many tokens",
+              title=f"one decision and four\n({n['one']['kept']:.3f} and {n['four']['kept']:.3f} of the long kept)")
   figure.savefig(path, dpi=80)
 
 

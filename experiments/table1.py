@@ -31,13 +31,14 @@ def compare(scale: Scale, figure: Figure, name: str, title: str, arms: tuple[str
                  cell(ratio, ".2f", "x"), f"{theirs[2]:.2f}x"])
     notes += tables.verdict(f"accuracy with pruning against without ({label})", gain, rows[-1][6] + " points", unit=" points")
     notes += tables.faster(f"speed-up of a step ({label})", ratio, rows[-1][8])
+    notes += tables.by_seed("Accuracy with pruning less that without", a, b)
     notes += tables.device_note(base, pruned) + tables.load_note(mine)
     if a or b:
       axes = figure.subplots(1, 2) if axes is None else axes
       before = accuracy(mine, "eval_before") if scale.name != "paper" else None
-      tables.bars(axes[0], ["before", "without", "with pruning"], [before, a, b], f"{title}: accuracy, %")
+      tables.bars(axes[0], ["before", "without", "with pruning"], [before, a, b], f"{title}: held-out accuracy", unit="% right")
       tables.bars(axes[1], ["without", "with pruning"], [_mean(x) for x in pair(seconds(base), seconds(pruned))],
-                  "seconds a step", "C1")
+                  "a step, median", "C1", "seconds")
   if scale.name != "paper":
     notes.append(f"The paper's columns are {PAPER_MODELS[models[0]]}, the average of six benchmarks: another scale, there to "
                  "compare directions.")

@@ -43,13 +43,16 @@ def build(scale: Scale, figure: Figure) -> Table:
     if gain[arm]:
       notes.append(f"Not in the paper: {what}; E[rho_hat (1 - rho_hat)] against random {gain[arm].text('+.4f')}.")
   if any(gain.values()):
-    notes.append("Differences in balance are between the same steps of the same seeds, which have the same prompts.")
+    notes.append("Differences in balance are between the same steps of the same seeds, which have the same prompts; ± takes "
+                 "steps as independent; in brackets, each seed. Random and published draw each rollout by itself, the two arms "
+                 "that are not in the paper a fixed number, so they differ in the draw too.")
   if any(ratio.values()):
+    figure.set_size_inches(13, 4)
     axes, names = figure.subplots(1, 3), [what for what, _, _ in ARMS.values()]
-    tables.bars(axes[0], names, list(ratio.values()), f"Table 4, E[ρ̂] of survivors ({scale.name})")
+    tables.bars(axes[0], names, list(ratio.values()), f"Table 4 ({scale.name}): share right", unit="E[ρ̂] of survivors")
     axes[0].axhline(0.5, color="k", lw=0.8, ls="--")
-    tables.bars(axes[1], names, list(variance.values()), "E[ρ̂(1 - ρ̂)]", "C2")
-    tables.bars(axes[2], names, list(right.values()), "held-out accuracy, %", "C1")
+    tables.bars(axes[1], names, list(variance.values()), "balance", "C2", "E[ρ̂(1 - ρ̂)] of survivors")
+    tables.bars(axes[2], names, list(right.values()), "held-out accuracy", "C1", "% right")
   columns = ("pruning", "E[ρ̂]", "paper", "E[ρ̂(1 - ρ̂)]", "paper", "keep ratio", "mixed groups a step",
              "head's AUC within a prompt", "accuracy, %")
   return Table("table4", "Table 4: balance within groups of survivors, against random pruning", scale, columns, rows, notes,

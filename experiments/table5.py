@@ -28,7 +28,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes += tables.faster(f"{what}", ratios[what], paper[2])
   if any(ratios.values()):
     axis = figure.subplots()
-    tables.bars(axis, list(ratios), list(ratios.values()), f"Table 5, speed-up by phase ({scale.name}); crosses: the paper")
+    tables.bars(axis, list(ratios), list(ratios.values()), f"Table 5, speed-up by phase ({scale.name}); crosses: the paper",
+                unit="times as fast as without pruning")
     axis.plot(range(4), [slow / fast if slow else 1.61 for _, _, slow, fast in PHASES], "rx")
     axis.axhline(1, color="k", lw=0.8)
   notes += tables.device_note(base, pruned) + tables.load_note([*base, *pruned])

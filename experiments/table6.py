@@ -33,8 +33,9 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes += tables.faster(f"speed-up at {ARMS[arm][0]}", ratios[arm], f"{ARMS[arm][2]}x")
   if any(right.values()):
     axes, names = figure.subplots(1, 2), [f"{keep}" for keep, _, _ in ARMS.values()]
-    tables.bars(axes[0], names, list(right.values()), f"Table 6, held-out accuracy by keep ratio, % ({scale.name})")
-    tables.bars(axes[1], names, list(ratios.values()), "speed-up of a step; crosses: the paper", "C1")
+    tables.bars(axes[0], names, list(right.values()), f"Table 6 ({scale.name}), held-out accuracy by keep ratio", unit="% right")
+    tables.bars(axes[1], names, list(ratios.values()), "speed-up of a step; crosses: the paper", "C1",
+                "times as fast as keeping all")
     for arm, name in zip(ARMS, names, strict=True):
       axes[1].plot([name] if ratios[arm] else [], [ARMS[arm][2]] if ratios[arm] else [], "rx")
   notes += tables.device_note(*reversed(jobs.values())) + tables.load_note(sum(jobs.values(), []))

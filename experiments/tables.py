@@ -8,10 +8,12 @@ from collections.abc import Callable
 import dataclasses
 import html
 import sys
+import textwrap
 
 from absl import flags
 from matplotlib.figure import Figure
 import numpy as np
+from scipy import stats
 
 from arrol_jax.types import UserError
 from experiments import runs
@@ -23,14 +25,22 @@ BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from w
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A figure with the half-width of its 95% interval (NaN: none) and, where there are several, that of each seed."""
+  """A figure with the half-width of its 95% interval (NaN: none) and, where there are several, that of each seed.
+
+  half takes the spread over seeds at 1.96 standard errors; student takes it at Student's t for so few seeds (NaN: one seed, or no
+  spread of seeds in it), which for two is 12.7 in place of 1.96.
+  """
   value: float
   half: float
   each: tuple[float, ...] = ()
+  student: float = float("nan")
 
   def __sub__(self, other: "Estimate") -> "Estimate":
     """The difference as if both were independent: too wide where they share problems."""
-    return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)))
+    student = np.hypot(*(x.half if np.isnan(x.student) else x.student for x in (self, other)))
+    known = not (np.isnan(self.student) and np.isnan(other.student))
+    return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)),
+                    student=float(student) if known else float("nan"))
 
   def text(self, form: str = ".1f", unit: str = "") -> str:
     out = format(self.value, form) + unit + ("" if np.isnan(self.half) else f" ± {format(self.half, form.replace('+', ''))}")
@@ -91,8 +101,9 @@ class Table:
 def over_seeds(values: list[float], within: float) -> Estimate:
   """Mean over seeds; its interval from `within` (the half-width over problems, which seeds share) and the spread of seeds."""
   n = len(values)
-  spread = 1.96 * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else 0.0
-  return Estimate(float(np.mean(values)), float(np.hypot(within, spread)), tuple(values))
+  error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+  student = float(np.hypot(within, stats.t.ppf(0.975, n - 1) * error)) if n > 1 else float("nan")
+  return Estimate(float(np.mean(values)), float(np.hypot(within, 1.96 * error)), tuple(values), student)
 
 
 def accuracy(jobs: list[Job], when: str = "eval_after") -> Estimate | None:
@@ -139,7 +150,10 @@ def step_difference(jobs: list[Job], others: list[Job], key: str) -> Estimate | 
   each = [(column(a, key)[:n] - column(b, key)[:n])[a.scale.skip:] for (a, b), n in zip(pairs, steps, strict=True)]
   values = np.concatenate(each) if each else np.array([])
   values = values[np.isfinite(values)]
-  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))) if len(values) > 1 else None
+  if len(values) < 2:
+    return None
+  return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))),
+                  tuple(float(np.nanmean(x)) for x in each if np.isfinite(x).any()))
 
 
 def seconds(jobs: list[Job], key: str = "sec_step") -> dict[tuple[str, str], float]:
@@ -177,15 +191,28 @@ def cell(x: Estimate | None, form: str = ".1f", unit: str = "") -> str:
 
 
 def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f", unit: str = "") -> list[str]:
-  """Whether a difference that the paper has above zero is so here: a line, none where it was not measured."""
+  """Whether a difference that the paper has above zero is so here: a line, none where it was not measured. A difference beyond
+  the interval that Student's t over the seeds does not bear out contradicts nothing yet."""
   if difference is None:
     return []
   low, high = difference.value - difference.half, difference.value + difference.half
   head = "Undecided (the interval holds 0)"
   if low > 0 or high < 0:
     head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
+    if abs(difference.value) <= difference.student:
+      paper += f"; undecided by Student's t over the seeds (± {format(difference.student, form)})"
+      head = head if low > 0 else "Against the paper's direction, but undecided"
   measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
   return [f"{head}: {what} {measured}; paper {paper}."]
+
+
+def by_seed(what: str, base: Estimate | None, other: Estimate | None) -> list[str]:
+  """Each seed's own difference, where both sides have the same several seeds."""
+  if not base or not other or len(base.each) < 2 or len(base.each) != len(other.each):
+    return []
+  each = ", ".join(f"{b - a:+.1f}" for a, b in zip(base.each, other.each, strict=True))
+  return [f"{what}, seed by seed: {each}. ± takes the spread of seeds at 1.96 standard errors; Student's t for two seeds is "
+          "12.7."]
 
 
 def all_above(values, bound: float) -> str:
@@ -216,15 +243,16 @@ def subtract(a: Estimate | None, b: Estimate | None) -> Estimate | None:
   return None if a is None or b is None else a - b
 
 
-def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0") -> None:
-  """Bars with their intervals; what was not run has none."""
+def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0", unit: str = "") -> None:
+  """Bars with their intervals and a dot a seed; what was not run has none."""
   there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
-  axis.bar([label.replace(" ", "\n") for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
+  axis.bar([textwrap.fill(label, 13) for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
            yerr=[v.half for _, v in there])
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
   axis.tick_params(axis="x", labelsize=8)
   axis.set_title(title, fontsize=10)
+  axis.set_ylabel(unit, fontsize=9)
   axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -239,7 +267,7 @@ def draw(build: Callable[[Scale, Figure], Table], scale: Scale) -> tuple[Table, 
 def save(table: Table, figure: Figure) -> bool:
   """Writes the plot beside the results it shows; False where there are none."""
   if figure.axes:
-    figure.savefig(ROOT / table.scale.results / f"{table.name}.png", dpi=80)
+    figure.savefig(ROOT / table.scale.results / f"{table.name}.png", dpi=110)
   return bool(figure.axes)
 
 
