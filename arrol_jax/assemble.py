@@ -19,6 +19,7 @@ from arrol_jax.engine.scheduler import Engine, slots_that_fit
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.evaluation import Voters, measure
+from arrol_jax.learning.generation import Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute
 from arrol_jax.models import sharding
@@ -30,6 +31,7 @@ from arrol_jax.rewards import Grader
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import fingerprint
+from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
 TRAIN, EVAL, INIT = range(3)  # purposes of random keys
@@ -99,8 +101,8 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
                             pool=head is not None and "mean" in inputs_of(head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
-    return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, loaded.tokenizer, grader, voters=voters,
-                   pattern=c.reward.pattern, progress=lambda _: bar.update())[0]
+    grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
+    return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
 
 
 def check_tables(c: ConfigDict, loaded: Policy) -> None:
@@ -126,6 +128,16 @@ def prune_rule(c: ConfigDict) -> PruneRule:
 def loss(c: ConfigDict) -> LossConfig:
   given = {k: v for k, v in c.loss.items() if k != "name" and v is not None}
   return dataclasses.replace(ALGORITHMS[c.loss.name], longest=c.rollout.max_new, **given)
+
+
+def step_config(c: ConfigDict, loaded: Policy) -> StepConfig:
+  """What a training step does."""
+  return StepConfig(
+    dtype=c.model.dtype, sampling=sampling(c, loaded, c.rollout.temperature), rule=prune_rule(c), loss=loss(c),
+    compute=compute(c), shape=pack_shape(c), optimizer=optimizer(c),
+    head_optimizer=head_optimizer(c) if c.quality.buffer else None,
+    passes=c.quality.passes, weigh=tuple(c.prune.weigh), balance=c.quality.balance, short=c.quality.short,
+    half_life=c.prune.half_life)
 
 
 def compute(c: ConfigDict) -> Compute:

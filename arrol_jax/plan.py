@@ -10,331 +10,33 @@ temporary memory that is not the real one's. --suggest=no looks for no change th
 What runs at several shapes is compiled at the largest; programs of a few scalars, evaluation and host memory are left out.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import importlib.util
 import json
 import math
 import os
 from pathlib import Path
-import re
 import sys
 
 import jax
 from jax.experimental import mesh_utils, topologies
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
-import optax
 
-from arrol_jax import assemble, config as configuration
-from arrol_jax.engine import programs
-from arrol_jax.learning import head_training, update
-from arrol_jax.models import sharding, transformer
+from arrol_jax import config as configuration
+from arrol_jax.models import sharding
 from arrol_jax.models.files import gguf as gguf_files, hf_config
-from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.models.zoo import ZOO
-from arrol_jax.planning import hlo
-from arrol_jax.pruning.decision import make_decide
-from arrol_jax.pruning.table import Calibration
-from arrol_jax.types import Batch, TrainState, UserError
+from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
+from arrol_jax.planning.suggesting import as_flags, what_fits
+from arrol_jax.types import UserError
 
 # GiB that programs may fill of a chip's memory; the compiler names the figure where one does not fit.
 HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 # libtpu asks the machine it is on for a TPU's name and place; these answer for it.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-PHASES = "generation", "training"
-GENERATION = ("reshard", "init slots", "prefill", "insert", "decode segment", "decide", "gather")
-GIB = 1 << 30
-SKIPPED = "not compiled: one before it does not fit"
-
-
-@dataclasses.dataclass
-class Program:
-  """One program on one chip, in bytes. Where it did not compile, `error` says why and `peak` is the compiler's figure or 0."""
-  name: str
-  limit: int
-  held: int = 0        # on the chip while it runs, its own arguments among it
-  runs: int = 1        # a step, at most, if all run at this shape
-  argument: int = 0
-  output: int = 0
-  alias: int = 0       # output that takes an argument's place
-  temp: int = 0
-  peak: int = 0        # by itself: argument + output - alias + temp
-  in_step: int = 0     # held + output - alias + temp
-  flops: float = 0.0   # matrix products, loops by their trips
-  traffic: float = 0.0  # bytes to and from memory, loops by their trips
-  flops_once: float = 0.0    # cost_analysis: a loop's body once
-  traffic_once: float = 0.0
-  collectives: dict = dataclasses.field(default_factory=dict)  # kind: [times, bytes], loops by their trips
-  error: str = ""
-
-  @property
-  def fits(self) -> bool:
-    return not self.error and max(self.in_step, self.peak) <= self.limit
-
-
-def per_chip(tree) -> int:
-  """Bytes of a tree of shapes with shardings on one chip, a tile's padding not counted; of what has no sharding, all."""
-  local = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
-  return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
-
-
-def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
-  """assemble.init_state's result as shapes with shardings, and the optimizer."""
-  optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  weights = transformer.abstract_params(model)
-  weights = jax.tree.map(place, weights, sharding.shardings(transformer.logical_axes(model), weights, mesh, sharding.TRAIN))
-  q = c.quality
-  head = jax.eval_shape(lambda: head.init_head(model.width, q.hidden, jax.random.key(0), tuple(q.inputs)))
-  params = {"policy": weights, "head": jax.tree.map(lambda x: place(x, everywhere), head)}
-  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble.init_state).
-  at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
-  follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
-  opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
-  table = jax.ShapeDtypeStruct((len(c.prune.detect), c.prune.bins), jnp.float32, sharding=everywhere)
-  count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-  recent = None
-  if q.buffer:
-    ring = jax.eval_shape(lambda head: head_training.no_recent(head, model.width, q.buffer, assemble.head_optimizer(c)), head)
-    recent = jax.tree.map(lambda x: place(x, everywhere), ring)
-  return TrainState(params, opt_state, Calibration(table, table), count, recent), optimizer
-
-
-def abstract_batch(rows: int, length: int, decisions: int, mesh: Mesh) -> Batch:
-  """A micro-batch of rollout.pack as shapes with shardings."""
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding.rows(mesh))
-  grid, row = array(jnp.float32, length), array(jnp.float32)
-  return Batch(tokens=array(jnp.int32, length), response_mask=grid, sampler_logprobs=grid, old_logprobs=grid,
-               ref_logprobs=grid, advantages=row, rewards=row, head_position=array(jnp.int32, decisions),
-               head_weight=array(jnp.float32, decisions))
-
-
-def out_of_memory(message: str) -> tuple[int, str]:
-  """Bytes that a program would have used, from the compiler's RESOURCE_EXHAUSTED message, and what to say."""
-  found = (re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+[KMGT]?) hbm", message) or
-           re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message))
-  if not found:
-    return 0, "the compiler ran out of the chip's memory: " + " ".join(message.split())[:200]
-  used, unit, limit = found.groups()
-  return int(float(used) * 1024 ** " KMGT".index(unit or " ")), f"the compiler needs {used}{unit} of {limit}"
-
-
-def measure(program: Program, compiled, unknown_trips: int) -> None:
-  """Fills in what the compiler says of the program and what its text adds up to."""
-  memory, cost, module = compiled.memory_analysis(), compiled.cost_analysis(), hlo.parse(compiled.as_text())
-  program.argument, program.output = memory.argument_size_in_bytes, memory.output_size_in_bytes
-  program.alias, program.temp = memory.alias_size_in_bytes, memory.temp_size_in_bytes
-  fresh = program.output - program.alias + program.temp
-  program.peak, program.in_step = program.argument + fresh, max(program.held, program.argument) + fresh
-  count = hlo.trips(module, unknown_trips)
-  program.flops, program.traffic = hlo.flops(module, count), hlo.traffic(module, count)
-  program.flops_once, program.traffic_once = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
-  program.collectives = hlo.collective_counts(module, count)
-
-
-class DoesNotFit(Exception):
-  """A program does not fit, and nobody wants to know about the others."""
-
-
-class Step:
-  """The programs of one step, compiled one after another; `held` is what lies on each chip between them.
-
-  stop: `run` raises DoesNotFit at the first program that does not fit.
-  """
-
-  def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
-               stop: bool = False):
-    self.c, self.mesh, self.limit, self.stop = c, mesh, limit, stop
-    self.loaded = Policy(model, transformer.abstract_params(model), None, (model.vocab - 1,), 0)
-    self.options = None if effort is None else {"exec_time_optimization_effort": effort}
-    self.programs: list[Program] = []
-    self.held: dict[str, int] = {}
-    self.sizes: dict[str, int] = {}  # everything that was ever held
-    self.shapes: dict[str, int] = {}
-
-  def hold(self, name: str, size: int) -> None:
-    self.held[name] = self.sizes[name] = size
-
-  def compile(self, name: str, jitted, *args, runs: int = 1, unknown_trips: int = 1, **static):
-    """Compiles a program beside what is held; its results as shapes with shardings, None where it does not fit."""
-    program = Program(name, self.limit, held=sum(self.held.values()), runs=runs, argument=per_chip(args))
-    self.programs.append(program)
-    lowered = jitted.lower(*args, **static)
-    try:
-      compiled = lowered.compile(compiler_options=self.options)
-    except jax.errors.JaxRuntimeError as e:
-      if "RESOURCE_EXHAUSTED" not in str(e):
-        raise
-      program.peak, program.error = out_of_memory(str(e))
-      program.in_step = program.peak + max(0, program.held - program.argument)
-      return self.check()
-    measure(program, compiled, unknown_trips)
-    print(f"{name}: {program.in_step / GIB:.2f} GiB in the step", file=sys.stderr, flush=True)
-    self.check()
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
-                        compiled.output_shardings)
-
-  def skip(self, *names: str) -> None:
-    """Programs whose arguments come from one that does not fit."""
-    self.programs += [Program(n, self.limit, error=SKIPPED) for n in names]
-
-  def check(self) -> None:
-    if self.stop and not all(p.fits for p in self.programs):
-      raise DoesNotFit
-
-  def run(self, phases: tuple[str, ...] = PHASES) -> "Step":
-    with jax.set_mesh(self.mesh):
-      state, optimizer = abstract_state(self.c, self.loaded.config, self.mesh)
-      self.hold("parameters, optimizer, head", per_chip(state))
-      if assemble.loss(self.c).kl_weight:
-        self.hold("reference parameters", per_chip(state.params["policy"]))
-      always = dict(self.held)
-      if "generation" in phases:
-        self.generation(state)
-      self.held = always
-      if "training" in phases:
-        self.training(state, optimizer)
-    return self
-
-  def generation(self, state: TrainState) -> None:
-    """Decode weights, cache, then what runs on them, as Engine.run does it."""
-    c, weights, key = self.c, state.params["policy"], jax.eval_shape(lambda: jax.random.key(0))
-    sampling = assemble.sampling(c, self.loaded, c.rollout.temperature)
-    try:
-      engine = assemble.engine(c, self.loaded, self.mesh, c.rollout.max_new, weights,
-                               memory=(self.limit - sum(self.held.values()), self.limit))
-    except UserError as e:
-      self.skip(*GENERATION)
-      self.programs[-len(GENERATION) + 1].error = str(e)  # init slots
-      return self.check()
-    columns, requests = engine.lengths(sampling)[-1], c.rollout.prompts * c.rollout.group_size
-    self.shapes |= {"slots": engine.rows, "cache columns": columns}
-    waves = -(-requests // engine.rows)
-    many, number = (lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)), sharding.rows(self.mesh)
-
-    load = engine.loader(weights, c.model.dtype)
-    params = self.compile("reshard", load, weights)
-    if not params:
-      return self.skip(*GENERATION[1:])
-    self.hold("decode weights", self.programs[-1].output)
-    slots = self.compile("init slots", programs.init_slots, self.loaded.config, engine.rows, columns, sampling=sampling)
-    if not slots:
-      return self.skip(*GENERATION[2:])
-    self.hold("cache and slots", self.programs[-1].output)
-    prompts = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=number)
-               for shape in ((engine.prefill_rows, engine.max_prompt), (engine.prefill_rows,))]
-    prefix = self.compile("prefill", programs.prefill, self.loaded.config, params, *prompts, sampling=sampling,
-                          runs=-(-c.rollout.prompts // engine.prefill_rows))
-    if prefix:
-      self.hold("prompts' cache", self.programs[-1].output)
-      keys = jax.eval_shape(lambda k: jax.random.split(k, engine.rows), key)
-      row = many(engine.rows)
-      self.compile("insert", programs.insert, slots, prefix, row, keys, row, row, runs=self.programs[-1].runs * waves)
-    else:
-      self.skip("insert")
-    segments = waves * -(-c.rollout.max_new // engine.segment)
-    out = self.compile("decode segment", programs.segment_program(), self.loaded.config, params, slots, steps=engine.segment,
-                       sampling=sampling, runs=segments,
-                       unknown_trips=engine.segment // math.gcd(engine.segment, programs.STRIDE))
-    slots = out[0] if out else slots
-    rule, readings = assemble.prune_rule(c), bool(c.quality.buffer)
-    decide = jax.jit(lambda slots, head, tables: make_decide(head, tables, rule, True, readings)(slots), donate_argnums=0)
-    self.compile("decide", decide, slots, state.params["head"], state.calibration, runs=segments)
-    counts = engine.row_counts(sampling)
-    if len(counts) > 1:  # a layer at a time, the old one deleted before the next
-      self.compile("gather", programs.take_columns, slots.cache[0], many(counts[-2]), length=columns,
-                   runs=self.loaded.config.layers * (len(counts) - 1))
-
-  def training(self, state: TrainState, optimizer: optax.GradientTransformation) -> None:
-    """Log-probs, gradients a micro-batch, the optimizer's step, as update.py does it."""
-    c, model, mesh = self.c, self.loaded.config, self.mesh
-    compute, loss, temperature = assemble.compute(c), assemble.loss(c), c.rollout.temperature
-    rows, length = max(assemble.pack_shape(c).sizes(mesh.shape["data"] * mesh.shape["fsdp"]), key=math.prod)
-    batch = abstract_batch(rows, length, len(c.prune.detect), mesh)
-    self.shapes |= {"micro-batch rows": rows, "micro-batch columns": length}
-    kept = c.rollout.prompts * c.rollout.group_size * (c.prune.keep if c.prune.enabled else 1.0)
-    count = math.ceil(kept / rows)
-    self.hold("micro-batches", count * per_chip(batch))
-    self.compile("log-probs", update.batch_logprobs, model, state.params["policy"], batch, temperature=temperature,
-                 compute=compute, runs=count * (2 if loss.kl_weight else 1))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    metrics, totals = dict.fromkeys(update.METRICS, scalar), dict.fromkeys(("tokens", "head", "rows"), scalar)
-    self.hold("gradients", per_chip(state.params))
-    out = self.compile("update", update.accumulate, model, state.params, state.params, metrics, batch, totals, loss=loss,
-                       temperature=temperature, compute=compute, runs=count)
-    grads = out[0] if out else state.params
-    self.compile("optimizer", update.apply, state, grads, optimizer)
-
-
-# ---- what would fit ------------------------------------------------------------------------------------------
-
-
-def phases_over(step: Step) -> tuple[str, ...]:
-  """Phases in which a program does not fit."""
-  return tuple({("generation" if p.name in GENERATION else "training"): None for p in step.programs if not p.fits})
-
-
-def changes(c: ConfigDict, step: Step) -> Iterator[dict]:
-  """Overrides that may make a step fit, those that should cost the least speed first."""
-  over, mesh = phases_over(step), c.mesh
-  unit = mesh.data * mesh.fsdp
-  if mesh.data > 1:
-    yield {"mesh.data": 1, "mesh.fsdp": unit}
-  if "generation" in over:
-    known = [p.in_step for p in step.programs if p.name in GENERATION and p.in_step]
-    excess, cache = max(known, default=0) - step.limit, step.sizes.get("cache and slots", 0)
-    rows = int(step.shapes.get("slots", 0) * (1 - 1.05 * excess / cache)) // unit * unit if cache else 0
-    if rows >= max(unit, c.rollout.group_size):
-      yield {"rollout.slots": rows}
-  if "training" in over:
-    if c.model.remat != "full":
-      yield {"model.remat": "full"}
-    if step.shapes["micro-batch rows"] > unit:
-      yield {"optim.micro_tokens": max(unit, step.shapes["micro-batch rows"] // 2) * step.shapes["micro-batch columns"]}
-    if c.optim.chunk_tokens > 1024:
-      yield {"optim.chunk_tokens": 1024}
-  for wider in (2, 4, 8):
-    if unit % wider == 0 and step.loaded.config.kv_heads % (mesh.tensor * wider) == 0:
-      yield {"mesh.data": 1, "mesh.fsdp": unit // wider, "mesh.tensor": mesh.tensor * wider}
-  if "generation" in over and c.rollout.cache is None:
-    yield {"rollout.cache": "int8"}
-
-
-def helps(change: dict) -> set[str]:
-  """Phases in which a change may save memory."""
-  part = {"mesh": {"generation", "training"}, "rollout": {"generation"}}
-  return set().union(*(part.get(name.partition(".")[0], {"training"}) for name in change))
-
-
-def what_fits(c: ConfigDict, step: Step, compile_with) -> tuple[dict, Step] | None:
-  """The first of `changes`, alone or with those before it, with which all that did not fit does: compiled, not estimated.
-
-  compile_with(changed config, phases) -> Step, or raises DoesNotFit. A change of the mesh has all programs compiled.
-  """
-  over, single = phases_over(step), list(changes(c, step))
-  together = [{k: v for change in single[:n] for k, v in change.items()} for n in range(2, len(single) + 1)]
-  for change in [*single, *together]:
-    if not set(over) <= helps(change):
-      continue
-    print("trying", *as_flags(change), file=sys.stderr, flush=True)
-    changed = c.copy_and_resolve_references()
-    changed.update_from_flattened_dict(change)
-    try:
-      return change, compile_with(changed, PHASES if any(name.startswith("mesh.") for name in change) else over)
-    except DoesNotFit:
-      continue
-  return None
-
-
-def as_flags(change: dict) -> list[str]:
-  return [f"--config.{name}={value}" for name, value in change.items()]
-
-
-# ---- report --------------------------------------------------------------------------------------------------
 
 
 def table(programs: list[Program]) -> str:
@@ -373,9 +75,6 @@ def report(title: str, step: Step) -> str:
   return "\n".join([f"# {title}", "", f"{shapes}.", f"Held on a chip, GiB: {held}.", "", table(step.programs), "",
                     "GiB a chip; `in the step` counts what others hold meanwhile. TFLOP (products outside kernels), GB moved and "
                     "collectives are a run's on one chip, loops counted by their trips (cost_analysis counts a body once)."])
-
-
-# ---- command line --------------------------------------------------------------------------------------------
 
 
 def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:

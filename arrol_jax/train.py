@@ -1,14 +1,14 @@
 """Trains a policy with online rollout pruning: python -m arrol_jax.train --config=configs/NAME.py [--workdir=DIR]
 
-One step: (1) roll out G responses to each prompt, pruning at the detection length by the quality head's posterior;
-(2) grade the survivors while others decode; (3) log-probs, GRPO/DAPO loss and head loss in one optax step;
-(4) add the survivors' scores and rewards to the calibration table. Everything random is a function of (seed, step), so a
-checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it stopped. With several
-processes every one of them runs this script (hosts.py); the first writes. SIGTERM saves and ends with status 0.
+step.py tells what a step does; here are its prompts and rewards, evaluation, checkpoints and logs. Everything random is a
+function of (seed, step), so a checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it
+stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM saves and ends with
+status 0.
 """
 
 from contextlib import ExitStack, closing
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from arrol_jax import assemble, config as configuration
 from arrol_jax.data import problems, sources
-from arrol_jax.learning import batching, generation, head_training, losses, resampling, update
-from arrol_jax.learning.metrics import rollout_metrics
-from arrol_jax.pruning.baselines import down_sample
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.learning import generation, resampling, update
+from arrol_jax.learning.generation import Grading
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
+from arrol_jax.step import RolledOut, TrainingStep
 from arrol_jax.types import UserError
 
 
@@ -48,8 +47,7 @@ def main():
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in benchmark_names(c.data.eval).items()}
-    loss, compute, rule = assemble.loss(c), assemble.compute(c), assemble.prune_rule(c)
-    sampling = assemble.sampling(c, loaded, c.rollout.temperature)
+    config = assemble.step_config(c, loaded)
     if hosts.first():
       claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
 
@@ -67,33 +65,34 @@ def main():
           write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)
 
-    def overlong_penalty(lengths):
-      return losses.overlong_penalty(lengths, c.rollout.max_new, loss.overlong)
-
-    def roll_out(step: int, decide) -> tuple[list, list, int, float]:
-      """Step's rollouts, those to learn from, rounds of prompts taken and seconds waited for grades."""
+    def roll_out(step: int, decide) -> RolledOut:
+      """Step's rollouts, those to learn from, and seconds waited for grades."""
       waited = []
 
       def one(n: int, count: int) -> list:
         # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
         batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, c.rollout.prompts)[:count]
-        done, seconds = generation.generate(engine, batch, c.rollout.group_size, assemble.key(c, assemble.TRAIN, step), sampling,
-                                         loaded.tokenizer, grader, decide=decide, first=n * c.rollout.prompts)
+        done, seconds = generation.generate(
+          engine, dict(enumerate(batch, n * c.rollout.prompts)), c.rollout.group_size, assemble.key(c, assemble.TRAIN, step),
+          config.sampling, Grading(loaded.tokenizer, grader), decide)
         waited.append(seconds)
         return done
 
       if c.rollout.resampling == 1:
         rollouts = one(0, c.rollout.prompts)
-        return rollouts, rollouts, 1, waited[0]
-      learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
-      return rollouts, learned, rounds, sum(waited)
+        out = RolledOut(rollouts, rollouts, 1, sum(waited))
+      else:
+        learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
+        out = RolledOut(rollouts, learned, rounds, sum(waited))
+      stop.check()
+      return out
 
     # ---- state, resume
-    optimizer, head_optimizer = assemble.optimizer(c), assemble.head_optimizer(c)
-    reference = loaded.params if loss.kl_weight else None  # updates make new arrays: these stay
-    state = assemble.init_state(c, loaded, optimizer, mesh, keep_params=reference is not None)
+    reference = loaded.params if config.loss.kl_weight else None  # updates make new arrays: these stay
+    state = assemble.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
     engine.watch = stop.check
+    train_step = TrainingStep(engine, config, reference)
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
@@ -120,40 +119,13 @@ def main():
     bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step",
                                    disable=not hosts.first()))
     for step in bar:
-      clock = Clock()
-      engine.load(state.params["policy"], c.model.dtype)
       pruning = c.prune.enabled and step >= c.prune.cold_start
-      decide = make_decide(state.params["head"], state.calibration, rule, pruning, features=bool(c.quality.buffer))
-      rollouts, learned, rounds, sec_reward = roll_out(step, decide)
-      if pruning and rule.kind == "max_variance":
-        learned = down_sample(learned, rule.keep)
-      engine.params = None  # the update needs the room
-      stop.check()
-      clock.lap("sec_generate")
-      batches = batching.pack(learned, assemble.pack_shape(c), mesh, detect=rule.detect, normalize_std=loss.normalize_std,
-                             short=c.quality.short, weigh=tuple(c.prune.weigh), balance=c.quality.balance,
-                             overlong_penalty=overlong_penalty)
-      batches = update.fill_logprobs(loaded.config, state.params["policy"], reference, batches, sampling.temperature, compute)
-      clock.lap("sec_logprob", batches)
-      state, metrics = update.step(loaded.config, state, batches, loss, sampling.temperature, compute, optimizer)
-      state = state.replace(calibration=head_training.update_calibration(state.calibration, rollouts, c.prune.half_life,
-                                                                   tuple(c.prune.weigh)))
-      if c.quality.buffer:
-        state = head_training.refit_head(state, rollouts, passes=c.quality.passes, optimizer=head_optimizer,
-                                   weigh=tuple(c.prune.weigh), balance=c.quality.balance)
-      metrics |= {"head_norm": update.norm_of(state.params["head"])}
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      clock.lap("sec_update", state.step)
-      clock.seconds["sec_generate"] -= sec_reward
-
-      line = {"step": step + 1} | rollout_metrics(rollouts, learned) | metrics | {
-        "pruning": pruning, "rounds": rounds, "groups_learned": len({r.prompt for r in learned}),
-        "lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step)), "sec_reward": sec_reward, **clock.seconds,
-        "sec_step": clock.total()}
+      state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
+      line = {"step": step + 1} | metrics | {"lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step))}
       since_saved.append(line["reward_ipw"])
       if logs:
-        logs.write(line, rollouts, c.log.rollouts)
-      if not all(math.isfinite(metrics[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm")):
+        logs.write(line, rolled.rollouts, c.log.rollouts)
+      if not all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm")):
         checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
@@ -180,22 +152,6 @@ def main():
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
     hosts.say(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
-
-
-class Clock:
-  """Wall-clock seconds of a step's phases; a lap waits for the arrays given."""
-
-  def __init__(self):
-    self.start = self.last = time.perf_counter()
-    self.seconds = {}
-
-  def lap(self, name: str, wait_for=None) -> None:
-    jax.block_until_ready(wait_for)
-    now = time.perf_counter()
-    self.seconds[name], self.last = now - self.last, now
-
-  def total(self) -> float:
-    return time.perf_counter() - self.start
 
 
 def benchmark_names(listed: str) -> dict[str, str]:

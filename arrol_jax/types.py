@@ -30,9 +30,14 @@ class Batch:
   old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the update starts from
   ref_logprobs: jax.Array      # f32[B,S]  the same under the reference policy (0 where the KL weight is 0)
   advantages: jax.Array        # f32[B]
-  rewards: jax.Array           # f32[B]    in {0, 1}
-  head_position: jax.Array     # i32[B,C]  positions whose hidden states the quality head reads, one a decision
-  head_weight: jax.Array       # f32[B,C]  weight in the head loss; 0 where a row gives no example
+
+
+@flax.struct.dataclass
+class Examples:
+  """What a step's graded survivors teach the quality head: features as the engine took them, one example a decision."""
+  features: tuple              # pruning.head.Features, f32[M,...] each
+  reward: jax.Array            # f32[M]  in {0, 1}
+  weight: jax.Array            # f32[M]  in the head's loss; 0 for padding
 
 
 @flax.struct.dataclass
@@ -76,7 +81,8 @@ class Rollout:
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
   scores: tuple = ()           # the head's logit at each detection length reached
-  features: tuple = ()         # what it read there (pruning.head.Features), where asked for
+  features: tuple = ()         # what the head saw there (pruning.head.Features), where asked for
+  final_features: tuple | None = None  # the same at its last token
   confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off
   posterior: float = float("nan")   # q at the last of them, METHOD section 3
   keep_probability: float = 1.0             # product of the probabilities p with which it was kept

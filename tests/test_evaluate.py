@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arrol_jax import assemble, bench, config as configuration, evaluate
+from arrol_jax.benchmarks import measuring
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
 from arrol_jax.running.checkpoint import Checkpoints
@@ -114,10 +115,10 @@ def test_bench_decode_reports_what_it_measured(monkeypatch, capsys):
 
 
 def test_bench_lengths_are_the_workloads():
-  lengths = bench.target_lengths("lognormal", 256, 1024, 0.4, 0.6)
+  lengths = measuring.target_lengths("lognormal", 256, 1024, 0.4, 0.6)
   assert lengths[0] == 1024 and lengths.min() >= 64 and lengths.max() <= 1024
   assert abs(np.median(lengths) - 0.4 * 1024) < 40
-  assert bench.target_lengths("full", 3, 7, 0.4, 0.6).tolist() == [7, 7, 7]
+  assert measuring.target_lengths("full", 3, 7, 0.4, 0.6).tolist() == [7, 7, 7]
 
 
 def test_bench_mistakes(monkeypatch, capsys):

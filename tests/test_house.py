@@ -93,6 +93,17 @@ def test_functions_are_short():
   assert not long
 
 
+def test_functions_take_few_parameters():
+  many = {}
+  for path in sources():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        count = sum(len(x) for x in (node.args.posonlyargs, node.args.args, node.args.kwonlyargs))
+        if count > MAX_PARAMETERS:
+          many[f"{path.relative_to(ROOT)}:{node.name}"] = count
+  assert not many
+
+
 def test_modules_say_what_they_are():
   for path in sources():
     text = path.read_text()

@@ -19,7 +19,7 @@ from arrol_jax import assemble, plan
 from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import load_policy
-from arrol_jax.planning import hlo
+from arrol_jax.planning import compiling, hlo, suggesting
 from arrol_jax.types import UserError
 from configs import base
 
@@ -145,11 +145,11 @@ def test_a_module_of_a_tpu():
 
 @pytest.fixture(scope="module")
 def step():
-  return plan.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), BIG).run()
+  return compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), BIG).run()
 
 
 def test_every_program_of_a_step_is_there(step):
-  assert [p.name for p in step.programs] == [*plan.GENERATION, "log-probs", "update", "optimizer"]
+  assert [p.name for p in step.programs] == [*compiling.GENERATION, "log-probs", "update", "optimizer"]
   assert step.shapes == {"slots": 16, "cache columns": 64, "micro-batch rows": 8, "micro-batch columns": 64}
   assert all(p.fits for p in step.programs) and "**Fits**" in plan.verdict(step, "here")
   assert len({line.count("|") for line in plan.table(step.programs).splitlines()}) == 1
@@ -161,19 +161,19 @@ def test_abstract_state_is_the_real_one():
   with jax.set_mesh(mesh):
     loaded = load_policy(c.model.path, mesh=mesh)
     real = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-    abstract, _ = plan.abstract_state(c, SHAPE, mesh)
+    abstract, _ = compiling.abstract_state(c, SHAPE, mesh)
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
   first = lambda x: x.addressable_shards[0].data.nbytes
-  assert plan.per_chip(abstract) == sum(map(first, jax.tree.leaves(real)))
-  assert plan.per_chip(abstract) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(real))
+  assert compiling.per_chip(abstract) == sum(map(first, jax.tree.leaves(real)))
+  assert compiling.per_chip(abstract) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(real))
 
 
 def test_abstract_batch_is_what_pack_makes():
   mesh = sharding.make_mesh(1, 4, 2)
   for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh, (8, 16)):
-    abstract = plan.abstract_batch(*real.tokens.shape, 2, mesh)
+    abstract = batching.abstract_batch(*real.tokens.shape, 2, mesh)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
       assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -203,9 +203,9 @@ def test_one_byte_decides_and_a_change_that_fits_is_compiled(step, capsys):
   limit = fullest.in_step - 1
   def compile_with(c, phases, stop=True):
     mesh = sharding.make_mesh(*(c.mesh[n] for n in sharding.AXES))
-    return plan.Step(c, SHAPE, mesh, limit, stop=stop).run(phases)
-  tight = plan.Step(c, SHAPE, mesh, limit).run((plan.phases_over(over(step, limit))[0],))
-  change, trial = plan.what_fits(c, tight, compile_with)
+    return compiling.Step(c, SHAPE, mesh, limit, stop=stop).run(phases)
+  tight = compiling.Step(c, SHAPE, mesh, limit).run((suggesting.phases_over(over(step, limit))[0],))
+  change, trial = suggesting.what_fits(c, tight, compile_with)
   assert trial.programs and max(p.in_step for p in trial.programs) <= limit < fullest.in_step
   assert "trying --config." in capsys.readouterr().err and change
   assert f"**Does not fit** here: {fullest.name}" in plan.verdict(tight, "here")
@@ -213,30 +213,30 @@ def test_one_byte_decides_and_a_change_that_fits_is_compiled(step, capsys):
 
 def over(step, limit):
   """The same programs against another limit."""
-  out = plan.Step(step.c, SHAPE, step.mesh, limit)
-  out.programs = [plan.Program(p.name, limit, in_step=p.in_step, peak=p.peak) for p in step.programs]
+  out = compiling.Step(step.c, SHAPE, step.mesh, limit)
+  out.programs = [compiling.Program(p.name, limit, in_step=p.in_step, peak=p.peak) for p in step.programs]
   return out
 
 
 def test_without_room_for_a_group_nothing_of_generation_is_compiled():
-  limit = plan.per_chip(plan.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))[0]) + 1000
-  step = plan.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), limit).run(("generation",))
-  assert [p.name for p in step.programs] == list(plan.GENERATION) and not any(p.fits for p in step.programs)
-  assert "one group of 4 rollouts needs" in plan.verdict(step, "here") and plan.SKIPPED not in plan.verdict(step, "here")
+  limit = compiling.per_chip(compiling.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))[0]) + 1000
+  step = compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), limit).run(("generation",))
+  assert [p.name for p in step.programs] == list(compiling.GENERATION) and not any(p.fits for p in step.programs)
+  assert "one group of 4 rollouts needs" in plan.verdict(step, "here") and compiling.SKIPPED not in plan.verdict(step, "here")
 
 
 def test_changes_help_where_it_is_needed():
   step = over_in("update")
-  names = [set(change) for change in plan.changes(config(**{"mesh.data": 2, "mesh.fsdp": 2}), step)]
+  names = [set(change) for change in suggesting.changes(config(**{"mesh.data": 2, "mesh.fsdp": 2}), step)]
   assert names[0] == {"mesh.data", "mesh.fsdp"} and {"model.remat"} in names and {"rollout.cache"} not in names
-  names = [set(change) for change in plan.changes(config(), over_in("decode segment"))]
+  names = [set(change) for change in suggesting.changes(config(), over_in("decode segment"))]
   assert {"rollout.slots"} in names and {"rollout.cache"} in names and {"model.remat"} not in names
-  assert plan.helps({"mesh.fsdp": 1}) == set(plan.PHASES) and plan.helps({"rollout.slots": 4}) == {"generation"}
+  assert suggesting.helps({"mesh.fsdp": 1}) == set(compiling.PHASES) and suggesting.helps({"rollout.slots": 4}) == {"generation"}
 
 
 def over_in(name):
-  step = plan.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), 1000)
-  step.programs = [plan.Program(name, 1000, in_step=1100)]
+  step = compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), 1000)
+  step.programs = [compiling.Program(name, 1000, in_step=1100)]
   step.sizes["cache and slots"], step.shapes = 500, {"slots": 64, "micro-batch rows": 8, "micro-batch columns": 64}
   return step
 
@@ -246,11 +246,11 @@ def over_in(name):
 
 def test_out_of_memory_is_read():
   said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Ex"
-  size, text = plan.out_of_memory(said)
+  size, text = compiling.out_of_memory(said)
   assert size == int(20.5 * 2**30) and text == "the compiler needs 20.50G of 15.75G"
   said = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (256.00M) exceeds available HBM (15.75G)."
-  assert plan.out_of_memory(said) == (256 << 20, "the compiler needs 256.00M of 15.75G")
-  assert plan.out_of_memory("RESOURCE_EXHAUSTED: something else")[0] == 0
+  assert compiling.out_of_memory(said) == (256 << 20, "the compiler needs 256.00M of 15.75G")
+  assert compiling.out_of_memory("RESOURCE_EXHAUSTED: something else")[0] == 0
 
 
 def run_plan(*arguments):
@@ -305,8 +305,8 @@ def test_the_limits_are_the_compilers(chip):
   mesh, limit = plan.topology_mesh(f"{chip}:2x2" + ("x1" if chip == "v5p" else ""), config(**{"mesh.fsdp": 4, "mesh.tensor": 1}))
   with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as e:
     jax.jit(lambda: jnp.zeros((1 << 38,), jnp.int8)).lower().compile()
-  size, text = plan.out_of_memory(str(e.value))
-  assert size >= 1 << 38 and text.endswith(f" of {limit / plan.GIB:.2f}G")
+  size, text = compiling.out_of_memory(str(e.value))
+  assert size >= 1 << 38 and text.endswith(f" of {limit / compiling.GIB:.2f}G")
 
 
 @libtpu
@@ -316,7 +316,7 @@ def test_a_tpu_writes_the_cache_in_place():
   shape = transformer.PolicyConfig("qwen3", 512, 256, 2, 8, 4, 128, 512, qk_norm=True)
   mesh, limit = plan.topology_mesh("v5e:2x4", c)
   texts = {}
-  class Watched(plan.Step):
+  class Watched(compiling.Step):
     def compile(self, name, jitted, *args, **kw):
       if name == "decode segment":
         static = {k: v for k, v in kw.items() if k in ("steps", "sampling")}

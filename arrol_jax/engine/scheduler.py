@@ -354,17 +354,23 @@ class Run:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)
         if decision.features is not None:
-          out.features += (jax.tree.map(lambda x, i=i: x[i], decision.features),)
+          out.features += (_row(decision.features, i),)
         out.keep_probability *= float(decision.keep_probability[i])
         out.rule_probability *= float(decision.rule_probability[i])
         out.holdout = bool(decision.holdout[i])
       if not active[i]:
+        if decision is not None and decision.features is not None:
+          out.final_features = _row(decision.features, i)
         said = sequence.tokens, sequence.logprobs, sequence.confidences
         out.tokens, out.logprobs, out.confidences = map(np.concatenate, said)
         out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
         ended.add(id(sequence))
     self.slot_to_request = [None if sequence and id(sequence) in ended else sequence for sequence in self.slot_to_request]
+
+
+def _row(tree, i: int):
+  return jax.tree.map(lambda x: x[i], tree)
 
 
 def _up(n: int, unit: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine
-from arrol_jax.learning.generation import generate
+from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.metrics import bootstrap_interval, pass_at_k
 from arrol_jax.pruning import voting
 from arrol_jax.pruning.decision import make_decide
@@ -34,16 +34,14 @@ class Voters:
   window: int = 2048
 
 
-def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
-            voters: Voters = Voters(), pattern: str | None = None,
-            progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
+def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, grading: Grading,
+            voters: Voters = Voters(), progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts: metrics and the rollouts behind them.
 
   accuracy: mean reward over all samples that finished (avg@k); ci95: half-width of its normal interval over problems; pass:
   share of problems with at least one right answer; truncated: share that hit the length limit; tokens: response tokens a problem,
   stopped: share of traces that were ended as hopeless. With several samples also the votes of `vote_accuracies` and, where all
   traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
-  pattern: the grader's, to read the answers that are voted on.
   """
   v = voters
   decide = None
@@ -51,7 +49,7 @@ def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, samplin
     tables = Calibration() if v.tables is None else v.tables
     rule = PruneRule((engine.max_new + 1,)) if v.stop is None else PruneRule(v.detect, keep=v.stop, kind="threshold", floor=1)
     decide = make_decide(v.head, tables, rule, v.stop is not None)
-  rollouts, _ = generate(engine, prompts, samples, key, sampling, tokenizer, grader, decide=decide, progress=progress)
+  rollouts, _ = generate(engine, dict(enumerate(prompts)), samples, key, sampling, grading, decide, progress)
   rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped
   by_problem = np.nanmean(rewards, axis=1)
   out = {"accuracy": float(by_problem.mean()),
@@ -63,7 +61,8 @@ def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, samplin
   if samples > 1:
     per_problem = {} if out["stopped"] else {
       f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length())) if k <= samples}
-    for name, values in (per_problem | vote_accuracies(rollouts, rewards, v, sampling.confidence is not None, pattern)).items():
+    votes = vote_accuracies(rollouts, rewards, v, sampling.confidence is not None, grading.pattern)
+    for name, values in (per_problem | votes).items():
       out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
   return out, rollouts
 

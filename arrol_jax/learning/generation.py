@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 import logging
 import time
+from typing import NamedTuple
 
 import jax
 
@@ -17,23 +18,31 @@ from arrol_jax.types import FAILED, Rollout
 _log = logging.getLogger(__name__)
 
 
-def generate(engine: Engine, prompts: list, group_size: int, key: jax.Array, sampling: Sampling, tokenizer, grader, *,
-             decide: Callable | None = None, progress: Callable | None = None, first: int = 0) -> tuple[list[Rollout], float]:
-  """Rolls out `group_size` responses to each prompt (data.Prompt) and grades those that were not pruned.
+class Grading(NamedTuple):
+  """What turns a response into a reward; pattern: the grader's, to read answers that are voted on."""
+  tokenizer: object
+  grader: object
+  pattern: str | None = None
 
-  Returns P * G rollouts in order (rollout i belongs to prompt i // G) and the seconds spent waiting for grades after the
-  last token. progress(rollout) is called for each that ends. first: number of the first prompt within the step. With several
+
+def generate(engine: Engine, prompts: dict, group_size: int, key: jax.Array, sampling: Sampling, grading: Grading,
+             decide: Callable | None = None, progress: Callable | None = None) -> tuple[list[Rollout], float]:
+  """Rolls out `group_size` responses to each prompt, {number: data.Prompt}, and grades those that were not pruned.
+
+  Returns P * G rollouts in order (G of the first prompt, then of the next) and the seconds spent waiting for grades after the
+  last token. Prompts are numbered without a gap. progress(rollout) is called for each that ends. With several
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
+  tokenizer, grader, _ = grading
   requests = [Request(p * group_size + g, p, prompt.tokens, engine.max_new)
-              for p, prompt in enumerate(prompts, first) for g in range(group_size)]
+              for p, prompt in prompts.items() for g in range(group_size)]
   pending = []
 
   def on_done(rollout: Rollout):
     if hosts.mine(rollout.request):
       rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
       if not rollout.pruned:
-        pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt - first].problem.answer)])))
+        pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt].problem.answer)])))
     progress and progress(rollout)
 
   rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)

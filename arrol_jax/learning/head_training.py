@@ -13,24 +13,9 @@ import numpy as np
 import optax
 
 from arrol_jax.learning.losses import binary_cross_entropy
-from arrol_jax.pruning.head import STATISTICS, Features, inputs_of, quality_logit
+from arrol_jax.pruning.head import Features, empty_features, quality_logit
 from arrol_jax.pruning.table import Calibration, update
-from arrol_jax.types import Rollout, TrainState
-
-
-def head_weights(rollouts: list[Rollout], teach: np.ndarray, weigh: tuple[str, ...], balance: bool) -> np.ndarray:
-  """What each rollout counts in the head's loss, f32[N]; teach f32[N]: 0 where it teaches the head nothing.
-
-  weigh holding "head": 1 / keep probability times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of
-  the whole each, so the head learns what tells them apart and leaves their shares to the table's prior; without it Adam's first
-  steps, each as large as any, go into the shares alone.
-  """
-  weight = teach * np.array([1.0 / r.keep_probability if "head" in weigh else 1.0 for r in rollouts], np.float32)
-  if balance:
-    right = np.array([r.reward for r in rollouts], np.float32)
-    half = lambda share: share / max(float(np.sum(weight * share)), 1e-6)
-    weight = weight * np.sum(weight) / 2 * (half(right) + half(1.0 - right))
-  return weight
+from arrol_jax.types import Examples, Rollout, TrainState
 
 
 def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: float | None,
@@ -57,22 +42,18 @@ def _update_tables(tables, score, reward, weight, half_life):
   return jax.vmap(lambda t, s, w: update(t, s, reward, w, half_life=half_life))(tables, score, weight)
 
 
-def refit_head(state: TrainState, rollouts: list[Rollout], *, passes: int, optimizer: optax.GradientTransformation,
-               weigh: tuple[str, ...] = (), balance: bool = False) -> TrainState:
-  """The state after `passes` more steps of the head alone, over its buffer and this step's scored survivors.
+def head_loss(head: dict, examples: Examples) -> jax.Array:
+  """Binary cross-entropy of the head's logits against the rewards (METHOD section 2), their weighted mean, f32[]."""
+  bce = binary_cross_entropy(quality_logit(head, examples.features), examples.reward)
+  return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
 
-  weigh, balance: `head_weights`. Needs rollouts with features (`make_decide`).
-  """
-  scored = [(features, r) for r in rollouts if not r.pruned for features in r.features][-state.recent.reward.shape[0]:]
-  if not scored:
-    return state
-  size = 1 << (len(scored) - 1).bit_length()
-  stack = lambda *x: np.pad(np.stack(x).astype(np.float32), ((0, size - len(x)), (0, 0)))
-  features = jax.tree.map(stack, *(x for x, _ in scored))
-  reward, weight = np.zeros((2, size), np.float32)
-  reward[:len(scored)] = [r.reward for _, r in scored]
-  weight[:len(scored)] = head_weights([r for _, r in scored], np.ones(len(scored), np.float32), weigh, balance)
-  head, recent = refit(state.params["head"], state.recent, features, reward, weight, passes=passes, optimizer=optimizer)
+
+def refit_head(state: TrainState, examples: Examples, *, passes: int, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state after `passes` more steps of the head alone, over its buffer and this step's examples."""
+  room = state.recent.reward.shape[0]
+  latest = jax.tree.map(lambda x: x[max(0, int(np.sum(examples.weight > 0)) - room):][:room], examples)
+  head, recent = refit(state.params["head"], state.recent, latest.features, latest.reward, latest.weight, passes=passes,
+                       optimizer=optimizer)
   return state.replace(params=state.params | {"head": head}, recent=recent)
 
 
@@ -88,9 +69,8 @@ class Recent:
 
 def no_recent(head: dict, width: int, size: int, optimizer: optax.GradientTransformation) -> Recent:
   """An empty ring of `size` features for a model of `width`."""
-  wide = lambda name: jnp.zeros((size, STATISTICS if name == "logprobs" else width), jnp.float32)
-  features = Features(**{name: wide(name) for name in inputs_of(head)})
-  return Recent(features, jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
+  return Recent(empty_features(head, width, size),
+                jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("recent",))

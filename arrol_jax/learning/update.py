@@ -1,7 +1,7 @@
 """The training programs: log-probs of a batch, gradients of one micro-batch, the optimizer step.
 
-Policy loss and head loss are one scalar with one gradient and one optax step (METHOD section 2); `stop_gradient` on the hidden
-state keeps the head's loss out of the backbone. Micro-batches accumulate sums that already carry the whole batch's
+Policy and head take one optax step together (METHOD section 2). The head learns from the features that the engine took while it
+decoded, which carry no gradient into the backbone. Micro-batches accumulate sums that already carry the whole batch's
 denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks over the
 responses: float32 logits [B,S,V] never exist, and nothing is unembedded at prompts or where all rows have ended.
 """
@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from arrol_jax.learning import losses
+from arrol_jax.learning.head_training import head_loss
 from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.sharding import constrain, rows_on_a_chip
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.pruning.head import quality_logit, read
-from arrol_jax.types import Batch, TrainState
+from arrol_jax.types import Batch, Examples, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,29 +93,23 @@ def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: 
                compute: Compute) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params {"policy", "head"}; totals {"tokens", "rows", "head"} f32[]: of the whole batch.
+  params: the policy's; totals {"tokens", "rows"} f32[]: of the whole batch.
   """
-  hidden = _hidden(c, params["policy"], batch, compute)
+  hidden = _hidden(c, params, batch, compute)
   mask = batch.response_mask
-  logprobs, entropy = token_logprobs(params["policy"], hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
+  logprobs, entropy = token_logprobs(params, hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
   weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"], loss.longest)
   term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
                                    clip_low=loss.clip_low, clip_high=loss.clip_high, ratio=loss.ratio)
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
 
-  reading = read(params["head"], jax.lax.stop_gradient(hidden), mask, batch.sampler_logprobs, batch.head_position)
-  logit = quality_logit(params["head"], reading)  # f32[B,C]
-  bce = losses.binary_cross_entropy(logit, batch.rewards[:, None])
-  head_loss = jnp.sum(batch.head_weight * bce) / jnp.maximum(totals["head"], 1.0)
-
   per_token = mask / jnp.maximum(totals["tokens"], 1.0)
   gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
-  metrics = {"policy_loss": policy_loss, "head_loss": head_loss, "kl": jnp.sum(per_token * kl),
+  metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl),
              "entropy": jnp.sum(per_token * entropy), "clip_frac": jnp.sum(per_token * clipped),
              "logprob_gap": jnp.sum(per_token * gap)}
-  total = policy_loss + loss.kl_weight * jnp.sum(weight * kl) + loss.head_weight * head_loss
-  return total, metrics
+  return policy_loss + loss.kl_weight * jnp.sum(weight * kl), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("c", "loss", "temperature", "compute"), donate_argnames=("grads", "metrics"))
@@ -129,18 +123,18 @@ def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch:
 
 def _pin(c: PolicyConfig, grads: dict) -> dict:
   """The sums with the parameters' sharding: left alone, a program that makes zeros would put all of them on every device."""
-  return grads | {"policy": jax.tree.map(lambda x, axes: constrain(x, *axes), grads["policy"], transformer.logical_axes(c))}
+  return jax.tree.map(lambda x, axes: constrain(x, *axes), grads, transformer.logical_axes(c))
 
 
 @jax.jit
 def add_totals(totals: dict, batch: Batch) -> dict:
-  """The denominators {"tokens", "head", "rows"} f32[] with one more micro-batch in them."""
+  """The denominators {"tokens", "rows"} f32[] with one more micro-batch in them."""
   rows = jnp.any(batch.response_mask > 0, axis=1).astype(jnp.float32)
-  new = {"tokens": jnp.sum(batch.response_mask), "head": jnp.sum(batch.head_weight), "rows": jnp.sum(rows)}
+  new = {"tokens": jnp.sum(batch.response_mask), "rows": jnp.sum(rows)}
   return jax.tree.map(jnp.add, totals, new)
 
 
-METRICS = ("policy_loss", "head_loss", "kl", "entropy", "clip_frac", "logprob_gap")
+METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
 @functools.partial(jax.jit, static_argnames=("c",))
@@ -149,12 +143,22 @@ def zeros(c: PolicyConfig, params: dict) -> tuple[dict, dict]:
   return _pin(c, jax.tree.map(jnp.zeros_like, params)), {name: jnp.zeros((), jnp.float32) for name in METRICS}
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
-def apply(state: TrainState, grads: dict, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
-  """One optax step over policy and head; also the policy gradient's norm f32[] before clipping."""
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+@functools.partial(jax.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
+def apply(state: TrainState, grads: dict, totals: dict, examples: Examples, *, head_weight: float,
+          optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
+  """One optax step over policy and head; metrics {"head_loss", "grad_norm": the policy's, before clipping}, f32[] each.
+
+  grads: the policy's. Parameters for which there was nothing to learn from, no rows or no examples, stay as they are whatever the
+  momentum; the optimizer's state then takes a step of gradient 0.
+  """
+  loss, head_grads = jax.value_and_grad(head_loss)(state.params["head"], examples)
+  all_grads = {"policy": grads, "head": jax.tree.map(lambda x: head_weight * x, head_grads)}
+  updates, opt_state = optimizer.update(all_grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads["policy"])
+  learned = {"policy": totals["rows"] > 0, "head": jnp.sum(examples.weight) > 0}
+  params = {k: jax.tree.map(lambda new, old, k=k: jnp.where(learned[k], new, old), params[k], state.params[k]) for k in params}
+  state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+  return state, {"head_loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
 norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
@@ -184,20 +188,22 @@ def fill_logprobs(c: PolicyConfig, params: dict, reference: dict | None, batches
   return out
 
 
-def step(c: PolicyConfig, state: TrainState, batches: list[Batch], loss: LossConfig, temperature: float, compute: Compute,
-         optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
-  """One optimizer step on a whole batch given as micro-batches; metrics are device scalars.
+def step(c: PolicyConfig, state: TrainState, batches: list[Batch], examples: Examples, loss: LossConfig, temperature: float,
+         compute: Compute, optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
+  """One optimizer step on a whole batch given as micro-batches and the head's examples; metrics are device scalars.
 
   Without any survivor there is nothing to learn from: parameters and optimizer state stay as they are.
   """
-  if not batches:
-    return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "grad_norm")}
-  totals = {name: np.float32(0) for name in ("tokens", "head", "rows")}
+  if not batches and not np.any(examples.weight):
+    nothing = (*METRICS, "head_loss", "grad_norm")
+    return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in nothing}
+  totals = {name: np.float32(0) for name in ("tokens", "rows")}
   for batch in batches:
     totals = add_totals(totals, batch)
-  grads, metrics = zeros(c, state.params)
+  policy_params = state.params["policy"]
+  grads, metrics = zeros(c, policy_params)
   for batch in batches:
-    grads, metrics = accumulate(c, state.params, grads, metrics, batch, totals, loss=loss, temperature=temperature,
+    grads, metrics = accumulate(c, policy_params, grads, metrics, batch, totals, loss=loss, temperature=temperature,
                                 compute=compute)
-  state, norm = apply(state, grads, optimizer)
-  return state, metrics | {"grad_norm": norm}
+  state, more = apply(state, grads, totals, examples, head_weight=loss.head_weight, optimizer=optimizer)
+  return state, metrics | more

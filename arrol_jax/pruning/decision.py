@@ -25,7 +25,7 @@ _DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:
   """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout; features:
   rollouts bring home what the head read."""
-  return lambda slots: _decide(slots, head, tables, rule, pruning, features)
+  return lambda slots: decide(slots, head, tables, rule, pruning, features)
 
 
 def features_of(slots: Slots, head: dict) -> Features:
@@ -36,8 +36,9 @@ def features_of(slots: Slots, head: dict) -> Features:
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "pruning", "features"), donate_argnames=("slots",))
-def _decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
-            features: bool) -> tuple[Slots, Decision]:
+def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
+           features: bool) -> tuple[Slots, Decision]:
+  """The program behind `make_decide`: slots with the rows that go on, and what was decided."""
   tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
   here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)

@@ -83,21 +83,7 @@ def quality_logit(head: dict, features: Features) -> jax.Array:
   return nnx.merge(_structure(inputs_of(head)), nnx.State(head))(features)
 
 
-def read(head: dict, hidden: jax.Array, mask: jax.Array, logprobs: jax.Array, position: jax.Array) -> Features:
-  """What `head` reads of whole rows at `position` i32[B,C]: hidden [B,S,D] of the trainer, mask and the sampler's logprobs
-  f32[B,S]. The state at p samples token p + 1, so the response's states begin one column before its mask."""
-  inputs = inputs_of(head)
-  last = jnp.take_along_axis(hidden, position[:, :, None], axis=1) if "last" in inputs else None
-  column = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, None, :]
-  start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)[:, None, None]
-  so_far = lambda first, end: ((column >= first) & (column <= end[:, :, None])).astype(jnp.float32)  # [B,C,S]
-  count = jnp.maximum(position - start[:, :, 0] + 2, 1).astype(jnp.float32)[:, :, None]
-  mean = statistics = None
-  if "mean" in inputs:
-    mean = jnp.einsum("bcs,bsd->bcd", (so_far(start - 1, position) / count).astype(hidden.dtype), hidden,
-                      preferred_element_type=jnp.float32)
-  if "logprobs" in inputs:
-    seen = so_far(start, position + 1)
-    lowest = jnp.min(jnp.where(seen > 0, logprobs[:, None], 0.0), axis=2)
-    statistics = jnp.stack([jnp.sum(seen * logprobs[:, None], axis=2) / count[:, :, 0], lowest], axis=2)
-  return Features(last, mean, statistics)
+def empty_features(head: dict, width: int, count: int) -> Features:
+  """Features of `count` places for a model of `width`, all 0, as `head` reads them."""
+  wide = lambda name: jnp.zeros((count, STATISTICS if name == "logprobs" else width), jnp.float32)
+  return Features(**{name: wide(name) for name in inputs_of(head)})

@@ -1,0 +1,117 @@
+"""What benchmarks share: timing, this device's ceilings, workloads, floors. `a` is the command line (bench.py).
+"""
+
+import contextlib
+import heapq
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrol_jax.engine import kv_cache
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request
+from arrol_jax.learning import update
+from arrol_jax.models import sharding, transformer
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.table import Calibration
+from arrol_jax.types import Rollout, TrainState
+
+
+def timed(run, runs: int, profile: str | None = None) -> tuple[list[float], float]:
+  """Seconds of `runs` calls after a warm-up, and the warm-up's (compilation included)."""
+  seconds = []
+  for i in range(runs + 1):
+    trace = jax.profiler.trace(profile) if profile and i == runs else contextlib.nullcontext()
+    with trace:
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds.append(time.perf_counter() - start)
+  return seconds[1:], seconds[0]
+
+
+def ceilings() -> dict:
+  """Measured read bandwidth (bytes/s) and bfloat16 matrix rate (FLOP/s; float32 on a CPU) of one device."""
+  big = jax.default_backend() != "cpu"
+  x = jnp.ones((1 << (29 if big else 26),), jnp.bfloat16 if big else jnp.float32)
+  total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+  size, dtype = (8192, jnp.bfloat16) if big else (1024, jnp.float32)
+  a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+  product = jax.jit(lambda a: a @ a)
+  read = min(timed(lambda: [total(x) for _ in range(10)], 3)[0]) / 10
+  matmul = min(timed(lambda: [product(a) for _ in range(10)], 3)[0]) / 10
+  return {"read_bytes_s": x.nbytes / read, "matmul_flop_s": 2 * size**3 / matmul}
+
+
+def target_lengths(kind: str, rows: int, max_new: int, centre: float, spread: float) -> np.ndarray:
+  """Response lengths i64[rows]: all max_new ("full"), or clip(lognormal(ln(centre N), spread), N/16, N), the first N."""
+  if kind == "full":
+    return np.full(rows, max_new)
+  lengths = np.random.default_rng(0).lognormal(np.log(max_new * centre), spread, rows)
+  lengths = np.clip(lengths, max_new // 16, max_new).astype(int)
+  lengths[0] = max_new
+  return lengths
+
+
+def peak_bytes() -> int | None:
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def requests(c: transformer.PolicyConfig, rows: int, group: int, prompt: int, lengths: np.ndarray) -> list[Request]:
+  """`rows` requests over rows / group random prompts of `prompt` tokens, each to run to its own length."""
+  tokens = np.random.default_rng(0).integers(1, c.vocab - 2, (-(-rows // group), prompt)).astype(np.int32)
+  return [Request(i, i // group, tokens[i // group], int(lengths[i])) for i in range(rows)]
+
+
+def spread(values: list[float]) -> dict:
+  return {"runs": len(values), "min": min(values), "max": max(values)}
+
+
+def cache_bytes(c, a) -> int:
+  """Bytes of one token's cache."""
+  return kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, a.cache or a.dtype)
+
+
+def decode_floor(c, a, lengths, slots: int, limits: dict, shared: bool = False) -> float:
+  """Seconds that reading takes at the measured bandwidth: each token its row's cache, each step all weights once.
+
+  Steps: as many as `slots` rows need when a slot takes the next request the moment it is free. shared: a group's prompt is read
+  once a step for all its rows (all of them start together), not once a row.
+  """
+  free = [0] * min(slots, len(lengths))
+  for n in lengths:
+    heapq.heapreplace(free, free[0] + int(n))
+  lengths = np.asarray(lengths, float)
+  groups = [lengths[i:i + a.group] for i in range(0, len(lengths), a.group)]
+  prompts = sum(max(group) if shared else sum(group) for group in groups) * a.prompt
+  context = prompts + np.sum(lengths * (lengths + 1) / 2)
+  weights = c.num_params() * jnp.dtype(a.dtype).itemsize
+  return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]
+
+
+def make_engine(a, c, mesh, slots: int) -> tuple[Engine, Sampling]:
+  return (Engine(c, mesh, slots, a.prompt, a.max_new, a.segment, a.row_buckets),
+          Sampling(1.0, (), a.dtype, a.cache, a.decode_attention))
+
+
+def fake_rollouts(c, a, lengths: np.ndarray) -> list[Rollout]:
+  """Finished rollouts with random tokens and rewards, all of one length a row."""
+  rng = np.random.default_rng(0)
+  return [Rollout(i, i // a.group, rng.integers(1, c.vocab - 2, a.prompt).astype(np.int32),
+                          rng.integers(1, c.vocab - 2, n).astype(np.int32), np.full(n, -10.0, np.float32), stopped=True,
+                          scores=(0.0,) * sum(n > d for d in a.detect), reward=float(rng.integers(2)))
+          for i, n in enumerate(lengths)]
+
+
+def fresh_state(c, mesh) -> tuple[TrainState, object]:
+  optimizer = update.make_optimizer(1e-6, 1e-3, 0, 1.0, 0.0, 0.9, 0.99)
+  axes = sharding.shardings(transformer.logical_axes(c), transformer.abstract_params(c), mesh, sharding.TRAIN)
+  weights = jax.jit(lambda key: transformer.init_params(c, key), out_shardings=axes)(jax.random.key(0))
+  params = {"policy": weights, "head": init_head(c.width, 256, jax.random.key(1))}
+  return TrainState(params, jax.jit(optimizer.init)(params), Calibration(), jnp.zeros((), jnp.int32)), optimizer
+
+
+def flops(c, tokens: int, length: float, passes: int) -> float:
+  """Model FLOPs of `passes` forward-sized passes (3 = forward and backward) over rows of `length` tokens."""
+  return passes * (2 * c.num_params() * tokens + 2 * c.layers * c.heads * c.head_dim * length * tokens)

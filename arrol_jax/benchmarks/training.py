@@ -1,0 +1,128 @@
+"""W2 and W3: the update, and a whole training step with and without pruning.
+"""
+
+import contextlib
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from arrol_jax.benchmarks.measuring import (
+  ceilings,
+  decode_floor,
+  fake_rollouts,
+  flops,
+  fresh_state,
+  make_engine,
+  requests,
+  spread,
+  target_lengths,
+  timed,
+)
+from arrol_jax.engine.scheduler import slots_that_fit
+from arrol_jax.learning import batching, update
+from arrol_jax.learning.losses import GRPO
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.step import RolledOut, StepConfig, TrainingStep
+
+PHASES = ("generate", "logprob", "update")
+
+
+def bench_update(a, c, mesh) -> list[dict]:
+  """W2: tokens a second and MFU of the update, and of the log-prob pass, on full rows."""
+  limits = ceilings()
+  state, optimizer = fresh_state(c, mesh)
+  compute = update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)
+  shape = batching.PackShape(a.prompt + a.max_new, min(a.micro_tokens, a.rows * (a.prompt + a.max_new)), 1)
+  rollouts = fake_rollouts(c, a, np.full(a.rows, a.max_new))
+  batches = batching.pack(rollouts, shape, mesh)
+  examples = batching.head_examples(rollouts, state.params["head"], c.width)
+  tokens = a.rows * (a.prompt + a.max_new)
+  logprob, _ = timed(lambda: update.fill_logprobs(c, state.params["policy"], None, batches, 1.0, compute), a.runs)
+
+  def once():
+    nonlocal state
+    state, metrics = update.step(c, state, batches, examples, GRPO, 1.0, compute, optimizer)
+    return metrics
+
+  seconds, first = timed(once, a.runs, a.profile)
+  rates = [tokens / s for s in seconds]
+  mfu = lambda s, passes: flops(c, tokens, a.prompt + a.max_new, passes) / s / limits["matmul_flop_s"]
+  best = statistics.median(seconds)
+  return [{"tokens_s": statistics.median(rates), "mfu": mfu(best, 3), "floor_share": mfu(best, 3), "floor": limits,
+           "logprob_tokens_s": tokens / statistics.median(logprob), "logprob_mfu": mfu(statistics.median(logprob), 1),
+           "remat": a.remat, "micro_tokens": a.micro_tokens, "chunk_tokens": a.chunk_tokens,
+           "compile_s": first - best} | spread(rates)]
+
+
+def training_step(a, c, mesh, detect: int, params: dict, optimizer) -> TrainingStep:
+  """The step of train.py, with a decision at `detect` tokens and as many slots as fit, at most --rows."""
+  engine, sampling = make_engine(a, c, mesh, a.rows)
+  slots = a.slots or slots_that_fit(engine, sampling, a.group, params) or a.rows
+  engine, _ = make_engine(a, c, mesh, min(slots, a.rows))
+  return TrainingStep(engine, StepConfig(
+    dtype=a.dtype, sampling=sampling, rule=PruneRule((detect,)), loss=GRPO,
+    compute=update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens),
+    shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets), optimizer=optimizer))
+
+
+def bench_step(a, c, mesh) -> list[dict]:
+  """W3: a whole step without pruning and with it at each --detect: phases, speed-ups, and the ideal for the same rollouts."""
+  limits = ceilings()
+  state, optimizer = fresh_state(c, mesh)
+  wanted = requests(c, a.rows, a.group, a.prompt, target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5))
+  steps = {detect: training_step(a, c, mesh, detect, state.params["policy"], optimizer) for detect in a.detect}
+
+  def once(detect: int | None) -> tuple[dict, list]:
+    """One step; with detect None the same programs keep every rollout."""
+    nonlocal state
+    one = steps[detect or a.detect[0]]
+
+    def roll_out(decide) -> RolledOut:
+      done = one.engine.run(wanted, jax.random.key(1), one.config.sampling, decide=decide)
+      for r in done:
+        r.reward = float(r.request % 2)
+      return RolledOut(done, done)
+
+    state, rolled, metrics = one(state, roll_out, detect is not None)
+    return {k: metrics[f"sec_{k}"] for k in (*PHASES, "step")}, rolled.rollouts
+
+  start = time.perf_counter()
+  for one in steps.values():
+    one.warm_up(state)
+  compile_s = time.perf_counter() - start
+  results = {}
+  for detect in (None, *a.detect):
+    trace = jax.profiler.trace(a.profile) if a.profile and detect else contextlib.nullcontext()
+    with trace:
+      runs = [once(detect) for _ in range(a.runs)]
+    results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in (*PHASES, "step")}, runs
+  slots = steps[a.detect[0]].engine.rows
+  return [step_line(a, c, detect, results, slots, limits) | {"compile_s": compile_s, "cache": a.cache or a.dtype}
+          for detect in a.detect]
+
+
+def step_line(a, c, detect: int, results: dict, slots: int, limits: dict) -> dict:
+  """One decision length's line: phases with and without pruning, speed-ups and their ideal."""
+  base, base_runs = results[None]
+  pruned, runs = results[detect]
+  before, after = base_runs[0][1], runs[0][1]
+  ideal = ideal_speedup(c, a, before, after, slots, limits)
+  ideal["step"] = base["step"] / sum(base[k] / ideal[k] for k in PHASES)
+  speedup = {k: base[k] / pruned[k] for k in (*PHASES, "step")}
+  kept = [r for r in after if not r.pruned]
+  return {f"sec_{k}": v for k, v in base.items()} | {f"sec_{k}_pruned": v for k, v in pruned.items()} | {
+    "detect": detect, "speedup": speedup, "ideal": ideal, "ideal_share": {k: speedup[k] / ideal[k] for k in ideal},
+    "floor_share": decode_floor(c, a, [len(r.tokens) for r in before], slots, limits) / base["generate"],
+    "floor": limits, "slots": slots, "kept": len(kept), "tokens_generated": sum(len(r.tokens) for r in before),
+    "tokens_generated_pruned": sum(len(r.tokens) for r in after),
+    "tokens_trained_pruned": sum(len(r.tokens) for r in kept)} | spread([x["step"] for x, _ in runs])
+
+
+def ideal_speedup(c, a, before: list, after: list, slots: int, limits: dict) -> dict:
+  """By phase, what these rollouts would gain at the floor: bytes read in generation, FLOPs of the rows trained on."""
+  work = lambda done: sum(flops(c, n, n, 1) for n in (len(r.prompt_tokens) + len(r.tokens) for r in done if not r.pruned))
+  read = lambda done: decode_floor(c, a, [len(r.tokens) for r in done], slots, limits)
+  trained = work(before) / work(after)
+  return {"generate": read(before) / read(after), "logprob": trained, "update": trained}

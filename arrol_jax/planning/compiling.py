@@ -1,0 +1,207 @@
+"""A step's programs compiled for chips that are not there: what each needs beside what is held meanwhile.
+
+Nothing is allocated and no weights are read: arguments are shapes with shardings (step.py lists them).
+"""
+
+import dataclasses
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from arrol_jax import assemble, step
+from arrol_jax.learning import batching, head_training
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files.weights import Policy
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.planning import hlo
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.table import Calibration
+from arrol_jax.types import TrainState, UserError
+
+PHASES = "generation", "training"
+GENERATION = ("reshard", "init slots", "prefill", "insert", "decode segment", "decide", "gather")
+HELD = {"reshard": "decode weights", "init slots": "cache and slots", "prefill": "prompts' cache"}  # results that stay
+GIB = 1 << 30
+SKIPPED = "not compiled: one before it does not fit"
+
+
+@dataclasses.dataclass
+class Program:
+  """One program on one chip, in bytes. Where it did not compile, `error` says why and `peak` is the compiler's figure or 0."""
+  name: str
+  limit: int
+  held: int = 0        # on the chip while it runs, its own arguments among it
+  runs: int = 1        # a step, at most, if all run at this shape
+  argument: int = 0
+  output: int = 0
+  alias: int = 0       # output that takes an argument's place
+  temp: int = 0
+  peak: int = 0        # by itself: argument + output - alias + temp
+  in_step: int = 0     # held + output - alias + temp
+  flops: float = 0.0   # matrix products, loops by their trips
+  traffic: float = 0.0  # bytes to and from memory, loops by their trips
+  flops_once: float = 0.0    # cost_analysis: a loop's body once
+  traffic_once: float = 0.0
+  collectives: dict = dataclasses.field(default_factory=dict)  # kind: [times, bytes], loops by their trips
+  error: str = ""
+
+  @property
+  def fits(self) -> bool:
+    return not self.error and max(self.in_step, self.peak) <= self.limit
+
+
+def per_chip(tree) -> int:
+  """Bytes of a tree of shapes with shardings on one chip, a tile's padding not counted; of what has no sharding, all."""
+  local = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+  return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+
+
+def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState:
+  """assemble.init_state's result as shapes with shardings."""
+  optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  weights = transformer.abstract_params(model)
+  weights = jax.tree.map(place, weights, sharding.shardings(transformer.logical_axes(model), weights, mesh, sharding.TRAIN))
+  q = c.quality
+  head = jax.eval_shape(lambda: init_head(model.width, q.hidden, jax.random.key(0), tuple(q.inputs)))
+  params = {"policy": weights, "head": jax.tree.map(lambda x: place(x, everywhere), head)}
+  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble.init_state).
+  at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+  follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
+  opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
+  table = jax.ShapeDtypeStruct((len(c.prune.detect), c.prune.bins), jnp.float32, sharding=everywhere)
+  count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  recent = None
+  if q.buffer:
+    ring = jax.eval_shape(lambda head: head_training.no_recent(head, model.width, q.buffer, assemble.head_optimizer(c)), head)
+    recent = jax.tree.map(lambda x: place(x, everywhere), ring)
+  return TrainState(params, opt_state, Calibration(table, table), count, recent)
+
+
+def out_of_memory(message: str) -> tuple[int, str]:
+  """Bytes that a program would have used, from the compiler's RESOURCE_EXHAUSTED message, and what to say."""
+  found = (re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+[KMGT]?) hbm", message) or
+           re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message))
+  if not found:
+    return 0, "the compiler ran out of the chip's memory: " + " ".join(message.split())[:200]
+  used, unit, limit = found.groups()
+  return int(float(used) * 1024 ** " KMGT".index(unit or " ")), f"the compiler needs {used}{unit} of {limit}"
+
+
+def measure(program: Program, compiled, unknown_trips: int) -> None:
+  """Fills in what the compiler says of the program and what its text adds up to."""
+  memory, cost, module = compiled.memory_analysis(), compiled.cost_analysis(), hlo.parse(compiled.as_text())
+  program.argument, program.output = memory.argument_size_in_bytes, memory.output_size_in_bytes
+  program.alias, program.temp = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+  fresh = program.output - program.alias + program.temp
+  program.peak, program.in_step = program.argument + fresh, max(program.held, program.argument) + fresh
+  count = hlo.trips(module, unknown_trips)
+  program.flops, program.traffic = hlo.flops(module, count), hlo.traffic(module, count)
+  program.flops_once, program.traffic_once = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
+  program.collectives = hlo.collective_counts(module, count)
+
+
+class DoesNotFit(Exception):
+  """A program does not fit, and nobody wants to know about the others."""
+
+
+class Step:
+  """The programs of one step, compiled one after another; `held` is what lies on each chip between them.
+
+  stop: `run` raises DoesNotFit at the first program that does not fit.
+  """
+
+  def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
+               stop: bool = False):
+    self.c, self.mesh, self.limit, self.stop = c, mesh, limit, stop
+    self.loaded = Policy(model, transformer.abstract_params(model), None, (model.vocab - 1,), 0)
+    self.options = None if effort is None else {"exec_time_optimization_effort": effort}
+    self.programs: list[Program] = []
+    self.held: dict[str, int] = {}
+    self.sizes: dict[str, int] = {}  # everything that was ever held
+    self.shapes: dict[str, int] = {}
+
+  def hold(self, name: str, size: int) -> None:
+    self.held[name] = self.sizes[name] = size
+
+  def compile(self, listed: step.Program, results: dict) -> None:
+    """Compiles a listed program beside what is held; adds its result as shapes with shardings to `results` where it fits."""
+    name, args = listed.name, listed.args(results)
+    program = Program(name, self.limit, held=sum(self.held.values()), runs=listed.runs, argument=per_chip(args))
+    self.programs.append(program)
+    lowered = listed.jitted.lower(*args, **listed.static)
+    try:
+      compiled = lowered.compile(compiler_options=self.options)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      program.peak, program.error = out_of_memory(str(e))
+      program.in_step = program.peak + max(0, program.held - program.argument)
+      return self.check()
+    measure(program, compiled, listed.unknown_trips)
+    print(f"{name}: {program.in_step / GIB:.2f} GiB in the step", file=sys.stderr, flush=True)
+    self.check()
+    results[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
+                                 compiled.output_shardings)
+
+  def skip(self, *names: str) -> None:
+    """Programs whose arguments come from one that does not fit."""
+    self.programs += [Program(n, self.limit, error=SKIPPED) for n in names]
+
+  def check(self) -> None:
+    if self.stop and not all(p.fits for p in self.programs):
+      raise DoesNotFit
+
+  def run(self, phases: tuple[str, ...] = PHASES) -> "Step":
+    with jax.set_mesh(self.mesh):
+      state = abstract_state(self.c, self.loaded.config, self.mesh)
+      self.hold("parameters, optimizer, head", per_chip(state))
+      if assemble.loss(self.c).kl_weight:
+        self.hold("reference parameters", per_chip(state.params["policy"]))
+      always = dict(self.held)
+      if "generation" in phases:
+        self.generation(state)
+      self.held = always
+      if "training" in phases:
+        self.training(state)
+    return self
+
+  def generation(self, state: TrainState) -> None:
+    """Decode weights, cache, then what runs on them, as Engine.run does it."""
+    c, config = self.c, assemble.step_config(self.c, self.loaded)
+    try:
+      engine = assemble.engine(c, self.loaded, self.mesh, c.rollout.max_new, state.params["policy"],
+                               memory=(self.limit - sum(self.held.values()), self.limit))
+    except UserError as e:
+      self.skip(*GENERATION)
+      self.programs[-len(GENERATION) + 1].error = str(e)  # init slots
+      return self.check()
+    self.shapes |= {"slots": engine.rows, "cache columns": engine.lengths(config.sampling)[-1]}
+    self.compile_all(step.generation_programs(engine, config, state, c.rollout.prompts, c.rollout.group_size))
+
+  def compile_all(self, listed: list[step.Program]) -> None:
+    """Programs in their order; one that needs what did not fit is skipped."""
+    results = {}
+    for program in listed:
+      if all(name in results for name in program.needs):
+        self.compile(program, results)
+        if program.name in HELD and program.name in results:
+          self.hold(HELD[program.name], self.programs[-1].output)
+      else:
+        self.skip(program.name)
+
+  def training(self, state: TrainState) -> None:
+    """Log-probs, gradients a micro-batch, the optimizer's step."""
+    c, config, unit = self.c, assemble.step_config(self.c, self.loaded), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    rows, length = max(config.shape.sizes(unit), key=math.prod)
+    self.shapes |= {"micro-batch rows": rows, "micro-batch columns": length}
+    started = c.rollout.prompts * c.rollout.group_size
+    kept = started * (c.prune.keep if c.prune.enabled else 1.0)
+    self.hold("micro-batches", math.ceil(kept / rows) * per_chip(batching.abstract_batch(rows, length, self.mesh)))
+    self.hold("gradients", per_chip(state.params["policy"]))
+    self.compile_all(step.training_programs(self.loaded.config, self.mesh, config, state, kept, started))
