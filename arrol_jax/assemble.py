@@ -21,7 +21,7 @@ from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.evaluation import Voters, measure
 from arrol_jax.learning.generation import Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
-from arrol_jax.learning.update import Compute
+from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning.head import init_head, inputs_of
@@ -133,8 +133,8 @@ def loss(c: ConfigDict) -> LossConfig:
 def step_config(c: ConfigDict, loaded: Policy) -> StepConfig:
   """What a training step does."""
   return StepConfig(
-    dtype=c.model.dtype, sampling=sampling(c, loaded, c.rollout.temperature), rule=prune_rule(c), loss=loss(c),
-    compute=compute(c), shape=pack_shape(c), optimizer=optimizer(c),
+    dtype=c.model.dtype, sampling=sampling(c, loaded, c.rollout.temperature), rule=prune_rule(c),
+    update=UpdateConfig(loaded.config, loss(c), compute(c)), shape=pack_shape(c), optimizer=optimizer(c),
     head_optimizer=head_optimizer(c) if c.quality.buffer else None,
     passes=c.quality.passes, weigh=tuple(c.prune.weigh), balance=c.quality.balance, short=c.quality.short,
     half_life=c.prune.half_life)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from arrol_jax.engine import programs as decoding
@@ -25,11 +26,9 @@ from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import batching, head_training, update
 from arrol_jax.learning.batching import PackShape
-from arrol_jax.learning.losses import LossConfig
 from arrol_jax.learning.metrics import rollout_metrics
-from arrol_jax.learning.update import Compute
+from arrol_jax.learning.update import UpdateConfig
 from arrol_jax.models import sharding
-from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.pruning import decision
 from arrol_jax.pruning.baselines import down_sample
 from arrol_jax.pruning.head import empty_features
@@ -43,8 +42,7 @@ class StepConfig:
   dtype: str
   sampling: Sampling
   rule: PruneRule
-  loss: LossConfig
-  compute: Compute
+  update: UpdateConfig
   shape: PackShape
   optimizer: optax.GradientTransformation
   head_optimizer: optax.GradientTransformation | None = None  # goes over the head's buffer; None: there is none
@@ -100,13 +98,14 @@ class TrainingStep:
     clock.seconds["sec_generate"] -= rolled.sec_reward
 
     # ---- 2. batch
-    batches = batching.pack(rolled.learned, c.shape, self.engine.mesh, c.loss, c.weigh)
+    batches, counts = batching.pack(rolled.learned, c.shape, self.engine.mesh, c.update.loss, c.weigh)
+    scalars = counts | {"temperature": c.sampling.temperature}
     examples = batching.head_examples(rolled.rollouts, state.params["head"], model.width, c.weigh, c.balance, c.short)
-    batches = update.fill_logprobs(model, state.params["policy"], self.reference, batches, c.sampling.temperature, c.compute)
+    batches = update.fill_logprobs(c.update, state.params["policy"], self.reference, batches, np.float32(c.sampling.temperature))
     clock.lap("sec_logprob", batches)
 
     # ---- 3. update
-    state, metrics = update.step(model, state, batches, examples, c.loss, c.sampling.temperature, c.compute, c.optimizer)
+    state, metrics = update.step(c.update, state, batches, examples, scalars, c.optimizer)
 
     # ---- 4. table
     calibration = head_training.update_calibration(state.calibration, rolled.rollouts, c.half_life, c.weigh)
@@ -129,12 +128,10 @@ class TrainingStep:
     for one in pruning:
       self.engine.warm_up(c.sampling, decision.make_decide(state.params["head"], state.calibration, c.rule, one, features=True))
     self.engine.params = None
-    totals = {"tokens": jnp.float32(1), "rows": jnp.float32(1)}
+    scalars = {name: np.float32(1) for name in ("tokens", "rows", "trained", "temperature")}
     for batch in batching.empty_batches(c.shape, self.engine.mesh):
-      update.fill_logprobs(model, params, self.reference, [batch], c.sampling.temperature, c.compute)
-      grads, metrics = update.zeros(model, params)
-      jax.block_until_ready(update.accumulate(model, params, grads, metrics, batch, totals, loss=c.loss,
-                                              temperature=c.sampling.temperature, compute=c.compute))
+      batch, = update.fill_logprobs(c.update, params, self.reference, [batch], scalars["temperature"])
+      jax.block_until_ready(update.accumulate(c.update, params, *update.zeros(model, params), batch, scalars))
 
 
 # ---- programs ------------------------------------------------------------------------------------------------
@@ -182,21 +179,18 @@ def generation_programs(engine: Engine, c: StepConfig, state: TrainState, prompt
   return out
 
 
-def training_programs(model: PolicyConfig, mesh: Mesh, c: StepConfig, state: TrainState, kept: int,
-                      examples: int) -> list[Program]:
+def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, examples: int) -> list[Program]:
   """What learning from `kept` survivors runs, micro-batches at their largest; examples: those of the head, padded."""
-  policy, temperature = state.params["policy"], c.sampling.temperature
-  rows, length = max(c.shape.sizes(mesh.shape["data"] * mesh.shape["fsdp"]), key=math.prod)
-  batch, count = batching.abstract_batch(rows, length, mesh), math.ceil(kept / rows)
+  u, policy = c.update, state.params["policy"]
+  batch = max(batching.abstract_batches(c.shape, mesh), key=lambda batch: batch.response_mask.size)
+  count = math.ceil(kept * c.shape.length / batch.tokens.size)
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-  metrics, totals = dict.fromkeys(update.METRICS, scalar), dict.fromkeys(("tokens", "rows"), scalar)
+  metrics, scalars = dict.fromkeys(update.METRICS, scalar), dict.fromkeys(("tokens", "rows", "trained", "temperature"), scalar)
   row = jax.ShapeDtypeStruct((examples,), jnp.float32)
-  taught = Examples(jax.eval_shape(lambda head: empty_features(head, model.width, examples), state.params["head"]), row, row)
-  how = {"temperature": temperature, "compute": c.compute}
-  return [
-    Program("log-probs", update.batch_logprobs, lambda out: (model, policy, batch), how,
-            runs=count * (2 if c.loss.kl_weight else 1)),
-    Program("update", update.accumulate, lambda out: (model, policy, policy, metrics, batch, totals), how | {"loss": c.loss},
-            runs=count),
-    Program("optimizer", update.apply, lambda out: (state, (out.get("update") or (policy,))[0], totals, taught),
-            {"head_weight": c.loss.head_weight, "optimizer": c.optimizer})]
+  taught = Examples(jax.eval_shape(lambda head: empty_features(head, u.model.width, examples), state.params["head"]), row, row)
+  passes = (not u.fresh) + bool(u.loss.kl_weight)
+  logprobs = Program("log-probs", update.batch_logprobs, lambda out: (u, policy, batch, scalar), {}, runs=count * passes)
+  return [logprobs] * bool(passes) + [
+    Program("update", update.accumulate, lambda out: (u, policy, policy, metrics, batch, scalars), {}, runs=count),
+    Program("optimizer", update.apply, lambda out: (state, (out.get("update") or (policy,))[0], scalars, taught),
+            {"head_weight": u.loss.head_weight, "optimizer": c.optimizer})]

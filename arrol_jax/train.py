@@ -88,7 +88,7 @@ def main():
       return out
 
     # ---- state, resume
-    reference = loaded.params if config.loss.kl_weight else None  # updates make new arrays: these stay
+    reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
     engine.watch = stop.check

@@ -23,11 +23,15 @@ class UserError(Exception):
 
 @flax.struct.dataclass
 class Batch:
-  """One micro-batch of surviving rollouts; padded rows have response_mask 0 everywhere."""
-  tokens: jax.Array            # i32[B,S]
+  """One micro-batch of surviving rollouts (batching.py): `I` bins of U tokens, in which a group's prompt stands once, and B rows,
+  one a rollout, as attention and the loss see them. Padded rows have response_mask 0 everywhere."""
+  tokens: jax.Array            # i32[I,U]
+  positions: jax.Array         # i32[I,U]  of each token in its row
+  used: jax.Array              # i32[I]    tokens before the padding
+  layout: object               # models.attention.Layout: which token stands where in the rows
   response_mask: jax.Array     # f32[B,S]  1 where the token belongs to the response
-  sampler_logprobs: jax.Array  # f32[B,S]  log-prob of tokens[b,s] under the sampler, 0 outside the response
-  old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the update starts from
+  sampler_logprobs: jax.Array  # f32[B,S]  log-prob of the row's token s under the sampler, 0 outside the response
+  old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the batch's first step starts from, where it has several
   ref_logprobs: jax.Array      # f32[B,S]  the same under the reference policy (0 where the KL weight is 0)
   advantages: jax.Array        # f32[B]
 

@@ -1,75 +1,157 @@
 """Survivors of a step -> micro-batches of a few fixed shapes, and examples for the head (paper Algorithm 1, re-batching).
 
-Advantages are taken over a group's survivors. Rows are contiguous and right-padded: prompt, response, padding.
+A micro-batch holds bins, one a shard of the mesh, of U tokens each without padding between them. A group's prompt stands in
+its bin once, all but its last token; behind it come the group's rollouts, each as [last prompt token, response]. So matrix
+products see each token once. Attention alone works on rows, one a rollout: [prompt, response, padding], gathered from
+the bin (attention.py). Rows without an advantage cannot change the policy and are left out where the loss has no KL term;
+means are over all survivors all the same.
 """
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
 from arrol_jax.learning.losses import GRPO, LossConfig, group_advantages, overlong_penalty
 from arrol_jax.models import sharding
+from arrol_jax.models.attention import Layout
 from arrol_jax.pruning.head import empty_features
 from arrol_jax.types import Batch, Examples, Rollout
+
+
+class BinShape(NamedTuple):
+  """tokens: of a bin; rows: attention rows of a bin; length: columns of a row."""
+  tokens: int
+  rows: int
+  length: int
 
 
 class PackShape(NamedTuple):
   """Shapes of the update: rows of at most `length` tokens in `buckets` lengths, about `micro_tokens` tokens a micro-batch."""
   length: int
   micro_tokens: int
-  buckets: int = 3
+  buckets: int = 2
 
-  def sizes(self, unit: int) -> list[tuple[int, int]]:
-    """(rows, row length) of each full micro-batch, shortest rows first; rows are a multiple of `unit`."""
-    lengths = sorted({-(-self.length * (b + 1) // self.buckets // 16) * 16 for b in range(self.buckets)})
-    return [(-(-max(1, self.micro_tokens // n) // unit) * unit, n) for n in lengths]
+  def lengths(self) -> list[int]:
+    """Row lengths, ascending."""
+    return sorted({-(-self.length * (b + 1) // self.buckets // 16) * 16 for b in range(self.buckets)})
 
-  def holding(self, rows: int, longest: int, unit: int) -> tuple[int, int]:
-    """The compiled size that takes the most of so many rows, the longest of which has so many tokens; half of a full one's
-    rows where they do."""
-    full, length = next(size for size in self.sizes(unit) if size[1] >= longest)
-    half = -(-full // 2 // unit) * unit
-    return (half if rows <= half else full), length
-
-
-def empty_batches(shape: PackShape, mesh) -> list[Batch]:
-  """A micro-batch of each size with no rollout in it: for compiling ahead."""
-  unit = mesh.shape["data"] * mesh.shape["fsdp"]
-  sizes = dict.fromkeys(shape.holding(rows, length, unit) for full, length in shape.sizes(unit) for rows in (full, 1))
-  return [sharding.put(_micro_batch([], np.zeros(0), *size), sharding.rows(mesh)) for size in sizes]
+  def bins(self, unit: int, length: int) -> list[BinShape]:
+    """The shapes of a bin for rows of `length`, smallest first; `unit` bins make a micro-batch. A whole one holds at least the
+    longest row; part-filled micro-batches take half or a quarter where that holds one too."""
+    longest = self.lengths()[-1]
+    whole = _up(max(self.micro_tokens // unit, longest), 16)
+    sizes = sorted({max(_up(whole // part, 16), _up(longest, 16)) for part in (4, 2, 1)})
+    return [BinShape(n, max(1, -(-2 * n // length)), length) for n in sizes]
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-  """A micro-batch as shapes with shardings."""
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding.rows(mesh))
-  grid = array(jnp.float32, length)
-  return Batch(tokens=array(jnp.int32, length), response_mask=grid, sampler_logprobs=grid, old_logprobs=grid, ref_logprobs=grid,
-               advantages=array(jnp.float32))
+class _Bin:
+  """A bin being filled: rollouts by group."""
+
+  def __init__(self, shape: BinShape):
+    self.shape, self.tokens, self.rows, self.groups = shape, 0, 0, {}
+
+  def takes(self, i: int, r: Rollout) -> bool:
+    """Whether rollout number i went in."""
+    shared = 0 if r.prompt in self.groups else len(r.prompt_tokens) - 1
+    need = shared + 1 + len(r.tokens)
+    if self.tokens + need > self.shape.tokens or self.rows == self.shape.rows:
+      return False
+    self.groups.setdefault(r.prompt, []).append(i)
+    self.tokens, self.rows = self.tokens + need, self.rows + 1
+    return True
 
 
-def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRPO, weigh: tuple[str, ...] = ()) -> list[Batch]:
-  """Survivors -> micro-batches in at most `shape.buckets` row lengths, longest rows first: a part-filled one has the shortest.
+def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRPO,
+         weigh: tuple[str, ...] = ()) -> tuple[list[Batch], dict]:
+  """Survivors -> micro-batches, longest rows first, and what their means are over: {"tokens", "rows", "trained"}, counts.
 
   Advantages are taken over a group's survivors, from rewards with the loss's overlong penalty. weigh holding "policy": a
-  survivor counts 1 / keep probability times in group means and advantages (METHOD 9.1), scaled to mean 1. Old and
-  reference log-probs are the update's to fill.
+  survivor counts 1 / keep probability times (METHOD 9.1), in group means, advantages and what means are over. Old and reference
+  log-probs are the update's to fill. trained: response tokens of the rows that are in.
   """
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.keep_probability for r in kept]) if "policy" in weigh else None
   shaped = np.array([r.reward for r in kept], np.float32)
   shaped = shaped + overlong_penalty(np.array([len(r.tokens) for r in kept]), loss.longest, loss.overlong)
   advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), loss.normalize_std, weights=weights)
+  rows = [i for i in range(len(kept)) if advantages[i] or loss.kl_weight]
+  totals = {"tokens": sum(len(r.tokens) for r in kept), "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows)}
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
-  length_of = lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens)
-  order, batches = sorted(range(len(kept)), key=length_of, reverse=True), []
-  while order:
-    rows, length = shape.holding(len(order), length_of(order[0]), unit)
-    part, order = order[:rows], order[rows:]
-    batches.append(_micro_batch([kept[i] for i in part], advantages[part], rows, length))
-  return [sharding.put(batch, sharding.rows(mesh)) for batch in batches]
+  batches = []
+  for bins in _bins(kept, rows, shape, unit):
+    for start in range(0, len(bins), unit):
+      part = bins[start:start + unit]
+      fits = next(s for s in shape.bins(unit, part[0].shape.length)
+                  if all(b.tokens <= s.tokens and b.rows <= s.rows for b in part))
+      batches.append(_micro_batch(kept, advantages, part, fits, unit))
+  return [sharding.put(batch, sharding.rows(mesh)) for batch in batches], totals
+
+
+def _bins(kept: list[Rollout], rows: list[int], shape: PackShape, unit: int) -> list[list[_Bin]]:
+  """Bins by row length, longest first; members of a group stay together, and shorter rows fill up a longer bin."""
+  total = lambda i: len(kept[i].prompt_tokens) + len(kept[i].tokens)
+  bucket = {i: next(n for n in shape.lengths() if n >= total(i)) for i in rows}
+  left, out = sorted(rows, key=lambda i: (-bucket[i], kept[i].prompt, i)), []
+  while left:
+    length, bins = bucket[left[0]], []
+    while left and (bucket[left[0]] == length or len(bins) % unit):
+      one = _Bin(shape.bins(unit, length)[-1])
+      left = [i for i in left if not one.takes(i, kept[i])]
+      bins.append(one)
+    out.append(bins)
+  return out
+
+
+def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int) -> Batch:
+  """`unit` bins, those that are missing empty."""
+  u, r, s = shape
+  tokens, positions, back = (np.full((unit, u), x, np.int32) for x in (0, 0, -1))
+  take, (shared, leader) = np.zeros((unit, r, s), np.int32), np.zeros((2, unit, r), np.int32)
+  (mask, sampled), advantage = np.zeros((2, unit, r, s), np.float32), np.zeros((unit, r), np.float32)
+  for b, one in enumerate(bins):
+    at = row = 0
+    for members in one.groups.values():
+      prompt, first = kept[members[0]].prompt_tokens, row
+      pieces = [(prompt[:-1], 0, row)]  # tokens, their first position, the row where they are read
+      for i in members:
+        pieces.append((np.concatenate([prompt[-1:], kept[i].tokens]), len(prompt) - 1, row))
+        start, end = len(prompt), len(prompt) + len(kept[i].tokens)
+        take[b, row, :start - 1] = at + np.arange(start - 1)
+        shared[b, row], leader[b, row], advantage[b, row] = start - 1, first, advantages[i]
+        mask[b, row, start:end], sampled[b, row, start:end] = 1.0, kept[i].logprobs
+        row += 1
+      for n, (values, position, where) in enumerate(pieces):
+        here, columns = slice(at, at + len(values)), position + np.arange(len(values))
+        tokens[b, here], positions[b, here], back[b, here] = values, columns, where * s + columns
+        if n:
+          take[b, where, columns] = np.arange(here.start, here.stop)
+        at += len(values)
+  flat = lambda x: x.reshape(unit * r, *x.shape[2:])
+  nothing = np.zeros((unit * r, s), np.float32)
+  used = np.array([one.tokens for one in bins] + [0] * (unit - len(bins)), np.int32)
+  return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, back, shared, leader), response_mask=flat(mask),
+               sampler_logprobs=flat(sampled), old_logprobs=nothing, ref_logprobs=nothing, advantages=flat(advantage))
+
+
+def _up(n: int, unit: int) -> int:
+  return -(-n // unit) * unit
+
+
+def empty_batches(shape: PackShape, mesh) -> list[Batch]:
+  """A micro-batch of each size with no rollout in it: for compiling ahead."""
+  unit = mesh.shape["data"] * mesh.shape["fsdp"]
+  sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
+  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit), sharding.rows(mesh)) for size in sizes]
+
+
+def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
+  """`empty_batches` as shapes with shardings."""
+  unit, by_row = mesh.shape["data"] * mesh.shape["fsdp"], sharding.rows(mesh)
+  sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
+  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
 
 
 def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[str, ...] = (), balance: bool = False,
@@ -107,14 +189,3 @@ def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool)
     half = lambda share: share / max(float(np.sum(weight * share)), 1e-6)
     weight = weight * np.sum(weight) / 2 * (half(right) + half(1.0 - right))
   return weight
-
-
-def _micro_batch(rows: list[Rollout], advantages: np.ndarray, count: int, length: int) -> Batch:
-  grid = lambda dtype: np.zeros((count, length), dtype)
-  tokens, mask, sampled, advantage = grid(np.int32), grid(np.float32), grid(np.float32), np.zeros(count, np.float32)
-  for i, r in enumerate(rows):
-    start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
-    tokens[i, :start], tokens[i, start:end] = r.prompt_tokens, r.tokens
-    mask[i, start:end], sampled[i, start:end], advantage[i] = 1.0, r.logprobs, advantages[i]
-  return Batch(tokens=tokens, response_mask=mask, sampler_logprobs=sampled, old_logprobs=np.zeros_like(sampled),
-               ref_logprobs=np.zeros_like(sampled), advantages=advantage)

@@ -20,7 +20,7 @@ class LossConfig:
   aggregate: "token" = mean over all response tokens; "sequence" = mean over rows of row means; "constant" = sum over tokens
   by rows and `longest`, the longest response allowed in tokens. ratio: "token", or "sequence" = geometric mean over the row's
   tokens. overlong: share of the longest response over which a growing punishment is added to the reward
-  (`overlong_punishment`), 0 none.
+  (`overlong_penalty`), 0 none. correction: what becomes of the difference between sampler and trainer (`correction_weights`).
   """
   clip_low: float = 0.2
   clip_high: float = 0.2
@@ -31,6 +31,8 @@ class LossConfig:
   ratio: str = "token"
   overlong: float = 0.0
   longest: int = 1
+  correction: str = "none"
+  correction_cap: float = 2.0
 
 
 GRPO = LossConfig()
@@ -106,6 +108,25 @@ def token_weights(mask: jax.Array, aggregate: str, num_tokens: jax.Array, num_ro
   if aggregate == "constant":
     return mask / (jnp.maximum(num_rows, 1.0) * longest)
   raise ValueError(f"loss.aggregate is {aggregate!r}; it must be one of {', '.join(AGGREGATES)}")
+
+
+CORRECTIONS = ("none", "truncate", "mask")
+
+
+def correction_weights(old_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array, correction: str,
+                       cap: float) -> jax.Array:
+  """Importance weights f32[B,S], constants, of what another program than the trainer's, or a rounded cache, sampled.
+
+  "none": 1. "truncate": min(r, cap) a token with r = exp(old - sampler) (truncated importance sampling, as in TRL and slime).
+  "mask": a row's whole product of r, and 0 where that exceeds cap (masked importance sampling over the sequence).
+  """
+  gap = jax.lax.stop_gradient(jnp.where(mask > 0, old_logprobs - sampler_logprobs, 0.0))
+  if correction == "truncate":
+    return jnp.minimum(jnp.exp(gap), cap)
+  if correction == "mask":
+    row = jnp.sum(gap, axis=1, keepdims=True)
+    return jnp.broadcast_to(jnp.where(row <= jnp.log(cap), jnp.exp(row), 0.0), gap.shape)
+  return jnp.ones_like(gap)
 
 
 def binary_cross_entropy(logit: jax.Array, label: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 Policy and head take one optax step together (METHOD section 2). The head learns from the features that the engine took while it
 decoded, which carry no gradient into the backbone. Micro-batches accumulate sums that already carry the whole batch's
-denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks over the
-responses: float32 logits [B,S,V] never exist, and nothing is unembedded at prompts or where all rows have ended.
+denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks: float32 logits of
+a whole micro-batch never exist.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from arrol_jax.learning import losses
 from arrol_jax.learning.head_training import head_loss
 from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import transformer
-from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.attention import shared_attention, spread
 from arrol_jax.models.sharding import constrain, rows_on_a_chip
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.types import Batch, Examples, TrainState
@@ -26,12 +26,22 @@ from arrol_jax.types import Batch, Examples, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the training programs compute: dtype of activations, attention (attention.py), remat (policy.forward), tokens of a
+  """How the training programs compute: dtype of activations, attention (attention.py), remat (transformer.forward), tokens of a
   chip in a log-prob chunk."""
   dtype: str = "bfloat16"
   attention: str = "auto"
   remat: str = "dots"
   chunk_tokens: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+  """What the training programs are compiled for. fresh: one optimizer step a batch, so that the policy of the loss is the
+  one that the step starts from and its ratio is 1."""
+  model: PolicyConfig
+  loss: LossConfig = LossConfig()
+  compute: Compute = Compute()
+  fresh: bool = True
 
 
 def _chunks(length: int, most: int) -> tuple[int, int]:
@@ -42,23 +52,19 @@ def _chunks(length: int, most: int) -> tuple[int, int]:
   return size, -(-length // size)
 
 
-def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: float,
+def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, used: jax.Array, temperature: jax.Array,
                    chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
-  """hidden [B,S,D], tokens i32[B,S] -> log-prob of tokens[b,s] given what stands before it, and the entropy there.
+  """hidden [I,U,D], tokens i32[I,U] -> log-prob of tokens[i,u] given what stands before it, and the entropy there, f32[I,U].
 
-  Both f32[B,S], and 0 where mask f32[B,S] is 0; a row's masked tokens stand together and not in column 0. Logits are divided
-  by `temperature`, as the sampler did.
+  Both 0 in column 0 and from used i32[I] on. Logits are divided by `temperature`, as the sampler did. They exist for one chunk
+  of columns at a time, and are computed again for the slopes.
   """
-  rows, length, width = hidden.shape
+  rows, length, _ = hidden.shape
   size, chunks = _chunks(length, chunk_tokens // rows_on_a_chip(rows))
   table = transformer.whole_unembedding(params)  # before the loop, which would gather it anew for each chunk
-  longest = jnp.max(jnp.sum(mask, axis=1))
-  # Each row is turned so that its first response token comes first: chunk i then holds every row's i-th piece.
-  start = jnp.argmax(mask > 0, axis=1).astype(jnp.int32)
-  turn = (start[:, None] + jnp.arange(chunks * size, dtype=jnp.int32)[None, :]) % length
-  take = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds", unique_indices=chunks * size == length))
-  split = lambda x: x.reshape(rows, chunks, size, *x.shape[2:]).swapaxes(0, 1)
-  h, t = split(take(hidden, (turn - 1) % length)), split(take(tokens, turn))
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
+  split = lambda x: pad(x).reshape(rows, chunks, size, *x.shape[2:]).swapaxes(0, 1)
+  following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
   @jax.checkpoint
   def chunk(h, t):
@@ -69,72 +75,62 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, mask: jax
     return chosen, jax.lax.stop_gradient(entropy)
 
   nothing = lambda h, t: (jnp.zeros((rows, size), jnp.float32),) * 2
-  out = jax.lax.map(lambda x: jax.lax.cond(x[0] * size < longest, chunk, nothing, *x[1:]),
-                    (jnp.arange(chunks, dtype=jnp.int32), h, t))
-  column = jnp.arange(length, dtype=jnp.int32)[None, :]
-  back = lambda x: take(x.swapaxes(0, 1).reshape(rows, chunks * size), (column - start[:, None]) % length)
-  return tuple(jnp.where(mask > 0, back(x), 0.0) for x in out)
+  out = jax.lax.map(lambda x: jax.lax.cond(x[0] * size < jnp.max(used), chunk, nothing, *x[1:]),
+                    (jnp.arange(chunks, dtype=jnp.int32), split(hidden), split(following)))
+  real = jnp.arange(length, dtype=jnp.int32)[None, :] < used[:, None]
+  late = lambda x: jnp.pad(x.swapaxes(0, 1).reshape(rows, chunks * size)[:, :length - 1], ((0, 0), (1, 0)))
+  return tuple(jnp.where(real, late(x), 0.0) for x in out)
 
 
-def _hidden(c: PolicyConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
-  attend = causal_attention(compute.attention)
-  return transformer.forward(c, params, batch.tokens, transformer.default_positions(batch.tokens), attend,
-                        dtype=compute.dtype, remat=compute.remat)[0]
+def row_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Log-probs of the response tokens under `params`, and the entropy there: f32[B,S] each, 0 outside the responses."""
+  attend = shared_attention(u.compute.attention, batch.layout)
+  hidden = transformer.forward(u.model, params, batch.tokens, batch.positions, attend, dtype=u.compute.dtype,
+                               remat=u.compute.remat)[0]
+  found = token_logprobs(params, hidden, batch.tokens, batch.used, temperature, u.compute.chunk_tokens)
+  return tuple(jnp.where(batch.response_mask > 0, spread(x, batch.layout), 0.0) for x in found)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "temperature", "compute"))
-def batch_logprobs(c: PolicyConfig, params: dict, batch: Batch, *, temperature: float, compute: Compute) -> jax.Array:
-  """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the response."""
-  hidden = _hidden(c, params, batch, compute)
-  return token_logprobs(params, hidden, batch.tokens, batch.response_mask, temperature, compute.chunk_tokens)[0]
+@functools.partial(jax.jit, static_argnames=("u",))
+def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> jax.Array:
+  """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the responses."""
+  return row_logprobs(u, params, batch, temperature)[0]
 
 
-def micro_loss(c: PolicyConfig, params: dict, batch: Batch, totals: dict, loss: LossConfig, temperature: float,
-               compute: Compute) -> tuple[jax.Array, dict]:
+def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; totals {"tokens", "rows"} f32[]: of the whole batch.
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature".
   """
-  hidden = _hidden(c, params, batch, compute)
-  mask = batch.response_mask
-  logprobs, entropy = token_logprobs(params, hidden, batch.tokens, mask, temperature, compute.chunk_tokens)
-  weight = losses.token_weights(mask, loss.aggregate, totals["tokens"], totals["rows"], loss.longest)
-  term, clipped = losses.surrogate(logprobs, batch.old_logprobs, batch.advantages, mask,
-                                   clip_low=loss.clip_low, clip_high=loss.clip_high, ratio=loss.ratio)
+  loss, mask = u.loss, batch.response_mask
+  logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
+  old = jax.lax.stop_gradient(logprobs) if u.fresh else batch.old_logprobs
+  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest)
+  weight = weight * losses.correction_weights(old, batch.sampler_logprobs, mask, loss.correction, loss.correction_cap)
+  term, clipped = losses.surrogate(logprobs, old, batch.advantages, mask, clip_low=loss.clip_low, clip_high=loss.clip_high,
+                                   ratio=loss.ratio)
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
-
-  per_token = mask / jnp.maximum(totals["tokens"], 1.0)
+  per_token = mask / jnp.maximum(scalars["trained"], 1.0)
   gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
-  metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl),
-             "entropy": jnp.sum(per_token * entropy), "clip_frac": jnp.sum(per_token * clipped),
-             "logprob_gap": jnp.sum(per_token * gap)}
+  metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl), "entropy": jnp.sum(per_token * entropy),
+             "clip_frac": jnp.sum(per_token * clipped), "logprob_gap": jnp.sum(per_token * gap)}
   return policy_loss + loss.kl_weight * jnp.sum(weight * kl), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("c", "loss", "temperature", "compute"), donate_argnames=("grads", "metrics"))
-def accumulate(c: PolicyConfig, params: dict, grads: dict, metrics: dict, batch: Batch, totals: dict, *, loss: LossConfig,
-               temperature: float, compute: Compute) -> tuple[dict, dict]:
+METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
+
+
+@functools.partial(jax.jit, static_argnames=("u",), donate_argnames=("grads", "metrics"))
+def accumulate(u: UpdateConfig, params: dict, grads: dict, metrics: dict, batch: Batch, scalars: dict) -> tuple[dict, dict]:
   """Adds one micro-batch's gradients and metrics to the sums so far."""
-  f = lambda p: micro_loss(c, p, batch, totals, loss, temperature, compute)
-  new_grads, new_metrics = jax.grad(f, has_aux=True)(params)
-  return _pin(c, jax.tree.map(jnp.add, grads, new_grads)), jax.tree.map(jnp.add, metrics, new_metrics)
+  new_grads, new_metrics = jax.grad(lambda p: micro_loss(u, p, batch, scalars), has_aux=True)(params)
+  return _pin(u.model, jax.tree.map(jnp.add, grads, new_grads)), jax.tree.map(jnp.add, metrics, new_metrics)
 
 
 def _pin(c: PolicyConfig, grads: dict) -> dict:
   """The sums with the parameters' sharding: left alone, a program that makes zeros would put all of them on every device."""
   return jax.tree.map(lambda x, axes: constrain(x, *axes), grads, transformer.logical_axes(c))
-
-
-@jax.jit
-def add_totals(totals: dict, batch: Batch) -> dict:
-  """The denominators {"tokens", "rows"} f32[] with one more micro-batch in them."""
-  rows = jnp.any(batch.response_mask > 0, axis=1).astype(jnp.float32)
-  new = {"tokens": jnp.sum(batch.response_mask), "rows": jnp.sum(rows)}
-  return jax.tree.map(jnp.add, totals, new)
-
-
-METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
 @functools.partial(jax.jit, static_argnames=("c",))
@@ -144,7 +140,7 @@ def zeros(c: PolicyConfig, params: dict) -> tuple[dict, dict]:
 
 
 @functools.partial(jax.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
-def apply(state: TrainState, grads: dict, totals: dict, examples: Examples, *, head_weight: float,
+def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, head_weight: float,
           optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
   """One optax step over policy and head; metrics {"head_loss", "grad_norm": the policy's, before clipping}, f32[] each.
 
@@ -155,7 +151,7 @@ def apply(state: TrainState, grads: dict, totals: dict, examples: Examples, *, h
   all_grads = {"policy": grads, "head": jax.tree.map(lambda x: head_weight * x, head_grads)}
   updates, opt_state = optimizer.update(all_grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  learned = {"policy": totals["rows"] > 0, "head": jnp.sum(examples.weight) > 0}
+  learned = {"policy": scalars["rows"] > 0, "head": jnp.sum(examples.weight) > 0}
   params = {k: jax.tree.map(lambda new, old, k=k: jnp.where(learned[k], new, old), params[k], state.params[k]) for k in params}
   state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
   return state, {"head_loss": loss, "grad_norm": optax.global_norm(grads)}
@@ -177,33 +173,29 @@ def make_optimizer(lr: float, head_lr: float, warmup: int, clip_norm: float, wei
                                 "head": optax.adam(head_lr)}, {"policy": "policy", "head": "head"})
 
 
-def fill_logprobs(c: PolicyConfig, params: dict, reference: dict | None, batches: list[Batch], temperature: float,
-                  compute: Compute) -> list[Batch]:
-  """The batches with `old_logprobs` under `params`, and `ref_logprobs` under `reference` where one is given."""
+def fill_logprobs(u: UpdateConfig, params: dict, reference: dict | None, batches: list[Batch], temperature) -> list[Batch]:
+  """The batches with `old_logprobs` under `params` where a batch takes several steps, and `ref_logprobs` under `reference` where
+  one is given."""
   out = []
   for batch in batches:
-    old = batch_logprobs(c, params, batch, temperature=temperature, compute=compute)
-    ref = batch_logprobs(c, reference, batch, temperature=temperature, compute=compute) if reference else batch.ref_logprobs
+    old = batch.old_logprobs if u.fresh else batch_logprobs(u, params, batch, temperature)
+    ref = batch_logprobs(u, reference, batch, temperature) if reference else batch.ref_logprobs
     out.append(batch.replace(old_logprobs=old, ref_logprobs=ref))
   return out
 
 
-def step(c: PolicyConfig, state: TrainState, batches: list[Batch], examples: Examples, loss: LossConfig, temperature: float,
-         compute: Compute, optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
+def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Examples, scalars: dict,
+         optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
   """One optimizer step on a whole batch given as micro-batches and the head's examples; metrics are device scalars.
 
   Without any survivor there is nothing to learn from: parameters and optimizer state stay as they are.
   """
-  if not batches and not np.any(examples.weight):
+  if not scalars["rows"] and not np.any(examples.weight):
     nothing = (*METRICS, "head_loss", "grad_norm")
     return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in nothing}
-  totals = {name: np.float32(0) for name in ("tokens", "rows")}
+  policy_params, scalars = state.params["policy"], {k: np.float32(v) for k, v in scalars.items()}
+  grads, metrics = zeros(u.model, policy_params)
   for batch in batches:
-    totals = add_totals(totals, batch)
-  policy_params = state.params["policy"]
-  grads, metrics = zeros(c, policy_params)
-  for batch in batches:
-    grads, metrics = accumulate(c, policy_params, grads, metrics, batch, totals, loss=loss, temperature=temperature,
-                                compute=compute)
-  state, more = apply(state, grads, totals, examples, head_weight=loss.head_weight, optimizer=optimizer)
+    grads, metrics = accumulate(u, policy_params, grads, metrics, batch, scalars)
+  state, more = apply(state, grads, scalars, examples, head_weight=u.loss.head_weight, optimizer=optimizer)
   return state, metrics | more

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble, step
-from arrol_jax.learning import batching, head_training
+from arrol_jax.learning import head_training
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
@@ -197,11 +197,14 @@ class Step:
 
   def training(self, state: TrainState) -> None:
     """Log-probs, gradients a micro-batch, the optimizer's step."""
-    c, config, unit = self.c, assemble.step_config(self.c, self.loaded), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    rows, length = max(config.shape.sizes(unit), key=math.prod)
-    self.shapes |= {"micro-batch rows": rows, "micro-batch columns": length}
+    c, config = self.c, assemble.step_config(self.c, self.loaded)
     started = c.rollout.prompts * c.rollout.group_size
     kept = started * (c.prune.keep if c.prune.enabled else 1.0)
-    self.hold("micro-batches", math.ceil(kept / rows) * per_chip(batching.abstract_batch(rows, length, self.mesh)))
+    listed = step.training_programs(self.mesh, config, state, kept, started)
+    update = next(p for p in listed if p.name == "update")
+    batch = update.args({})[4]
+    self.shapes |= {"micro-batch tokens": batch.tokens.size, "micro-batch rows": batch.response_mask.shape[0],
+                    "micro-batch columns": batch.response_mask.shape[1]}
+    self.hold("micro-batches", update.runs * per_chip(batch))
     self.hold("gradients", per_chip(state.params["policy"]))
-    self.compile_all(step.training_programs(self.loaded.config, self.mesh, config, state, kept, started))
+    self.compile_all(listed)

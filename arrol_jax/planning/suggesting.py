@@ -29,8 +29,9 @@ def changes(c: ConfigDict, step: Step) -> Iterator[dict]:
   if "training" in over:
     if c.model.remat != "full":
       yield {"model.remat": "full"}
-    if step.shapes["micro-batch rows"] > unit:
-      yield {"optim.micro_tokens": max(unit, step.shapes["micro-batch rows"] // 2) * step.shapes["micro-batch columns"]}
+    longest = c.rollout.max_prompt + c.rollout.max_new
+    if step.shapes["micro-batch tokens"] > 1.1 * unit * longest:
+      yield {"optim.micro_tokens": max(unit * longest, step.shapes["micro-batch tokens"] // 2)}
     if c.optim.chunk_tokens > 1024:
       yield {"optim.chunk_tokens": 1024}
   for wider in (2, 4, 8):

@@ -1,0 +1,114 @@
+"""Bins and rows: a shared prompt is computed once, rows without an advantage not at all, and neither changes the gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax.learning import losses, update
+from arrol_jax.learning.batching import PackShape, pack
+from arrol_jax.learning.losses import DAPO, DR_GRPO, GRPO, GSPO
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.types import Rollout
+
+C = PolicyConfig("qwen3", 32, 32, 2, 8, 2, 8, 40, qk_norm=True)
+PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
+COMPUTE = update.Compute("float32", "xla", "none", 24)
+
+
+def rollouts(groups=5, size=4, seed=0):
+  """Groups with prompts of 2 to 6 tokens and responses of 1 to 12; the first group is all right, the second all wrong."""
+  rng = np.random.default_rng(seed)
+  out = []
+  for p in range(groups):
+    prompt = rng.integers(1, C.vocab, rng.integers(2, 7)).astype(np.int32)
+    for g in range(size):
+      n = int(rng.integers(1, 13))
+      reward = {0: 1.0, 1: 0.0}.get(p, float(g < 1 + p % 3))
+      out.append(Rollout(p * size + g, p, prompt, rng.integers(0, C.vocab, n).astype(np.int32),
+                         rng.normal(-2, 1, n).astype(np.float32), stopped=True, reward=reward))
+  return out
+
+
+def plain(params, some, loss, temperature, advantages):
+  """The loss as one would write it down: a padded row a rollout, its prompt in each, all rows, nothing skipped."""
+  length = max(len(r.prompt_tokens) + len(r.tokens) for r in some)
+  tokens, mask, sampled = (np.zeros((len(some), length), t) for t in (np.int32, np.float32, np.float32))
+  for i, r in enumerate(some):
+    start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
+    tokens[i, :end], mask[i, start:end], sampled[i, start:end] = np.concatenate([r.prompt_tokens, r.tokens]), 1, r.logprobs
+  hidden, _ = transformer.forward(C, params, tokens, transformer.default_positions(tokens), causal_attention("xla"))
+  logits = jax.nn.log_softmax(transformer.unembed(params, hidden[:, :-1]) / temperature, axis=-1)
+  logprobs = jnp.pad(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[:, :, 0], ((0, 0), (1, 0))) * mask
+  weight = losses.token_weights(mask, loss.aggregate, mask.sum(), float(len(some)), loss.longest)
+  term, _ = losses.surrogate(logprobs, jax.lax.stop_gradient(logprobs), advantages, mask, clip_low=loss.clip_low,
+                             clip_high=loss.clip_high, ratio=loss.ratio)
+  correction = losses.correction_weights(logprobs, sampled, mask, loss.correction, loss.correction_cap)
+  return jnp.sum(weight * correction * term), logprobs
+
+
+def learned(some, shape, mesh, loss, temperature=1.0, compute=COMPUTE):
+  """Sum of the micro-batches' gradients, and metrics."""
+  u = update.UpdateConfig(C, loss, compute)
+  with jax.set_mesh(mesh):
+    batches, counts = pack(some, shape, mesh, loss)
+    params = jax.device_put(PARAMS, sharding.shardings(transformer.logical_axes(C), PARAMS, mesh, sharding.TRAIN))
+    sums = update.zeros(C, params)
+    for batch in batches:
+      sums = update.accumulate(u, params, *sums, batch, {k: np.float32(v) for k, v in (counts | {"temperature": temperature}).items()})
+  return jax.device_get(sums), batches, counts
+
+
+@pytest.mark.parametrize("loss", [GRPO, DAPO, dataclasses.replace(DR_GRPO, longest=12), GSPO,
+                                  dataclasses.replace(GRPO, correction="truncate"),
+                                  dataclasses.replace(GRPO, correction="mask", correction_cap=3.0)],
+                         ids=["grpo", "dapo", "dr_grpo", "gspo", "truncate", "mask"])
+def test_shared_prompts_and_dropped_rows_give_the_plain_gradient(mesh, loss):
+  loss, some = dataclasses.replace(loss, overlong=0.0), rollouts()
+  advantages = losses.group_advantages(np.array([r.reward for r in some]), np.array([r.prompt for r in some]), loss.normalize_std)
+  value, want = jax.value_and_grad(lambda p: plain(p, some, loss, 0.8, advantages)[0])(PARAMS)
+  (grads, metrics), batches, counts = learned(some, PackShape(18, 64, 2), mesh, loss, 0.8)
+  assert len(batches) > 1 and counts == {"tokens": sum(len(r.tokens) for r in some), "rows": 20,
+                                         "trained": sum(len(r.tokens) for r in some[8:])}
+  assert metrics["policy_loss"] == pytest.approx(float(value), abs=2e-6) and metrics["clip_frac"] == 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-4), grads, jax.device_get(want))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
+def test_on_a_mesh_it_is_the_same(mesh, shape):
+  (one, metrics), *_ = learned(rollouts(9), PackShape(18, 64, 2), mesh, DAPO)
+  (many, same), batches, _ = learned(rollouts(9), PackShape(18, 64, 2), sharding.make_mesh(*shape), DAPO)
+  assert batches[0].tokens.shape[0] == shape[0] * shape[1]
+  for name, value in metrics.items():
+    assert same[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-4), one, many)
+
+
+def test_a_shared_prompt_stands_once_and_no_padding_between(mesh):
+  some = rollouts()
+  batches, _ = pack(some, PackShape(18, 400, 1), mesh)
+  batch, = batches
+  unique = sum(len(g[0].prompt_tokens) - 1 + sum(1 + len(r.tokens) for r in g)
+               for g in (some[4 * p:4 * p + 4] for p in range(2, 5)))
+  assert int(batch.used[0]) == unique < sum(len(r.prompt_tokens) + len(r.tokens) for r in some[8:])
+
+
+def test_log_probs_of_rows_are_those_of_a_plain_forward(mesh):
+  some = rollouts()
+  loss = dataclasses.replace(GRPO, kl_weight=0.1)  # so that no row is left out
+  _, want = plain(PARAMS, some, loss, 0.7, np.zeros(20, np.float32))
+  u, found = update.UpdateConfig(C, loss, COMPUTE), {}
+  batches, _ = pack(some, PackShape(18, 64, 2), mesh, loss)
+  for batch in batches:
+    got, mask = update.batch_logprobs(u, PARAMS, batch, np.float32(0.7)), np.asarray(batch.response_mask)
+    tokens = np.take_along_axis(batch.tokens[:, None], np.asarray(batch.layout.take), axis=2).reshape(mask.shape)
+    for row in np.flatnonzero(mask.any(1)):
+      end = np.flatnonzero(mask[row])[-1] + 1
+      found[tuple(tokens[row, :end])] = np.asarray(got)[row][mask[row] > 0]
+  for r, row in zip(some, np.asarray(want), strict=True):
+    start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
+    np.testing.assert_allclose(found[tuple(np.concatenate([r.prompt_tokens, r.tokens]))], row[start:end], atol=2e-5)
