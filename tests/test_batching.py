@@ -71,7 +71,7 @@ def test_shared_prompts_and_dropped_rows_give_the_plain_gradient(mesh, loss):
   loss, some = dataclasses.replace(loss, overlong=0.0), rollouts()
   advantages = losses.group_advantages(np.array([r.reward for r in some]), np.array([r.prompt for r in some]), loss.normalize_std)
   value, want = jax.value_and_grad(lambda p: plain(p, some, loss, 0.8, advantages)[0])(PARAMS)
-  (grads, metrics), batches, counts = learned(some, PackShape(18, 64, 2), mesh, loss, 0.8)
+  (grads, metrics), batches, counts = learned(some, PackShape(18, 64, 2, 6), mesh, loss, 0.8)
   assert len(batches) > 1 and counts == {"tokens": sum(len(r.tokens) for r in some), "rows": 20,
                                          "trained": sum(len(r.tokens) for r in some[8:])}
   assert metrics["policy_loss"] == pytest.approx(float(value), abs=2e-6) and metrics["clip_frac"] == 0
@@ -80,8 +80,8 @@ def test_shared_prompts_and_dropped_rows_give_the_plain_gradient(mesh, loss):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
 def test_on_a_mesh_it_is_the_same(mesh, shape):
-  (one, metrics), *_ = learned(rollouts(9), PackShape(18, 64, 2), mesh, DAPO)
-  (many, same), batches, _ = learned(rollouts(9), PackShape(18, 64, 2), sharding.make_mesh(*shape), DAPO)
+  (one, metrics), *_ = learned(rollouts(9), PackShape(18, 64, 2, 6), mesh, DAPO)
+  (many, same), batches, _ = learned(rollouts(9), PackShape(18, 64, 2, 6), sharding.make_mesh(*shape), DAPO)
   assert batches[0].tokens.shape[0] == shape[0] * shape[1]
   for name, value in metrics.items():
     assert same[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -102,10 +102,10 @@ def test_log_probs_of_rows_are_those_of_a_plain_forward(mesh):
   loss = dataclasses.replace(GRPO, kl_weight=0.1)  # so that no row is left out
   _, want = plain(PARAMS, some, loss, 0.7, np.zeros(20, np.float32))
   u, found = update.UpdateConfig(C, loss, COMPUTE), {}
-  batches, _ = pack(some, PackShape(18, 64, 2), mesh, loss)
+  batches, _ = pack(some, PackShape(18, 64, 2, 6), mesh, loss)
   for batch in batches:
     got, mask = update.batch_logprobs(u, PARAMS, batch, np.float32(0.7)), np.asarray(batch.response_mask)
-    tokens = np.take_along_axis(batch.tokens[:, None], np.asarray(batch.layout.take), axis=2).reshape(mask.shape)
+    tokens = np.stack([t[at] for t, at in zip(np.asarray(batch.tokens), np.asarray(batch.layout.take))]).reshape(mask.shape)
     for row in np.flatnonzero(mask.any(1)):
       end = np.flatnonzero(mask[row])[-1] + 1
       found[tuple(tokens[row, :end])] = np.asarray(got)[row][mask[row] > 0]

@@ -28,10 +28,12 @@ class BinShape(NamedTuple):
 
 
 class PackShape(NamedTuple):
-  """Shapes of the update: rows of at most `length` tokens in `buckets` lengths, about `micro_tokens` tokens a micro-batch."""
+  """Shapes of the update: rows of at most `length` tokens, of them `prompt` the prompt's, in `buckets` lengths; about
+  `micro_tokens` tokens a micro-batch."""
   length: int
   micro_tokens: int
   buckets: int = 2
+  prompt: int = 1 << 30
 
   def lengths(self) -> list[int]:
     """Row lengths, ascending."""
@@ -39,11 +41,11 @@ class PackShape(NamedTuple):
 
   def bins(self, unit: int, length: int) -> list[BinShape]:
     """The shapes of a bin for rows of `length`, smallest first; `unit` bins make a micro-batch. A whole one holds at least the
-    longest row; part-filled micro-batches take half or a quarter where that holds one too."""
+    longest row, and has few rows or many; part-filled micro-batches take half or a quarter where that holds one too."""
     longest = self.lengths()[-1]
     whole = _up(max(self.micro_tokens // unit, longest), 16)
-    sizes = sorted({max(_up(whole // part, 16), _up(longest, 16)) for part in (4, 2, 1)})
-    return [BinShape(n, max(1, -(-2 * n // length)), length) for n in sizes]
+    sizes = sorted({(max(_up(whole // part, 16), longest), many) for part, many in ((4, 8), (2, 8), (1, 5), (1, 8))})
+    return [BinShape(n, max(1, -(-many * n // (4 * length))), length) for n, many in sizes]
 
 
 class _Bin:
@@ -85,7 +87,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
       part = bins[start:start + unit]
       fits = next(s for s in shape.bins(unit, part[0].shape.length)
                   if all(b.tokens <= s.tokens and b.rows <= s.rows for b in part))
-      batches.append(_micro_batch(kept, advantages, part, fits, unit))
+      batches.append(_micro_batch(kept, advantages, part, fits, unit, shape.prompt))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches], totals
 
 
@@ -104,7 +106,8 @@ def _bins(kept: list[Rollout], rows: list[int], shape: PackShape, unit: int) -> 
   return out
 
 
-def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int) -> Batch:
+def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int,
+                 prompt: int) -> Batch:
   """`unit` bins, those that are missing empty."""
   u, r, s = shape
   tokens, positions, back = (np.full((unit, u), x, np.int32) for x in (0, 0, -1))
@@ -113,11 +116,11 @@ def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], 
   for b, one in enumerate(bins):
     at = row = 0
     for members in one.groups.values():
-      prompt, first = kept[members[0]].prompt_tokens, row
-      pieces = [(prompt[:-1], 0, row)]  # tokens, their first position, the row where they are read
+      text, first = kept[members[0]].prompt_tokens, row
+      pieces = [(text[:-1], 0, row)]  # tokens, their first position, the row where they are read
       for i in members:
-        pieces.append((np.concatenate([prompt[-1:], kept[i].tokens]), len(prompt) - 1, row))
-        start, end = len(prompt), len(prompt) + len(kept[i].tokens)
+        pieces.append((np.concatenate([text[-1:], kept[i].tokens]), len(text) - 1, row))
+        start, end = len(text), len(text) + len(kept[i].tokens)
         take[b, row, :start - 1] = at + np.arange(start - 1)
         shared[b, row], leader[b, row], advantage[b, row] = start - 1, first, advantages[i]
         mask[b, row, start:end], sampled[b, row, start:end] = 1.0, kept[i].logprobs
@@ -131,7 +134,7 @@ def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], 
   flat = lambda x: x.reshape(unit * r, *x.shape[2:])
   nothing = np.zeros((unit * r, s), np.float32)
   used = np.array([one.tokens for one in bins] + [0] * (unit - len(bins)), np.int32)
-  return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, back, shared, leader), response_mask=flat(mask),
+  return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, back, shared, leader, prompt), response_mask=flat(mask),
                sampler_logprobs=flat(sampled), old_logprobs=nothing, ref_logprobs=nothing, advantages=flat(advantage))
 
 
@@ -143,7 +146,7 @@ def empty_batches(shape: PackShape, mesh) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
-  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit), sharding.rows(mesh)) for size in sizes]
+  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit, shape.prompt), sharding.rows(mesh)) for size in sizes]
 
 
 def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
@@ -151,7 +154,7 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
   unit, by_row = mesh.shape["data"] * mesh.shape["fsdp"], sharding.rows(mesh)
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
-  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
+  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit, shape.prompt)) for size in sizes]
 
 
 def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[str, ...] = (), balance: bool = False,

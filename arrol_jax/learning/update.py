@@ -69,10 +69,12 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, used: jax
   @jax.checkpoint
   def chunk(h, t):
     logits = transformer.unembed(table, h) / temperature
-    norm = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, t[:, :, None], axis=-1)[:, :, 0] - norm
-    entropy = norm - jnp.sum(jnp.exp(logits - norm[:, :, None]) * logits, axis=-1)
-    return chosen, jax.lax.stop_gradient(entropy)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - top
+    total = jnp.sum(jnp.exp(shifted), axis=-1)  # and the entropy's sum in the same pass
+    mean = jnp.sum(jax.lax.stop_gradient(jnp.exp(shifted) * shifted), axis=-1) / jax.lax.stop_gradient(total)
+    chosen = jnp.take_along_axis(shifted, t[:, :, None], axis=-1)[:, :, 0] - jnp.log(total)
+    return chosen, jax.lax.stop_gradient(jnp.log(total)) - mean
 
   nothing = lambda h, t: (jnp.zeros((rows, size), jnp.float32),) * 2
   out = jax.lax.map(lambda x: jax.lax.cond(x[0] * size < jnp.max(used), chunk, nothing, *x[1:]),

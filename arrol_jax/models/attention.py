@@ -52,6 +52,7 @@ class Layout:
   back: jax.Array    # i32[I,U]    row * S + column where a token's output is read; -1 for padding
   shared: jax.Array  # i32[I,R]    columns shared with the group
   leader: jax.Array  # i32[I,R]    the group's first row
+  prompt: int = flax.struct.field(pytree_node=False)  # columns that may be shared, at most
 
 
 def shared_attention(implementation: str, layout: Layout) -> Callable:
@@ -63,30 +64,50 @@ def shared_attention(implementation: str, layout: Layout) -> Callable:
   attend = causal_attention(implementation)
 
   def in_bins(q, k, v):
-    rows = [spread(x, layout) for x in (q, k, v)]
-    return collect(attend(*rows)[0], layout), None
+    # Of a shared token's queries only one row's is read: nothing to sum.
+    return collect(attend(spread(q, layout), _spread_shared(k, layout), _spread_shared(v, layout))[0], layout), None
 
   return in_bins
 
 
-@jax.custom_vjp
-def spread(x: jax.Array, layout: Layout) -> jax.Array:
-  """Tokens [I,U,...] -> rows [I*R,S,...]; padding holds some token's values."""
+def _to_rows(x: jax.Array, layout: Layout) -> jax.Array:
   out = jax.vmap(lambda x, at: x.at[at].get(mode="promise_in_bounds"))(x, layout.take)
   return constrain(out.reshape(-1, *out.shape[2:]), "batch", None, *("heads",) * (x.ndim > 3), *(None,) * (x.ndim - 3))
 
 
+@jax.custom_vjp
+def spread(x: jax.Array, layout: Layout) -> jax.Array:
+  """Tokens [I,U,...] -> rows [I*R,S,...]; padding holds some token's values. For what is read once a token (`Layout.back`)."""
+  return _to_rows(x, layout)
+
+
 def _spread_back(layout: Layout, slope: jax.Array) -> tuple:
   bins, rows, length = layout.take.shape
-  slope = slope.reshape(bins, rows, length, *slope.shape[2:])
+  return _read(slope.reshape(bins, rows, length, *slope.shape[2:]), layout.back), None
+
+
+spread.defvjp(lambda x, layout: (_to_rows(x, layout), layout), _spread_back)
+
+
+@jax.custom_vjp
+def _spread_shared(x: jax.Array, layout: Layout) -> jax.Array:
+  """`spread` for what every row of a group reads."""
+  return _to_rows(x, layout)
+
+
+def _spread_shared_back(layout: Layout, slope: jax.Array) -> tuple:
+  bins, rows, length = layout.take.shape
+  slope, most = slope.reshape(bins, rows, length, *slope.shape[2:]), min(length, layout.prompt)
   member = (layout.leader[:, None, :] == jnp.arange(rows, dtype=jnp.int32)[None, :, None]).astype(slope.dtype)  # [I,R,R]
-  column = jnp.arange(length, dtype=jnp.int32)[None, None, :]
-  shared = (column < layout.shared[:, :, None]).reshape(bins, rows, length, *(1,) * (slope.ndim - 3))
-  summed = jnp.einsum("iab,ib...->ia...", member, jnp.where(shared, slope, 0), preferred_element_type=jnp.float32)
-  return _read(jnp.where(shared, summed.astype(slope.dtype), slope), layout.back), None
+  column = jnp.arange(most, dtype=jnp.int32)[None, None, :]
+  shared = (column < layout.shared[:, :, None]).reshape(bins, rows, most, *(1,) * (slope.ndim - 3))
+  early = slope[:, :, :most]
+  summed = jnp.einsum("iab,ib...->ia...", member, jnp.where(shared, early, 0), preferred_element_type=jnp.float32)
+  early = jnp.where(shared, summed.astype(slope.dtype), early)
+  return _read(jnp.concatenate([early, slope[:, :, most:]], axis=2), layout.back), None
 
 
-spread.defvjp(lambda x, layout: (spread(x, layout), layout), _spread_back)
+_spread_shared.defvjp(lambda x, layout: (_to_rows(x, layout), layout), _spread_shared_back)
 
 
 @jax.custom_vjp
@@ -98,7 +119,7 @@ def collect(rows: jax.Array, layout: Layout) -> jax.Array:
 
 def _collect_back(layout: Layout, slope: jax.Array) -> tuple:
   bins, rows, length = layout.take.shape
-  out = spread(slope, layout)
+  out = _to_rows(slope, layout)
   place = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
   read = jax.vmap(lambda back, take: back[take] == place)(layout.back, layout.take)  # only there is a token's output read
   return jnp.where(read.reshape(bins * rows, length, *(1,) * (out.ndim - 2)), out, 0), None
