@@ -31,7 +31,7 @@ def gap(policy, engine: Engine, requests: list, sampling: Sampling) -> np.ndarra
     r.reward = 0.0
   compute = update.Compute(sampling.dtype, "auto", "none")
   shape = batching.PackShape(engine.max_prompt + engine.max_new, 4096, 1)
-  batches = batching.pack(done, shape, engine.mesh, detect=(2,))
+  batches = batching.pack(done, shape, engine.mesh)
   batches = update.fill_logprobs(policy.config, policy.params, None, batches, 1.0, compute)
   return np.concatenate([np.abs(b.old_logprobs - b.sampler_logprobs)[np.asarray(b.response_mask) > 0] for b in batches])
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from arrol_jax import assemble, config as configuration
-from arrol_jax.learning import generation
+from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning import voting
 from arrol_jax.pruning.decision import make_decide
@@ -36,8 +36,9 @@ def sample(c, problems: int, rule: PruneRule | None, progress: Callable | None =
     engine.load(loaded.params, c.model.dtype)
     tables = Calibration() if loaded.calibration is None else loaded.calibration
     decide = make_decide(loaded.head, tables, rule or PruneRule((c.rollout.max_new + 1,)), rule is not None)
-    return prompts, generation.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.EVAL), assemble.sampling(
-      c, loaded, c.rollout.temperature), loaded.tokenizer, grader, decide=decide, progress=progress)[0]
+    sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), Grading(loaded.tokenizer, grader)
+    return prompts, generate(engine, dict(enumerate(prompts)), c.rollout.group_size, assemble.key(c, assemble.EVAL), sampling,
+                             grading, decide, progress)[0]
 
 
 def line(r: Rollout) -> str:

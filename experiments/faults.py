@@ -211,7 +211,7 @@ def lost(folder: Path, victim: int) -> dict:
 
 
 def nan(folder: Path, plain: Path, what: str) -> dict:
-  """The advantages, and so the loss, or a gradient alone is not a number in the 5th step; then the cause is gone."""
+  """NaN in the advantages, and so the loss, or in a gradient alone in the 5th step; then the cause is gone."""
   run_folder = folder / f"nan_{what}"
   said = run([what, *arguments(run_folder, **{"checkpoint.every": 1})], module="experiments.faults --poisoned", status=2)
   line = next(x for x in said.splitlines() if "error:" in x)
@@ -222,22 +222,27 @@ def nan(folder: Path, plain: Path, what: str) -> dict:
 
 
 def poisoned(what: str, argv: list[str]) -> None:
-  """The training command, with NaN in the loss or in the policy's ("gradient") or the head's gradient of its 5th step."""
+  """The training command, with NaN in the loss, or in the policy's ("gradient") or the head's gradient of its 5th step."""
   from arrol_jax import config, train
   from arrol_jax.learning import update
-  real, steps = update.accumulate, [0]
+  accumulate, apply, steps = update.accumulate, update.apply, [0]
+  spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
 
-  def accumulate(c, params, grads, metrics, batch, totals, **settings):
+  def spoilt_accumulate(c, params, grads, metrics, batch, totals, **settings):
     steps[0] += 1  # one micro-batch a step
     if steps[0] == 5 and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
-    grads, metrics = real(c, params, grads, metrics, batch, totals, **settings)
-    if steps[0] == 5 and what != "loss":
-      part = "policy" if what == "gradient" else "head"
-      grads = grads | {part: jax.tree.map(lambda x: x * float("nan"), grads[part])}
-    return grads, metrics
+    grads, metrics = accumulate(c, params, grads, metrics, batch, totals, **settings)
+    return spoil(grads) if steps[0] == 5 and what == "gradient" else grads, metrics
 
-  with mock.patch.object(update, "accumulate", accumulate), mock.patch.object(sys, "argv", ["train", *argv]):
+  def spoilt_apply(state, grads, totals, examples, **settings):
+    state, metrics = apply(state, grads, totals, examples, **settings)
+    if steps[0] == 5 and what == "head":  # as such a gradient leaves it
+      state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
+    return state, metrics
+
+  with mock.patch.object(update, "accumulate", spoilt_accumulate), mock.patch.object(update, "apply", spoilt_apply), \
+      mock.patch.object(sys, "argv", ["train", *argv]):
     config.run(train.main)
 
 

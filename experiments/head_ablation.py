@@ -22,7 +22,9 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import assemble, config as configuration
-from arrol_jax.learning import generation, head_training
+from arrol_jax.learning import head_training
+from arrol_jax.learning.batching import head_weights
+from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.metrics import auc, mean, spearman
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.decision import make_decide
@@ -55,8 +57,9 @@ def collect(c, lengths: tuple[int, ...], count: int) -> list[Rollout]:
     tables = jax.tree.map(lambda x: jnp.stack([x] * len(lengths)), Calibration.empty(2))
     decide = make_decide(head, tables, PruneRule(lengths), False, features=True)
     with tqdm(total=count * c.rollout.group_size, desc="rollouts", unit="response") as bar:
-      return generation.generate(engine, prompts, c.rollout.group_size, assemble.key(c, assemble.TRAIN), assemble.sampling(
-        c, loaded, c.rollout.temperature), loaded.tokenizer, grader, decide=decide, progress=lambda _: bar.update())[0]
+      sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), Grading(loaded.tokenizer, grader)
+      return generate(engine, dict(enumerate(prompts)), c.rollout.group_size, assemble.key(c, assemble.TRAIN), sampling, grading,
+                      decide, lambda _: bar.update())[0]
 
 
 class Examples:
@@ -75,8 +78,9 @@ class Examples:
 
   def fit(self, head: dict, recent: head_training.Recent, mask: np.ndarray, balanced: bool,
           **how) -> tuple[dict, head_training.Recent]:
-    """`quality.refit` on the rows in `mask`."""
-    weight = np.pad(head_training.head_weights(self.rollouts, mask.astype(np.float32), (), balanced), (0, self.size - len(mask)))
+    """`head_training.refit` on the rows in `mask`."""
+    weight = np.zeros(self.size, np.float32)
+    weight[np.flatnonzero(mask)] = head_weights([r for r, used in zip(self.rollouts, mask, strict=True) if used], (), balanced)
     return head_training.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
 
   def of(self, head: dict) -> Features:

@@ -11,12 +11,14 @@ from test_rollout import KEY, PLAIN, SAMPLING, C, engine, found, requests, rollo
 from test_train import read, run
 
 from arrol_jax.engine import programs
-from arrol_jax.learning.batching import PackShape, pack
+from arrol_jax.learning.batching import PackShape, head_examples, pack
 from arrol_jax.learning.head_training import update_calibration
+from arrol_jax.learning.losses import LossConfig
 from arrol_jax.learning.resampling import until_mixed
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.baselines import down_sample
 from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.head import Features
 from arrol_jax.pruning.rule import PruneRule
 
 
@@ -25,7 +27,7 @@ def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
   rule = PruneRule((4, 8), keep=0.49)
   tables = jax.tree.map(lambda x: jnp.stack([x, x]), Calibration.empty(8))
   with jax.set_mesh(mesh):
-    out = engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, tables, rule, True))
+    out = engine(mesh).run(requests(), KEY, SAMPLING, decide=make_decide(head, tables, rule, True, features=True))
   for r in out:
     assert len(r.scores) == (len(r.tokens) >= 4) + (len(r.tokens) >= 8) or r.stopped
     if not r.pruned and len(r.tokens) > 8:
@@ -36,8 +38,8 @@ def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
   after = update_calibration(tables, out, None)
   kept = [r for r in out if not r.pruned]
   assert after.positive.sum(1).tolist() == [sum(len(r.scores) > c for r in kept) for c in (0, 1)]
-  batch, = pack(out, PackShape(32, 32 * len(kept), 1), mesh, detect=rule.detect)
-  assert batch.head_position.shape[1] == 2 and float(batch.head_weight.sum()) == sum(len(r.scores) for r in kept)
+  examples = head_examples(out, head, C.width)
+  assert max(len(r.scores) for r in kept) == 2 and float(examples.weight.sum()) == sum(len(r.scores) for r in kept)
 
 
 def decide_once(head, table, rule, slots):
@@ -108,14 +110,20 @@ def test_rules_prefer_what_they_say(head, table, standing):
   np.testing.assert_allclose(p["group"].reshape(2, 8).mean(1), 0.5, atol=1e-3)
 
 
-def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh):
-  rollouts = [rollout_of(1, 0, 3, 9, decided=True, score=0.0, reward=1.0, keep_probability=0.25),
-              rollout_of(2, 0, 3, 9, decided=True, score=0.0, reward=0.0, keep_probability=0.5)]
+def seen(value):
+  """Features of one decision, for a head that reads the last state."""
+  return (Features(np.full(C.width, value, np.float32)),)
+
+
+def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh, head):
+  rollouts = [rollout_of(1, 0, 3, 9, decided=True, score=0.0, reward=1.0, keep_probability=0.25, features=seen(1)),
+              rollout_of(2, 0, 3, 9, decided=True, score=0.0, reward=0.0, keep_probability=0.5, features=seen(2))]
   table = update_calibration(Calibration.empty(2), rollouts, None, ("table",))
   assert (table.positive.tolist(), table.negative.tolist()) == ([0, 4], [0, 2])
-  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), weigh=("head", "policy"), normalize_std=False)
+  examples = head_examples(rollouts, head, C.width, ("head", "policy"))
+  assert (examples.features.last[:, 0].tolist(), examples.weight.tolist()) == ([1, 2], [4, 2])
+  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False), ("head", "policy"))
   rows = {i: row for i, (_, row) in found([batch]).items()}
-  assert [float(batch.head_weight[rows[i], 0]) for i in (1, 2)] == [4, 2]
   # The group's mean is 4/6; advantages 1/3 and -2/3 times 4 and 2 over the mean weight 3.
   assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == pytest.approx([4 / 9, -4 / 9])
 
@@ -152,12 +160,13 @@ def test_later_rounds_take_the_prompts_that_the_missing_groups_should_need(mixed
   assert len({r.prompt for r in learned}) == 16
 
 
-def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh):
-  rollouts = [rollout_of(1, 0, 3, 9, reward=1.0), rollout_of(2, 0, 3, 5, reward=1.0)]
-  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, detect=(8,), normalize_std=False, overlong_penalty=lambda n: -1.0 * (n > 8))
+def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh, head):
+  """The last of 9 tokens is in the last eighth: half a point less for the first."""
+  rollouts = [rollout_of(1, 0, 3, 9, reward=1.0, features=seen(1)), rollout_of(2, 0, 3, 5, reward=1.0, features=seen(2))]
+  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False, overlong=0.125, longest=9))
   rows = {i: row for i, (_, row) in found([batch]).items()}
-  assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == [-0.5, 0.5]
-  assert [float(batch.rewards[rows[i]]) for i in (1, 2)] == [1, 1]
+  assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == [-0.25, 0.25]
+  assert head_examples(rollouts, head, C.width).reward.tolist() == [1, 1]
 
 
 def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):

@@ -132,22 +132,27 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, plain)
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "head's gradient"])
 def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
-  """Of the loss, through the advantages; or of a gradient alone. Without its cause the same command goes on."""
-  real, calls = update.accumulate, iter(range(1, 100))
+  """Of the loss, through the advantages; of a gradient alone; of the head's, which leaves its weights NaN and its loss finite.
+  Without its cause the same command goes on."""
+  accumulate, apply, calls = update.accumulate, update.apply, iter(range(1, 100))
+  spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
+  here = False
 
-  def accumulate(c, params, grads, metrics, batch, totals, **settings):
+  def spoilt_accumulate(c, params, grads, metrics, batch, totals, **settings):
+    nonlocal here
     here = next(calls) == 4  # a micro-batch a step
     if here and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
-    grads, metrics = real(c, params, grads, metrics, batch, totals, **settings)
-    spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
-    if here and what == "gradient":
-      grads = spoil(grads)
-    elif here and what == "head's gradient":
-      grads = grads | {"head": spoil(grads["head"])}
-    return grads, metrics
+    grads, metrics = accumulate(c, params, grads, metrics, batch, totals, **settings)
+    return spoil(grads) if here and what == "gradient" else grads, metrics
 
-  with mock.patch.object(update, "accumulate", accumulate):
+  def spoilt_apply(state, grads, totals, examples, **settings):
+    state, metrics = apply(state, grads, totals, examples, **settings)
+    if here and what == "head's gradient":
+      state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
+    return state, metrics
+
+  with mock.patch.object(update, "accumulate", spoilt_accumulate), mock.patch.object(update, "apply", spoilt_apply):
     result = run(tmp_path, checkpoint__every=1)
   assert result.status == 2 and result.err[-1].startswith("error: step 4: the loss or gradient is not finite")
   assert "last checkpoint: step 3" in result.err[-1] and not (tmp_path / "checkpoints" / "4").exists()

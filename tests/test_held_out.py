@@ -12,6 +12,7 @@ from test_rollout import KEY, SAMPLING, Words, engine, plain_hidden, prompts, ro
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.learning import evaluation
 from arrol_jax.learning.evaluation import Voters, measure, voted_reward
+from arrol_jax.learning.generation import Grading
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import Features, quality_logit
 from arrol_jax.rewards import Grader
@@ -24,12 +25,12 @@ def test_measure_by_hand(monkeypatch):
   plan = [(0, 1, 4, True), (0, 1, 6, True), (1, 0, 10, False), (1, 1, 4, True), (2, 0, 8, True), (2, 0, 10, False)]
   rollouts = [rollout_of(i, p, 2, n, reward=float(r), stopped=s) for i, (p, r, n, s) in enumerate(plan)]
 
-  def given(engine, prompts, samples, *rest, **options):
-    assert options.get("decide") is None  # nothing is pruned in an evaluation
+  def given(engine, prompts, samples, key, sampling, grading, decide=None, progress=None):
+    assert decide is None  # nothing is pruned in an evaluation
     return rollouts[:len(prompts) * samples], 0.0
 
   monkeypatch.setattr(evaluation, "generate", given)
-  result, behind = measure(NOTHING, [None] * 3, 2, KEY, SAMPLING, None, None)
+  result, behind = measure(NOTHING, [None] * 3, 2, KEY, SAMPLING, Grading(None, None))
   assert behind == rollouts
   plain = {k: v for k, v in result.items() if "@" not in k}
   assert plain == {"accuracy": 0.5, "ci95": pytest.approx(1.96 * 0.5 / math.sqrt(3)), "problems": 3, "samples": 2,
@@ -37,7 +38,7 @@ def test_measure_by_hand(monkeypatch):
                    "tokens": 14.0, "stopped": 0.0}
   assert (result["pass@1"], result["pass@2"]) == (0.5, pytest.approx(2 / 3))
   assert result["pass@2_ci"][0] <= 2 / 3 <= result["pass@2_ci"][1]
-  alone, _ = measure(NOTHING, [None], 2, KEY, SAMPLING, None, None)
+  alone, _ = measure(NOTHING, [None], 2, KEY, SAMPLING, Grading(None, None))
   assert alone["accuracy"] == 1.0 and math.isnan(alone["ci95"])
 
 
@@ -47,15 +48,15 @@ def test_votes_by_hand(monkeypatch, head):
   rollouts = [rollout_of(i, 0, 2, 4, reward=float(a == "5"), text=f"so \\boxed{{{a}}}", final=s) for i, (a, s) in enumerate(said)]
   monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (rollouts, 0.0))
   table = Calibration(jnp.array([0.0, 0.0, 0.0, 9.0]), jnp.array([9.0, 0.0, 0.0, 0.0]))
-  result, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, None, None, voters=Voters(head, table))
+  result, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, Grading(None, None), voters=Voters(head, table))
   assert (result["maj@5"], result["rank@5"], result["posterior@5"], result["best@5"]) == (0.0, 1.0, 1.0, 1.0)
-  no_head, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, None, None)
+  no_head, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, Grading(None, None))
   assert no_head["maj@5"] == 0.0 and "rank@5" not in no_head
 
 
 def test_the_last_score_is_the_heads_at_the_last_token(mesh, head):
   with jax.set_mesh(mesh), Grader(1) as grader:
-    _, out = measure(engine(mesh), prompts()[:2], 2, KEY, SAMPLING, Words(), grader, voters=Voters(head))
+    _, out = measure(engine(mesh), prompts()[:2], 2, KEY, SAMPLING, Grading(Words(), grader), voters=Voters(head))
   for r in out:
     tokens = np.zeros((1, 28), np.int32)
     tokens[0, :len(r.prompt_tokens) + len(r.tokens)] = np.r_[r.prompt_tokens, r.tokens]
@@ -65,7 +66,7 @@ def test_the_last_score_is_the_heads_at_the_last_token(mesh, head):
 
 def test_measure_generates_and_grades(mesh):
   with jax.set_mesh(mesh), Grader(1) as grader:
-    result, rollouts = measure(engine(mesh), prompts(), 2, KEY, SAMPLING, Words(), grader)
+    result, rollouts = measure(engine(mesh), prompts(), 2, KEY, SAMPLING, Grading(Words(), grader))
   right = np.array([int(np.sum(r.tokens)) % 3 == r.prompt % 3 for r in rollouts]).reshape(5, 2)
   assert result["accuracy"] == pytest.approx(right.mean()) and result["pass"] == pytest.approx(right.any(axis=1).mean())
   assert not any(r.pruned for r in rollouts)
@@ -77,7 +78,7 @@ def test_confident_traces_outvote_the_others(monkeypatch):
   for r, last in zip(rollouts, (1.0, 1.0, 3.0), strict=True):
     r.confidences = np.array([1.0, 1.0, last, last], np.float32)
   monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (rollouts, 0.0))
-  out, _ = measure(NOTHING, [None], 3, KEY, Sampling(confidence=2), None, None, voters=Voters(window=2))
+  out, _ = measure(NOTHING, [None], 3, KEY, Sampling(confidence=2), Grading(None, None), voters=Voters(window=2))
   assert (out["deepconf_tail@3"], out["deepconf_mean@3"], out["deepconf_lowest@3"]) == (1.0, 0.0, 0.0)
 
 
@@ -86,9 +87,9 @@ def test_hopeless_traces_end_and_a_problems_best_goes_on(mesh, head):
   scores = Calibration(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([4.0, 3.0, 2.0, 1.0]))
   tables = jax.tree.map(lambda x: x[None], scores)
   with jax.set_mesh(mesh), Grader(1) as grader:
-    free, plain = measure(engine(mesh, 24), prompts(), 4, KEY, SAMPLING, Words(), grader, voters=Voters(head, tables, (8,)))
-    out, rollouts = measure(engine(mesh, 24), prompts(), 4, KEY, SAMPLING, Words(), grader,
-                            voters=Voters(head, tables, (8,), stop=0.99))
+    ask = lambda voters: measure(engine(mesh, 24), prompts(), 4, KEY, SAMPLING, Grading(Words(), grader), voters)
+    free, plain = ask(Voters(head, tables, (8,)))
+    out, rollouts = ask(Voters(head, tables, (8,), stop=0.99))
   assert out["stopped"] > 0 and out["tokens"] < free["tokens"] and "pass@4" not in out and "pass@4" in free
   for p in range(5):
     group, before = rollouts[4 * p:4 * p + 4], plain[4 * p:4 * p + 4]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "arrol_jax"
 
 # A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
 PACKAGES = "types running rewards data models engine pruning learning serving".split()
-TOP = "prune voting config assemble step planning benchmarks".split()
+TOP = "prune voting config step assemble planning benchmarks".split()
 ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
 ORDER = PACKAGES + TOP
 
@@ -51,9 +51,9 @@ def test_imports_only_go_up_the_list(name, path):
 
 
 def test_only_the_config_and_what_assembles_read_the_config():
-  """Everything below takes plain arguments."""
+  """And planning, which proposes changes to it. Everything below takes plain arguments."""
   for name, path in modules():
-    if name not in [*ENTRY_POINTS, "config", "assemble"]:
+    if name not in [*ENTRY_POINTS, "config", "assemble", "planning"]:
       assert "ml_collections" not in path.read_text(), path
 
 

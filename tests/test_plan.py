@@ -161,7 +161,7 @@ def test_abstract_state_is_the_real_one():
   with jax.set_mesh(mesh):
     loaded = load_policy(c.model.path, mesh=mesh)
     real = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-    abstract, _ = compiling.abstract_state(c, SHAPE, mesh)
+    abstract = compiling.abstract_state(c, SHAPE, mesh)
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
@@ -172,8 +172,8 @@ def test_abstract_state_is_the_real_one():
 
 def test_abstract_batch_is_what_pack_makes():
   mesh = sharding.make_mesh(1, 4, 2)
-  for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh, (8, 16)):
-    abstract = batching.abstract_batch(*real.tokens.shape, 2, mesh)
+  for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh):
+    abstract = batching.abstract_batch(*real.tokens.shape, mesh)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
       assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -219,7 +219,7 @@ def over(step, limit):
 
 
 def test_without_room_for_a_group_nothing_of_generation_is_compiled():
-  limit = compiling.per_chip(compiling.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))[0]) + 1000
+  limit = compiling.per_chip(compiling.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))) + 1000
   step = compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), limit).run(("generation",))
   assert [p.name for p in step.programs] == list(compiling.GENERATION) and not any(p.fits for p in step.programs)
   assert "one group of 4 rollouts needs" in plan.verdict(step, "here") and compiling.SKIPPED not in plan.verdict(step, "here")
@@ -317,11 +317,10 @@ def test_a_tpu_writes_the_cache_in_place():
   mesh, limit = plan.topology_mesh("v5e:2x4", c)
   texts = {}
   class Watched(compiling.Step):
-    def compile(self, name, jitted, *args, **kw):
-      if name == "decode segment":
-        static = {k: v for k, v in kw.items() if k in ("steps", "sampling")}
-        texts[name] = jitted.lower(*args, **static).compile().as_text()
-      return super().compile(name, jitted, *args, **kw)
+    def compile(self, listed, results):
+      if listed.name == "decode segment":
+        texts[listed.name] = listed.jitted.lower(*listed.args(results), **listed.static).compile().as_text()
+      return super().compile(listed, results)
   step = Watched(c, shape, mesh, limit).run(("generation",))
   segment = next(p for p in step.programs if p.name == "decode segment")
   local = f"bf16[2,16,{step.shapes['cache columns']},128]"  # 4 heads over tensor, 64 rows over fsdp

@@ -1,4 +1,4 @@
-"""The quality head: what it reads in the engine and in the trainer, and its passes over recent rollouts."""
+"""The quality head: what it reads in the engine, and its passes over recent rollouts."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ import pytest
 from test_rollout import KEY, PARAMS, SAMPLING, C, engine, plain_hidden, requests
 
 from arrol_jax.engine.sampling import Sampling
-from arrol_jax.learning.batching import PackShape, pack
-from arrol_jax.learning.head_training import head_weights, no_recent, refit, refit_head
+from arrol_jax.learning.batching import head_examples, head_weights
+from arrol_jax.learning.head_training import no_recent, refit, refit_head
 from arrol_jax.learning.metrics import auc
 from arrol_jax.models import transformer
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.decision import make_decide
-from arrol_jax.pruning.head import INPUTS, Features, init_head, inputs_of, quality_logit, read
+from arrol_jax.pruning.head import INPUTS, Features, init_head, inputs_of, quality_logit
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.types import Rollout, TrainState
 
@@ -54,20 +54,14 @@ def test_readings_are_those_of_a_plain_forward_pass(rollouts):
       assert float(quality_logit(HEAD, reading)) == pytest.approx(score, abs=1e-4)
 
 
-def test_the_trainer_reads_what_the_engine_read(rollouts, mesh):
-  batch, = pack(rollouts, PackShape(32, 32 * len(rollouts), 1), mesh, detect=LENGTHS)
-  reading = read(HEAD, plain_hidden(np.asarray(batch.tokens)), batch.response_mask, batch.sampler_logprobs,
-                         batch.head_position)
-  row = {tuple(np.asarray(t)[:len(r.prompt_tokens) + len(r.tokens)]): i for r in rollouts
-         for i, t in enumerate(batch.tokens) if np.array_equal(t, np.pad(whole(r)[0], (0, len(t) - 28)))}
-  seen = 0
+def test_the_last_reading_is_that_of_the_last_token(rollouts):
+  """Booked for all, also for those that ended before a decision."""
   for r in rollouts:
-    i = row[tuple(whole(r)[0, :len(r.prompt_tokens) + len(r.tokens)])]
-    for c, mine in enumerate(r.features):
-      for name in ALL:
-        np.testing.assert_allclose(getattr(reading, name)[i, c], getattr(mine, name), atol=3e-4, err_msg=name)
-      seen += 1
-  assert seen == int((np.asarray(batch.head_weight) > 0).sum()) > 20
+    hidden, start, n = np.asarray(plain_hidden(whole(r))[0]), len(r.prompt_tokens) - 1, len(r.tokens)
+    np.testing.assert_allclose(r.final_features.last, hidden[start + n - 1], atol=2e-4)
+    np.testing.assert_allclose(r.final_features.mean, hidden[start:start + n].mean(0), atol=2e-4)
+    np.testing.assert_allclose(r.final_features.logprobs, [r.logprobs.mean(), r.logprobs.min()], atol=1e-5)
+  assert any(not r.features for r in rollouts)
 
 
 def test_confidence_is_that_of_the_full_softmax(rollouts):
@@ -145,7 +139,7 @@ def test_refit_learns_from_scored_survivors_alone(rollouts):
   for r in rollouts[:5]:
     r.pruned, r.keep_probability = True, 0.5
   kept = [r for r in rollouts if not r.pruned]
-  after = refit_head(state, rollouts, passes=60, optimizer=optimizer)
+  after = refit_head(state, head_examples(rollouts, HEAD, C.width), passes=60, optimizer=optimizer)
   wanted = [r.reward for r in kept for _ in r.features]
   np.testing.assert_array_equal(after.recent.reward[:len(wanted)], wanted)
   assert int(after.recent.next) == len(wanted) == int(after.recent.weight.sum())
@@ -154,22 +148,20 @@ def test_refit_learns_from_scored_survivors_alone(rollouts):
   assert error(after.params["head"]) < 0.5 * error(HEAD)
   for r in rollouts[:5]:
     r.pruned, r.keep_probability = False, 1.0
-  assert refit_head(state, [], passes=1, optimizer=optimizer) is state
+  assert refit_head(state, head_examples([], HEAD, C.width), passes=1, optimizer=optimizer) is state
 
 
 def test_balanced_weights_give_right_and_wrong_half_each():
-  """Whatever their shares, beside 1 / keep probability; rollouts that teach nothing count nothing, one class alone keeps its
-  half."""
+  """Whatever their shares, beside 1 / keep probability; one class alone keeps its half."""
   one = np.zeros(1, np.int32)
   make = lambda reward, p=1.0: Rollout(0, 0, one, one, np.zeros(1), reward=reward, keep_probability=p)
-  some = [make(1.0, 0.5), make(0.0), make(0.0, 0.25), make(1.0), make(0.0)]
-  teach = np.array([1, 1, 1, 0, 1], np.float32)
-  np.testing.assert_allclose(head_weights(some, teach, (), False), teach)
-  np.testing.assert_allclose(head_weights(some, teach, ("head",), False), [2, 1, 4, 0, 1])
-  np.testing.assert_allclose(head_weights(some, teach, (), True), [2, 2 / 3, 2 / 3, 0, 2 / 3])
-  np.testing.assert_allclose(head_weights(some, teach, ("head",), True), [4, 4 / 6, 16 / 6, 0, 4 / 6], rtol=1e-6)
-  np.testing.assert_allclose(head_weights(some[1:3], np.ones(2, np.float32), (), True), [0.5, 0.5])
-  assert head_weights([], np.zeros(0, np.float32), (), True).shape == (0,)
+  some = [make(1.0, 0.5), make(0.0), make(0.0, 0.25), make(0.0)]
+  np.testing.assert_allclose(head_weights(some, (), False), np.ones(4))
+  np.testing.assert_allclose(head_weights(some, ("head",), False), [2, 1, 4, 1])
+  np.testing.assert_allclose(head_weights(some, (), True), [2, 2 / 3, 2 / 3, 2 / 3])
+  np.testing.assert_allclose(head_weights(some, ("head",), True), [4, 4 / 6, 16 / 6, 4 / 6], rtol=1e-6)
+  np.testing.assert_allclose(head_weights(some[1:3], (), True), [0.5, 0.5])
+  assert head_weights([], (), True).shape == (0,)
 
 
 def test_a_balanced_head_learns_ranks_where_the_other_still_learns_the_share():
@@ -183,7 +175,7 @@ def test_a_balanced_head_learns_ranks_where_the_other_still_learns_the_share():
   head = init_head(C.width, 64, jax.random.key(0))
   found = {}
   for balance in (False, True):
-    weight = head_weights(rollouts_, np.ones(n, np.float32), (), balance)
+    weight = head_weights(rollouts_, (), balance)
     empty = no_recent(head, C.width, n, optimizer)
     after, _ = refit(head, empty, Features(states), reward, weight, passes=10, optimizer=optimizer)
     score = np.asarray(quality_logit(after, Features(states)))

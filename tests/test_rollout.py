@@ -14,8 +14,9 @@ from arrol_jax.engine import programs
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning.batching import PackShape, empty_batches, pack
-from arrol_jax.learning.generation import generate
+from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.head_training import update_calibration
+from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.transformer import PolicyConfig
@@ -72,7 +73,7 @@ def some_rollouts(count=23, seed=0):
 @pytest.mark.parametrize("buckets, micro_tokens", [(1, 64), (2, 100), (3, 128), (3, 10**6), (4, 1)])
 def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens):
   rollouts = some_rollouts()
-  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh, detect=(8,))
+  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh)
   places = found(batches)
   assert sorted(places) == [r.request for r in rollouts if not r.pruned]
   for r in rollouts:
@@ -86,14 +87,14 @@ def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens)
     np.testing.assert_array_equal(np.flatnonzero(batch.response_mask), np.arange(start, end))
     np.testing.assert_array_equal(batch.response_mask[start:end], 1)
     np.testing.assert_array_equal(batch.sampler_logprobs[start:end], r.logprobs)
-    assert np.count_nonzero(batch.sampler_logprobs) == len(r.tokens) and batch.rewards == r.reward
+    assert np.count_nonzero(batch.sampler_logprobs) == len(r.tokens)
 
 
 @pytest.mark.parametrize("buckets, micro_tokens, shapes", [
   (1, 64, {(2, 32)}), (2, 100, {(6, 16), (3, 32)}), (3, 128, {(8, 16), (4, 32)}), (4, 1, {(1, 16), (1, 32)})])
 def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
   """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; long rows first."""
-  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh, detect=(8,))
+  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh)
   seen = [b.tokens.shape for b in batches]
   assert set(seen[:-1]) == shapes and [s for _, s in seen] == sorted((s for _, s in seen), reverse=True)
   rows, length = seen[-1]
@@ -106,16 +107,16 @@ def test_only_the_last_micro_batch_has_empty_rows(mesh):
   assert [shape.holding(n, 16, 1) for n in (9, 8, 5, 4, 1)] == [(8, 16), (8, 16), (8, 16), (4, 16), (4, 16)]
   assert shape.holding(1, 17, 1) == (2, 32) and shape.holding(1, 17, 4) == (4, 32)
   for seed in range(5):
-    batches = pack(some_rollouts(40, seed), shape, mesh, detect=(8,))
+    batches = pack(some_rollouts(40, seed), shape, mesh)
     empty = [int(np.sum(~np.any(np.asarray(b.response_mask) > 0, axis=1))) for b in batches]
     rows, length = batches[-1].tokens.shape
     assert all(n == 0 for n in empty[:-1]) and (rows, length) == shape.holding(rows - empty[-1], length, 1)
-    assert {b.tokens.shape for b in batches} <= {b.tokens.shape for b in empty_batches(shape, mesh, (8,))}
+    assert {b.tokens.shape for b in batches} <= {b.tokens.shape for b in empty_batches(shape, mesh)}
 
 
 def test_empty_rows_weigh_nothing(mesh):
   rollouts = [rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)]
-  batch, = pack(rollouts, PackShape(16, 128, 1), mesh, detect=(4,), short="last")
+  batch, = pack(rollouts, PackShape(16, 128, 1), mesh)
   assert batch.tokens.shape == (4, 16)
   for x in jax.tree.leaves(batch):
     np.testing.assert_array_equal(np.asarray(x)[2:], 0)
@@ -129,34 +130,19 @@ def test_advantages_are_taken_over_a_groups_survivors(mesh):
   root = math.sqrt(2)
   for normalize, expected in ((True, {1: 1, 6: -1, 4: root, 2: -root / 2, 7: -root / 2, 5: 0}),
                               (False, {1: 0.5, 6: -0.5, 4: 2 / 3, 2: -1 / 3, 7: -1 / 3, 5: 0})):
-    batches = pack(rollouts, PackShape(16, 48, 1), mesh, detect=(4,), normalize_std=normalize)
+    batches = pack(rollouts, PackShape(16, 48, 1), mesh, LossConfig(normalize_std=normalize))
     got = {i: float(batches[n].advantages[row]) for i, (n, row) in found(batches).items()}
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("short, weights", [("skip", [1, 0, 0]), ("last", [1, 1, 1])])
-def test_what_the_head_reads(mesh, short, weights):
-  """The state that sampled response token `detect`; of a rollout that ended before, its last token."""
-  rollouts = [rollout_of(1, 0, 4, 12, decided=True), rollout_of(2, 0, 3, 6), rollout_of(3, 0, 5, 1)]
-  batches = pack(rollouts, PackShape(32, 32, 1), mesh, detect=(8,), short=short)
-  places = found(batches)
-  at = [(batches[places[i][0]], places[i][1]) for i in (1, 2, 3)]
-  assert [float(b.head_weight[row, 0]) for b, row in at] == weights
-  # Response token n stands at prompt + n - 1; the state one before it sampled it.
-  read = [(b, row) for (b, row), weight in zip(at, weights, strict=True) if weight]
-  assert [int(b.head_position[row, 0]) for b, row in read] == [4 + 8 - 2, 3 + 6 - 2, 5 + 1 - 2][:len(read)]
-  sampled = [int(b.tokens[row, b.head_position[row, 0] + 1]) for b, row in read]
-  assert sampled == [1000 + 508, 2000 + 506, 3000 + 501][:len(read)]
-
-
 @pytest.mark.parametrize("rollouts", [[], [rollout_of(1, 0, 3, 8, pruned=True, decided=True, reward=math.nan)]])
 def test_no_survivors_no_batches(mesh, rollouts):
-  assert pack(rollouts, PackShape(32, 64, 3), mesh, detect=(8,)) == []
+  assert pack(rollouts, PackShape(32, 64, 3), mesh) == []
 
 
 def test_pack_divides_rows_over_the_mesh():
   mesh = sharding.make_mesh(2, 2, 2)
-  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh, detect=(8,))
+  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh)
   # 6 and 3 rows, up to a multiple of data * fsdp = 4; half of the 8 for the last.
   assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32), (4, 16)}
   assert all(b.tokens.sharding.shard_shape(b.tokens.shape)[0] == len(b.tokens) // 4 for b in batches)
@@ -259,7 +245,7 @@ def test_decisions_in_the_engine(decided, unpruned):
 
 
 def test_scores_are_the_heads_logits_of_a_plain_forward_pass(decided, head):
-  """At the state that sampled response token number `detect`, the one that `pack` points to."""
+  """At the state that sampled response token number `detect`."""
   for r in decided:
     if r.decided:
       tokens = np.zeros((1, 28), np.int32)
@@ -343,10 +329,14 @@ def prompts():
   return [Prompt(Problem(str(p), "?", str(p % 3), "test"), "?", tokens) for p, tokens in by_prompt.items()]
 
 
+def numbered():
+  return dict(enumerate(prompts()))
+
+
 def test_generate_grades_the_survivors(mesh, head, table, decided):
   seen = []
   with jax.set_mesh(mesh), Grader(1) as grader:
-    out, waited = generate(engine(mesh), prompts(), GROUP, KEY, SAMPLING, Words(), grader,
+    out, waited = generate(engine(mesh), numbered(), GROUP, KEY, SAMPLING, Grading(Words(), grader),
                            decide=make_decide(head, table, RULE, True), progress=seen.append)
     assert sum(grader.counts.values()) == sum(not r.pruned for r in out)  # nobody pays for grading what was cut
   assert waited >= 0 and sorted(r.request for r in seen) == list(range(5 * GROUP))
@@ -379,7 +369,7 @@ def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, capl
   with jax.set_mesh(mesh):
     e = engine(mesh)
     e.watch = lambda: log.append("segment")
-    out, _ = generate(e, prompts(), GROUP, KEY, SAMPLING, Words(), Fails())
+    out, _ = generate(e, numbered(), GROUP, KEY, SAMPLING, Grading(Words(), Fails()))
   count = 5 * GROUP
   assert log.count("asked") == count and log[-count:] == ["waited for"] * count
   assert "segment" in log[log.index("asked"):]
@@ -390,7 +380,7 @@ def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, capl
 
 def test_generate_stops_at_the_engines_limit(mesh):
   with jax.set_mesh(mesh), Grader(1) as grader:
-    out, _ = generate(engine(mesh, max_new=9), prompts()[:2], 3, KEY, SAMPLING, Words(), grader)
+    out, _ = generate(engine(mesh, max_new=9), dict(enumerate(prompts()[:2])), 3, KEY, SAMPLING, Grading(Words(), grader))
   assert max(len(r.tokens) for r in out) == 9
 
 

@@ -49,7 +49,9 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
 
 
 def refit_head(state: TrainState, examples: Examples, *, passes: int, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state after `passes` more steps of the head alone, over its buffer and this step's examples."""
+  """The state after `passes` more steps of the head alone, over its buffer and this step's examples; without any, as it is."""
+  if not np.any(examples.weight):
+    return state
   room = state.recent.reward.shape[0]
   latest = jax.tree.map(lambda x: x[max(0, int(np.sum(examples.weight > 0)) - room):][:room], examples)
   head, recent = refit(state.params["head"], state.recent, latest.features, latest.reward, latest.weight, passes=passes,

@@ -4,7 +4,7 @@ A 2-layer MLP (ARRoL, section on the quality head; METHOD section 2). Published 
 the detection token, the position whose forward pass samples response token number L_detect, so that one forward gives next-token
 logits and quality logit. Further inputs (METHOD 9.6): the mean of these states over the response so far, and its tokens'
 mean and lowest log-prob. States are scaled to unit root-mean-square, because their scale differs by an order of magnitude between
-model families, and log-probs by a logarithm; the caller's `stop_gradient` keeps the loss out of the backbone.
+model families, and log-probs by a logarithm. The engine took them: the loss does not reach the backbone.
 
 Left out: the loss (learning/losses.py), further passes (learning/head_training.py) and what follows from the logit (rule.py).
 """

@@ -1,0 +1,103 @@
+"""Log-probs of a batch, in chunks over its responses: value, gradient, and how many positions a chip unembeds at once."""
+
+import dataclasses
+
+from helpers_update import BATCH, COMPUTE, KL, LENGTH, PARAMS, ROWS, C, hidden_states, plain_logprobs, same, totals
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax.learning import update
+from arrol_jax.models import sharding, transformer
+from arrol_jax.planning import hlo
+
+
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 1), (0.7, 6), (1.0, 8), (1.3, 20), (1.0, 10**9)])
+def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chunk):
+  """3 rows of 13 tokens, a long, a short and an empty response, in chunks of 1, 2, 4 and all positions: most do not divide."""
+  hidden = jax.random.normal(jax.random.key(5), (3, 13, C.width))
+  tokens = jax.random.randint(jax.random.key(6), (3, 13), 0, C.vocab)
+  weight = jax.random.normal(jax.random.key(7), (3, 13))
+  mask = np.zeros((3, 13), np.float32)
+  mask[0, 1:], mask[1, 6:11] = 1, 1
+  params = {"embed": PARAMS["policy"]["embed"]}
+
+  def slopes(f):
+    value = lambda params, hidden: (jnp.sum(weight * f(params, hidden)[0]), f(params, hidden))
+    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, hidden)
+
+  (_, (got, entropy)), got_slopes = slopes(lambda p, h: update.token_logprobs(p, h, tokens, mask, temperature, chunk))
+  (_, (want, want_entropy)), want_slopes = slopes(lambda p, h: [x * mask for x in plain_logprobs(p, h, tokens, temperature)])
+  np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-5)
+  np.testing.assert_allclose(entropy, want_entropy, atol=2e-6, rtol=1e-5)
+  same(got_slopes, want_slopes, 2e-6)
+  assert np.all(np.asarray(got)[mask == 0] == 0) and np.all(np.asarray(got)[mask > 0] < 0)
+  assert np.any(np.asarray(want_slopes[0]["embed"]) != 0)
+
+
+def test_entropy_sends_no_gradient():
+  hidden, tokens, mask = jnp.ones((1, 5, C.width)), jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5)).at[0, 0].set(0.0)
+  slope = jax.grad(lambda h: jnp.sum(update.token_logprobs(PARAMS["policy"], h, tokens, mask, 1.0, 2)[1]))(hidden)
+  np.testing.assert_array_equal(slope, 0.0)
+
+
+def test_batch_logprobs_are_those_of_the_response_and_zero_elsewhere():
+  hidden = np.asarray(hidden_states(BATCH))
+  out = np.asarray(update.batch_logprobs(C, PARAMS["policy"], BATCH, temperature=0.8, compute=COMPUTE))
+  want = np.asarray(plain_logprobs(PARAMS["policy"], hidden, BATCH.tokens, 0.8)[0])
+  np.testing.assert_allclose(out, np.where(BATCH.response_mask > 0, want, 0), atol=1e-5)
+
+
+def test_fill_logprobs_keeps_old_and_reference_apart():
+  other = jax.tree.map(lambda x: x * 0.5, PARAMS["policy"])
+  ask = lambda params: update.batch_logprobs(C, params, BATCH, temperature=1.0, compute=COMPUTE)
+  own, others = np.asarray(ask(PARAMS["policy"])), np.asarray(ask(other))
+  assert np.abs(own - others).max() > 0.1
+  blank = BATCH.replace(old_logprobs=np.zeros_like(own), ref_logprobs=np.zeros_like(own))
+  for reference, ref in ((None, np.zeros_like(own)), (other, others)):
+    filled, = update.fill_logprobs(C, PARAMS["policy"], reference, [blank], 1.0, COMPUTE)
+    np.testing.assert_array_equal(filled.old_logprobs, own)
+    np.testing.assert_array_equal(filled.ref_logprobs, ref)
+
+
+# ---- on a mesh
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_gather_the_unembedding_once(tied):
+  """With fsdp a device holds a part of it: what the update gathers must not grow with the number of chunks."""
+  c, mesh = dataclasses.replace(C, tied=tied), sharding.make_mesh(1, 8, 1)
+  with jax.set_mesh(mesh):
+    place = lambda tree, at: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
+    weights = transformer.abstract_params(c)
+    params = place(weights, sharding.shardings(transformer.logical_axes(c), weights, mesh, sharding.TRAIN))
+    batch = place(BATCH, jax.tree.map(lambda _: sharding.rows(mesh), BATCH))
+    metrics = dict.fromkeys(update.METRICS, jax.ShapeDtypeStruct((), jnp.float32))
+
+    def gathered(chunk_tokens):
+      compute = dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens)
+      lowered = update.accumulate.lower(c, params, params, metrics, batch, totals(BATCH), loss=KL, temperature=1.0,
+                                        compute=compute)
+      module = hlo.parse(lowered.compile().as_text())
+      return hlo.collective_counts(module, hlo.trips(module))["all-gather"]
+
+    assert gathered(1) == gathered(10**6)
+
+
+@pytest.mark.parametrize("shape, positions", [((1, 1, 1), 2), ((1, 1, 8), 2), ((2, 2, 2), 8), ((8, 1, 1), 16)])
+def test_a_chunk_counts_the_tokens_of_a_chip(monkeypatch, shape, positions):
+  seen, real = [], transformer.unembed
+  monkeypatch.setattr(transformer, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
+  with jax.set_mesh(sharding.make_mesh(*shape)):
+    jax.eval_shape(lambda h, t, m: update.token_logprobs(PARAMS["policy"], h, t, m, 1.0, 2 * ROWS),
+                   jnp.zeros((ROWS, LENGTH, C.width)), BATCH.tokens, BATCH.response_mask)
+  assert seen == [(ROWS, positions, C.width)]
+
+
+def test_chunks_cover_the_row_and_little_more():
+  for length in (1, 7, 13, 16, 1376, 2736, 4096):
+    for most in (0, 1, 2, 5, 100, 682, 2048, 10**6):
+      size, chunks = update._chunks(length, most)
+      assert size <= max(1, most, 8) and (chunks - 1) * size < length <= chunks * size < length + max(8 * chunks, size)
+  assert update._chunks(2736, 2048) == (1368, 2) and update._chunks(1280, 341) == (256, 5)
