@@ -145,7 +145,7 @@ def compute(c: ConfigDict) -> Compute:
 
 
 def pack_shape(c: ConfigDict) -> PackShape:
-  return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets, c.rollout.max_prompt)
+  return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets)
 
 
 def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:

@@ -28,7 +28,7 @@ class Batch:
   tokens: jax.Array            # i32[I,U]
   positions: jax.Array         # i32[I,U]  of each token in its row
   used: jax.Array              # i32[I]    tokens before the padding
-  layout: object               # models.attention.Layout: which token stands where in the rows
+  layout: object               # models.sharing.Layout: which token stands where in the rows
   response_mask: jax.Array     # f32[B,S]  1 where the token belongs to the response
   sampler_logprobs: jax.Array  # f32[B,S]  log-prob of the row's token s under the sampler, 0 outside the response
   old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the batch's first step starts from, where it has several

@@ -35,7 +35,7 @@ def bench_update(a, c, mesh) -> list[dict]:
   limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
   u = update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens))
-  shape = batching.PackShape(a.prompt + a.max_new, a.micro_tokens, 1, a.prompt)
+  shape = batching.PackShape(a.prompt + a.max_new, a.micro_tokens, 1)
   rollouts = fake_rollouts(c, a, np.full(a.rows, a.max_new))
   batches, counts = batching.pack(rollouts, shape, mesh)
   examples = batching.head_examples(rollouts, state.params["head"], c.width)
@@ -73,7 +73,7 @@ def training_step(a, c, mesh, detect: int, params: dict, optimizer) -> TrainingS
   return TrainingStep(engine, StepConfig(
     dtype=a.dtype, sampling=sampling, rule=PruneRule((detect,)),
     update=update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)),
-    shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets, a.prompt), optimizer=optimizer))
+    shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets), optimizer=optimizer))
 
 
 def bench_step(a, c, mesh) -> list[dict]:

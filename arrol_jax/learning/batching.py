@@ -3,7 +3,7 @@
 A micro-batch holds bins, one a shard of the mesh, of U tokens each without padding between them. A group's prompt stands in
 its bin once, all but its last token; behind it come the group's rollouts, each as [last prompt token, response]. So matrix
 products see each token once. Attention alone works on rows, one a rollout: [prompt, response, padding], gathered from
-the bin (attention.py). Rows without an advantage cannot change the policy and are left out where the loss has no KL term;
+the bin (models/sharing.py). Rows without an advantage cannot change the policy and are left out where the loss has no KL term;
 means are over all survivors all the same.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from arrol_jax.learning.losses import GRPO, LossConfig, group_advantages, overlong_penalty
 from arrol_jax.models import sharding
-from arrol_jax.models.attention import Layout
+from arrol_jax.models.sharing import Layout
 from arrol_jax.pruning.head import empty_features
 from arrol_jax.types import Batch, Examples, Rollout
 
@@ -28,12 +28,10 @@ class BinShape(NamedTuple):
 
 
 class PackShape(NamedTuple):
-  """Shapes of the update: rows of at most `length` tokens, of them `prompt` the prompt's, in `buckets` lengths; about
-  `micro_tokens` tokens a micro-batch."""
+  """Shapes of the update: rows of at most `length` tokens in `buckets` lengths, about `micro_tokens` tokens a micro-batch."""
   length: int
   micro_tokens: int
   buckets: int = 2
-  prompt: int = 1 << 30
 
   def lengths(self) -> list[int]:
     """Row lengths, ascending."""
@@ -87,7 +85,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
       part = bins[start:start + unit]
       fits = next(s for s in shape.bins(unit, part[0].shape.length)
                   if all(b.tokens <= s.tokens and b.rows <= s.rows for b in part))
-      batches.append(_micro_batch(kept, advantages, part, fits, unit, shape.prompt))
+      batches.append(_micro_batch(kept, advantages, part, fits, unit))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches], totals
 
 
@@ -106,35 +104,34 @@ def _bins(kept: list[Rollout], rows: list[int], shape: PackShape, unit: int) -> 
   return out
 
 
-def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int,
-                 prompt: int) -> Batch:
+def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int) -> Batch:
   """`unit` bins, those that are missing empty."""
   u, r, s = shape
-  tokens, positions, back = (np.full((unit, u), x, np.int32) for x in (0, 0, -1))
-  take, (shared, leader) = np.zeros((unit, r, s), np.int32), np.zeros((2, unit, r), np.int32)
+  tokens, positions, back, count = (np.full((unit, u), x, np.int32) for x in (0, 0, -1, 0))
+  take, read = np.full((2, unit, r, s), -1, np.int32)
   (mask, sampled), advantage = np.zeros((2, unit, r, s), np.float32), np.zeros((unit, r), np.float32)
   for b, one in enumerate(bins):
     at = row = 0
     for members in one.groups.values():
-      text, first = kept[members[0]].prompt_tokens, row
+      text = kept[members[0]].prompt_tokens
       pieces = [(text[:-1], 0, row)]  # tokens, their first position, the row where they are read
       for i in members:
         pieces.append((np.concatenate([text[-1:], kept[i].tokens]), len(text) - 1, row))
         start, end = len(text), len(text) + len(kept[i].tokens)
         take[b, row, :start - 1] = at + np.arange(start - 1)
-        shared[b, row], leader[b, row], advantage[b, row] = start - 1, first, advantages[i]
+        advantage[b, row] = advantages[i]
         mask[b, row, start:end], sampled[b, row, start:end] = 1.0, kept[i].logprobs
         row += 1
       for n, (values, position, where) in enumerate(pieces):
         here, columns = slice(at, at + len(values)), position + np.arange(len(values))
         tokens[b, here], positions[b, here], back[b, here] = values, columns, where * s + columns
-        if n:
-          take[b, where, columns] = np.arange(here.start, here.stop)
+        take[b, where, columns] = read[b, where, columns] = np.arange(here.start, here.stop)
+        count[b, here] = 1 if n else len(members)
         at += len(values)
   flat = lambda x: x.reshape(unit * r, *x.shape[2:])
   nothing = np.zeros((unit * r, s), np.float32)
   used = np.array([one.tokens for one in bins] + [0] * (unit - len(bins)), np.int32)
-  return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, back, shared, leader, prompt), response_mask=flat(mask),
+  return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, read, back, count), response_mask=flat(mask),
                sampler_logprobs=flat(sampled), old_logprobs=nothing, ref_logprobs=nothing, advantages=flat(advantage))
 
 
@@ -146,7 +143,7 @@ def empty_batches(shape: PackShape, mesh) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
-  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit, shape.prompt), sharding.rows(mesh)) for size in sizes]
+  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit), sharding.rows(mesh)) for size in sizes]
 
 
 def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
@@ -154,7 +151,7 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
   unit, by_row = mesh.shape["data"] * mesh.shape["fsdp"], sharding.rows(mesh)
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
-  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit, shape.prompt)) for size in sizes]
+  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
 
 
 def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[str, ...] = (), balance: bool = False,

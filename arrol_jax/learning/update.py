@@ -18,8 +18,8 @@ from arrol_jax.learning import losses
 from arrol_jax.learning.head_training import head_loss
 from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import transformer
-from arrol_jax.models.attention import shared_attention, spread
 from arrol_jax.models.sharding import constrain, rows_on_a_chip
+from arrol_jax.models.sharing import shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.types import Batch, Examples, TrainState
 

@@ -241,6 +241,9 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   block_def = _structure(c)[1]
   rope = rope_tables(c, positions)
   # The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows.
+  layers = params["layers"]
+  if not isinstance(layers, tuple):  # once, before the scan would copy each layer's float32 weights to round them
+    layers = {name: x if name.endswith("norm") else x.astype(dtype) for name, x in layers.items()}
   x = constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
   if isinstance(params["layers"], tuple):
@@ -255,7 +258,7 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
     x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend)
     return constrain(x, "batch", None, None), kept
 
-  x, kept = jax.lax.scan(REMAT[remat](body), x, params["layers"])
+  x, kept = jax.lax.scan(REMAT[remat](body), x, layers)
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 
