@@ -71,6 +71,7 @@ def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
   assert vote.answer == "1/2" and vote.chosen == 0 and abs(vote.weight - 2 / 3) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_command_serves_an_exported_policy_and_drains(exported):
   """SIGTERM while a call streams: the call ends as it should, no new one is taken, and the exit status is 0."""
   environment = os.environ | {"XLA_FLAGS": ""}

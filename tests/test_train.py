@@ -138,6 +138,7 @@ def assert_same_course(folder, whole):
   assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
 
 
+@pytest.mark.slow
 def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   """3 steps, to the end with its evaluation; then the same folder with 5."""
   run(tmp_path, steps=3)
@@ -150,6 +151,7 @@ def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   assert_same_course(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_run_and_resumed_is_exactly_the_same(tmp_path, whole):
   """SIGKILL after step 3, with checkpoints every 2 steps: step 3 is done again, and its lines are there once."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -182,6 +184,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, whole):
   assert (tmp_path / "eval_before.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_evaluated_in_another_way_both_evaluations_are_made_again(tmp_path, whole):
   """Before and after must compare; "before" is the policy that training started from, also in a resumed run."""
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
