@@ -256,7 +256,7 @@ def test_prompts_too_long_are_skipped_with_a_count(tmp_path):
   assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
-# ---- a mistake about this folder leaves the run alone
+# ---- mistakes that need a run
 
 
 def test_the_workdir_of_another_run_is_refused_and_left_alone(whole):
@@ -273,3 +273,12 @@ def test_a_mistake_in_a_longer_run_leaves_the_finished_one_alone(tmp_path, whole
     assert_refused(command(*arguments(tmp_path, steps=9)), "gone")
   assert (tmp_path / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
   assert read(tmp_path / "config.json")["steps"] == STEPS
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  """The first step throws the weights out of range: the second stops, unsaved, and says which checkpoint is good."""
+  result = command(*arguments(tmp_path, optim__lr=1e30, optim__warmup=0, checkpoint__every=1))
+  assert result.status == 2 and "Traceback" not in result.err
+  assert result.err.splitlines()[-1].startswith("error: step 2: the loss or gradient is not finite")
+  assert "last checkpoint: step 1" in result.err
+  assert os.listdir(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "summary.json").exists()
