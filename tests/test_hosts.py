@@ -18,9 +18,10 @@ from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 5
+# Shapes of the notebook in its test, whose programs this shares.
 SETTINGS = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
             "rollout.length_buckets": 1, "prune.cold_start": 2, "optim.micro_tokens": 1024, "optim.length_buckets": 1,
-            "checkpoint.every": 2, "log.tensorboard": False, "eval.problems": 6}
+            "quality.hidden": 16, "checkpoint.every": 2, "log.tensorboard": False, "eval.problems": 6}
 
 
 def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_process=None, **other) -> list[subprocess.Popen]:
@@ -90,6 +91,7 @@ def one(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_do_what_one_does(tmp_path, one):
   """Five steps, with evaluations before and after, over a mesh (2, 2, 2) whose data axis crosses the processes."""
   said = finish(tmp_path, start(tmp_path, 2, 4, (2, 2, 2)))
@@ -102,6 +104,7 @@ def test_two_processes_of_four_devices_do_what_one_does(tmp_path, one):
   assert summary["device"].startswith("8 x ") and (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
   """Both end with status 0 and the step saved; one process of two devices takes over and ends as the plain run does."""
   processes = start(tmp_path, 2, 4, (1, 4, 2), steps=10**6, **{"data.eval": ""})
@@ -122,6 +125,7 @@ def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
     assert texts(tmp_path)[:len(texts(one))] == texts(one)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_what_one_left(tmp_path, one):
   """From one process of one device to two of four, past a newest checkpoint that is damaged: both take the one before."""
   shutil.copytree(one, tmp_path, dirs_exist_ok=True)
@@ -136,6 +140,7 @@ def test_two_processes_go_on_from_what_one_left(tmp_path, one):
   assert after[0] == after[1]
 
 
+@pytest.mark.slow
 def test_a_mistake_on_one_host_ends_both_with_its_words(tmp_path):
   """The second host lacks the training file: neither waits for the other, nothing of the folder is taken."""
   processes = start(tmp_path, 2, 1, (2, 1, 1), by_process=[{}, {"data.train": str(tmp_path / "missing.jsonl")}])

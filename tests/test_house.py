@@ -1,6 +1,7 @@
 """The house rules that a program can check: imports go one way, files and functions stay short, parameters few."""
 
 import ast
+import graphlib
 from pathlib import Path
 import subprocess
 import sys
@@ -48,6 +49,26 @@ def test_imports_only_go_up_the_list(name, path):
   if name != path.stem:  # a package: its files import each other
     allowed |= {name}
   assert not imported(ast.parse(path.read_text()), path) - allowed
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  """Not inside a package either, nor by an import inside a function."""
+  name = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+  files = {name(path): path for path in PACKAGE.rglob("*.py")}
+  graph = {module: set() for module in files}
+  for module, path in files.items():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        graph[module] |= {alias.name for alias in node.names} & set(files)
+      elif isinstance(node, ast.ImportFrom):
+        members = {f"{node.module}.{alias.name}" for alias in node.names}  # modules, or what is in one
+        graph[module] |= members & set(files) | ({node.module} & set(files) if members - set(files) else set())
+  assert sum(map(len, graph.values())) > len(graph)  # imports were found
+  graph["arrol_jax.rewards.grade"].remove("arrol_jax.rewards.pool")  # the one exception: grade() hands over to a worker
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as e:
+    pytest.fail(" imports ".join(reversed(e.args[1])))
 
 
 def test_only_the_config_and_what_assembles_read_the_config():

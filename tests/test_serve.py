@@ -1,55 +1,29 @@
 """The server: every caller gets the text that the model gives to that call alone; mistakes are told, and nothing is lost."""
 
-import http.client
 import json
-import os
-from pathlib import Path
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
 
+from helpers_serve import OPTIONS, PROMPT, QUEUE, ROWS, ask, events, export
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import uvicorn
 
-from arrol_jax import assemble, config as configuration, serve
-from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
+from arrol_jax import config as configuration, serve
+from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Request, Run
 from arrol_jax.models.files.weights import load_policy
-from arrol_jax.prune import Calibration
 from arrol_jax.pruning import voting
-from arrol_jax.pruning.head import init_head
-from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.serving import openai_api, service
-from arrol_jax.serving.service import Call, Piece
-from arrol_jax.types import Rollout
-
-ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "5+5-7-9+1>"
-ROWS, QUEUE = 8, 4
-OPTIONS = ["--config=configs/quickstart.py", f"--config.rollout.slots={ROWS}", "--config.rollout.row_buckets=1",
-           "--config.rollout.length_buckets=1"]
+from arrol_jax.serving.service import Call
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-  """The shipped model as a run exports it, with a chat template, a head whose scores differ, and a table in which low
-  scores went with failure."""
-  policy = load_policy("experiments/arithmetic/signs")
-  head = init_head(policy.config.width, 8, jax.random.key(1))
-  policy.head = head | {"w2": jax.random.normal(jax.random.key(2), head["w2"].shape)}
-  policy.calibration = jax.tree.map(lambda x: x[None], Calibration(jnp.arange(128.0), jnp.arange(128.0)[::-1]))
-  policy.tokenizer.chat_template = ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}"
-                                    "{% endif %}{{ m.content }}{% endfor %}")
-  path = tmp_path_factory.mktemp("served") / "run" / "policy"
-  policy.save(path)
-  return str(path)
+  return export(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +43,6 @@ def server(exported):
   assert not thread.is_alive() and service.running == service.waiting == 0
 
 
-def ask(port, body, path="/v1/completions", method="POST"):
-  """(status, JSON) of a plain HTTP request; body: bytes, or what becomes JSON."""
-  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-  connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body))
-  answer = connection.getresponse()
-  raw = answer.read()
-  connection.close()
-  return answer.status, json.loads(raw) if raw[:1] == b"{" else raw.decode()
-
-
-def events(port, body, path="/v1/completions"):
-  """A stream's events."""
-  status, text = ask(port, body | {"stream": True}, path)
-  assert status == 200 and text.endswith("\n\ndata: [DONE]\n\n")
-  return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
-
-
 @pytest.fixture(scope="module")
 def alone(server):
   """alone(**body) -> the texts that Engine.run gives to that call, with temperature and top_p fixed for all rows."""
@@ -101,18 +58,6 @@ def alone(server):
 
 
 # ---- what is said -------------------------------------------------------------------------------------------
-
-
-def test_rows_that_choose_draw_as_if_all_had_chosen_so():
-  logits = jax.random.normal(jax.random.key(0), (6, 300)) * 2
-  keys = jax.random.split(jax.random.key(1), 6)
-  temperature, top_p = jnp.array([0.0, 0.5, 1.0, 1.0, 1.7, 0.5]), jnp.array([1.0, 1.0, 1.0, 0.3, 0.9, 0.2])
-  mixed = sample(Sampling(None, (), "float32", confidence=5), keys, logits, SamplingParams(temperature, top_p, jnp.zeros(6)))
-  for i in range(6):
-    p = None if top_p[i] == 1 else float(top_p[i])
-    own = sample(Sampling(float(temperature[i]), (), "float32", top_p=p, confidence=5), keys, logits)
-    for a, b in zip(mixed, own, strict=True):
-      np.testing.assert_allclose(a[i], b[i], rtol=1e-6)
 
 
 def test_requests_come_and_go_and_the_others_never_notice(server, alone):
@@ -192,28 +137,6 @@ def test_stop_strings_end_a_text_and_are_not_in_it(server, alone, stop):
   assert "".join(p["choices"][0]["text"] for p in parts) == full[:cut]
 
 
-def test_half_characters_and_halves_of_stop_strings_wait():
-  class Bytes:
-    def decode(self, tokens, skip_special_tokens):
-      return bytes(tokens).decode("utf-8", errors="replace")
-
-  said = "aé#b##c€".encode()
-  for stop, wanted in [((), "aé#b##c€"), (("##",), "aé#b")]:
-    sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
-    trace = service._Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
-    texts, piece = [], None
-    for i, byte in enumerate(said):
-      for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
-        kept.append(np.array([byte]))
-      piece = trace.read(Bytes(), ended=i == len(said) - 1)
-      texts.append(piece.text)
-      assert "\ufffd" not in piece.text
-      if piece.finish:
-        break
-    assert "".join(texts) == wanted and piece.finish == ("stop" if stop else "length")
-    assert bytes(trace.tokens).decode() == (wanted + "##" if stop else wanted)
-
-
 def test_chat(server, alone):
   body = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "logprobs": True, "max_completion_tokens": 40}
   status, answer = ask(server.port, body, "/v1/chat/completions")
@@ -265,16 +188,6 @@ def test_hopeless_traces_are_stopped_and_have_no_vote(server):
   _, best = ask(server.port, body | {"stop_below": 1.0})  # nobody is that good: the best goes on
   assert [t["posterior"] for t in best["vote"]["traces"] if t["finish_reason"] != "hopeless"] == [max(reached)]
   assert server.service.totals.hopeless == sum(stopped) + 7
-
-
-def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
-  pieces = [Piece(i, "", [1], [-1.0], finish, Rollout(0, 0, None, None, None, final=score))
-            for i, (finish, score) in enumerate([("length", 0.1), ("length", 0.5), ("hopeless", 2.0)])]
-  vote = service.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
-  assert vote.answer is None and vote.chosen == 1 and vote.weights == [0, 0, 0]
-  ended = [piece._replace(finish="stop") for piece in pieces]
-  vote = service.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8)
-  assert vote.answer == "1/2" and vote.chosen == 0 and abs(vote.weight - 2 / 3) < 1e-9
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------
@@ -392,7 +305,7 @@ def test_an_engine_that_breaks_tells_every_caller(server):
     broken.submit(Call(np.array([1], np.int32), 8), got.append)
 
 
-# ---- the openai client, and the command ---------------------------------------------------------------------
+# ---- the openai client --------------------------------------------------------------------------------------
 
 
 def test_the_openai_client(server, alone):
@@ -413,56 +326,3 @@ def test_the_openai_client(server, alone):
     assert voted.choices[0].message.content == voted.vote["traces"][voted.vote["trace"]]["text"]
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
       client.completions.create(model="run", prompt=PROMPT, max_tokens=-1)
-
-
-def test_the_command_serves_an_exported_policy_and_drains(exported):
-  """SIGTERM while a call streams: the call ends as it should, no new one is taken, and the exit status is 0."""
-  environment = os.environ | {"XLA_FLAGS": ""}
-  process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *OPTIONS, f"--config.model.path={exported}", "--port=0"],
-                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-  line = process.stdout.readline()
-  assert line.startswith("serving run at http://127.0.0.1:"), line + process.stderr.read()
-  port = int(line.rsplit(":", 1)[1])
-  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-  connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT, "n": ROWS + 4, "stream": True, "temperature": 0}))
-  answer = connection.getresponse()
-  first = answer.readline()
-  process.send_signal(signal.SIGTERM)
-  rest = answer.read().decode()
-  connection.close()
-  out, err = process.communicate(timeout=60)
-  assert first.startswith(b"data: ") and rest.count('"finish_reason": "stop"') == ROWS + 4 and rest.endswith("[DONE]\n\n")
-  assert process.returncode == 0 and out == "drained\n" and "Traceback" not in err
-  with pytest.raises(ConnectionRefusedError):
-    ask(port, {"prompt": PROMPT})
-
-
-@pytest.mark.parametrize("options, word", [(["--port=x"], "--port"), (["--port=99999"], "--port"), (["--queue=-1"], "--queue"),
-                                           (["--workdir=nowhere"], "no checkpoint"), (["--host=999.1.1.1"], "cannot listen")])
-def test_mistakes_on_the_command_line_end_in_one_line(monkeypatch, capsys, options, word):
-  monkeypatch.setattr(sys, "argv", ["prog", *OPTIONS, "--port=0", *options])
-  with pytest.raises(SystemExit) as e:
-    configuration.run(serve.main)
-  err = capsys.readouterr().err
-  assert e.value.code == 2 and word in err and len(err.splitlines()) == 1
-
-
-def test_limits_follow_the_config(exported):
-  c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={exported}", "--config.eval.max_new=40"])
-  _, limits = serve.load(c, None, 3)
-  assert (limits.max_prompt, limits.max_new, limits.max_traces, limits.vocab) == (16, 40, ROWS + 3, 19)
-  assert limits.scored and limits.calibrated and limits.pattern == c.reward.pattern
-  assert assemble.sampling(c, SimpleNamespace(eos_ids=(18,)), None).temperature is None
-
-
-def test_a_checkpoint_is_served_with_its_head(tmp_path):
-  c, _ = configuration.parse(["prog", *OPTIONS])
-  mesh, workdir = assemble.make_mesh(c), str(tmp_path / "trained")
-  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
-  state.params["policy"]["final_norm"] = jnp.zeros_like(state.params["policy"]["final_norm"])
-  checkpoints = Checkpoints(workdir, 1)
-  checkpoints.save(3, state)
-  checkpoints.close()
-  service, limits = serve.load(c, workdir, 3)
-  assert limits.model == "trained" and limits.scored and limits.calibrated
-  assert not service.engine.params["final_norm"].any()

@@ -1,89 +1,26 @@
-"""Training end to end on the shipped arithmetic model: what a run writes, how it goes on, and how it says no."""
+"""Training end to end on the shipped arithmetic model: what a run writes, how it goes on, and what leaves it alone."""
 
-import contextlib
-import io
 import json
 import os
-from pathlib import Path
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from unittest import mock
 
+from helpers_train import METRICS, ROOT, STEPS, SUMMARY, arguments, assert_refused, command, read, run, timeless
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, config, train
+from arrol_jax import config
 from arrol_jax.data import problems
-from arrol_jax.learning.batching import PackShape
-from arrol_jax.learning.losses import LossConfig
-from arrol_jax.learning.update import Compute
 from arrol_jax.prune import Calibration
-from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.running.workdir import differing, fingerprint, to_json
+from arrol_jax.running.workdir import fingerprint, to_json
 from arrol_jax.types import TrainState, UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = "--config=configs/quickstart.py"
-STEPS = 5
-# One compiled shape of everything; a KL term, so that the reference policy has to survive a resume too.
-SMALL = {"rollout.temperature": 1.1, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16,
-         "rollout.row_buckets": 1, "rollout.length_buckets": 1, "rollout.max_prompt": 16, "rollout.max_new": 48,
-         "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2, "prune.half_life": 40.0,
-         "quality.hidden": 32, "loss.kl_weight": 0.05, "optim.lr": 1e-3, "optim.head_lr": 3e-3, "optim.warmup": 2,
-         "optim.micro_tokens": 1024, "optim.length_buckets": 1, "eval.problems": 4, "eval.temperature": 1.1,
-         "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
-
-# CONTRACT: names that users' scripts rely on.
-METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var
-  groups_mixed tokens_generated tokens_trained response_len truncated head_loss head_auc head_auc_within head_ece
-  logprob_gap policy_loss kl entropy clip_frac grad_norm lr
-  sec_generate sec_reward sec_logprob sec_update sec_step""".split()
-SUMMARY = "steps seconds device config_hash eval_before eval_after tokens_generated tokens_trained final_reward".split()
-
-
-def arguments(workdir, **overrides):
-  """Command line of a small run; in `overrides` a double underscore stands for the dot."""
-  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}  # once each: repeated tuples are appended
-  return [QUICKSTART, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
-
-
-def command(*argv):
-  """`python -m arrol_jax.train ARGV`, in this process: exit status and what it wrote."""
-  out, err, status = io.StringIO(), io.StringIO(), 0
-  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-      mock.patch.object(sys, "argv", ["train.py", *map(str, argv)]):
-    try:
-      config.run(train.main)
-    except SystemExit as e:
-      status = e.code
-  return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-def run(workdir, **overrides):
-  result = command(*arguments(workdir, **overrides))
-  assert result.status == 0, result.err
-  return result
-
-
-def read(path):
-  """JSON as other programs read it: without NaN."""
-  def refuse(name):
-    raise AssertionError(f"{path} holds {name}")
-  text = Path(path).read_text()
-  if str(path).endswith(".jsonl"):
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-  return json.loads(text, parse_constant=refuse)
-
-
-def timeless(lines):
-  return [{k: v for k, v in line.items() if not k.startswith("sec_")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +138,7 @@ def assert_same_course(folder, whole):
   assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
 
 
+@pytest.mark.slow
 def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   """3 steps, to the end with its evaluation; then the same folder with 5."""
   run(tmp_path, steps=3)
@@ -213,6 +151,7 @@ def test_a_longer_run_takes_over_exactly(tmp_path, whole):
   assert_same_course(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_run_and_resumed_is_exactly_the_same(tmp_path, whole):
   """SIGKILL after step 3, with checkpoints every 2 steps: step 3 is done again, and its lines are there once."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -245,6 +184,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, whole):
   assert (tmp_path / "eval_before.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_evaluated_in_another_way_both_evaluations_are_made_again(tmp_path, whole):
   """Before and after must compare; "before" is the policy that training started from, also in a resumed run."""
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
@@ -316,123 +256,7 @@ def test_prompts_too_long_are_skipped_with_a_count(tmp_path):
   assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
-# ---- a mistake is one line, status 2, and breaks nothing
-
-
-def assert_refused(result, *words):
-  assert result.status == 2
-  lines = result.err.splitlines()
-  assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-  assert "Traceback" not in result.err
-  for word in words:
-    assert word in lines[0], lines[0]
-
-
-@pytest.mark.parametrize("override, words", [
-  ("stpes=3", ["unknown config key", "stpes", 'Did you mean "steps"']),
-  ("prune.kep=0.3", ["unknown config key", "kep", 'Did you mean "keep"']),
-  ("purne.keep=0.3", ["unknown config key", "purne"]),
-  ("steps=many", ["--config.steps=many"]),
-  ("steps=2.5", ["--config.steps=2.5"]),
-  ("optim.lr=fast", ["--config.optim.lr=fast"]),
-  ("prune.enabled=maybe", ["--config.prune.enabled=maybe"]),
-  ("prune=3", ["--config.prune "]),
-  ("loss.kl_weight=some", ["--config.loss.kl_weight=some"]),
-  ("data.train=none.jsonl", ["data: none.jsonl does not exist"]),
-  ("data.train=", ["data.train is empty"]),
-  ("data.eval=none.jsonl", ["data: none.jsonl does not exist"]),
-  ("data.template=x", ["data.template", "{problem}"]),
-  ("model.path=", ["model.path is empty"]),
-  ("model.path=no/such/model", ["model.path: no/such/model does not exist"]),
-  ("model.dtype=float8", ["model.dtype", "float32 or bfloat16"]),
-  ("model.attention=fast", ["model.attention is 'fast'", "must be one of auto, xla, cudnn"]),
-  ("model.attention=cudnn", ["model.attention=cudnn needs an NVIDIA GPU"]),
-  ("rollout.group_size=1", ["rollout.group_size is 1", "at least 2"]),
-  ("rollout.prompts=0", ["rollout.prompts is 0"]),
-  ("rollout.row_buckets=0", ["rollout.row_buckets is 0"]),
-  ("rollout.temperature=0", ["rollout.temperature is 0"]),
-  ("rollout.top_k=0", ["rollout.top_k is 0"]),
-  ("rollout.top_p=0", ["rollout.top_p is 0"]),
-  ("rollout.min_p=1.5", ["rollout.min_p is 1.5"]),
-  ("rollout.max_new=16", ["prune.detect is (16,) and rollout.max_new is 16"]),
-  ("prune.detect=(64,)", ["prune.detect is (64,) and rollout.max_new is 48"]),
-  ("prune.detect=(20,)", ["prune.detect is (20,)", "multiple of rollout.segment (8)"]),
-  ("prune.detect=(16,8)", ["prune.detect is (16, 8)", "ascending"]),
-  ("prune.detect=()", ["prune.detect is ()", "ascending"]),
-  ("prune.detect=('a',)", ["prune.detect is ('a',)", "ascending"]),
-  ("prune.detect=(16.0,)", ["prune.detect is (16.0,)", "ascending"]),
-  ("prune.keep=0.05", ["prune.keep is 0.05", "p_min (0.1)"]),
-  ("prune.keep=0.95", ["prune.keep is 0.95", "p_max (0.9)"]),
-  ("prune.p_min=0", ["p_min (0.0)"]),
-  ("prune.p_max=1.5", ["p_max (1.5)"]),
-  ("prune.half_life=-1", ["prune.half_life is -1"]),
-  ("quality.short=first", ["quality.short", "'skip' or 'last'"]),
-  ("loss.name=ppo", ["loss.name is 'ppo'", "grpo, dapo"]),
-  ("loss.aggregate=mean", ["loss.aggregate is 'mean'"]),
-  ("checkpoint.every=0", ["checkpoint.every is 0"]),
-  ("optim.micro_tokens=0", ["optim.micro_tokens is 0"]),
-  ("seed=-1", ["seed is -1"]),
-  ("mesh.data=0", ["mesh.data is 0"]),
-  ("mesh.data=9", ["mesh:", "needs 9 devices and there are 8"]),
-  ("reward.pattern=A(", ["pattern"]),
-  ("rollout.max_prompt=4", ["none of", "rollout.max_prompt = 4"]),
-])
-def test_a_wrong_value_is_one_line(tmp_path, override, words):
-  workdir = tmp_path / "run"
-  key, _, value = override.partition("=")
-  assert_refused(command(*arguments(workdir, **{key: value})), *words)
-  assert not (workdir / "config.json").exists()  # the folder is free for the same command without the mistake
-
-
-@pytest.mark.parametrize("argv, words", [
-  ([], ["no --config=configs/NAME.py given"]),
-  (["--workdir=x"], ["no --config=configs/NAME.py given"]),
-  (["--config=configs/none.py"], ["configs/none.py: no such config file"]),
-  (["--config=configs"], ["configs: no such config file"]),
-  ([QUICKSTART, "--workdri=x"], ["workdri", "workdir"]),
-  ([QUICKSTART, "extra"], ["unexpected argument 'extra'"]),
-])
-def test_a_wrong_command_is_one_line(argv, words):
-  assert_refused(command(*argv), *words)
-
-
-@pytest.mark.parametrize("text, words", [
-  ("def get_config(:\n", ["SyntaxError"]),
-  ("import no_such_module\n", ["ModuleNotFoundError", "no_such_module"]),
-  ("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.steps = 'a'\n  return c\n",
-   ["'steps'", "int"]),
-  ("def get_config():\n  return {'steps': 3}\n", ["must return a ConfigDict"]),
-  ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 3})\n",
-   ["no key", "configs/base.py"]),
-])
-def test_a_broken_config_file_is_one_line(tmp_path, text, words):
-  path = tmp_path / "mine.py"
-  path.write_text(text)
-  assert_refused(command(f"--config={path}"), *words)
-
-
-@pytest.mark.parametrize("content, words", [
-  ("", ["the data file is empty"]), ("\n\n", ["the data file is empty"]),
-  ('{"id": "1", "problem": "1+1>", "answer": "2", "source": "t"}\n{"id": "2", "problem"\n', ["line 2", "not JSON"]),
-  ('{"id": "1", "problem": "1+1>"}\n', ["line 1", "'answer' is missing"]),
-])
-@pytest.mark.parametrize("which", ["train", "eval"])
-def test_bad_data_is_one_line(tmp_path, content, words, which):
-  path = tmp_path / "bad.jsonl"
-  path.write_text(content)
-  assert_refused(command(*arguments(tmp_path / "run", **{f"data__{which}": path})), str(path), *words)
-  assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_a_model_folder_without_weights_is_one_line(tmp_path):
-  model = tmp_path / "model"
-  model.mkdir()
-  assert_refused(command(*arguments(tmp_path / "run", model__path=model)), str(model), "config.json")
-  shutil.copytree(ROOT / "experiments/arithmetic/signs", model, dirs_exist_ok=True)
-  (model / "model.safetensors").unlink()
-  result = command(*arguments(tmp_path / "run", model__path=model))
-  assert_refused(result, str(model), "no weights", "model.safetensors")
-  assert not (tmp_path / "run" / "config.json").exists()
+# ---- mistakes that need a run
 
 
 def test_the_workdir_of_another_run_is_refused_and_left_alone(whole):
@@ -451,13 +275,6 @@ def test_a_mistake_in_a_longer_run_leaves_the_finished_one_alone(tmp_path, whole
   assert read(tmp_path / "config.json")["steps"] == STEPS
 
 
-def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
-  (tmp_path / "file").write_text("mine")
-  assert_refused(command(*arguments(tmp_path / "file")), f"--workdir={tmp_path}/file")
-  assert_refused(command(*arguments(tmp_path / "file" / "run")), f"--workdir={tmp_path}/file/run")
-  assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   """The first step throws the weights out of range: the second stops, unsaved, and says which checkpoint is good."""
   result = command(*arguments(tmp_path, optim__lr=1e30, optim__warmup=0, checkpoint__every=1))
@@ -465,56 +282,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert result.err.splitlines()[-1].startswith("error: step 2: the loss or gradient is not finite")
   assert "last checkpoint: step 1" in result.err
   assert os.listdir(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "summary.json").exists()
-
-
-def test_a_mistake_at_the_real_command_line():
-  result = subprocess.run([sys.executable, "-m", "arrol_jax.train", QUICKSTART, "--config.stpes=3"], cwd=ROOT,
-                          text=True, capture_output=True)
-  assert (result.returncode, result.stdout) == (2, "")
-  assert_refused(SimpleNamespace(status=2, err=result.stderr), "stpes")
-
-
-# ---- the config itself
-
-
-def test_overrides_come_from_the_arguments_given():
-  path = f"{ROOT}/configs/quickstart.py"
-  c, flags = config.parse(["x", f"--config={path}", "--config.prune.detect=(24,)", "--config.prune.keep=0.3"])
-  assert tuple(c.prune.detect) == (24,) and c.prune.keep == 0.3
-  assert flags.workdir == os.path.join("runs", "quickstart")
-  c, flags = config.parse(["x", "--config", path, "--workdir", "here", "--config.loss.kl_weight=0.1"])
-  assert tuple(c.prune.detect) == (16,) and c.loss.kl_weight == 0.1 and flags.workdir == "here"
-
-
-def test_the_config_reaches_its_parts():
-  """Every value lands in the field it is meant for."""
-  values = ("prune.keep=0.4", "prune.target=0.6", "prune.strength=0.7", "prune.p_min=0.2", "prune.p_max=0.8",
-            "loss.name=dapo", "loss.kl_weight=0.1", "loss.clip_low=0.15", "loss.head_weight=0.0",
-            "loss.normalize_std=False", "rollout.max_new=64", "optim.micro_tokens=999",
-            "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
-  c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
-  assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
-  assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2,
-                                        longest=64)
-  assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
-  assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77)
-
-
-def test_random_keys_differ_by_seed_purpose_and_step():
-  c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py"])
-  other, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", "--config.seed=1"])
-  uses = [(purpose, step) for purpose in (assemble.TRAIN, assemble.EVAL, assemble.INIT) for step in (0, 1)]
-  keys = [jax.random.key_data(assemble.key(k, *use)) for k in (c, other) for use in uses]
-  assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 12
-  np.testing.assert_array_equal(keys[0], jax.random.key_data(assemble.key(c, assemble.TRAIN, 0)))
-
-
-def test_what_belongs_to_a_run():
-  """Its course is the same run; its length, saving, logging, evaluation and mesh are not part of it."""
-  parse = lambda *argv: config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *argv])[0]
-  same = ("--config.steps=9", "--config.checkpoint.every=3", "--config.log.rollouts=0", "--config.eval.samples=4",
-          "--config.mesh.data=2")
-  assert fingerprint(parse()) == fingerprint(parse(*same))
-  for other in ("seed=1", "optim.lr=1.0", "prune.keep=0.4", "data.train=x"):
-    assert fingerprint(parse()) != fingerprint(parse(f"--config.{other}"))
-  assert differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}) == ["b.c", "e"]

@@ -1,0 +1,125 @@
+"""The serving command and the parts under the server: limits, draws of rows that choose, what waits, votes without answers."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from helpers_serve import OPTIONS, PROMPT, ROOT, ROWS, ask, export
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrol_jax import assemble, config as configuration, serve
+from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
+from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.serving import service
+from arrol_jax.serving.service import Call, Piece
+from arrol_jax.types import Rollout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  return export(tmp_path_factory.mktemp("served"))
+
+
+def test_rows_that_choose_draw_as_if_all_had_chosen_so():
+  logits = jax.random.normal(jax.random.key(0), (6, 300)) * 2
+  keys = jax.random.split(jax.random.key(1), 6)
+  temperature, top_p = jnp.array([0.0, 0.5, 1.0, 1.0, 1.7, 0.5]), jnp.array([1.0, 1.0, 1.0, 0.3, 0.9, 0.2])
+  mixed = sample(Sampling(None, (), "float32", confidence=5), keys, logits, SamplingParams(temperature, top_p, jnp.zeros(6)))
+  for i in range(6):
+    p = None if top_p[i] == 1 else float(top_p[i])
+    own = sample(Sampling(float(temperature[i]), (), "float32", top_p=p, confidence=5), keys, logits)
+    for a, b in zip(mixed, own, strict=True):
+      np.testing.assert_allclose(a[i], b[i], rtol=1e-6)
+
+
+def test_half_characters_and_halves_of_stop_strings_wait():
+  class Bytes:
+    def decode(self, tokens, skip_special_tokens):
+      return bytes(tokens).decode("utf-8", errors="replace")
+
+  said = "aé#b##c€".encode()
+  for stop, wanted in [((), "aé#b##c€"), (("##",), "aé#b")]:
+    sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
+    trace = service._Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
+    texts, piece = [], None
+    for i, byte in enumerate(said):
+      for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
+        kept.append(np.array([byte]))
+      piece = trace.read(Bytes(), ended=i == len(said) - 1)
+      texts.append(piece.text)
+      assert "\ufffd" not in piece.text
+      if piece.finish:
+        break
+    assert "".join(texts) == wanted and piece.finish == ("stop" if stop else "length")
+    assert bytes(trace.tokens).decode() == (wanted + "##" if stop else wanted)
+
+
+def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
+  pieces = [Piece(i, "", [1], [-1.0], finish, Rollout(0, 0, None, None, None, final=score))
+            for i, (finish, score) in enumerate([("length", 0.1), ("length", 0.5), ("hopeless", 2.0)])]
+  vote = service.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
+  assert vote.answer is None and vote.chosen == 1 and vote.weights == [0, 0, 0]
+  ended = [piece._replace(finish="stop") for piece in pieces]
+  vote = service.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8)
+  assert vote.answer == "1/2" and vote.chosen == 0 and abs(vote.weight - 2 / 3) < 1e-9
+
+
+@pytest.mark.slow
+def test_the_command_serves_an_exported_policy_and_drains(exported):
+  """SIGTERM while a call streams: the call ends as it should, no new one is taken, and the exit status is 0."""
+  environment = os.environ | {"XLA_FLAGS": ""}
+  process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *OPTIONS, f"--config.model.path={exported}", "--port=0"],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+  line = process.stdout.readline()
+  assert line.startswith("serving run at http://127.0.0.1:"), line + process.stderr.read()
+  port = int(line.rsplit(":", 1)[1])
+  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+  connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT, "n": ROWS + 4, "stream": True, "temperature": 0}))
+  answer = connection.getresponse()
+  first = answer.readline()
+  process.send_signal(signal.SIGTERM)
+  rest = answer.read().decode()
+  connection.close()
+  out, err = process.communicate(timeout=60)
+  assert first.startswith(b"data: ") and rest.count('"finish_reason": "stop"') == ROWS + 4 and rest.endswith("[DONE]\n\n")
+  assert process.returncode == 0 and out == "drained\n" and "Traceback" not in err
+  with pytest.raises(ConnectionRefusedError):
+    ask(port, {"prompt": PROMPT})
+
+
+@pytest.mark.parametrize("options, word", [(["--port=x"], "--port"), (["--port=99999"], "--port"), (["--queue=-1"], "--queue"),
+                                           (["--workdir=nowhere"], "no checkpoint"), (["--host=999.1.1.1"], "cannot listen")])
+def test_mistakes_on_the_command_line_end_in_one_line(monkeypatch, capsys, options, word):
+  monkeypatch.setattr(sys, "argv", ["prog", *OPTIONS, "--port=0", *options])
+  with pytest.raises(SystemExit) as e:
+    configuration.run(serve.main)
+  err = capsys.readouterr().err
+  assert e.value.code == 2 and word in err and len(err.splitlines()) == 1
+
+
+def test_limits_follow_the_config(exported):
+  c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={exported}", "--config.eval.max_new=40"])
+  _, limits = serve.load(c, None, 3)
+  assert (limits.max_prompt, limits.max_new, limits.max_traces, limits.vocab) == (16, 40, ROWS + 3, 19)
+  assert limits.scored and limits.calibrated and limits.pattern == c.reward.pattern
+  assert assemble.sampling(c, SimpleNamespace(eos_ids=(18,)), None).temperature is None
+
+
+def test_a_checkpoint_is_served_with_its_head(tmp_path):
+  c, _ = configuration.parse(["prog", *OPTIONS])
+  mesh, workdir = assemble.make_mesh(c), str(tmp_path / "trained")
+  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
+  state.params["policy"]["final_norm"] = jnp.zeros_like(state.params["policy"]["final_norm"])
+  checkpoints = Checkpoints(workdir, 1)
+  checkpoints.save(3, state)
+  checkpoints.close()
+  service, limits = serve.load(c, workdir, 3)
+  assert limits.model == "trained" and limits.scored and limits.calibrated
+  assert not service.engine.params["final_norm"].any()
