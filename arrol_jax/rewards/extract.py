@@ -88,7 +88,7 @@ def _of_line(line: str, pattern: str) -> str:
   text = parts[0 if pattern == "first_hashes" else -1].strip()
   text = _TRAIL.sub("", " ".join(text[:10_000].split()))  # a longer one is no answer
   for _ in range(2):
-    text = text.strip().strip("`").rstrip("*_`")
+    text = text.strip().strip("*_`").strip()
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
   return text
 

@@ -141,6 +141,9 @@ def _words(text: str) -> list[str]:
   return sorted(words) if all(len(word) == 1 for word in words) else words
 
 
+_BARE_WORD = re.compile(r"[A-Za-z]{4,}|(?i:yes|no|odd|all|any|red)")
+
+
 def _same_words(gold: str, answer: str, outermost: bool) -> bool:
   """Whether two answers with words are the same; an element of a list may have a known unit or not."""
   if _words(gold) == _words(answer):
@@ -156,7 +159,7 @@ _CHOICE = re.compile(
   r"(?:\\text\{)?\s*(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(\s*(?:\\text\{)?([A-J])\}?\s*\)|([A-J])(?=\s*[:.)]))\s*\}?\s*[:.)]?\s*(.*)",
   re.DOTALL)
 _OPTION = re.compile(r"(?:\\text\{)?\s*(?:[Tt]he\s*)?(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?\}?\.?")
-_SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b|not\b|\\lor|nor\b)")
+_SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b|not\b|\\lor|nor\b)|^(?:[+*/^=<>!_&|]|-\s|\\(?:cdot|times|pm|cup|cap|le|ge|ne|in|to|lor)(?![A-Za-z]))")
 _FONTS = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mbox|boxed|bold|textsf)(?=\s*\{)")
 
 
@@ -166,8 +169,9 @@ def _choice(text: str) -> tuple[str, str] | None:
   option = _OPTION.fullmatch(text)
   if option:
     return option[1], ""
-  found = _CHOICE.fullmatch(re.sub(r"\\(?:quad|[ ,;:])|~", " ", text))
-  if found is None or _SECOND.search(found[3]):
+  text = re.sub(r"\\(?:quad|[ ,;:])|~", " ", text)
+  found = _CHOICE.fullmatch(text)
+  if found is None or _SECOND.search(found[3]) or found[3] and not re.search(r"[\s:.]$", text[:found.start(3)].rstrip("}")):
     return None
   rest = found[3].strip().strip(".")
   return found[1] or found[2], rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
@@ -191,7 +195,7 @@ def _same_choice(gold: str, answer: str, decide: Decide) -> bool | None:
 _OTHER_BASE = re.compile(r"[+-]?[0-9A-Fa-f.]+_\{?[0-9]+\}?")
 # What latex2sympy drops (primes, dots, transposes, \angle), adds up (2 3) or evaluates (\gcd of two letters is 1 to it).
 _TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(|\^\{(?:T|\\top|\*|\\dagger)\}|[0-9] [0-9]"
-                        r"|\\begin|\\forall|\\to(?![A-Za-z])|\\equiv|\\pmod")
+                        r"|\\approx|\\begin|\\forall|\\to(?![A-Za-z])|\\equiv|\\pmod")
 
 
 def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
@@ -208,6 +212,8 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
   values = value(gold), value(answer)
   if None not in values:
     return values[0] == values[1]
+  if _BARE_WORD.fullmatch(gold) and gold.casefold() == answer.casefold():
+    return True
   if gold.count("=") > 1 or any(
       ":" in text or _TEXT_ONLY.search(text) or _OTHER_BASE.fullmatch(text)
       or SCIENTIFIC.fullmatch(text) and number(text) is None

@@ -34,7 +34,7 @@ _PLAIN_FONT = re.compile(r"\\(?:rm|bf|it)\s*(?=\{)")
 _FUNCTIONS = ("arcsin|arccos|arctan|arccot|arcsec|arccsc|arsinh|arcosh|artanh|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg"
               "|exp|gcd|lcm|max|min|det|deg")
 _FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
-_OTHER_SPELLING = re.compile(r"\\(?:cdot|times|,|;|:|!|quad)(?![A-Za-z])|~|\\ ")
+_OTHER_SPELLING = re.compile(r"\\(?:cdot|times|quad)(?![A-Za-z])|\\[,;:! ]|~")
 
 
 def _font(found: re.Match, content: str) -> str:
@@ -82,7 +82,7 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\bar", r"\\bar(?![A-Za-z])", r"\\overline"), ("\\back", r"\\backslash(?![A-Za-z])", r"\\setminus "),
   ("-", r"\\((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
   ("_", rf"_\s*(?:\{{\s*)?\\text\{{\s*({_BASE})\s*\}}\s*\}}?", lambda base: f"_{{{_BASES[base[1]]}}}"),
-  ("base", rf"(?<=[0-9A-F])\)?\s*(?:\\text\{{\s*)?\(?\s*(?:in\s+)?base[\s-]+({_BASE}|[0-9]+)\s*\)?\s*(?:\}}|$)",
+  ("base", rf"(?<=[0-9A-F])\)?\s*(?:\\text\{{\s*)?\(?\s*(?:in\s+)?base(?:[\s-]+|(?=\s*\}}))\}}?\s*({_BASE}|[0-9]+)\s*\)?\s*(?:\}}|$)",
    lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
   ("_", r"^\(([0-9A-F]+)\)(?=_)", r"\1"), ("_", r"_\{\(([0-9]+)\)\}", r"_{\1}"),
 )]
@@ -95,6 +95,7 @@ _OPERATORS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"([\^_])\s*(-?[0-9]{2,}|-[0-9A-Za-z])", r"\1{\2}"),
   (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
 )]
+_LAST_BACKSLASH = re.compile(r"(?<!\\)\\$")  # of a last space
 _LETTERS = re.compile(r"[A-Za-z*(]")
 _BRACKETED = re.compile(r"(\\sqrt|\^)\s*\(")
 # Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
@@ -187,7 +188,7 @@ def canonical(text: str) -> Canonical:
   units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, sqrt(2), environments get one spelling each. The
   unit is as `units.measure` reads it.
   """
-  text, currency = units.split_currency(_unmarked(latex(" ".join(text.split()))))
+  text, currency = units.split_currency(_unmarked(_LAST_BACKSLASH.sub("", latex(" ".join(text.split())))))
   text = _THOUSANDS.sub("", text)
   if "\\" in text:
     text = _PLAIN_FONT.sub(r"\\text", _SWITCH.sub(r"\\text{", text))

@@ -88,11 +88,12 @@ _PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d
 _BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]+(?:{_EXPONENT})?(?:\s*/\s*|\s+)?)+)$", re.DOTALL)
 _TEXT = re.compile(r"^\\text\{\s*([-+]?[0-9][^{}\\]*)\}$")
 _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
+_RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
 _TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
 _SIGN = re.compile(
-  r"^(?P<minus>[-+]?\s*)(?:\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling|mathsterling)(?![A-Za-z])"
+  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling|mathsterling)(?![A-Za-z])"
   r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB|JPY)\b\.?)"
-  r"\s*\}?\s*(?P<minus_too>-?)\s*(?=[-0-9.\\(\s])")
+  r"\s*(?P<close>\}?)\s*(?P<minus_too>-?)\s*(?=[-0-9.\\(\s])")
 _SIGN_AFTER = re.compile(
   r"(?<=[0-9.}])\s*(?:\\text\{\s*)?(\\?\$|[€£¥₹₩₽₺₫₦¢]|\\cent(?:s)?(?![A-Za-z])|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|RMB|JPY|Rs)\b\.?)\s*\}?\s*\.?$")
 _CURRENCY = {"$": "dollar", "USD": "dollar", "US": "dollar", "€": "euro", "EUR": "euro", "euro": "euro", "£": "pound", "GBP": "pound",
@@ -106,16 +107,16 @@ def _currency(sign: str) -> str:
 
 def split_currency(text: str) -> tuple[str, str]:
   """`text` less a currency sign before or after its number, and the currency's name ("" for none). Math's `$...$` stay."""
-  if text.count("$") - text.count("\\$") in (0, 1) or not text.endswith("$"):
-    sign = _SIGN.match(text)
-    if sign and not (sign["sign"] == "$" and text.count("$") - text.count("\\$") > 1):
-      after = _SIGN_AFTER.search(text)  # $500 USD
-      rest = sign["minus"] + sign["minus_too"] + text[sign.end():after.start() if after else None]
-      return rest, _currency(sign["sign"])
-    after = _SIGN_AFTER.search(text)
-    if after:
-      return text[:after.start()], _currency(after[1])
-  return text, ""
+  delimiters = text.count("$") - text.count("\\$") > 1  # of mathematics
+  after = _SIGN_AFTER.search(text)
+  if after and delimiters and after[1] == "$":
+    after = None
+  sign = _SIGN.match(text)
+  if sign and not (delimiters and sign["sign"] == "$"):
+    rest = text[sign.end():after.start() if after else None]  # $500 USD
+    opening = "" if sign["close"] else sign["text"] or ""
+    return opening + sign["minus"] + sign["minus_too"] + rest, _currency(sign["sign"])
+  return (text[:after.start()], _currency(after[1])) if after else (text, "")
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -125,6 +126,7 @@ def split_unit(text: str) -> tuple[str, str]:
   a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text too. Ordinals
   (57th) lose their ending.
   """
+  text = _RANKED.sub(r"\1 ", text)
   text = _QUOTIENT.sub(r"\1/\2", _KILO_OHM.sub(lambda k: f"\\text{{{k[1] or k[2]}Ω}}", text))
   text = _MICRO.sub(lambda unit: f"\\text{{μ{unit[1] or unit[2]}}}" if unit.end() == len(text) else unit[0], text)
   scale = _SCALE.search(text)
@@ -156,7 +158,7 @@ def _split_bare(text: str) -> tuple[str, str]:
   if plain:
     words = re.findall(r"[^\W\d_]+", plain[2])
     if len(words) <= 5 and len(words[-1]) > 1 and not any(map(_changes_value, words)) and all(
-        len(word) > 3 or word.lower() in _JOINING or len(word) > 1 and _name(word) and word != "mg" or word in _COMPOUND
+        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or len(word) > 1 and _name(word) and word != "mg" or word in _COMPOUND
         for word in words):
       return plain[1], plain[2]
   bare = _BARE.match(text)
