@@ -48,6 +48,8 @@ def latex(text: str) -> str:
     parts = unicodedata.normalize("NFKC", character).split("\u2044") if not character.isascii() else ()
     if len(parts) == 2 and all(parts):
       out.append(f"\\frac{{{parts[0]}}}{{{parts[1]}}}")  # ½
+    elif len(parts) == 1 and parts[0].isascii() and parts[0].isalpha():
+      out.append(parts[0])  # a letter in a font of its own
     else:
       out.append(str(unicodedata.decimal(character, character)))
   return "".join(out)

@@ -37,18 +37,24 @@ _FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
 _OTHER_SPELLING = re.compile(r"\\(?:cdot|times|quad)(?![A-Za-z])|\\[,;:! ]|~")
 
 
+_UNIT_QUOTIENT = re.compile(r"\\[dt]?frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?[0-9]\}?)?)\s*\}")
+
+
 def _font(found: re.Match, content: str) -> str:
   """\\text{content} for words and units in any font, the content itself for what is mathematics."""
   inner = each_group(content, _FONT, lambda _, text: text)
   if found[1].startswith("operatorname"):
     return f"\\{inner} " if _FUNCTION.fullmatch(inner) else f"\\text{{{inner}}}"
+  if _FUNCTION.fullmatch(inner.strip()) and inner.strip() not in ("min", "sec", "deg", "max"):
+    return f"\\{inner.strip()} "
+  inner = _UNIT_QUOTIENT.sub(r"\1/\2", inner)
   plain = _OTHER_SPELLING.sub(" ", inner).replace("\\mu", "\u03bc").replace("\\Omega", "\u03a9").replace("\\%", "%")
   if "\\" in plain or "$" in plain or found[1] in _BOLD and not re.search("[A-Za-z]{2}", plain):
     return inner.replace("$", " ")
   return f"\\text{{{plain}}}"
 
 
-_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))")
 _BASES = {word: str(base) for base, word in enumerate(
   "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2)}
 _BASE = "|".join(_BASES)
@@ -58,7 +64,14 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\", r"(?<!\\)\\(?:[!,;:>/ ]|q?quad(?![A-Za-z])|enspace(?![A-Za-z])|thinspace(?![A-Za-z]))", " "),
   ("~", "~", " "), ("&nbsp;", "&nbsp;", " "),
   ("\\", r"(?<!\\)\\[()\[\]]", " "), ("$", r"\\?\$", " "),  # math delimiters and currency
-  ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+  ("frac", r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"),
+  ("phantom", r"\\[hv]?phantom\s*\{[^{}]*\}", ""), ("\\", r"^\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])\s*", ""),
+  ("\\", r"\\(?:blacksquare|square|checkmark|qed|qedsymbol|Box)(?![A-Za-z])\s*\.?\s*$", ""), ("\\cr", r"\\cr(?![A-Za-z])", r"\\\\"),
+  ("\\surd", r"\\surd(?![A-Za-z])", r"\\sqrt"), ("\\sqrt", r"\\sqrt\s*([0-9]{2,})", r"\\sqrt{\1}"),
+  ("\\mathbb", r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"), (":", r":=|\\coloneqq(?![A-Za-z])", "="),
+  (":", r"^\\text\{\s*([A-Za-z ]+):\s*\}(?=\s*[^\s])", r"\\text{\1}="), ("..", r"\.\s?\.\s?\.(?=\s*,)", r"\\dots "),
+  ("to", r"(?<=[0-9])\s*(?:\\text\{\s*to\s*\}|(?<=\s)to(?=\s))\s*(?=[0-9])", ":"),
+  ("{\\text", r"\^\s*\{\\text\{\s*(-?[0-9])\s*\}\}", r"^{\1}"), ("o", r"(?<=[0-9])\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
   ("binom", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
   ("\\choose", r"\{([^{}]*[^{}\\\s])\s*\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
   ("\\over", r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\over(?![A-Za-z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
@@ -88,14 +101,15 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
 )]
 # Mathematics as people type it: 2*pi*r, 3*sqrt(2), x**2, 2^(n+1), 2.5 x 10^-3.
 _NAMES = ("infinity|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|psi|rho|tau|mu|pi|"
-          "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp")
+          "asin|acos|atan|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp")
 _TYPED = re.compile(rf"(?P<kept>\\text\{{[^{{}}]*\}}|\\[A-Za-z]+)|(?<![A-Za-z\\])(?P<name>{_NAMES})(?![A-Za-z])")
 _OPERATORS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"(?<=[\w)}\]])\s*\*\s*(?=[\w(\\])", r"\\cdot "),
   (r"([\^_])\s*(-?[0-9]{2,}|-[0-9A-Za-z])", r"\1{\2}"),
-  (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+  (r"\\lg(?![A-Za-z])", r"\\log_{10}"), (r"(?<![A-Za-z\\])abs\(([^()]*)\)", r"|\1|"),
 )]
-_LAST_BACKSLASH = re.compile(r"(?<!\\)\\$")  # of a last space
+_LAST_BACKSLASH = re.compile(r"(?<!\\)(?:\\ )*\\$")  # of a last space
+_RENAMED = {"infinity": "\\infty ", "asin": "\\arcsin ", "acos": "\\arccos ", "atan": "\\arctan "}
 _LETTERS = re.compile(r"[A-Za-z*(]")
 _BRACKETED = re.compile(r"(\\sqrt|\^)\s*\(")
 # Spaces that matter: after a command, between numbers (1 1/2), and after a comma that else would mark
@@ -110,11 +124,15 @@ _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
   (r"^\+(?![+-])", ""), (r"([(\[,])\+(?=\\infty)", r"\1"),
   (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
-  (r"^\\\{\\\}$", r"\\emptyset"),
+  (r"^\\\{\\\}$|(?i:^\\text\{(?:the)?emptyset\}$)", r"\\emptyset"), (r"\\math(?:bb|cal|frak|scr)\{([0-9.]+)\}", r"\1"),
+  (r"(?<=[0-9])\{(\\frac\{[^{}]*\}\{[^{}]*\})\}", r"\1"),
+  (r"^\]([^\[\]]*[,;][^\[\]]*)\[$", r"(\1)"), (r"^\]([^\[\]]*[,;][^\[\]]*)\]$", r"(\1]"), (r"^\[([^\[\]]*[,;][^\[\]]*)\[$", r"[\1)"),
+  (r"\\mathbb\{R\}(?:\^\{?\+\}?|_\{?>0\}?|_\{?\+\}?)$", r"(0,\\infty)"), (r"\\mathbb\{R\}_\{\\ge ?0\}$", r"[0,\\infty)"),
+  (r"\\mathbb\{R\}(?:\^\{?-\}?|_\{?<0\}?)$", r"(-\\infty,0)"),
   (r"(?i)(^|\\in ?)(?:\\mathbb\{?R\}?|\\text\{(?:the)?(?:setof)?all(?:real)?numbers\}|\\text\{(?:all)?(?:the)?real(?:number)?s\}"
    r"|\\text\{allreal(?:values|x)?\})$", r"\1(-\\infty,\\infty)"),
 )]
-_MARKDOWN = re.compile(r"^(\*{1,3}|_{2,3}|`{1,3})(?![*_`\s])(.*[^\s*_`\\])\1$", re.DOTALL)
+_MARKDOWN = re.compile(r"^(\*{1,3}|_{1,3}|`{1,3}|\"|'|==)(?![*_`\s\"'])([^_]*[^\s*_`\\\"'])\1$", re.DOTALL)
 # Environments: matrices get one name, rows of equations become a list.
 _ENVIRONMENTS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"), (r"\\hline(?![A-Za-z])", ""),
@@ -129,7 +147,7 @@ _SYSTEM = re.compile(r"^\\\{(?=\\begin\{matrix\})")
 def _rows(text: str) -> str:
   """A system of equations in an environment as a list; pieces of a function and matrices as they are, in one spelling."""
   if "\\\\" not in text and "\\begin" not in text:
-    return text
+    return text.replace("\\&", ",").replace("&", ",")
   for pattern, replacement in _ENVIRONMENTS:
     text = pattern.sub(replacement, text)
   text = re.sub(r"^[(\[]\s*(\\begin\{matrix\}.*\\end\{matrix\})\s*[)\]]$", r"\1", text.strip(), flags=re.DOTALL)
@@ -147,9 +165,9 @@ def _rows(text: str) -> str:
 def _typed(text: str) -> str:
   """Mathematics that is typed like a program's, as LaTeX."""
   if not _LETTERS.search(text):
-    return _OPERATORS[-2][0].sub(_OPERATORS[-2][1], text) if "^" in text or "_" in text else text
+    return _OPERATORS[3][0].sub(_OPERATORS[3][1], text) if "^" in text or "_" in text else text
   text = _TYPED.sub(lambda found: found["kept"] or (
-    "\\infty " if found["name"] == "infinity" else f"\\{found['name']} "), text)
+    _RENAMED.get(found["name"]) or f"\\{found['name']} "), text)
   for pattern, replacement in _OPERATORS:
     text = pattern.sub(replacement, text)
   position = 0

@@ -3,13 +3,14 @@
 import re
 
 from arrol_jax.rewards.braces import closes_at_end, cut
+from arrol_jax.rewards.exact import value
 
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = r"\\?[A-Za-z]+'*(?:_\{[^{}]*\})?"
-_ARGUMENTS = r"(?:\([^()=]*\)|\[[^\[\]=]*\])"
+_ARGUMENTS = r"(?:\((?:[^()=]|\([^()=]*\))*\)|\[[^\[\]=]*\])"
 _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|mathscr)\{[^{}]*\}"
-_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
-          rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[[A-Za-z]+\]|\|{_POINTS}\||\|{_LETTER}\||\(?{_LETTER}\\circ ?{_LETTER}\)?\([^()=]*\)"
+_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{{1,4}}|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
+          rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]|\\(?:max|min|sup|inf|deg|det) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\||\(?{_LETTER}\\circ ?{_LETTER}\)?\([^()=]*\)"
           rf"|\\frac\{{d\^?\{{?[0-9]?\}}?{_LETTER}\}}\{{d{_LETTER}(?:\^\{{[0-9]\}})?\}}|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?)")
 NAME = re.compile(rf"({_NAMED}|\({_NAMED}(?:,{_NAMED})+\))(?:=|\\in(?![A-Za-z]))([^=]+)")
 _BACKWARD = re.compile(r"([^=A-Za-z]+)=([A-Za-z](?:_\{[^{}]*\})?)")  # 57=n
@@ -17,14 +18,16 @@ _INDEXED = re.compile(r"([A-Za-z])_\{[0-9A-Za-z]\}")
 # After an answer, without which it says the same: for any constant c, k\in\mathbb{Z}.
 _QUALIFIER = re.compile(
   r"[,;(]?(?:\\text\{,?\(?(?:for|where|with)?(?:any|all|every|each|some|arbitrary|an?|the|is|are|integers?|constants?|reals?|numbers?|for|where|with)*\)?\}"
-  r"(?:[A-Za-z](?:\\in ?\\mathbb\{[ZRN]\}|\\in ?\(-\\infty,\\infty\))?(?:\\text\{(?:is|are)?(?:any|an?|arbitrary|real|constant|integers?|number)*\})?)?"
-  r"|(?<=[,;(])[A-Za-z]\\in ?(?:\\mathbb\{[ZRN]\}|\(-\\infty,\\infty\)))\)?$")
+  r"(?:[A-Za-z](?:\\in ?(?:\\mathbb\{[ZRN]\}|[ZRN])|\\in ?\(-\\infty,\\infty\))?(?:\\text\{(?:is|are)?(?:any|an?|arbitrary|real|constant|integers?|number)*\})?)?"
+  r"|(?<=[,;(])[A-Za-z]\\in ?(?:\\mathbb\{[ZRN]\}|[ZRN](?![A-Za-z])|\(-\\infty,\\infty\)))\)?$")
 
 
 def without_qualifier(text: str) -> str:
   """`text` less a last phrase that only says which letters are constants or integers."""
   found = _QUALIFIER.search(text)
-  return text[:found.start()] if found and found.start() > 0 else text
+  if found is None or found.start() == 0 or RELATION.search(text[:found.start()]) and re.search(r"[ZN]\}?\)?$|integer", found[0]):
+    return text  # x>3 of integers is another set
+  return text[:found.start()]
 
 
 def forward(text: str) -> str:
@@ -81,10 +84,12 @@ def split(text: str, outermost: bool = True) -> tuple[str, list[str]] | None:
   a function), "set" (of one element, itself an element), and for tuples and intervals the two brackets, such as "(]" or "<>". As a
   whole answer the set of one element is that element: the solution set.
   """
-  matrix = re.fullmatch(r"\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\1\}", text)  # not [vV]: a determinant, a norm
-  if matrix and "\\begin" not in matrix[2]:
-    rows = [row.split("&") for row in matrix[2].removesuffix("\\\\").split("\\\\")]
-    if matrix[1] == "pieces":
+  matrix = re.fullmatch(r"([-0-9./]*|-?\\frac\{[-0-9]+\}\{[0-9]+\})\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\2\}", text)  # not [vV]: a norm
+  if matrix and "\\begin" not in matrix[3]:
+    rows = [row.split("&") for row in matrix[3].removesuffix("\\\\").split("\\\\")]
+    if matrix[1] and matrix[2] != "pieces":
+      rows = [[f"{matrix[1].replace('-', '-1', 1) if matrix[1] == '-' else matrix[1]}\\cdot({cell})" for cell in row] for row in rows]
+    if matrix[2] == "pieces":
       return "pieces", ["&".join(_condition(cell) for cell in row) for row in rows]
     return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
   parts = cut(text, (",", ";", "\\lor"))
@@ -122,7 +127,7 @@ def _condition(cell: str) -> str:
 
 # --- inequalities as sets -----------------------------------------------------------------------------------
 
-_BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in ?\(-\\infty,\\infty\)|\\in ?\\mathbb\{R\})?(?:\\mid ?|:|\|)(.+)\\\}")
+_BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in ?\(-\\infty,\\infty\)|\\in ?\\mathbb\{R\})?(?:\\mid ?|:|\||(?<=[})]),)(.+)\\\}")
 _SIGN = re.compile(r"(<|>|\\le(?![A-Za-z]) ?|\\ge(?![A-Za-z]) ?|\\ne(?![A-Za-z]) ?|=)")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?|\|[A-Za-z]\||[A-Za-z]\([A-Za-z]\)")
 _CONSTANT = re.compile(r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])")
@@ -165,16 +170,44 @@ def _interval(relation: str) -> tuple[str, str] | None:
   return (right, f"{'(' if signs[0] == '<' else '['}{left},\\infty)") if _is_variable(right) else None
 
 
+def _absolute(variable: str, interval: str) -> tuple[str, str] | None:
+  """|x|<5 as the set of x; None where the bound is no positive number."""
+  low, high = interval[1:-1].split(",", 1)
+  bound = high if low == "-\\infty" else low
+  if "\\cup" in interval or interval[0] == "\\" or (value(bound) or 0) <= 0:
+    return None
+  if low == "-\\infty":
+    return variable[1:-1], f"{'(' if interval[-1] == ')' else '['}-{bound},{bound}{interval[-1]}"
+  return variable[1:-1], f"(-\\infty,-{bound}{')' if interval[0] == '(' else ']'}\\cup{interval}"
+
+
+def _both(parts: list[str]) -> tuple[str, str] | None:
+  """2<x,x<5 as the one interval; None for other pairs."""
+  found = [_interval(part) for part in parts]
+  if len(found) != 2 or None in found or found[0][0] != found[1][0] or any("\\cup" in sets or "," not in sets for _, sets in found):
+    return None
+  sets = sorted((sets for _, sets in found), key=lambda text: not text.endswith(",\\infty)"))
+  if not sets[0].endswith(",\\infty)") or not sets[1].startswith("(-\\infty,"):
+    return None
+  low, high = sets[0].removesuffix(",\\infty)"), sets[1].removeprefix("(-\\infty,")
+  bounds = value(low[1:]), value(high[:-1])
+  return (found[0][0], f"{low},{high}") if None not in bounds and bounds[0] < bounds[1] else None
+
+
 def as_set(text: str) -> tuple[str, str] | None:
   """(variable, set) of inequalities joined by "or", \\cup and intervals; None for other text. The variable of sets alone is ""."""
   parts = cut(text, ("\\lor", "\\cup"))
   if parts is None:
     return None
+  if len(parts) == 1 and len(both := cut(text, (",", "\\land")) or []) == 2 and RELATION.search(both[0]):
+    return _both(both)
   variables, sets = set(), []
   for part in parts:
     part = bare(without_builder(part))
     if RELATION.search(part) or "=" in part:
       found = _interval(part)
+      if found and found[0].startswith("|"):
+        found = _absolute(*found)
       if found is None:
         return None
       variables.add(found[0])

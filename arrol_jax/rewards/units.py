@@ -22,7 +22,7 @@ inch: in inches | foot: ft feet | yard: yd | mile: mi | gram: gm | kilogram: kil
 minute: min | hour: h hr | day: d | week: wk | month: | year: yr | cent: | dollar: usd buck | euro: eur | rupee: rs inr | yen: jpy | yuan: rmb
 cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz | kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade
 fahrenheit: F | unit: | gallon: gal | hertz: hz | acre: | pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly
-steradian: sr | mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence: | gigabyte:
+steradian: sr | au: AU | angstrom: Å | mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence: | gigabyte:
 """
 _CURRENCIES = frozenset("cent dollar euro rupee yen yuan".split())
 
@@ -78,15 +78,15 @@ _EAST_ASIAN = re.compile(r"(?<=[0-9])\s*\(?([\u3040-\u30ff\u3400-\u9fff\uac00-\u
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
 _GAP = r"\s*(?:/|\\cdot|\\times|\*)?\s*"
 _MARKED = re.compile(
-  rf"(?<=[0-9A-Za-z}})\]])(?:{_GAP}\s*\\text\{{((?:[^\W\d_]|[µ\s.,/~'()-]|{_EXPONENT})+)\}}|\s*/?\s*()\\(?:Omega|mho))"
+  rf"(?<=[0-9A-Za-z}})\]])(?:{_GAP}\s*\\text\{{((?:[^\W\d_]|[µ\s.,/~'()\[\]-]|{_EXPONENT})+)\}}|\s*/?\s*()\\(?:Omega|mho|AA)(?![A-Za-z]))"
   rf"(?:{_EXPONENT})?[.\s]*$")
 _QUOTIENT = re.compile(rf"\\frac\s*\{{\s*(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)\s*\}}\s*\{{\s*(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)\s*\}}$")
 _SCALE = re.compile(r"(?<=\\circ)\s*(?:\\text\{\s*)?([CF])\s*\}?$")
 _MICRO = re.compile(r"\\mu\s*(?:\\text\{\s*([A-Za-z]+)\s*\}|([A-Za-z]{1,2})(?![A-Za-z]))")
 _KILO_OHM = re.compile(r"(?<=[0-9 }])(?:\\text\{\s*([kM])\s*\}|([kM]))\s*\\Omega")
-_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)")
+_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])(?:\s+|\s*/\s*)([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)")
 _BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]+(?:{_EXPONENT})?(?:\s*/\s*|\s+)?)+)$", re.DOTALL)
-_TEXT = re.compile(r"^\\text\{\s*([-+]?[0-9][^{}\\]*)\}$")
+_TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
 _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
 _RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
 _TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
@@ -143,7 +143,7 @@ def split_unit(text: str) -> tuple[str, str]:
       break
     text = text[:unit.start()]
   if text == whole:
-    text, tail = _split_bare(_TEXT.sub(r"\1", text))
+    text, tail = _split_bare(_TEXT.sub(r"\1\2", text))
     if not tail and text + tail != whole and _TEXT.match(whole):
       text = whole
   else:
@@ -158,7 +158,7 @@ def _split_bare(text: str) -> tuple[str, str]:
   if plain:
     words = re.findall(r"[^\W\d_]+", plain[2])
     if len(words) <= 5 and len(words[-1]) > 1 and not any(map(_changes_value, words)) and all(
-        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or len(word) > 1 and _name(word) and word != "mg" or word in _COMPOUND
+        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or len(word) > 1 and _name(word) and word != "mg" or word in _COMPOUND or len(word) > 1 and not word.isascii()
         for word in words):
       return plain[1], plain[2]
   bare = _BARE.match(text)
@@ -212,7 +212,7 @@ def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
   parts = []
   for unit, currency in (gold, answer):
     powers = measure(unit)
-    money = next((name for name in powers or () if name in _CURRENCIES or name == "pound" and currency), "")
+    money = next((name for name, power in (powers or {}).items() if power == 1 and name in _CURRENCIES), "")
     if powers and money:
       powers = {name: power for name, power in powers.items() if name != money}
       unit = unit if powers else ""
