@@ -192,6 +192,7 @@ def _same_choice(gold: str, answer: str, decide: Decide) -> bool | None:
 
 # --- single expressions -------------------------------------------------------------------------------------
 
+_INDEX = re.compile(r"\\(?:sum|prod|lim)_\{[^{}]*\}")  # n=1 under a sum, n\to\infty under a limit
 _OTHER_BASE = re.compile(r"[+-]?[0-9A-Fa-f.]+_\{?[0-9]+\}?")
 # What latex2sympy drops (primes, dots, transposes, \angle), adds up (2 3) or evaluates (\gcd of two letters is 1 to it).
 _TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(|\^\{(?:T|\\top|\*|\\dagger)\}|[0-9] [0-9]"
@@ -207,15 +208,16 @@ def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
     return values[0] is not None and values[0] == values[1]
   if gold.endswith("%") and answer.endswith("%"):
     gold, answer = gold[:-1], answer[:-1]
-  if any(gold.count(sign) != answer.count(sign) for sign in ("%", "=", "\\approx")):
+  plain = _INDEX.sub("", gold), _INDEX.sub("", answer)
+  if any(plain[0].count(sign) != plain[1].count(sign) for sign in ("%", "=", "\\approx")):
     return False
   values = value(gold), value(answer)
   if None not in values:
     return values[0] == values[1]
   if _BARE_WORD.fullmatch(gold) and gold.casefold() == answer.casefold():
     return True
-  if gold.count("=") > 1 or any(
-      ":" in text or _TEXT_ONLY.search(text) or _OTHER_BASE.fullmatch(text)
+  if plain[0].count("=") > 1 or any(
+      ":" in text or _TEXT_ONLY.search(_INDEX.sub("", text)) or _OTHER_BASE.fullmatch(text)
       or SCIENTIFIC.fullmatch(text) and number(text) is None
       or "=" in text and None not in map(number, text.split("=")) for text in (gold, answer)):
     return False  # chains, times, ratios, other bases, huge powers of ten, equations of numbers: as text only

@@ -57,7 +57,7 @@ def work(descriptor: int) -> None:
     run = _reward_runner(reward_fn, pattern) if reward_fn else settle
     # Imports math-verify and builds its parser before a deadline runs. A reward function may grade too, or do without.
     with contextlib.suppress(ImportError) if reward_fn else contextlib.nullcontext():
-      settle("x+x", "2\\cdot x")
+      settle("\\frac{x^{2}}{2}+\\sqrt{3}\\sin(2x)", "\\sin(2\\cdot x)\\cdot\\sqrt{3}+0.5x^{2}")
     _limit_memory(memory_mb)
     connection.send("")
   except BaseException as error:

@@ -10,7 +10,7 @@ from itertools import count
 import logging
 import re
 
-MAX_DIGITS = 600  # what a number may be computed with
+MAX_DIGITS = 5000  # what a number may be computed with
 SURE_DIGITS = 450, 120  # equal to so many digits is equal: numbers, values of expressions with variables
 MAX_TERMS = 1000  # of a sum or product that is written out
 # Values for variables: of both signs, below and above 1, and no two with a simple relation.
@@ -106,20 +106,21 @@ def _written_out(expression):
 def _number(expression, point: dict, digits: int = 30):
   """(real, imaginary) of an expression at a point as mpmath numbers with `digits` right digits; None where it has no finite value.
 
-  A part that is zero as far as MAX_DIGITS digits show is zero.
+  A part that is zero as far as its digits show is zero.
   """
   from mpmath import mp
   import sympy
   from sympy.core.evalf import evalf
 
-  options = {"maxprec": int(MAX_DIGITS * 3.33), "chop": False, "strict": False, "verbose": False}
+  reach = max(600, 2 * digits)  # digits that cancellation may cost
+  options = {"maxprec": int(reach * 3.33), "chop": False, "strict": False, "verbose": False}
   try:
     result = evalf(expression, int(digits * 3.33) + 4, options | ({"subs": point} if point else {}))
     if result is sympy.S.ComplexInfinity or result[0] is sympy.S.ComplexInfinity:
       return None
     parts = [(part, accuracy) for part, accuracy in zip(result[:2], result[2:], strict=True)]
   except NotImplementedError:
-    value = expression.subs(point).evalf(digits, maxn=MAX_DIGITS)
+    value = expression.subs(point).evalf(digits, maxn=reach)
     real, imaginary = value.as_real_imag()
     if not all(part.is_Float or part.is_Rational for part in (real, imaginary)):
       return None
@@ -129,7 +130,7 @@ def _number(expression, point: dict, digits: int = 30):
     number = mp.make_mpf(part) if part is not None else mp.zero
     if not mp.isfinite(number):
       return None
-    values.append(mp.zero if accuracy is not None and accuracy < 8 and abs(number) < mp.mpf(10) ** (-MAX_DIGITS * 3 // 4) else number)
+    values.append(mp.zero if accuracy is not None and accuracy < 8 and abs(number) < mp.mpf(10) ** (-reach * 3 // 4) else number)
   return tuple(values)
 
 
@@ -139,6 +140,17 @@ def _agree(left, right, digits: int = 22) -> bool:
   with mp.workdps(digits + 20):
     allowed = max(abs(part) for part in (*left, *right)) * mp.mpf(10) ** -digits
     return all(abs(a - b) <= allowed for a, b in zip(left, right, strict=True))
+
+
+def _surely_agree(gold, answer, point: dict, value) -> bool:
+  """Whether the two, of about `value` there, agree to so many more digits that they are equal; digits before the point not counted."""
+  from mpmath import mp
+
+  with mp.workdps(20):
+    before = max(0, int(mp.log10(max(abs(part) for part in value) + 1)) + 1)
+  digits = SURE_DIGITS[bool(point)] + before
+  closer = [_number(expression, point, digits + 20) for expression in (gold, answer)]
+  return digits < MAX_DIGITS and None not in closer and _agree(*closer, digits=digits)
 
 
 def _points(*expressions):
@@ -161,7 +173,7 @@ def same_value(gold, answer) -> bool:
   gold, answer = _written_out(gold), _written_out(answer)
   if gold - answer == 0:
     return True
-  if gold.is_Rational and answer.is_Rational or gold.has(sympy.oo, sympy.nan, sympy.zoo) or answer.has(sympy.oo, sympy.nan, sympy.zoo):
+  if gold.is_Rational and answer.is_Rational or gold.has(sympy.nan, sympy.zoo) or answer.has(sympy.nan, sympy.zoo):
     return False
   if gold.has(sympy.Integral) or answer.has(sympy.Integral):
     return _same_integral(gold, answer)
@@ -175,9 +187,7 @@ def same_value(gold, answer) -> bool:
         return False
       continue
     agreeing += 1
-    sure = SURE_DIGITS[0 if constant else 1]
-    closer = [_number(expression, point, sure + 20) for expression in (gold, answer)] if agreeing == 1 else values
-    if agreeing == 1 and (None in closer or not _agree(*closer, digits=sure)):
+    if agreeing == 1 and not _surely_agree(gold, answer, point, values[0]):
       return False
     if agreeing == _ENOUGH:
       break

@@ -209,7 +209,7 @@ def _words(unit: str) -> list[str]:
 
 def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
   """Whether two (unit, currency) cannot mean the same; what a side omits is no difference."""
-  parts = []
+  parts, words_only = [], []
   for unit, currency in (gold, answer):
     powers = measure(unit)
     money = next((name for name, power in (powers or {}).items() if power == 1 and name in _CURRENCIES), "")
@@ -217,7 +217,11 @@ def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
       powers = {name: power for name, power in powers.items() if name != money}
       unit = unit if powers else ""
     parts.append((currency or money, powers, unit))
+    if money and not currency and not unit:
+      words_only.append(len(parts) - 1)
   (gold_money, gold_powers, gold_unit), (money, powers, unit) = parts
+  if words_only and not (gold_money and money) and _words(gold[0]) != _words(answer[0]) and gold[0] and answer[0]:
+    return True  # cents, and some other word
   if gold_money and money and gold_money != money:
     return True
   if "pound" in (gold_money, money) and {"pound": 1} in (gold_powers, powers):
