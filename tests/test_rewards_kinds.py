@@ -27,7 +27,8 @@ def test_kind(kind):
   rows = [row for row in ROWS if row["kind"] == kind]
   assert all(row["right"] or row["wrong"] for row in rows)
   for pattern in {row.get("pattern") for row in rows}:
-    items = [(other if pattern else f"So $\\boxed{{{other}}}$.", row["gold"], reward) for row in rows if row.get("pattern") == pattern
+    items = [(other if pattern else f"So $\\boxed{{{other}}}$.", row["gold"], reward)
+             for row in rows if row.get("pattern") == pattern
              for reward, others in ((1.0, row["right"]), (0.0, row["wrong"])) for other in others]
     assert misjudged(items, pattern) == []
 
@@ -39,6 +40,7 @@ def test_shared_cases_of_grading():
   rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
   missed = []
   for pattern in {row["pattern"] for row in rows}:
-    missed += misjudged([(row["response"], row["answer"], float(row["want"])) for row in rows if row["pattern"] == pattern], pattern)
+    items = [(row["response"], row["answer"], float(row["want"])) for row in rows if row["pattern"] == pattern]
+    missed += misjudged(items, pattern)
   assert [item for item in missed if not item[2]] == []
   assert len(missed) <= 0.03 * len(rows), missed

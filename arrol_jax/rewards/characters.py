@@ -16,9 +16,11 @@ _SIGNS = {
   "°": r"^\circ ", "℃": r"^\circ \text{C}", "℉": r"^\circ \text{F}", "℧": "", "。": ".", "、": ",", "．": ".", "∶": ":",
   "…": r"\dots ", "⋯": r"\dots ", "′": "'", "’": "'", "″": "''", "∠": r"\angle ", "△": r"\triangle ", "≈": r"\approx ",
   "∨": r"\lor ", "∧": r"\land ", "⟨": r"\langle ", "⟩": r"\rangle ", "〈": r"\langle ", "〉": r"\rangle ", "⌊": r"\lfloor ",
-  "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∣": "|", "【": "[", "】": "]", "→": r"\to ", "∘": r"\circ ", "∀": r"\forall ",
-  "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "µ": r"\mu ", "“": "", "”": "",
-  "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ", "ℓ": r"\ell ", "\u2126": r"\Omega ", "ₙ": "_{n}", "ⁿ": "^{n}", "º": "^\\circ ",
+  "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∣": "|", "【": "[", "】": "]", "→": r"\to ", "∘": r"\circ ",
+  "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "µ": r"\mu ", "“": "",
+  "∑": r"\sum ", "∫": r"\int ",
+  "∏": r"\prod ", "ℓ": r"\ell ", "\u2126": r"\Omega ", "ₙ": "_{n}", "ⁿ": "^{n}", "º": "^\\circ ", "”": "",
+  "∀": r"\forall ",
 }
 _CHARACTERS = ({0xFF01 + i: 0x21 + i for i in range(94)} | {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
                | {ord(sign): latex for sign, latex in _SIGNS.items()})

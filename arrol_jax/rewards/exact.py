@@ -66,7 +66,8 @@ def number(text: str) -> Fraction | None:
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
 
-_TOKEN = re.compile(r"(?P<mixed>[0-9]+ ?(?=\\frac\{[0-9]+\}\{[0-9]+\})|[0-9]+ (?=[0-9]+/[0-9]+))|(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)"
+_TOKEN = re.compile(r"(?P<mixed>[0-9]+ ?(?=\\frac\{[0-9]+\}\{[0-9]+\})|[0-9]+ (?=[0-9]+/[0-9]+))|(?P<number>[0-9]+\.?[0-9]*"
+                    r"|\.[0-9]+)"
                     r"|\\(?P<command>frac|binom|cdot|times|div)(?![A-Za-z])|(?P<sign>[-+*/^!(){}\[\]])")
 _ARITHMETIC = re.compile(r"(?:[-+*/^!(){}\[\]0-9. ]|\\(?:frac|binom|cdot|times|div)(?![A-Za-z]))+")
 

@@ -83,7 +83,7 @@ def search(response: str, pattern: str | None) -> str | None:
 
 
 def _of_line(line: str, pattern: str) -> str:
-  """The answer in what follows a marker: behind the last further marker (before the next one for the first), less wrapping words."""
+  """The answer in what follows a marker: behind the last further marker (for the first, before the next), less wrapping words."""
   parts = [part for part in _MARKERS[pattern].split(line) if part.strip()] or [""]
   text = parts[0 if pattern == "first_hashes" else -1].strip()
   text = _TRAIL.sub("", " ".join(text[:10_000].split()))  # a longer one is no answer

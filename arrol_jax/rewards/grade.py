@@ -7,8 +7,9 @@ symbolic.py, which runs in a worker process with a deadline (pool.py), never in 
 Strict where reports of other graders were not: a gold with a percent sign wants one (an answer may carry one more, if the
 numbers are equal: 20\\% for 20, never 0.2); an equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not
 [1,2]; 0.333333 is not 1/3; a word must be the same word. An integer gold takes the integer only (`12.0` and `x=12` too), not an
-expression that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number, the name in `x=...` and "for any
-constant c" may be given or omitted (but units that both sides give must agree: units.py). Left out: partial credit, tolerances.
+expression that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number, the name in `x=...` and "for
+any constant c" may be given or omitted (but units that both sides give must agree: units.py). Left out: partial credit,
+tolerances.
 """
 
 from collections import Counter
@@ -20,7 +21,18 @@ from arrol_jax.rewards import units
 from arrol_jax.rewards.exact import SCIENTIFIC, integer, number, value
 from arrol_jax.rewards.extract import check_pattern, nesting, search
 from arrol_jax.rewards.notation import canonical
-from arrol_jax.rewards.parts import NAME, RELATION, as_set, bare, forward, names, split, without_builder, without_name, without_qualifier
+from arrol_jax.rewards.parts import (
+  NAME,
+  RELATION,
+  as_set,
+  bare,
+  forward,
+  names,
+  split,
+  without_builder,
+  without_name,
+  without_qualifier,
+)
 
 MAX_CHARACTERS = 300  # a longer answer is none, and costs a parser seconds; with a longer gold, that gold's length
 MAX_RAW = 3000  # before spaces, fonts and the like are gone
@@ -156,10 +168,12 @@ def _same_words(gold: str, answer: str, outermost: bool) -> bool:
 
 
 _CHOICE = re.compile(
-  r"(?:\\text\{)?\s*(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(\s*(?:\\text\{)?([A-J])\}?\s*\)|([A-J])(?=\s*[:.)]))\s*\}?\s*[:.)]?\s*(.*)",
+  r"(?:\\text\{)?\s*(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(\s*(?:\\text\{)?([A-J])\}?\s*\)"
+  r"|([A-J])(?=\s*[:.)]))\s*\}?\s*[:.)]?\s*(.*)",
   re.DOTALL)
 _OPTION = re.compile(r"(?:\\text\{)?\s*(?:[Tt]he\s*)?(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?\}?\.?")
-_SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b|not\b|\\lor|nor\b)|^(?:[+*/^=<>!_&|]|-\s|\\(?:cdot|times|pm|cup|cap|le|ge|ne|in|to|lor)(?![A-Za-z]))")
+_SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b"
+                     r"|not\b|\\lor|nor\b)|^(?:[+*/^=<>!_&|]|-\s|\\(?:cdot|times|pm|cup|cap|le|ge|ne|in|to|lor)(?![A-Za-z]))")
 _FONTS = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mbox|boxed|bold|textsf)(?=\s*\{)")
 
 
@@ -177,7 +191,7 @@ def _choice(text: str) -> tuple[str, str] | None:
   return found[1] or found[2], rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
 
 
-def _same_choice(gold: str, answer: str, decide: Decide) -> bool | None:
+def _same_choice(gold: str, answer: str) -> bool | None:
   """Whether the letters agree, and the texts where both have one; None where one side is no choice."""
   gold_choice = (gold, "") if re.fullmatch("[A-J]", gold) else _choice(gold)
   answer_choice = (answer, "") if re.fullmatch("[A-J]", answer) else _choice(answer)
@@ -187,7 +201,7 @@ def _same_choice(gold: str, answer: str, decide: Decide) -> bool | None:
     return False
   if not gold_choice[1] or not answer_choice[1]:
     return True
-  return equivalent(canonical(gold_choice[1]).text, canonical(answer_choice[1]).text, decide)
+  return equivalent(canonical(gold_choice[1]).text, canonical(answer_choice[1]).text, lambda _gold, _answer: False)
 
 
 # --- single expressions -------------------------------------------------------------------------------------
@@ -195,7 +209,8 @@ def _same_choice(gold: str, answer: str, decide: Decide) -> bool | None:
 _INDEX = re.compile(r"\\(?:sum|prod|lim)_\{[^{}]*\}")  # n=1 under a sum, n\to\infty under a limit
 _OTHER_BASE = re.compile(r"[+-]?[0-9A-Fa-f.]+_\{?[0-9]+\}?")
 # What latex2sympy drops (primes, dots, transposes, \angle), adds up (2 3) or evaluates (\gcd of two letters is 1 to it).
-_TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(|\^\{(?:T|\\top|\*|\\dagger)\}|[0-9] [0-9]"
+_TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(|\^\{(?:T|\\top|\*"
+                        r"|\\dagger)\}|[0-9] [0-9]"
                         r"|\\approx|\\begin|\\forall|\\to(?![A-Za-z])|\\equiv|\\pmod")
 
 
@@ -257,7 +272,7 @@ def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
     return Graded(0.0, "too_long")
   if not gold:
     return Graded(0.0, "error")  # a gold that says nothing is right for nobody
-  chosen = _same_choice(gold if len(gold) == 1 else raw_gold, found if len(found) == 1 else raw_found, lambda _gold, _answer: None)
+  chosen = _same_choice(gold if len(gold) == 1 else raw_gold, found if len(found) == 1 else raw_found)
   if chosen is not None and (chosen or len(gold) == 1):
     return CORRECT if chosen else WRONG
   if units.differ(tuple(gold_unit), tuple(found_unit)) or any(gold_unit) and found.endswith("%"):

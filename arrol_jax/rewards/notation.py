@@ -22,16 +22,19 @@ class Canonical(NamedTuple):
 
 
 _WRAPPER = re.compile(
-  r"\\(?:underline|textcolor\s*\{[^{}]*\}|color\s*\{[^{}]*\}|colorbox\s*\{[^{}]*\}|ensuremath|fbox|framebox|mathop|mathord|mathstrut"
+  r"\\(?:underline|textcolor\s*\{[^{}]*\}|color\s*\{[^{}]*\}|colorbox\s*\{[^{}]*\}|ensuremath|fbox|framebox|mathop|mathord"
+  r"|mathstrut"
   r"|displaystyle|textstyle|scriptstyle|limits|smash|hphantom\s*\{[^{}]*\}|[hv]space\*?\s*\{[^{}]*\}|tag\*?\s*\{[^{}]*\}"
-  r"|Large|large|LARGE|huge|Huge|normalsize|small|emph|uline|cancel|mathnormal|strut|hfill|noindent|nonumber|notag)(?![A-Za-z])\s*")
+  r"|Large|large|LARGE|huge|Huge|normalsize|small|emph|uline|cancel|mathnormal|strut|hfill|noindent|nonumber"
+  r"|notag)(?![A-Za-z])\s*")
 _BOLD = "mathbf|boldsymbol|bm|pmb|mathit|mathsf|mathtt|bold"
 _FONT = re.compile(
   r"\\(text(?:bf|it|rm|normal|sf|tt|sc|md|up)?|mbox|hbox|mathrm|operatorname\*?|" + _BOLD + r")\s*(?=\{)")
 _BARE_FONT = re.compile(r"\\(?:" + _BOLD + r"|mathrm)(?![A-Za-z])\s*")  # \mathbf 5
 _SWITCH = re.compile(r"\{\s*\\(?:bf|rm|it|sf|tt|bfseries|itshape|rmfamily)(?![A-Za-z])\s*")  # {\bf 57}
 _PLAIN_FONT = re.compile(r"\\(?:rm|bf|it)\s*(?=\{)")
-_FUNCTIONS = ("arcsin|arccos|arctan|arccot|arcsec|arccsc|arsinh|arcosh|artanh|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg"
+_FUNCTIONS = ("arcsin|arccos|arctan|arccot|arcsec|arccsc|arsinh|arcosh|artanh|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln"
+              "|lg"
               "|exp|gcd|lcm|max|min|det|deg")
 _FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
 _OTHER_SPELLING = re.compile(r"\\(?:cdot|times|quad)(?![A-Za-z])|\\[,;:! ]|~")
@@ -66,12 +69,14 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\", r"(?<!\\)\\[()\[\]]", " "), ("$", r"\\?\$", " "),  # math delimiters and currency
   ("frac", r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"),
   ("phantom", r"\\[hv]?phantom\s*\{[^{}]*\}", ""), ("\\", r"^\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])\s*", ""),
-  ("\\", r"\\(?:blacksquare|square|checkmark|qed|qedsymbol|Box)(?![A-Za-z])\s*\.?\s*$", ""), ("\\cr", r"\\cr(?![A-Za-z])", r"\\\\"),
+  ("\\", r"\\(?:blacksquare|square|checkmark|qed|qedsymbol|Box)(?![A-Za-z])\s*\.?\s*$", ""), ("\\cr", r"\\cr(?![A-Za-z]"
+    r")", r"\\\\"),
   ("\\surd", r"\\surd(?![A-Za-z])", r"\\sqrt"), ("\\sqrt", r"\\sqrt\s*([0-9]{2,})", r"\\sqrt{\1}"),
   ("\\mathbb", r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"), (":", r":=|\\coloneqq(?![A-Za-z])", "="),
   (":", r"^\\text\{\s*([A-Za-z ]+):\s*\}(?=\s*[^\s])", r"\\text{\1}="), ("..", r"\.\s?\.\s?\.(?=\s*,)", r"\\dots "),
   ("to", r"(?<=[0-9])\s*(?:\\text\{\s*to\s*\}|(?<=\s)to(?=\s))\s*(?=[0-9])", ":"),
-  ("{\\text", r"\^\s*\{\\text\{\s*(-?[0-9])\s*\}\}", r"^{\1}"), ("o", r"(?<=[0-9])\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
+  ("{\\text", r"\^\s*\{\\text\{\s*(-?[0-9])\s*\}\}", r"^{\1}"),
+  ("o", r"(?<=[0-9])\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
   ("binom", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
   ("\\choose", r"\{([^{}]*[^{}\\\s])\s*\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
   ("\\over", r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\over(?![A-Za-z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
@@ -80,13 +85,15 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("n", r"\\neq(?![A-Za-z])|\\not\s*=", r"\\ne "), ("!=", "!=", r"\\ne "),
   ("\\lt", r"\\lt(?![A-Za-z])", "<"), ("\\gt", r"\\gt(?![A-Za-z])", ">"),
   ("\\lbr", r"\\lbrack(?![A-Za-z])", "["), ("\\rbr", r"\\rbrack(?![A-Za-z])", "]"), ("\\lbr", r"\\lbrace(?![A-Za-z])", r"\\{"),
-  ("\\rbr", r"\\rbrace(?![A-Za-z])", r"\\}"), ("\\colon", r"\\colon(?![A-Za-z])", ":"), (":", r"\\mathbin:|\\text\{\s*:\s*\}", ":"),
+  ("\\rbr", r"\\rbrace(?![A-Za-z])", r"\\}"), ("\\colon", r"\\colon(?![A-Za-z])", ":"), (":", r"\\mathbin:|\\text\{\s*:\s*"
+    r"\}", ":"),
   ("\\%", r"\\%", "%"), ("%", r"\\text\{\s*%\s*\}", "%"),
   ("cent", r"\\text\{\s*(?:per\s?cents?|percentage)\s*\}|\b(?:per\s?cents?|percentage)(?![A-Za-z ])", "%"),
   ("p", r"\\text\{\s*(?:pct|por ciento|prozent)\s*\}|\bpct(?![A-Za-z ])", "%"),
   ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
   ("\\degree", r"\\degree(?![A-Za-z])", r"^\\circ "),
-  ("or", r",?\s*\\text\{\s*,?\s*(?:or)\s*\}\s*|(?<![A-Za-z\\])or(?![A-Za-z])", r"\\lor "), ("\\vee", r"\\vee(?![A-Za-z])", r"\\lor "),
+  ("or", r",?\s*\\text\{\s*,?\s*(?:or)\s*\}\s*|(?<![A-Za-z\\])or(?![A-Za-z])", r"\\lor "), ("\\vee", r"\\vee(?![A-Za-z]"
+    r")", r"\\lor "),
   ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*|(?<![A-Za-z\\])and(?![A-Za-z])", ","), ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
   ("\\lor", r",\s*\\lor", r"\\lor"), (",", r",(?:\s*,)+", ","),
   ("\\varn", r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
@@ -95,7 +102,8 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\bar", r"\\bar(?![A-Za-z])", r"\\overline"), ("\\back", r"\\backslash(?![A-Za-z])", r"\\setminus "),
   ("-", r"\\((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
   ("_", rf"_\s*(?:\{{\s*)?\\text\{{\s*({_BASE})\s*\}}\s*\}}?", lambda base: f"_{{{_BASES[base[1]]}}}"),
-  ("base", rf"(?<=[0-9A-F])\)?\s*(?:\\text\{{\s*)?\(?\s*(?:in\s+)?base(?:[\s-]+|(?=\s*\}}))\}}?\s*({_BASE}|[0-9]+)\s*\)?\s*(?:\}}|$)",
+  ("base", rf"(?<=[0-9A-F])\)?\s*(?:\\text\{{\s*)?\(?\s*(?:in\s+)?base(?:[\s-]+|(?=\s*\}}))\}}?\s*({_BASE}|[0-9]+)"
+   r"\s*\)?\s*(?:\}|$)",
    lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
   ("_", r"^\(([0-9A-F]+)\)(?=_)", r"\1"), ("_", r"_\{\(([0-9]+)\)\}", r"_{\1}"),
 )]
@@ -106,7 +114,7 @@ _TYPED = re.compile(rf"(?P<kept>\\text\{{[^{{}}]*\}}|\\[A-Za-z]+)|(?<![A-Za-z\\]
 _OPERATORS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"(?<=[\w)}\]])\s*\*\s*(?=[\w(\\])", r"\\cdot "),
   (r"([\^_])\s*(-?[0-9]{2,}|-[0-9A-Za-z])", r"\1{\2}"),
-  (r"\\lg(?![A-Za-z])", r"\\log_{10}"), (r"(?<![A-Za-z\\])abs\(([^()]*)\)", r"|\1|"),
+  (r"\\lg(?![A-Za-z])", r"\\log_{10}"), (r"\\sqrt\s*([0-9]{2,})", r"\\sqrt{\1}"), (r"(?<![A-Za-z\\])abs\(([^()]*)\)", r"|\1|"),
 )]
 _LAST_BACKSLASH = re.compile(r"(?<!\\)(?:\\ )*\\$")  # of a last space
 _RENAMED = {"infinity": "\\infty ", "asin": "\\arcsin ", "acos": "\\arccos ", "atan": "\\arctan "}
@@ -126,7 +134,8 @@ _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
   (r"^\\\{\\\}$|(?i:^\\text\{(?:the)?emptyset\}$)", r"\\emptyset"), (r"\\math(?:bb|cal|frak|scr)\{([0-9.]+)\}", r"\1"),
   (r"(?<=[0-9])\{(\\frac\{[^{}]*\}\{[^{}]*\})\}", r"\1"),
-  (r"^\]([^\[\]]*[,;][^\[\]]*)\[$", r"(\1)"), (r"^\]([^\[\]]*[,;][^\[\]]*)\]$", r"(\1]"), (r"^\[([^\[\]]*[,;][^\[\]]*)\[$", r"[\1)"),
+  (r"^\]([^\[\]]*[,;][^\[\]]*)\[$", r"(\1)"), (r"^\]([^\[\]]*[,;][^\[\]]*)\]$", r"(\1]"), (r"^\[([^\[\]]*[,;][^\[\]]*)\["
+    r"$", r"[\1)"),
   (r"\\mathbb\{R\}(?:\^\{?\+\}?|_\{?>0\}?|_\{?\+\}?)$", r"(0,\\infty)"), (r"\\mathbb\{R\}_\{\\ge ?0\}$", r"[0,\\infty)"),
   (r"\\mathbb\{R\}(?:\^\{?-\}?|_\{?<0\}?)$", r"(-\\infty,0)"),
   (r"(?i)(^|\\in ?)(?:\\mathbb\{?R\}?|\\text\{(?:the)?(?:setof)?all(?:real)?numbers\}|\\text\{(?:all)?(?:the)?real(?:number)?s\}"
@@ -202,9 +211,9 @@ def _unmarked(text: str) -> str:
 def canonical(text: str) -> Canonical:
   """`text` in one notation, less its unit, and that unit. For texts of bounded length: grade.py caps it before and after.
 
-  The same mathematics, fewer spellings: `$`, `\\(`, a currency sign, \\left, fonts, colors, spacing, a final full stop, a leading + and
-  units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, sqrt(2), environments get one spelling each. The
-  unit is as `units.measure` reads it.
+  The same mathematics, fewer spellings: `$`, `\\(`, a currency sign, \\left, fonts, colors, spacing, a final full stop, a
+  leading + and units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, sqrt(2), environments
+  get one spelling each. The unit is as `units.measure` reads it.
   """
   text, currency = units.split_currency(_unmarked(_LAST_BACKSLASH.sub("", latex(" ".join(text.split())))))
   text = _THOUSANDS.sub("", text)
@@ -219,7 +228,7 @@ def canonical(text: str) -> Canonical:
   text = _typed(_rows(_unmarked(re.sub(r"\s*\\text\{[\s.,;]*\}\s*$", "", text))))
   text, unit = units.split_unit(text.strip())
   text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
-  text = braced(text.strip().rstrip(".,;"))
+  text = braced(text.strip().rstrip(".,;:"))
   for pattern, replacement in _TIDY:
     text = pattern.sub(replacement, text)
   return Canonical(text, unit or ("degree" if text.endswith("^\\circ") else ""), currency)

@@ -9,16 +9,22 @@ RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = r"\\?[A-Za-z]+'*(?:_\{[^{}]*\})?"
 _ARGUMENTS = r"(?:\((?:[^()=]|\([^()=]*\))*\)|\[[^\[\]=]*\])"
 _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|mathscr)\{[^{}]*\}"
-_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{{1,4}}|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
-          rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]|\\(?:max|min|sup|inf|deg|det) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\||\(?{_LETTER}\\circ ?{_LETTER}\)?\([^()=]*\)"
-          rf"|\\frac\{{d\^?\{{?[0-9]?\}}?{_LETTER}\}}\{{d{_LETTER}(?:\^\{{[0-9]\}})?\}}|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?)")
+_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{{1,4}}"
+          rf"|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
+          rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]"
+          rf"|\\(?:max|min|sup|inf|deg|det) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\|"
+          rf"|\(?{_LETTER}\\circ ?{_LETTER}\)?\([^()=]*\)"
+          rf"|\\frac\{{d\^?\{{?[0-9]?\}}?{_LETTER}\}}\{{d{_LETTER}(?:\^\{{[0-9]\}})?\}}"
+          rf"|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?)")
 NAME = re.compile(rf"({_NAMED}|\({_NAMED}(?:,{_NAMED})+\))(?:=|\\in(?![A-Za-z]))([^=]+)")
 _BACKWARD = re.compile(r"([^=A-Za-z]+)=([A-Za-z](?:_\{[^{}]*\})?)")  # 57=n
 _INDEXED = re.compile(r"([A-Za-z])_\{[0-9A-Za-z]\}")
 # After an answer, without which it says the same: for any constant c, k\in\mathbb{Z}.
 _QUALIFIER = re.compile(
-  r"[,;(]?(?:\\text\{,?\(?(?:for|where|with)?(?:any|all|every|each|some|arbitrary|an?|the|is|are|integers?|constants?|reals?|numbers?|for|where|with)*\)?\}"
-  r"(?:[A-Za-z](?:\\in ?(?:\\mathbb\{[ZRN]\}|[ZRN])|\\in ?\(-\\infty,\\infty\))?(?:\\text\{(?:is|are)?(?:any|an?|arbitrary|real|constant|integers?|number)*\})?)?"
+  r"[,;(]?(?:\\text\{,?\(?(?:for|where|with)(?:any|all|every|each|some|arbitrary|an?|the|is|are|integers?|constants?|reals?"
+  r"|numbers?)*\)?\}"
+  r"(?:[A-Za-z](?:\\in ?(?:\\mathbb\{[ZRN]\}|[ZRN])|\\in ?\(-\\infty,\\infty\))?(?:\\text\{(?:is|are)?(?:any|an?|arbitrary|real"
+  r"|constant|integers?|number)*\})?)?"
   r"|(?<=[,;(])[A-Za-z]\\in ?(?:\\mathbb\{[ZRN]\}|[ZRN](?![A-Za-z])|\(-\\infty,\\infty\)))\)?$")
 
 
@@ -39,13 +45,15 @@ def forward(text: str) -> str:
 def without_name(gold: str, answer: str) -> tuple[str, str] | None:
   """Both less the name in `x=...`, `f(x)=...`, `x\\in...`, which one may omit; None if the names differ.
 
-  A name: a letter with indices and arguments, words, |z|, [ABC], an angle, \\overline{AB}, f^{-1}(x), (f\\circ g)(x), a tuple of such.
+  A name: a letter with indices and arguments, words, |z|, [ABC], an angle, \\overline{AB}, f^{-1}(x), (f\\circ g)(x), a tuple
+  of such.
   """
   gold, answer = forward(gold), forward(answer)
   gold_name, answer_name = NAME.fullmatch(gold), NAME.fullmatch(answer)
   if gold_name and answer_name and gold_name[1] != answer_name[1] and (
       ("\\text" in gold_name[1]) == ("\\text" in answer_name[1])):
-    return None if gold_name[1].casefold() != answer_name[1].casefold() or "\\text" not in gold_name[1] else (gold_name[2], answer_name[2])
+    same = "\\text" in gold_name[1] and gold_name[1].casefold() == answer_name[1].casefold()
+    return (gold_name[2], answer_name[2]) if same else None
   if (gold_name is None and "=" in gold) or (answer_name is None and "=" in answer):
     return gold, answer  # an equation on one side: its counterpart is no assignment
   return (gold_name[2] if gold_name else gold), (answer_name[2] if answer_name else answer)
@@ -74,21 +82,27 @@ def _both_signs(text: str) -> list[str]:
   if text.count("\\pm") != 1 or text.count("\\mp") > 1:
     return [text]
   signs = (("+", "-"), ("-", "+"))
-  return [re.sub(r"([({\[])\+", r"\1", text.replace("\\pm", one).replace("\\mp", other)).removeprefix("+") for one, other in signs]
+  values = [text.replace("\\pm", one).replace("\\mp", other) for one, other in signs]
+  return [re.sub(r"([({\[])\+", r"\1", value).removeprefix("+") for value in values]
+
+
+# A number times a matrix too. Not [vV]: a determinant, a norm.
+_MATRIX = re.compile(r"([-0-9./]*|-?\\frac\{[-0-9]+\}\{[0-9]+\})\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\2\}")
 
 
 def split(text: str, outermost: bool = True) -> tuple[str, list[str]] | None:
   """The kind of a canonical answer and its elements; None if its brackets do not match up.
 
-  Kinds: "one" (a single expression), "list" (a list or a set: order is free), "union", "matrix [columns of each row]", "pieces" (of
-  a function), "set" (of one element, itself an element), and for tuples and intervals the two brackets, such as "(]" or "<>". As a
-  whole answer the set of one element is that element: the solution set.
+  Kinds: "one" (a single expression), "list" (a list or a set: order is free), "union", "matrix [columns of each row]", "pieces"
+  (of a function), "set" (of one element, itself an element), and for tuples and intervals the two brackets, such as "(]" or "<>".
+  As a whole answer the set of one element is that element: the solution set.
   """
-  matrix = re.fullmatch(r"([-0-9./]*|-?\\frac\{[-0-9]+\}\{[0-9]+\})\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\2\}", text)  # not [vV]: a norm
+  matrix = _MATRIX.fullmatch(text)
   if matrix and "\\begin" not in matrix[3]:
     rows = [row.split("&") for row in matrix[3].removesuffix("\\\\").split("\\\\")]
     if matrix[1] and matrix[2] != "pieces":
-      rows = [[f"{matrix[1].replace('-', '-1', 1) if matrix[1] == '-' else matrix[1]}\\cdot({cell})" for cell in row] for row in rows]
+      factor = "-1" if matrix[1] == "-" else matrix[1]
+      rows = [[f"{factor}\\cdot({cell})" for cell in row] for row in rows]
     if matrix[2] == "pieces":
       return "pieces", ["&".join(_condition(cell) for cell in row) for row in rows]
     return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
@@ -184,7 +198,7 @@ def _absolute(variable: str, interval: str) -> tuple[str, str] | None:
 def _both(parts: list[str]) -> tuple[str, str] | None:
   """2<x,x<5 as the one interval; None for other pairs."""
   found = [_interval(part) for part in parts]
-  if len(found) != 2 or None in found or found[0][0] != found[1][0] or any("\\cup" in sets or "," not in sets for _, sets in found):
+  if None in found or found[0][0] != found[1][0] or any("\\cup" in sets or "," not in sets for _, sets in found):
     return None
   sets = sorted((sets for _, sets in found), key=lambda text: not text.endswith(",\\infty)"))
   if not sets[0].endswith(",\\infty)") or not sets[1].startswith("(-\\infty,"):
@@ -195,7 +209,7 @@ def _both(parts: list[str]) -> tuple[str, str] | None:
 
 
 def as_set(text: str) -> tuple[str, str] | None:
-  """(variable, set) of inequalities joined by "or", \\cup and intervals; None for other text. The variable of sets alone is ""."""
+  """(variable, set) of inequalities joined by "or", \\cup and intervals; None for other text. Sets alone have no variable: ""."""
   parts = cut(text, ("\\lor", "\\cup"))
   if parts is None:
     return None

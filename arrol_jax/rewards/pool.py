@@ -41,8 +41,6 @@ _log = logging.getLogger(__name__)
 _inside_worker = False
 
 
-# --- in the worker ------------------------------------------------------------------------------------------
-
 def work(descriptor: int) -> None:
   """A worker's life: settings, imports, then items from the socket `descriptor` until the parent is gone."""
   global _inside_worker
@@ -114,14 +112,10 @@ def _limit_memory(memory_mb: int) -> None:
   except FileNotFoundError:  # no Linux: there is no such limit to set
     return
   _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  limit = used + memory_mb * 2**20
-  if hard != resource.RLIM_INFINITY:
-    limit = min(limit, hard)
+  limit = used + memory_mb * 2**20 if hard == resource.RLIM_INFINITY else min(used + memory_mb * 2**20, hard)
   resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-
-# --- in the parent ------------------------------------------------------------------------------------------
 
 class _Worker:
   """The parent's side of one worker process. One thread asks; any thread may close."""

@@ -1,7 +1,7 @@
-"""Whether two expressions, equations or inequalities are the same mathematics. For worker processes only: unbounded in time and memory.
+"""Whether two expressions, equations or inequalities are the same mathematics. For worker processes only, for want of bounds.
 
-latex2sympy2_extended reads the LaTeX; expressions are then compared by their values, with as many digits as it takes, at several points
-if they have variables; math-verify compares what else there is (sets, matrices). Importing this module imports neither: that
+latex2sympy2_extended reads the LaTeX; expressions are then compared by their values, with as many digits as it takes, at several
+points if they have variables; math-verify compares what else there is (sets). Importing this module imports neither: that
 takes a second.
 """
 
@@ -65,12 +65,21 @@ def _parsed(text: str):
 
 def symbolic(gold: str, answer: str) -> bool:
   """Whether two canonical expressions, equations, inequalities or sets say the same. What cannot be read is no answer."""
-  from math_verify import verify
-  import sympy
+  import math_verify  # noqa: F401  its absence is told even where only expressions are compared
 
   for name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  left, right = _parsed(gold), _parsed(answer)
+  try:
+    return _same(_parsed(gold), _parsed(answer))
+  except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
+    return False  # sympy on nonsense: a division by zero, a matrix in an inequality
+
+
+def _same(left, right) -> bool:
+  """`symbolic` of what was read; None for a side that could not be."""
+  from math_verify import verify
+  import sympy
+
   if left is None or right is None:
     return False
   if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
@@ -104,7 +113,7 @@ def _written_out(expression):
 
 
 def _number(expression, point: dict, digits: int = 30):
-  """(real, imaginary) of an expression at a point as mpmath numbers with `digits` right digits; None where it has no finite value.
+  """(real, imaginary) of an expression at a point, mpmath numbers with `digits` right digits; None where it has no finite value.
 
   A part that is zero as far as its digits show is zero.
   """
@@ -143,7 +152,7 @@ def _agree(left, right, digits: int = 22) -> bool:
 
 
 def _surely_agree(gold, answer, point: dict, value) -> bool:
-  """Whether the two, of about `value` there, agree to so many more digits that they are equal; digits before the point not counted."""
+  """Whether the two, of about `value` there, agree to so many digits that they are equal; digits before the point not counted."""
   from mpmath import mp
 
   with mp.workdps(20):
@@ -161,7 +170,8 @@ def _points(*expressions):
   for first in count() if names else (0,):
     if first >= len(_VALUES):
       return
-    yield {name: sympy.Rational(*_VALUES[(first + (first * 2 + 5) * i) % len(_VALUES)]) + sympy.Rational(i, 7) for i, name in enumerate(names)}
+    chosen = [_VALUES[(first + (first * 2 + 5) * i) % len(_VALUES)] for i in range(len(names))]
+    yield {name: sympy.Rational(*chosen[i]) + sympy.Rational(i, 7) for i, name in enumerate(names)}
 
 
 def same_value(gold, answer) -> bool:
@@ -225,7 +235,8 @@ def _same_relations(golds: list[tuple], answers: list[tuple]) -> bool:
   """Whether the relations are the same in any order, each up to a factor: positive for inequalities, not 0 for equations."""
   left = list(answers)
   for difference, kind in golds:
-    match = next((other for other in left if other[1] == kind and _same_up_to_factor(difference, other[0], kind == "=" or kind == "!=")), None)
+    negative_too = kind in ("=", "!=")
+    match = next((other for other in left if other[1] == kind and _same_up_to_factor(difference, other[0], negative_too)), None)
     if match is None:
       return False
     left.remove(match)

@@ -11,18 +11,19 @@ import re
 # name: symbol, then other spellings. Names and symbols take SI prefixes; symbols count in their case only.
 _SI = """
 meter: m metre | gram: g gramme | second: s | liter: L l litre | newton: N | joule: J | watt: W | volt: V | pascal: Pa | hertz: Hz
-ampere: A amp | coulomb: C | farad: F | kelvin: K | mole: mol | ohm: Ω \u03a9 | electronvolt: eV | calorie: cal | tesla: T | weber: Wb
-henry: H | siemens: S | becquerel: Bq | bit: bit | byte: B | bar: bar | tonne: t | candela: cd | lumen: lm
+ampere: A amp | coulomb: C | farad: F | kelvin: K | mole: mol | ohm: Ω \u03a9 | electronvolt: eV | calorie: cal | tesla: T
+weber: Wb | henry: H | siemens: S | becquerel: Bq | bit: bit | byte: B | bar: bar | tonne: t | candela: cd | lumen: lm
 """
-_PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "deci": "d", "micro": "μ", "nano": "n", "pico": "p", "femto": "f", "mega": "M",
-             "giga": "G", "tera": "T", "hecto": "h"}
+_PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "deci": "d", "micro": "μ", "nano": "n", "pico": "p", "femto": "f",
+             "mega": "M", "giga": "G", "tera": "T", "hecto": "h"}
 # Plurals in -s are found by themselves; what has one letter counts in its case only.
 _TABLE = """
-inch: in inches | foot: ft feet | yard: yd | mile: mi | gram: gm | kilogram: kilo | pound: lb | ounce: oz | ton: | second: sec | meter: mtr
-minute: min | hour: h hr | day: d | week: wk | month: | year: yr | cent: | dollar: usd buck | euro: eur | rupee: rs inr | yen: jpy | yuan: rmb
-cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz | kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade
-fahrenheit: F | unit: | gallon: gal | hertz: hz | acre: | pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly
-steradian: sr | au: AU | angstrom: Å | mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence: | gigabyte:
+inch: in inches | foot: ft feet | yard: yd | mile: mi | gram: gm | kilogram: kilo | pound: lb | ounce: oz | ton:
+second: sec | meter: mtr | minute: min | hour: h hr | day: d | week: wk | month: | year: yr | cent: | dollar: usd buck
+euro: eur | rupee: rs inr | yen: jpy | yuan: rmb | cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz
+kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade | fahrenheit: F | unit: | gallon: gal | hertz: hz | acre:
+pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly | steradian: sr | au: AU | angstrom: Å
+mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence:
 """
 _CURRENCIES = frozenset("cent dollar euro rupee yen yuan".split())
 
@@ -34,7 +35,7 @@ def _names() -> dict[str, str]:
     for spelling in (name, *spellings.split()) if name else ():
       names.setdefault(spelling, name)
       for prefix, symbol in _PREFIXES.items():
-        word = len(spelling) > 3 and spelling.isalpha() and spelling.islower() or spelling in ("ohm", "mole", "gram", "volt", "watt", "amp")
+        word = len(spelling) > 3 and spelling.islower() or spelling in ("ohm", "amp")
         for first in (prefix,) if word else (symbol, "u", "µ") if symbol == "μ" else (symbol,):
           names.setdefault(first + spelling, prefix + name)
   for entry in re.split(r"[|\n]", _TABLE):
@@ -66,10 +67,13 @@ _NOT_UNITS = frozenset(
 _NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$|ill[oó]n(?:es)?$|illionen$|тысяч|миллион|миллиард|[0-9]")
 _FUNCTION_WORD = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]?$")
 _UNIT_LETTERS = frozenset("ACFJKLNVWTghmslΩ\u03a9")
+_SMALL = frozenset("of the a an in total".split())
 _JOINING = frozenset("per of a the square sq cubic cu".split())
 _GLUED = frozenset(  # a unit also directly after a number or \pi; mg, ml and ms are products there
-  "cm mm km kg dm ft lb lbs oz hr hrs min mins sec secs mph kmh kph kJ kW kWh kPa Hz kHz MHz GHz mol rad deg yd yds yr yrs gal usd kmph "
-  "mL dL Pa MPa kN nm cc inch inches feet foot meters metres meter miles mile hours hour days minutes seconds dollars cents degrees "
+  "cm mm km kg dm ft lb lbs oz hr hrs min mins sec secs mph kmh kph kJ kW kWh kPa Hz kHz MHz GHz mol rad deg yd yds yr yrs gal "
+  "usd kmph "
+  "mL dL Pa MPa kN nm cc inch inches feet foot meters metres meter miles mile hours hour days minutes seconds dollars cents "
+  "degrees "
   "radians grams years units".split())
 # After a number in Chinese, Japanese or Korean: what changes it.
 _CHANGES = re.compile("[一二三四五六七八九十百千万亿萬億兆半或和与與及不非零点點倍折成]|分之|百分|만|억|천|백|또는|または")
@@ -78,9 +82,11 @@ _EAST_ASIAN = re.compile(r"(?<=[0-9])\s*\(?([\u3040-\u30ff\u3400-\u9fff\uac00-\u
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
 _GAP = r"\s*(?:/|\\cdot|\\times|\*)?\s*"
 _MARKED = re.compile(
-  rf"(?<=[0-9A-Za-z}})\]])(?:{_GAP}\s*\\text\{{((?:[^\W\d_]|[µ\s.,/~'()\[\]-]|{_EXPONENT})+)\}}|\s*/?\s*()\\(?:Omega|mho|AA)(?![A-Za-z]))"
+  rf"(?<=[0-9A-Za-z}})\]])(?:{_GAP}\s*\\text\{{((?:[^\W\d_]|[µ\s.,/~'()\[\]-]|{_EXPONENT})+)\}}|\s*/?\s*()\\(?:Omega|mho"
+  rf"|AA)(?![A-Za-z]))"
   rf"(?:{_EXPONENT})?[.\s]*$")
-_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)\s*\}}\s*\{{\s*(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)\s*\}}$")
+_POWER_OF = rf"(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)"
+_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POWER_OF}\s*\}}\s*\{{\s*{_POWER_OF}\s*\}}$")
 _SCALE = re.compile(r"(?<=\\circ)\s*(?:\\text\{\s*)?([CF])\s*\}?$")
 _MICRO = re.compile(r"\\mu\s*(?:\\text\{\s*([A-Za-z]+)\s*\}|([A-Za-z]{1,2})(?![A-Za-z]))")
 _KILO_OHM = re.compile(r"(?<=[0-9 }])(?:\\text\{\s*([kM])\s*\}|([kM]))\s*\\Omega")
@@ -91,14 +97,19 @@ _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|
 _RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
 _TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
 _SIGN = re.compile(
-  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling|mathsterling)(?![A-Za-z])"
-  r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB|JPY)\b\.?)"
+  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling"
+  r"|mathsterling)(?![A-Za-z])"
+  r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB"
+  r"|JPY)\b\.?)"
   r"\s*(?P<close>\}?)\s*(?P<minus_too>-?)\s*(?=[-0-9.\\(\s])")
 _SIGN_AFTER = re.compile(
-  r"(?<=[0-9.}])\s*(?:\\text\{\s*)?(\\?\$|[€£¥₹₩₽₺₫₦¢]|\\cent(?:s)?(?![A-Za-z])|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|RMB|JPY|Rs)\b\.?)\s*\}?\s*\.?$")
-_CURRENCY = {"$": "dollar", "USD": "dollar", "US": "dollar", "€": "euro", "EUR": "euro", "euro": "euro", "£": "pound", "GBP": "pound",
-             "pounds": "pound", "sterling": "pound", "¥": "yen", "yen": "yen", "JPY": "yen", "CNY": "yen", "RMB": "yen", "₹": "rupee",
-             "Rs": "rupee", "INR": "rupee", "¢": "cent", "cent": "cent"}
+  r"(?<=[0-9.}])\s*(?:\\text\{\s*)?(\\?\$|[€£¥₹₩₽₺₫₦¢]|\\cent(?:s)?(?![A-Za-z])|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|RMB|JPY"
+  r"|Rs)\b\.?)\s*\}?\s*\.?$")
+_CURRENCY = {
+  "$": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro", "euro": "euro", "£": "pound", "GBP": "pound", "pounds": "pound",
+  "sterling": "pound", "¥": "yen", "yen": "yen", "JPY": "yen", "CNY": "yen", "RMB": "yen", "₹": "rupee",
+  "Rs": "rupee", "INR": "rupee",
+  "¢": "cent", "cent": "cent"}
 
 
 def _currency(sign: str) -> str:
@@ -122,9 +133,9 @@ def split_currency(text: str) -> tuple[str, str]:
 def split_unit(text: str) -> tuple[str, str]:
   """`text`, in which words are \\text{words}, less the units at its end, and these units' text ("" where there are none).
 
-  Without \\text a unit of the table of two letters at least may stand behind a number, \\pi or a bracket, and after a plain number and
-  a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text too. Ordinals
-  (57th) lose their ending.
+  Without \\text a unit of the table of two letters at least may stand behind a number, \\pi or a bracket, and after a plain
+  number and a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text
+  too. Ordinals (57th) lose their ending.
   """
   text = _RANKED.sub(r"\1 ", text)
   text = _QUOTIENT.sub(r"\1/\2", _KILO_OHM.sub(lambda k: f"\\text{{{k[1] or k[2]}Ω}}", text))
@@ -158,8 +169,8 @@ def _split_bare(text: str) -> tuple[str, str]:
   if plain:
     words = re.findall(r"[^\W\d_]+", plain[2])
     if len(words) <= 5 and len(words[-1]) > 1 and not any(map(_changes_value, words)) and all(
-        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or len(word) > 1 and _name(word) and word != "mg" or word in _COMPOUND or len(word) > 1 and not word.isascii()
-        for word in words):
+        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or word in _COMPOUND
+        or len(word) > 1 and (_name(word) and word != "mg" or not word.isascii()) for word in words):
       return plain[1], plain[2]
   bare = _BARE.match(text)
   if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", bare[1])):
@@ -204,7 +215,7 @@ def measure(unit: str) -> dict[str, int] | None:
 def _words(unit: str) -> list[str]:
   """A unit's words without plurals, articles and case, known ones by their names, sorted."""
   words = [_name(word) or word.lower() for word in re.findall(r"[^\W\d_]+", unit.replace("\\text", " ").replace("\\cdot", " "))]
-  return sorted(word.removesuffix("s") if len(word) > 3 else word for word in words if word not in ("of", "the", "a", "an", "in", "total"))
+  return sorted(word.removesuffix("s") if len(word) > 3 else word for word in words if word not in _SMALL)
 
 
 def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
@@ -229,8 +240,8 @@ def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
   if not gold_unit or not unit:
     return bool(gold_money and powers and not money and not gold_unit or money and gold_powers and not gold_money and not unit)
   if gold_powers and powers:
-    known = {"degree": 1} in (gold_powers, powers) and {next(iter(gold_powers)), next(iter(powers))} <= {"degree", "celsius", "fahrenheit"}
-    return gold_powers != powers and not known
+    degrees = {"degree": 1} in (gold_powers, powers) and {*gold_powers, *powers} <= {"degree", "celsius", "fahrenheit"}
+    return gold_powers != powers and not degrees
   return _words(gold_unit) != _words(unit)
 
 
@@ -239,4 +250,5 @@ def _name(word: str) -> str | None:
   if found or len(word) == 1:
     return found
   singular = word.removesuffix("s")
-  return (_NAMES.get(singular) if len(singular) > 1 else None) or _NAMES.get(word.lower()) or _NAMES.get(word.lower().removesuffix("s"))
+  small = word.lower()
+  return (_NAMES.get(singular) if len(singular) > 1 else None) or _NAMES.get(small) or _NAMES.get(small.removesuffix("s"))
