@@ -1,6 +1,6 @@
 """Soaks the grader, and asks how often it accepts a wrong answer. Needs the JSONL files of README.md's table.
 
-  python -m experiments.grader_soak --data=DIR [--case=references,pairs,soak] [--items=20000] [--pairs=10000]
+  python -m experiments.grader_soak --data=DIR [--case=references,pairs,mutated,soak] [--items=20000] [--pairs=10000]
                                     [--out=experiments/results/rewards]
 
 References: every reference answer in FORMS, graded against itself: all must be right. Writes references.jsonl.
@@ -10,6 +10,8 @@ result shows as an unexpected one. Writes soak.jsonl: the soak, and the same wit
 Wrong pairs: the reference answer of one problem, boxed, graded against that of another of the same file, where the texts
 differ: `pairs` drawn from all problems, and as many from those whose answers are no integers. Writes wrong_pairs.jsonl: counts,
 then every accepted pair.
+Mutated: `mutated` reference answers with one digit, sign, bracket, function or operation changed, each against itself unchanged:
+none may be right unless the change says the same (-0 for 0). Writes mutated.jsonl: counts, then every accepted pair.
 """
 
 import argparse
@@ -144,13 +146,50 @@ def wrong_pairs(files: dict[str, list], count: int, hard: bool, seed: int) -> tu
   return line, accepted
 
 
+SWAPS = ((r"\sin", r"\cos"), (r"\pi", r"\pi^2"), (r"\sqrt", r"\sqrt[3]"), (r"\frac", r"\binom"), (r"\le", r"\ge"), ("<", ">"),
+         (r"\cup", r"\cap"), (r"\infty", "1"), ("[", "("), ("(", "["), ("]", ")"), ("cm", "mm"), (r"\ln", r"\log_3 "), ("^", "_"))
+
+
+def mutation(answer: str, rng: random.Random) -> str | None:
+  """`answer` with one thing changed; None where this change finds nothing to change."""
+  kind = rng.randrange(4)
+  places = [m.start() for m in re.finditer(r"\d" if kind < 2 else "[+-]", answer)]
+  if kind < 2 and places:
+    i = rng.choice(places)
+    return f"{answer[:i]}{(int(answer[i]) + rng.randrange(1, 10)) % 10}{answer[i + 1:]}"
+  if kind == 2 and places:
+    i = rng.choice(places)
+    return answer[:i] + {"+": "-", "-": "+"}[answer[i]] + answer[i + 1:]
+  found = [(old, new) for old, new in SWAPS if old in answer]
+  return answer.replace(*rng.choice(found), 1) if kind == 3 and found else None
+
+
+def mutated(golds: list[str], count: int, seed: int) -> tuple[dict, list[dict]]:
+  """Counts, and the accepted ones, of answers that are a reference answer with one thing changed."""
+  rng, pairs = random.Random(seed), []
+  hard = [gold for gold in golds if not re.fullmatch(r"-?[\d,]+", gold)]
+  while len(pairs) < count:
+    gold = rng.choice(hard if rng.random() < 0.6 else golds)
+    answer = mutation(gold, rng)
+    if answer is not None and answer != gold:
+      pairs.append((gold, answer))
+  start = time.monotonic()
+  with Grader(2) as grader:
+    grades = grader.grade_all([(f"\\boxed{{{answer}}}", gold) for gold, answer in pairs])
+    reasons = dict(grader.counts)
+  accepted = [{"gold": gold, "answer": answer} for (gold, answer), graded in zip(pairs, grades, strict=True) if graded.reward]
+  return {"case": "mutated", "pairs": count, "accepted": len(accepted), "reasons": reasons,
+          "seconds": round(time.monotonic() - start, 1)}, accepted
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--data", required=True)
   parser.add_argument("--out", default="experiments/results/rewards")
-  parser.add_argument("--case", default="references,pairs,soak")
+  parser.add_argument("--case", default="references,pairs,mutated,soak")
   parser.add_argument("--items", type=int, default=20_000)
   parser.add_argument("--pairs", type=int, default=10_000)
+  parser.add_argument("--mutated", type=int, default=4_000)
   parser.add_argument("--kill_every", type=float, default=5.0, help="seconds, mean")
   args = parser.parse_args()
   files = {path.stem: load_problems(str(path)) for path in sorted(Path(args.data).glob("*.jsonl"))}
@@ -167,6 +206,9 @@ def main():
     found = [wrong_pairs(files, args.pairs, hard, seed=2 + hard) for hard in (False, True)]
     accepted = [{"case": line["case"]} | pair for line, pairs in found for pair in pairs]
     write(out / "wrong_pairs.jsonl", [*(line | machine for line, _ in found), *accepted])
+  if "mutated" in args.case:
+    line, accepted = mutated(golds, args.mutated, seed=4)
+    write(out / "mutated.jsonl", [line | machine, *({"case": "mutated"} | pair for pair in accepted)])
   if "soak" in args.case:
     write(out / "soak.jsonl", ({"name": name} | soak(golds, args.items, hostile, mean_s, workers=2, seed=0) | machine
                                for name, hostile, mean_s in (("clean", 0.0, None),

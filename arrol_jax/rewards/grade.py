@@ -1,28 +1,42 @@
-"""Is the answer right? Exact rules for numbers and lists; math-verify only for what is left.
+"""Is the answer right? Exact rules for numbers and lists; algebra only for what is left.
 
 The order: the same text; caps on length and nesting; an integer gold by integer comparison; numbers exactly,
 as fractions; lists, sets, tuples, unions and matrices by their elements; a single expression or relation by
-math-verify, which runs in a worker process with a deadline (pool.py), never in the caller.
+symbolic.py, which runs in a worker process with a deadline (pool.py), never in the caller.
 
-Strict where reports of other graders were not: a percent sign must be on both sides or on neither; an
-equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not [1,2]; 0.333333 is not 1/3; a
-word must be the same word. An integer gold takes the integer only (`12.0` and `x=12` too), not an expression
-that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number and the name in `x=...`
-may be given or omitted (but two known units must agree: units.py). Left out: partial credit, tolerances.
+Strict where reports of other graders were not: a gold with a percent sign wants one (an answer may carry one more, if the
+numbers are equal: 20\\% for 20, never 0.2); an equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not
+[1,2]; 0.333333 is not 1/3; a word must be the same word. An integer gold takes the integer only (`12.0` and `x=12` too), not an
+expression that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number, the name in `x=...` and "for
+any constant c" may be given or omitted (but units that both sides give must agree: units.py). Left out: partial credit,
+tolerances.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from fractions import Fraction
-import logging
 import re
 from typing import NamedTuple
 
-from arrol_jax.rewards.extract import canonical, check_pattern, nesting, search
-from arrol_jax.rewards.units import measure
+from arrol_jax.rewards import units
+from arrol_jax.rewards.exact import SCIENTIFIC, integer, number, value
+from arrol_jax.rewards.extract import check_pattern, nesting, search
+from arrol_jax.rewards.notation import canonical
+from arrol_jax.rewards.parts import (
+  NAME,
+  RELATION,
+  as_set,
+  bare,
+  forward,
+  names,
+  split,
+  without_builder,
+  without_name,
+  without_qualifier,
+)
 
-MAX_CHARACTERS = 300  # a longer box is no final answer, and costs a parser seconds
+MAX_CHARACTERS = 300  # a longer answer is none, and costs a parser seconds; with a longer gold, that gold's length
+MAX_RAW = 3000  # before spaces, fonts and the like are gone
 MAX_NESTING = 20
-MAX_EXPONENT = 1000  # beyond it 10**n is not formed in the caller
 
 
 class Graded(NamedTuple):
@@ -36,192 +50,88 @@ CORRECT, WRONG = Graded(1.0, "correct"), Graded(0.0, "wrong")
 # Decides a pair (gold, answer) of single expressions; None leaves it open.
 Decide = Callable[[str, str], bool | None]
 
-_INTEGER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?(?:\^\\circ)?")
-_SIGNED = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))"
-_NUMBERS = [re.compile(pattern) for pattern in (
-  rf"{_SIGNED}",
-  r"([+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?)",
-  rf"{_SIGNED}/{_SIGNED}",
-  rf"([+-]?)\\frac\{{{_SIGNED}\}}\{{{_SIGNED}\}}",
-  r"([+-]?)([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}",  # 1\frac{1}{2} is mixed, no product
-  r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)",
-)]
-_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\{([0-9]+)\}|\(([0-9]+)\))")
-_SCIENTIFIC = re.compile(
-  rf"{_SIGNED}(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*)10\^(?:\{{([+-]?[0-9]+)\}}|([0-9]+)))"
-  r"|([+-]?)10\^\{?([+-]?[0-9]+)\}?")
-
-
-def integer(text: str) -> str | None:
-  """The integer that canonical `text` writes, as "-12"; None for other text. 007, 1,234 and 12.0 count."""
-  match = _INTEGER.fullmatch(text)
-  if match is None:
-    return None
-  digits = match[2].replace(",", "").lstrip("0") or "0"
-  return "-" + digits if match[1] == "-" and digits != "0" else digits
-
-
-def number(text: str) -> Fraction | None:
-  """The value of a canonical decimal (repeating ones too), fraction, mixed number or e-notation, exactly; None for other text.
-
-  A percent or degree sign at the end is dropped: `_leaf` has seen to it that both sides have the percent
-  sign.
-  """
-  text = text.removesuffix("%").removesuffix("^\\circ")
-  match = _SCIENTIFIC.fullmatch(text)
-  if match is not None:
-    mantissa = match[1] or match[5] + "1"
-    exponent = int(match[2] or match[3] or match[4] or match[6])
-    return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= MAX_EXPONENT else None
-  match = _REPEATING.fullmatch(text)
-  if match is not None:  # 0.1\overline{6}
-    sign, whole, fixed, period = match[1], match[2], match[3], match[4] or match[5]
-    value = Fraction(int(whole + fixed + period) - int(whole + fixed or "0"), 10 ** len(fixed) * (10 ** len(period) - 1))
-    return -value if sign == "-" else value
-  for pattern in _NUMBERS:
-    match = pattern.fullmatch(text)
-    if match is None:
-      continue
-    signs = [group for group in match.groups() if group in ("", "+", "-")]
-    values = [Fraction(group.replace(",", "")) for group in match.groups() if group not in ("", "+", "-")]
-    if len(values) > 1 and values[-1] == 0:
-      return None
-    value = values[-1] if len(values) == 1 else values[-2] / values[-1]
-    value += values[0] if len(values) == 3 else 0
-    return -value if signs == ["-"] else value
-  return None
-
-
-_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
-_NAME = re.compile(r"(\\?[A-Za-z]+'*(?:_\{[^{}]*\})?(?:\([^()=]*\))?)(?:=|\\in(?![A-Za-z]))([^=]+)")
-
-
-def _without_name(gold: str, answer: str) -> tuple[str, str] | None:
-  """Both less the name in `x=...`, `f(x)=...`, `x\\in...`, which one may omit; None if the names differ."""
-  gold_name, answer_name = _NAME.fullmatch(gold), _NAME.fullmatch(answer)
-  if gold_name and answer_name and gold_name[1] != answer_name[1]:
-    return None
-  if (gold_name is None and "=" in gold) or (answer_name is None and "=" in answer):
-    return gold, answer  # an equation on one side: its counterpart is no assignment
-  return (gold_name[2] if gold_name else gold), (answer_name[2] if answer_name else answer)
-
-
-def _cut(text: str, separators: tuple[str, ...]) -> list[str] | None:
-  """`text` cut at the separators outside all brackets; None if the brackets do not match up."""
-  parts, start, depth, i = [], 0, 0, 0
-  while i < len(text):
-    depth += (text[i] in "{([") - (text[i] in "})]")
-    if depth < 0:
-      return None
-    separator = next((s for s in separators if text.startswith(s, i)), None) if depth == 0 else None
-    if separator:
-      parts.append(text[start:i].strip())
-      start = i = i + len(separator)
-    else:
-      i += 1
-  return parts + [text[start:].strip()] if depth == 0 else None
-
-
-def _closes_at_end(text: str) -> bool:
-  """Whether the bracket that opens `text` is closed by its last character."""
-  depth = 0
-  for i, character in enumerate(text):
-    depth += (character in "{([") - (character in "})]")
-    if depth == 0 and character in "})]":
-      return i == len(text) - 1
-  return False
-
-
-def _bare(text: str) -> str:
-  """`text` without brackets around the whole of a single expression: (-4), {18}."""
-  while text[:1] in ("(", "{") and text[-1:] == {"(": ")", "{": "}"}[text[0]] and _closes_at_end(text):
-    inner = _cut(text[1:-1], (",", ";"))
-    if inner is None or len(inner) > 1 or not inner[0]:
-      break
-    text = inner[0]
-  return text
-
-
-def split(text: str, outermost: bool = True) -> tuple[str, list[str]] | None:
-  """The kind of a canonical answer and its elements; None if its brackets do not match up.
-
-  Kinds: "one" (a single expression), "list" (a list or a set: order is free), "union", "matrix [columns of each row]",
-  "set" (of one element, itself an element), and for tuples and intervals the two brackets, such as "(]". As a whole
-  answer the set of one element is that element: the solution set.
-  """
-  matrix = re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text)  # not [vV]: a determinant, a norm
-  if matrix and "matrix" not in matrix[1]:
-    rows = [row.split("&") for row in matrix[1].removesuffix("\\\\").split("\\\\")]
-    return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-  parts = _cut(text, (",", ";"))
-  if parts is None:
-    return None
-  if len(parts) > 1:
-    return "list", parts
-  parts = _cut(text, ("\\cup",))
-  if len(parts) > 1:
-    return "union", parts
-  if text.startswith("\\{") and text.endswith("\\}") and _closes_at_end(text[1:]):
-    inner = _cut(text[2:-2], (",", ";"))
-    return ("list" if len(inner) > 1 else "one" if outermost and inner != ["\\emptyset"] else "set"), inner
-  if text[:1] in ("(", "[") and _closes_at_end(text):
-    inner = _cut(text[1:-1], (",", ";"))
-    if len(inner) > 1:
-      return text[0] + text[-1], inner
-  if text.count("\\pm") == 1:
-    return "list", [text.replace("\\pm", sign).removeprefix("+") for sign in ("+", "-")]
-  return "one", [text]
-
-
-_BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\)|\\in\\mathbb\{R\})?(?:\\mid ?|:|\|)(.+)\\\}")
-
-
-def _without_builder(text: str) -> str:
-  """The relation in {x | 2 < x}, which says the same."""
-  match = _BUILDER.fullmatch(text)
-  return match[2] if match and match[1] in match[2] and _RELATION.search(match[2]) else text
-
 
 def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -> bool | None:
   """Whether two canonical answers are the same mathematics, `decide` being asked about single expressions."""
-  gold, answer = _without_builder(_bare(gold)), _without_builder(_bare(answer))
+  gold, answer = without_builder(bare(gold)), without_builder(bare(answer))
   if gold == answer:
     return True
-  stripped = _without_name(gold, answer)
+  shorter = without_qualifier(gold), without_qualifier(answer)
+  if (shorter[0] == gold) != (shorter[1] == answer):
+    gold, answer = shorter
+  stripped = without_name(gold, answer)
   if stripped is None:
     return False
-  gold, answer = stripped
+  gold, answer = map(bare, stripped)
+  if gold == answer:
+    return True
   if number(gold) is not None and number(answer) is not None:
     return _leaf(gold, answer, decide)
-  if "\\text" in gold or "\\text" in answer:
-    return _words(gold) == _words(answer)
+  if RELATION.search(gold) or RELATION.search(answer):
+    sets = as_set(gold), as_set(answer)
+    if None not in sets:
+      if sets[0][0] and sets[1][0] and sets[0][0] != sets[1][0]:
+        return False
+      gold, answer = sets[0][1], sets[1][1]
+  return _by_parts(gold, answer, decide, outermost)
+
+
+def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool | None:
+  """`equivalent` without names: by the kind of the two answers and their elements."""
   gold_parts, answer_parts = split(gold, outermost), split(answer, outermost)
   if gold_parts is None or answer_parts is None:
     return False
   (kind, golds), (answer_kind, answers) = gold_parts, answer_parts
+  if ("\\text" in gold or "\\text" in answer) and ("one" in (kind, answer_kind) or kind != answer_kind):
+    return _same_words(gold, answer, outermost)
   if kind != answer_kind:
-    relations = [_RELATION.search(text) is not None for text in (gold, answer)]
-    same_set = sorted(relations) == [False, True] and "=" not in gold + answer or "\\setminus" in gold + answer
+    relations = [RELATION.search(text) is not None for text in (gold, answer)]
+    sets = {kind, answer_kind} <= {"union", "()", "(]", "[)", "[]", "one", "set", "list"} and "\\setminus" in gold + answer
+    same_set = sorted(relations) == [False, True] and "=" not in gold + answer or sets
     return decide(gold, answer) if same_set else False
   if kind == "one":
     return _leaf(golds[0], answers[0], decide)
   if len(golds) != len(answers):
-    return False
-  if kind in ("list", "union"):
-    names = [{name[1] for part in parts if (name := _NAME.fullmatch(part))} for parts in (golds, answers)]
-    if names[0] != names[1] and max(map(len, names)) > 1:
-      return False  # x=1,y=2 is not 1,2
-    return _same_in_any_order(golds, answers, decide)
+    return decide(gold, answer) if kind == "union" else False
+  if kind in ("list", "union", "pieces"):
+    named = names(golds), names(answers)
+    if named[0] != named[1] and max(map(len, named)) > 1:
+      return _same_words(gold, answer, outermost) if "\\text" in gold and "\\text" in answer else False  # x=1,y=2 is not 1,2
+    verdict = _same_in_any_order(golds, answers, decide, keep_names=len(named[0]) > 1)
+    return verdict if verdict is not False or "\\text" not in gold or kind != "list" else _same_words(gold, answer, outermost)
   verdicts = [equivalent(g, a, decide, False) for g, a in zip(golds, answers, strict=True)]
   return False if False in verdicts else None if None in verdicts else True
 
 
-def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide) -> bool | None:
-  left, undecided = list(answers), False
-  for gold in golds:
-    verdicts = [equivalent(gold, answer, decide, False) for answer in left]
+def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide, keep_names: bool) -> bool | None:
+  """Elements with the same text or exact value first, so that few pairs are left to `decide`."""
+
+  def key(text: str) -> object:
+    name = NAME.fullmatch(text)
+    text = bare(name[2] if name and not keep_names else text)
+    exact = None if text.endswith("%") else value(text)
+    return text if exact is None else exact
+
+  keyed = [[(key(text), text) for text in texts] for texts in (golds, answers)]
+  common = Counter(k for k, _ in keyed[0]) & Counter(k for k, _ in keyed[1])
+  left = []
+  for pairs in keyed:
+    spent, rest = common.copy(), []
+    for k, text in pairs:
+      if spent[k] > 0:
+        spent[k] -= 1
+      else:
+        rest.append(text)
+    left.append(rest)
+  undecided = False
+  for gold in left[0]:
+    verdicts = []
+    for answer in left[1]:
+      verdicts.append(equivalent(gold, answer, decide, False))
+      if verdicts[-1]:
+        break
     if True in verdicts:
-      left.pop(verdicts.index(True))
+      left[1].pop(verdicts.index(True))
     elif None in verdicts:
       undecided = True
     else:
@@ -229,99 +139,107 @@ def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide) -> 
   return None if undecided else True
 
 
+# --- words --------------------------------------------------------------------------------------------------
+
+_SYNONYMS = {"dne": "doesnotexist", "undefined": "undefined", "nosolutionexists": "nosolution", "nosolutions": "nosolution"}
+
+
 def _words(text: str) -> list[str]:
-  """The words of an answer in words, without case, spaces and full stops; single letters (choices) sorted."""
-  text = re.sub(r"\\text\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text)
-  words = re.sub(r"\s|(?<![0-9])\.|\.(?![0-9])", "", text).casefold().split(",")
-  words = [re.sub(r"^\((.)\)$", r"\1", word) for word in words]
+  """The words of an answer in words, without case, spaces, quotes, full stops; single letters (choices) sorted."""
+  text = re.sub(r"\\text\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).replace("\\lor", ",").replace("{}", "")
+  words = re.sub(r"\s|(?<![0-9])\.|\.(?![0-9])|[`\"]|''|(?<=[A-Za-z])-(?=[A-Za-z])", "", text).casefold().split(",")
+  words = [re.sub(r"^\((.)\)$", r"\1", word) for word in words if word]
+  words = [_SYNONYMS.get(word, word) for word in words]
   return sorted(words) if all(len(word) == 1 for word in words) else words
 
 
+_BARE_WORD = re.compile(r"[A-Za-z]{4,}|(?i:yes|no|odd|all|any|red)")
+
+
+def _same_words(gold: str, answer: str, outermost: bool) -> bool:
+  """Whether two answers with words are the same; an element of a list may have a known unit or not."""
+  if _words(gold) == _words(answer):
+    return True
+  if outermost or RELATION.search(gold + answer):
+    return False
+  (gold, gold_unit), (answer, unit) = units.split_unit(gold), units.split_unit(answer)
+  known = all(not text or units.measure(text) for text in (gold_unit, unit)) and not units.differ((gold_unit, ""), (unit, ""))
+  return bool(known and (gold_unit or unit) and value(gold) is not None and value(gold) == value(answer))
+
+
+_CHOICE = re.compile(
+  r"(?:\\text\{)?\s*(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(\s*(?:\\text\{)?([A-J])\}?\s*\)"
+  r"|([A-J])(?=\s*[:.)]))\s*\}?\s*[:.)]?\s*(.*)",
+  re.DOTALL)
+_OPTION = re.compile(r"(?:\\text\{)?\s*(?:[Tt]he\s*)?(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?\}?\.?")
+_SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b"
+                     r"|not\b|\\lor|nor\b)|^(?:[+*/^=<>!_&|]|-\s|\\(?:cdot|times|pm|cup|cap|le|ge|ne|in|to|lor)(?![A-Za-z]))")
+_FONTS = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mbox|boxed|bold|textsf)(?=\s*\{)")
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+  """The letter and the text of a choice with its text: (C) 12, C: 12, Option C; None for other answers."""
+  text = _FONTS.sub(r"\\text", text.replace("\\left", "").replace("\\right", "").replace("$", "")).strip().strip("*` ")
+  option = _OPTION.fullmatch(text)
+  if option:
+    return option[1], ""
+  text = re.sub(r"\\(?:quad|[ ,;:])|~", " ", text)
+  found = _CHOICE.fullmatch(text)
+  if found is None or _SECOND.search(found[3]) or found[3] and not re.search(r"[\s:.]$", text[:found.start(3)].rstrip("}")):
+    return None
+  rest = found[3].strip().strip(".")
+  return found[1] or found[2], rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
+
+
+def _same_choice(gold: str, answer: str) -> bool | None:
+  """Whether the letters agree, and the texts where both have one; None where one side is no choice."""
+  gold_choice = (gold, "") if re.fullmatch("[A-J]", gold) else _choice(gold)
+  answer_choice = (answer, "") if re.fullmatch("[A-J]", answer) else _choice(answer)
+  if gold_choice is None or answer_choice is None:
+    return None
+  if gold_choice[0] != answer_choice[0]:
+    return False
+  if not gold_choice[1] or not answer_choice[1]:
+    return True
+  return equivalent(canonical(gold_choice[1]).text, canonical(answer_choice[1]).text, lambda _gold, _answer: False)
+
+
+# --- single expressions -------------------------------------------------------------------------------------
+
+_INDEX = re.compile(r"\\(?:sum|prod|lim)_\{[^{}]*\}")  # n=1 under a sum, n\to\infty under a limit
 _OTHER_BASE = re.compile(r"[+-]?[0-9A-Fa-f.]+_\{?[0-9]+\}?")
-# What math-verify drops (primes, dots, \angle) or evaluates (\gcd of two letters is 1 to it, dy/dx is 0).
-_TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(")
-_LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
+# What latex2sympy drops (primes, dots, transposes, \angle), adds up (2 3) or evaluates (\gcd of two letters is 1 to it).
+_TEXT_ONLY = re.compile(r"gcd|lcm|'|\\prime|!!|\\angle|\.\.|\\dots|\\frac\{d[^{}]*\}\{d|[A-Za-z]\^\{-1\}\(|\^\{(?:T|\\top|\*"
+                        r"|\\dagger)\}|[0-9] [0-9]"
+                        r"|\\approx|\\begin|\\forall|\\to(?![A-Za-z])|\\equiv|\\pmod")
 
 
 def _leaf(gold: str, answer: str, decide: Decide) -> bool | None:
   """A single expression or relation: what can be said without algebra, else `decide`."""
   if gold == answer:
     return True
-  if any(gold.count(sign) != answer.count(sign) for sign in ("%", "=", "\\approx")):
+  if answer.endswith("%") and not gold.endswith("%"):
+    values = value(gold), value(answer[:-1])
+    return values[0] is not None and values[0] == values[1]
+  if gold.endswith("%") and answer.endswith("%"):
+    gold, answer = gold[:-1], answer[:-1]
+  plain = _INDEX.sub("", gold), _INDEX.sub("", answer)
+  if any(plain[0].count(sign) != plain[1].count(sign) for sign in ("%", "=", "\\approx")):
     return False
-  values = number(gold), number(answer)
+  values = value(gold), value(answer)
   if None not in values:
     return values[0] == values[1]
-  if gold.count("=") > 1 or any(
-      ":" in text or _TEXT_ONLY.search(text) or _OTHER_BASE.fullmatch(text)
-      or _SCIENTIFIC.fullmatch(text) and number(text) is None
+  if _BARE_WORD.fullmatch(gold) and gold.casefold() == answer.casefold():
+    return True
+  if plain[0].count("=") > 1 or any(
+      ":" in text or _TEXT_ONLY.search(_INDEX.sub("", text)) or _OTHER_BASE.fullmatch(text)
+      or SCIENTIFIC.fullmatch(text) and number(text) is None
       or "=" in text and None not in map(number, text.split("=")) for text in (gold, answer)):
     return False  # chains, times, ratios, other bases, huge powers of ten, equations of numbers: as text only
-  # math-verify folds case, but 3R^2 is not 3r^2, and N=n must not become n=n, which every identity equals.
-  letters, used = ({match[1] for match in _LETTERS.finditer(text) if match[1]} for text in (gold, answer))
-  if any(letter.swapcase() in letters for letter in (letters | used if "=" in gold else used - letters)):
-    return False
   return decide(gold, answer)
 
 
-def _for_sympy(text: str) -> str:
-  """LaTeX that math-verify reads as meant: exact decimals, mixed numbers, 3/4\\pi as 3/4 of \\pi, e-notation as products, degrees
-  in radians."""
-  text = re.sub(r"np\.([a-z]+)", r"\\\1", text)
-  text = re.sub(
-    r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9.])", r"(\1\\cdot 10^{\2})", text)
-  if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-    text = re.sub(r"([0-9]+(?:\.[0-9]+)?)\^\\circ", r"(\\frac{\1}{180}\\pi)", text)
-  text = text.replace("^\\circ", "")
-
-  def mixed(found: re.Match) -> str:
-    whole, above, below = found.groups()
-    return f"({whole}+\\frac{{{above}}}{{{below}}})" if int(above) < int(below) else found[0]
-
-  text = re.sub(r"(?<![0-9.A-Za-z^_}/])([0-9]+)/([0-9]+)(?![0-9.])", r"\\frac{\1}{\2}", text)
-  text = re.sub(r"(?<![0-9.A-Za-z^_}/])([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}", mixed, text)
-
-  def exact(decimal: re.Match) -> str:
-    whole, _, digits = decimal[0].partition(".")
-    return f"(\\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}})" if digits else whole
-
-  return re.sub(r"[0-9]+\.[0-9]*|(?<![0-9])\.[0-9]+", exact, text)
-
-
-def _imaginary(part: object) -> object:
-  """A parsed expression whose i is the imaginary unit; math-verify reads it as a variable."""
-  import sympy  # workers only
-
-  if not isinstance(part, sympy.Expr):
-    return part
-  return part.subs({symbol: sympy.I for symbol in part.free_symbols if symbol.name == "i"})
-
-
-def symbolic(gold: str, answer: str) -> bool:
-  """math-verify's verdict on two canonical expressions. Unbounded in time and memory: for workers only.
-
-  Its own timeouts stay off: they need the main thread, take over SIGALRM and raise past `except Exception`.
-  Its unit stripping stays off too: it reads 3t as 3.
-  """
-  from latex2sympy2_extended.math_normalization import NormalizationConfig  # half a second: workers only
-  from math_verify import LatexExtractionConfig, parse, verify
-
-  for name in ("math_verify", "latex2sympy2_extended"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  notation = NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False)
-  latex = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=notation)
-  gold_parsed, answer_parsed = (
-    parse(f"${_for_sympy(text)}$", extraction_config=(latex,), fallback_mode="no_fallback",
-          extraction_mode="first_match", parsing_timeout=None)
-    for text in (gold, answer)
-  )
-  if not gold_parsed or not answer_parsed:
-    return False
-  gold_parsed, answer_parsed = ([_imaginary(part) for part in parsed] for parsed in (gold_parsed, answer_parsed))
-  return verify(
-    gold_parsed, answer_parsed, numeric_precision=30, allow_set_relation_comp=True, timeout_seconds=None)
-
+# --- grading ------------------------------------------------------------------------------------------------
 
 def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tuple[str, str]:
   """The grade where text and exact numbers settle it, else the canonical pair (gold, answer) for `settle`.
@@ -337,25 +255,42 @@ def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tu
   found, gold = found.strip(), str(answer).strip()
   if found == gold:
     return CORRECT
-  if len(found) > MAX_CHARACTERS or nesting(found) > MAX_NESTING:
+  if len(found) <= MAX_CHARACTERS and "\\" not in found + gold:  # two integers, the most frequent case
+    integers = integer(gold), integer(found)
+    if None not in integers:
+      return CORRECT if integers[0] == integers[1] else WRONG
+  if len(" ".join(found.split())) > max(MAX_RAW, 2 * len(gold)) or nesting(found) > MAX_NESTING:
     return Graded(0.0, "too_long")
-  (gold, gold_unit), (found, found_unit) = canonical(gold), canonical(found)
-  gold, found = _bare(gold), _bare(found)
-  measures = measure(gold_unit), measure(found_unit)
-  if None not in measures and measures[0] != measures[1]:
-    return WRONG
+  return _judge(gold, found)
+
+
+def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
+  """`judge` of a gold and a final answer whose texts differ."""
+  (gold, *gold_unit), (found, *found_unit) = canonical(raw_gold), canonical(raw_found)
+  gold, found = bare(gold), bare(found)
+  if len(found) > max(MAX_CHARACTERS, 2 * len(gold)):
+    return Graded(0.0, "too_long")
   if not gold:
     return Graded(0.0, "error")  # a gold that says nothing is right for nobody
+  chosen = _same_choice(gold if len(gold) == 1 else raw_gold, found if len(found) == 1 else raw_found)
+  if chosen is not None and (chosen or len(gold) == 1):
+    return CORRECT if chosen else WRONG
+  if units.differ(tuple(gold_unit), tuple(found_unit)) or any(gold_unit) and found.endswith("%"):
+    return WRONG
   expected = integer(gold)
   if expected is not None:
-    name = _NAME.fullmatch(found)
-    return CORRECT if integer(name[2] if name and "=" in found else found) == expected else WRONG
+    found = forward(without_qualifier(found))
+    name = NAME.fullmatch(found)
+    found = bare(name[2] if name and "=" in found else found)
+    return CORRECT if integer(found.removesuffix("%")) == expected else WRONG
   verdict = equivalent(gold, found, lambda _gold, _answer: None)
   return (gold, found) if verdict is None else CORRECT if verdict else WRONG
 
 
 def settle(gold: str, answer: str) -> Graded:
   """The grade of a pair that `judge` left open. For a worker process only, as `symbolic` is."""
+  from arrol_jax.rewards.symbolic import symbolic  # sympy: in workers only
+
   return CORRECT if equivalent(gold, answer, symbolic) else WRONG
 
 

@@ -41,8 +41,6 @@ _log = logging.getLogger(__name__)
 _inside_worker = False
 
 
-# --- in the worker ------------------------------------------------------------------------------------------
-
 def work(descriptor: int) -> None:
   """A worker's life: settings, imports, then items from the socket `descriptor` until the parent is gone."""
   global _inside_worker
@@ -57,7 +55,7 @@ def work(descriptor: int) -> None:
     run = _reward_runner(reward_fn, pattern) if reward_fn else settle
     # Imports math-verify and builds its parser before a deadline runs. A reward function may grade too, or do without.
     with contextlib.suppress(ImportError) if reward_fn else contextlib.nullcontext():
-      settle("x+x", "2\\cdot x")
+      settle("\\frac{x^{2}}{2}+\\sqrt{3}\\sin(2x)", "\\sin(2\\cdot x)\\cdot\\sqrt{3}+0.5x^{2}")
     _limit_memory(memory_mb)
     connection.send("")
   except BaseException as error:
@@ -114,14 +112,10 @@ def _limit_memory(memory_mb: int) -> None:
   except FileNotFoundError:  # no Linux: there is no such limit to set
     return
   _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  limit = used + memory_mb * 2**20
-  if hard != resource.RLIM_INFINITY:
-    limit = min(limit, hard)
+  limit = used + memory_mb * 2**20 if hard == resource.RLIM_INFINITY else min(used + memory_mb * 2**20, hard)
   resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-
-# --- in the parent ------------------------------------------------------------------------------------------
 
 class _Worker:
   """The parent's side of one worker process. One thread asks; any thread may close."""

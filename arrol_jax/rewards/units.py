@@ -1,22 +1,54 @@
 """Units of measurement at the end of an answer: dropped for the comparison, and compared where both sides name one.
 
-An answer may give or omit its unit. Where both sides give a unit of the table below, they must be the same unit:
-5 cm is not 5 m. Units that are not in the table ("apples") are dropped and not compared. Left out: conversion.
+An answer may give or omit its unit. Where both sides give one of the table below (SI prefixes times bases, and what else is
+common), they must be the same unit: 5 cm is not 5 m, 5 mg not 5 g. Where a side has words that are not in the table ("apples",
+"miles east"), the words must be the same. A bare letter or word after a number is a unit only if it is in the table or, after a
+plain number, a word. Left out: conversion.
 """
 
 import re
 
-# name: other spellings. Plurals in -s are found by themselves; what has one letter counts in its case only.
-_TABLE = """
-meter: m metre | kilometer: km kilometre | centimeter: cm centimetre | millimeter: mm millimetre | inch: in inches
-foot: ft feet | yard: yd | mile: mi | gram: g gm | kilogram: kg kilo | milligram: | pound: lb | ounce: oz | ton: tonne
-second: s sec | minute: min | hour: h hr | day: | week: | month: | year: yr | cent: | dollar: usd buck | euro: eur
-degree: deg | radian: rad | liter: L litre | milliliter: ml mL millilitre | newton: N | joule: J | watt: W | volt: V
-kelvin: K | celsius: C | fahrenheit: F | ampere: A amp | unit: | gallon: gal | hertz: Hz hz | acre: | pascal: Pa pa
+# name: symbol, then other spellings. Names and symbols take SI prefixes; symbols count in their case only.
+_SI = """
+meter: m metre | gram: g gramme | second: s | liter: L l litre | newton: N | joule: J | watt: W | volt: V | pascal: Pa | hertz: Hz
+ampere: A amp | coulomb: C | farad: F | kelvin: K | mole: mol | ohm: Ω \u03a9 | electronvolt: eV | calorie: cal | tesla: T
+weber: Wb | henry: H | siemens: S | becquerel: Bq | bit: bit | byte: B | bar: bar | tonne: t | candela: cd | lumen: lm
 """
-_NAMES = {spelling: entry.partition(":")[0].strip() for entry in re.split(r"[|\n]", _TABLE) if entry.strip()
-          for spelling in entry.replace(":", " ").split()}
-_COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kmh": {"kilometer": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
+_PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "deci": "d", "micro": "μ", "nano": "n", "pico": "p", "femto": "f",
+             "mega": "M", "giga": "G", "tera": "T", "hecto": "h"}
+# Plurals in -s are found by themselves; what has one letter counts in its case only.
+_TABLE = """
+inch: in inches | foot: ft feet | yard: yd | mile: mi | gram: gm | kilogram: kilo | pound: lb | ounce: oz | ton:
+second: sec | meter: mtr | minute: min | hour: h hr | day: d | week: wk | month: | year: yr | cent: | dollar: usd buck
+euro: eur | rupee: rs inr | yen: jpy | yuan: rmb | cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz
+kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade | fahrenheit: F | unit: | gallon: gal | hertz: hz | acre:
+pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly | steradian: sr | au: AU | angstrom: Å
+mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence:
+"""
+_CURRENCIES = frozenset("cent dollar euro rupee yen yuan".split())
+
+
+def _names() -> dict[str, str]:
+  names = {}
+  for entry in re.split(r"[|\n]", _SI):
+    name, _, spellings = entry.strip().partition(":")
+    for spelling in (name, *spellings.split()) if name else ():
+      names.setdefault(spelling, name)
+      for prefix, symbol in _PREFIXES.items():
+        word = len(spelling) > 3 and spelling.islower() or spelling in ("ohm", "amp")
+        for first in (prefix,) if word else (symbol, "u", "µ") if symbol == "μ" else (symbol,):
+          names.setdefault(first + spelling, prefix + name)
+  for entry in re.split(r"[|\n]", _TABLE):
+    name, _, spellings = entry.strip().partition(":")
+    names |= {spelling: name for spelling in (name, *spellings.split()) if name}
+  return names
+
+
+_NAMES = _names()
+_COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kmh": {"kilometer": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1},
+             "kmph": {"kilometer": 1, "hour": -1}, "mpg": {"mile": 1, "gallon": -1}, "rpm": {"revolution": 1, "minute": -1},
+             "kWh": {"kilowatt": 1, "hour": 1}, "kwh": {"kilowatt": 1, "hour": 1}, "mps": {"meter": 1, "second": -1},
+             "fps": {"foot": 1, "second": -1}, "sqft": {"foot": 2}, "psi": {"pound": 1, "inch": -2}}
 
 # Words after a number that change its value or offer a second one; everything else counts as a unit.
 _NOT_UNITS = frozenset(
@@ -27,50 +59,139 @@ _NOT_UNITS = frozenset(
   "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
   "nineteen twenty thirty forty fifty sixty seventy eighty ninety am pm below negative choose over sqrt january february "
   "march april may june july august september october november december "
-  "permille mille lakh lakhs crore crores gross tens repeating recurring eleventh elevenths twelfth twelfths".split()
+  "permille mille lakh lakhs crore crores gross tens repeating recurring eleventh elevenths twelfth twelfths "
+  "approximately approx about roughly nearly almost around wrong incorrect infinity infinite infinitely none but "
+  "mil ciento millones mille tausend und oder oppure cada root roots power bp bps zero pair pairs couple "
+  "sine cosine tangent theta alpha beta gamma delta lambda sigma omega epsilon thereof half double triple twice".split()
 )
-_NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$")  # sixteenths, twentieths, quadrillion
-_UNIT_LETTERS = frozenset("ACFJKLNVWghms")
+_NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$|ill[oó]n(?:es)?$|illionen$|тысяч|миллион|миллиард|[0-9]")
+_FUNCTION_WORD = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]?$")
+_UNIT_LETTERS = frozenset("ACFJKLNVWTghmslΩ\u03a9")
+_SMALL = frozenset("of the a an in total".split())
 _JOINING = frozenset("per of a the square sq cubic cu".split())
+_GLUED = frozenset(  # a unit also directly after a number or \pi; mg, ml and ms are products there
+  "cm mm km kg dm ft lb lbs oz hr hrs min mins sec secs mph kmh kph kJ kW kWh kPa Hz kHz MHz GHz mol rad deg yd yds yr yrs gal "
+  "usd kmph "
+  "mL dL Pa MPa kN nm cc inch inches feet foot meters metres meter miles mile hours hour days minutes seconds dollars cents "
+  "degrees "
+  "radians grams years units".split())
+# After a number in Chinese, Japanese or Korean: what changes it.
+_CHANGES = re.compile("[一二三四五六七八九十百千万亿萬億兆半或和与與及不非零点點倍折成]|分之|百分|만|억|천|백|또는|または")
+_EAST_ASIAN = re.compile(r"(?<=[0-9])\s*\(?([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,6})\)?$")
 
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
-_MARKED = re.compile(rf"(?<=[0-9A-Za-z}})])\s*/?\s*\\text\{{((?:[A-Za-z\s.,/~-]|{_EXPONENT})+)\}}(?:{_EXPONENT})?[.\s]*$")
-_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([A-Za-z][A-Za-z\s/.-]*(?:{_EXPONENT})?)")
-_TEXT = re.compile(r"^\\text\{\s*([-+]?[0-9][^{}\\]*)\}$")
-_TOKEN = re.compile(r"[A-Za-z]+|/|\^\{?(-?[0-9])\}?")
+_GAP = r"\s*(?:/|\\cdot|\\times|\*)?\s*"
+_MARKED = re.compile(
+  rf"(?<=[0-9A-Za-z}})\]])(?:{_GAP}\s*\\text\{{((?:[^\W\d_]|[µ\s.,/~'()\[\]-]|{_EXPONENT})+)\}}|\s*/?\s*()\\(?:Omega|mho"
+  rf"|AA)(?![A-Za-z]))"
+  rf"(?:{_EXPONENT})?[.\s]*$")
+_POWER_OF = rf"(\\text\{{[^{{}}]*\}}(?:{_EXPONENT})?)"
+_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POWER_OF}\s*\}}\s*\{{\s*{_POWER_OF}\s*\}}$")
+_SCALE = re.compile(r"(?<=\\circ)\s*(?:\\text\{\s*)?([CF])\s*\}?$")
+_MICRO = re.compile(r"\\mu\s*(?:\\text\{\s*([A-Za-z]+)\s*\}|([A-Za-z]{1,2})(?![A-Za-z]))")
+_KILO_OHM = re.compile(r"(?<=[0-9 }])(?:\\text\{\s*([kM])\s*\}|([kM]))\s*\\Omega")
+_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])(?:\s+|\s*/\s*)([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)")
+_BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]+(?:{_EXPONENT})?(?:\s*/\s*|\s+)?)+)$", re.DOTALL)
+_TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
+_ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
+_RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
+_TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
+_SIGN = re.compile(
+  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling"
+  r"|mathsterling)(?![A-Za-z])"
+  r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB"
+  r"|JPY)\b\.?)"
+  r"\s*(?P<close>\}?)\s*(?P<minus_too>-?)\s*(?=[-0-9.\\(\s])")
+_SIGN_AFTER = re.compile(
+  r"(?<=[0-9.}])\s*(?:\\text\{\s*)?(\\?\$|[€£¥₹₩₽₺₫₦¢]|\\cent(?:s)?(?![A-Za-z])|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|RMB|JPY"
+  r"|Rs)\b\.?)\s*\}?\s*\.?$")
+_CURRENCY = {
+  "$": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro", "euro": "euro", "£": "pound", "GBP": "pound", "pounds": "pound",
+  "sterling": "pound", "¥": "yen", "yen": "yen", "JPY": "yen", "CNY": "yen", "RMB": "yen", "₹": "rupee",
+  "Rs": "rupee", "INR": "rupee",
+  "¢": "cent", "cent": "cent"}
+
+
+def _currency(sign: str) -> str:
+  return next((name for mark, name in _CURRENCY.items() if mark in sign), sign)
+
+
+def split_currency(text: str) -> tuple[str, str]:
+  """`text` less a currency sign before or after its number, and the currency's name ("" for none). Math's `$...$` stay."""
+  delimiters = text.count("$") - text.count("\\$") > 1  # of mathematics
+  after = _SIGN_AFTER.search(text)
+  if after and delimiters and after[1] == "$":
+    after = None
+  sign = _SIGN.match(text)
+  if sign and not (delimiters and sign["sign"] == "$"):
+    rest = text[sign.end():after.start() if after else None]  # $500 USD
+    opening = "" if sign["close"] else sign["text"] or ""
+    return opening + sign["minus"] + sign["minus_too"] + rest, _currency(sign["sign"])
+  return (text[:after.start()], _currency(after[1])) if after else (text, "")
 
 
 def split_unit(text: str) -> tuple[str, str]:
   """`text`, in which words are \\text{words}, less the units at its end, and these units' text ("" where there are none).
 
-  Without \\text a number must stand before the unit, a space between, and its words be long or in the table, and of two
-  letters at least: 12 xy and 3 m are products. \\text{12 apples} is such a text too.
+  Without \\text a unit of the table of two letters at least may stand behind a number, \\pi or a bracket, and after a plain
+  number and a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text
+  too. Ordinals (57th) lose their ending.
   """
+  text = _RANKED.sub(r"\1 ", text)
+  text = _QUOTIENT.sub(r"\1/\2", _KILO_OHM.sub(lambda k: f"\\text{{{k[1] or k[2]}Ω}}", text))
+  text = _MICRO.sub(lambda unit: f"\\text{{μ{unit[1] or unit[2]}}}" if unit.end() == len(text) else unit[0], text)
+  scale = _SCALE.search(text)
+  if scale:
+    return text[:scale.start()], scale[1]
   whole = text
-  for _ in range(3):  # 9.8 \text{ m} \text{ s}^{-2}
+  for _ in range(4):  # 9.8 \text{ m} \text{ s}^{-2}
     unit = _MARKED.search(text)
-    words = re.findall("[A-Za-z]+", unit[1]) if unit else []
-    # What begins with a comma was "or" or "and": a second answer, no unit.
-    if not 1 <= len(words) <= 5 or unit[1].lstrip().startswith(",") or any(
-        _changes_value(word) or (len(word) == 1 and word not in _UNIT_LETTERS) for word in words):
+    content = unit[1] or "Ω" if unit else ""
+    words = re.findall(r"[^\W\d_]+", content)
+    # What begins with a comma was "and": a second answer, no unit.
+    if not 1 <= len(words) <= 6 or content.lstrip().startswith(",") or _CHANGES.search(content) or any(
+        _changes_value(word) or (len(word) == 1 and word.isascii() and word not in _UNIT_LETTERS) for word in words):
       break
     text = text[:unit.start()]
-  if text == whole and (plain := _PLAIN.fullmatch(_TEXT.sub(r"\1", text))):
-    words = re.findall("[A-Za-z]+", plain[2])
-    if len(words) <= 5 and not any(map(_changes_value, words)) and all(
-        len(word) > 3 or word.lower() in _JOINING or len(word) > 1 and _name(word) or word in _COMPOUND for word in words):
+  if text == whole:
+    text, tail = _split_bare(_TEXT.sub(r"\1\2", text))
+    if not tail and text + tail != whole and _TEXT.match(whole):
+      text = whole
+  else:
+    tail = whole[len(text):].replace("\\Omega", "Ω")
+  ordinal = _ORDINAL.search(text)
+  return text[:ordinal.start()] if ordinal else text, tail
+
+
+def _split_bare(text: str) -> tuple[str, str]:
+  """`split_unit` where no unit is in \\text."""
+  plain = _PLAIN.fullmatch(text)
+  if plain:
+    words = re.findall(r"[^\W\d_]+", plain[2])
+    if len(words) <= 5 and len(words[-1]) > 1 and not any(map(_changes_value, words)) and all(
+        len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or word in _COMPOUND
+        or len(word) > 1 and (_name(word) and word != "mg" or not word.isascii()) for word in words):
       return plain[1], plain[2]
-  return text, whole[len(text):]
+  bare = _BARE.match(text)
+  if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", bare[1])):
+    words = re.findall("[A-Za-z]+", bare[3])
+    if words[0] in _GLUED and all(word in _GLUED or "/" in bare[3] and _name(word) or word in _JOINING for word in words):
+      return bare[1], bare[3].strip()
+  asian = _EAST_ASIAN.search(text)
+  if asian and not _CHANGES.search(asian[1]):
+    return text[:asian.start()], asian[1]
+  return text, ""
 
 
 def _changes_value(word: str) -> bool:
-  return word.lower() in _NOT_UNITS or _NUMBER_WORD.search(word.lower()) is not None
+  small = word.lower()
+  return small in _NOT_UNITS or _NUMBER_WORD.search(small) is not None or _FUNCTION_WORD.match(small) is not None
 
 
 def measure(unit: str) -> dict[str, int] | None:
   """A unit's powers, {"meter": 1, "second": -2}; None for no unit and for one with a word that is not in the table."""
   powers, sign, power, last = {}, 1, 1, None
-  for token in _TOKEN.finditer(unit.replace("\\text", " ")):
+  for token in _TOKEN.finditer(unit.replace("\\text", " ").replace("\\cdot", " ")):
     word = token[0]
     if word == "/" or word == "per":
       sign = -1
@@ -86,9 +207,48 @@ def measure(unit: str) -> dict[str, int] | None:
       if last is None or last in powers:
         return None
       powers[last], power = sign * power, 1
+  if len(powers) > 1 and {"celsius", "fahrenheit"} & set(powers):
+    powers.pop("degree", None)  # degrees Celsius
   return powers or None
 
 
+def _words(unit: str) -> list[str]:
+  """A unit's words without plurals, articles and case, known ones by their names, sorted."""
+  words = [_name(word) or word.lower() for word in re.findall(r"[^\W\d_]+", unit.replace("\\text", " ").replace("\\cdot", " "))]
+  return sorted(word.removesuffix("s") if len(word) > 3 else word for word in words if word not in _SMALL)
+
+
+def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
+  """Whether two (unit, currency) cannot mean the same; what a side omits is no difference."""
+  parts, words_only = [], []
+  for unit, currency in (gold, answer):
+    powers = measure(unit)
+    money = next((name for name, power in (powers or {}).items() if power == 1 and name in _CURRENCIES), "")
+    if powers and money:
+      powers = {name: power for name, power in powers.items() if name != money}
+      unit = unit if powers else ""
+    parts.append((currency or money, powers, unit))
+    if money and not currency and not unit:
+      words_only.append(len(parts) - 1)
+  (gold_money, gold_powers, gold_unit), (money, powers, unit) = parts
+  if words_only and not (gold_money and money) and _words(gold[0]) != _words(answer[0]) and gold[0] and answer[0]:
+    return True  # cents, and some other word
+  if gold_money and money and gold_money != money:
+    return True
+  if "pound" in (gold_money, money) and {"pound": 1} in (gold_powers, powers):
+    return False  # £5 is 5 pounds
+  if not gold_unit or not unit:
+    return bool(gold_money and powers and not money and not gold_unit or money and gold_powers and not gold_money and not unit)
+  if gold_powers and powers:
+    degrees = {"degree": 1} in (gold_powers, powers) and {*gold_powers, *powers} <= {"degree", "celsius", "fahrenheit"}
+    return gold_powers != powers and not degrees
+  return _words(gold_unit) != _words(unit)
+
+
 def _name(word: str) -> str | None:
+  found = _NAMES.get(word)
+  if found or len(word) == 1:
+    return found
+  singular = word.removesuffix("s")
   small = word.lower()
-  return _NAMES.get(word) or (None if len(word) == 1 else _NAMES.get(small) or _NAMES.get(small.removesuffix("s")))
+  return (_NAMES.get(singular) if len(singular) > 1 else None) or _NAMES.get(small) or _NAMES.get(small.removesuffix("s"))

@@ -1,0 +1,46 @@
+"""Kinds of answers: what says the same as the reference answer is right, and the near miss is wrong.
+
+The tables are tests/grading/kinds.jsonl: a line a reference answer, with answers that are right and answers that are wrong.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arrol_jax.rewards import Grader
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [json.loads(line) for line in (ROOT / "tests/grading/kinds.jsonl").read_text(encoding="utf-8").splitlines()]
+CASES = ROOT.parent / "shared" / "cases" / "grading.jsonl"
+
+
+def misjudged(items: list[tuple[str, str, float]], pattern: str | None = None) -> list[tuple]:
+  """(response, gold, wanted reward, reason) of what is graded otherwise than wanted."""
+  with Grader(2, pattern) as grader:
+    grades = grader.grade_all([(response, gold) for response, gold, _ in items])
+  return [(*item, graded.reason) for item, graded in zip(items, grades, strict=True) if graded.reward != item[2]]
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in ROWS}))
+def test_kind(kind):
+  rows = [row for row in ROWS if row["kind"] == kind]
+  assert all(row["right"] or row["wrong"] for row in rows)
+  for pattern in {row.get("pattern") for row in rows}:
+    items = [(other if pattern else f"So $\\boxed{{{other}}}$.", row["gold"], reward)
+             for row in rows if row.get("pattern") == pattern
+             for reward, others in ((1.0, row["right"]), (0.0, row["wrong"])) for other in others]
+    assert misjudged(items, pattern) == []
+
+
+def test_shared_cases_of_grading():
+  """At least 97 in 100 as wanted, and no wrong answer taken for right."""
+  if not CASES.exists():
+    pytest.skip("no ../shared/cases")
+  rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+  missed = []
+  for pattern in {row["pattern"] for row in rows}:
+    items = [(row["response"], row["answer"], float(row["want"])) for row in rows if row["pattern"] == pattern]
+    missed += misjudged(items, pattern)
+  assert [item for item in missed if not item[2]] == []
+  assert len(missed) <= 0.03 * len(rows), missed
