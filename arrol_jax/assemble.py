@@ -3,6 +3,7 @@
 The only module besides the entry points that reads the config; everything below takes plain arguments.
 """
 
+from collections.abc import Callable
 import dataclasses
 import os
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 import optax
 from tqdm import tqdm
 
+from arrol_jax import step_programs
 from arrol_jax.data import sources
 from arrol_jax.data.problems import Prompt, encode_prompts
 from arrol_jax.engine.sampling import Sampling
@@ -19,7 +21,7 @@ from arrol_jax.engine.scheduler import Engine, slots_that_fit
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.evaluation import Voters, measure
-from arrol_jax.learning.generation import Grading
+from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
@@ -82,7 +84,7 @@ def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int,
                               prefill_rows=min(r.prompts, 32))
   if r.slots is not None:
     return build(r.slots)
-  fits = slots_that_fit(build(most), sampling(c, loaded, r.temperature), r.group_size, params, memory)
+  fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory)
   return build(most if fits is None else min(most, fits))
 
 
@@ -97,12 +99,13 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
              head: dict | None = None, tables: Calibration | None = None) -> dict:
   """`held_out.measure` as eval.* says, with a progress bar called `name`."""
   voters = Voters(head, tables, tuple(c.prune.detect), c.eval.stop_below, c.eval.window)
-  how = dataclasses.replace(sampling(c, loaded, c.eval.temperature), confidence=TOP_K if c.eval.deepconf else None,
+  how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None,
                             pool=head is not None and "mean" in inputs_of(head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
-    return measure(engine, prompts, c.eval.samples, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
+    asked = Asked(c.eval.samples, c.eval.temperature, c.rollout.top_p or 1.0)
+    return measure(engine, prompts, asked, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
 
 
 def check_tables(c: ConfigDict, loaded: Policy) -> None:
@@ -114,9 +117,11 @@ def check_tables(c: ConfigDict, loaded: Policy) -> None:
                       f"{tuple(c.prune.detect)}; give the lengths that it was trained with")
 
 
-def sampling(c: ConfigDict, loaded: Policy, temperature: float | None) -> Sampling:
+def sampling(c: ConfigDict, loaded: Policy, temperature: float | None = None) -> Sampling:
+  """How tokens are drawn. temperature None: it and top_p are each request's own: training and evaluation share programs."""
   r = c.rollout
-  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p, r.min_p,
+  top_p = None if temperature is None else r.top_p
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, top_p, r.min_p,
                   TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs)
 
 
@@ -133,11 +138,20 @@ def loss(c: ConfigDict) -> LossConfig:
 def step_config(c: ConfigDict, loaded: Policy) -> StepConfig:
   """What a training step does."""
   return StepConfig(
-    dtype=c.model.dtype, sampling=sampling(c, loaded, c.rollout.temperature), rule=prune_rule(c),
-    update=UpdateConfig(loaded.config, loss(c), compute(c)), shape=pack_shape(c), optimizer=optimizer(c),
+    dtype=c.model.dtype, sampling=sampling(c, loaded), temperature=c.rollout.temperature, rule=prune_rule(c),
+    update=UpdateConfig(loaded.config, loss(c), compute(c), fresh=c.optim.epochs * c.optim.minibatches == 1),
+    shape=pack_shape(c), optimizer=optimizer(c),
     head_optimizer=head_optimizer(c) if c.quality.buffer else None,
     passes=c.quality.passes, weigh=tuple(c.prune.weigh), balance=c.quality.balance, short=c.quality.short,
-    half_life=c.prune.half_life)
+    half_life=c.prune.half_life, epochs=c.optim.epochs, minibatches=c.optim.minibatches, schedule=schedule(c), seed=c.seed)
+
+
+def programs(c: ConfigDict, engine: Engine, config: StepConfig, state: TrainState) -> list[step_programs.Program]:
+  """All that a run's steps will compile."""
+  r, mesh = c.rollout, engine.mesh
+  started = r.prompts * r.group_size
+  out = step_programs.generation_programs(engine, config, state, r.prompts, r.group_size, everything=True)
+  return out + step_programs.training_programs(mesh, config, state, started, started, everything=True)
 
 
 def compute(c: ConfigDict) -> Compute:
@@ -145,7 +159,7 @@ def compute(c: ConfigDict) -> Compute:
 
 
 def pack_shape(c: ConfigDict) -> PackShape:
-  return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets)
+  return PackShape(c.rollout.max_prompt + c.rollout.max_new, c.optim.micro_tokens, c.optim.length_buckets, c.optim.tail_sizes)
 
 
 def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
@@ -160,7 +174,13 @@ def belongs(c: ConfigDict) -> dict:
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
   o = c.optim
-  return update.make_optimizer(o.lr, o.head_lr, o.warmup, o.clip_norm, o.weight_decay, o.b1, o.b2)
+  return update.make_optimizer(schedule(c), o.head_lr, o.clip_norm, o.weight_decay, o.b1, o.b2)
+
+
+def schedule(c: ConfigDict) -> Callable:
+  """The policy's learning rate by optimizer steps taken."""
+  o = c.optim
+  return update.rate_schedule(o.schedule, o.lr, o.warmup, c.steps, o.epochs * o.minibatches)
 
 
 def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict, config_flags
 
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
-from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, RATIOS
+from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
+from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning.head import INPUTS
@@ -51,11 +52,22 @@ def _with_new_names(argv: list[str]) -> list[str]:
   return argv
 
 
+def keep_compilations(folder: str | None) -> None:
+  """What is compiled is kept in `folder` for the next start; "" for the user's cache, "none" for nowhere. The environment's
+  JAX_COMPILATION_CACHE_DIR goes first."""
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder == "none":
+    return
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
   """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
   values, argv = flags.FlagValues(), _with_new_names(argv)
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
+  flags.DEFINE_string("compilation_cache", "", "folder that keeps compiled programs; none: keep none", flag_values=values)
   for name, default in (defaults or {}).items():
     flags.DEFINE_string(name, default, "see README.md", flag_values=values)
   if {"--help", "-h"} & set(argv[1:]):
@@ -77,6 +89,7 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; every option is --NAME=VALUE")
+  keep_compilations(values.compilation_cache)
   if values.workdir is None:
     # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
     values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
@@ -156,6 +169,16 @@ def check(c: ConfigDict, files: bool = True) -> None:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
 
 
+def remarks(c: ConfigDict) -> list[str]:
+  """What a config asks for that does nothing, a line each."""
+  named = [f"loss.{name}" for name in ("clip_low", "clip_high") if c.loss[name] is not None]
+  named += ["GSPO's ratio"] * (c.loss.name == "gspo" or c.loss.ratio == "sequence")
+  if named and c.optim.epochs * c.optim.minibatches == 1:
+    return [f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs or "
+            "optim.minibatches"]
+  return []
+
+
 def _need(ok: bool, text: str) -> None:
   if not ok:
     raise UserError(text)
@@ -185,6 +208,10 @@ def _check(c: ConfigDict) -> None:
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
     _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
+  for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
+    value = functools.reduce(getattr, name.split("."), c)
+    _need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
+  _need(c.loss.correction_cap > 0, f"loss.correction_cap is {c.loss.correction_cap}; it must be above 0")
   _need(c.loss.overlong is None or 0 <= c.loss.overlong <= 1, f"loss.overlong is {c.loss.overlong}; it is a share of max_new")
   _need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -229,13 +256,15 @@ def _check_counts(c: ConfigDict) -> None:
   """Numbers that have a smallest value."""
   at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.resampling",
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
-                "optim.chunk_tokens", "optim.length_buckets", "reward.workers", "reward.memory", "checkpoint.every",
+                "optim.chunk_tokens", "optim.length_buckets", "optim.epochs",
+                "optim.minibatches", "reward.workers", "reward.memory", "checkpoint.every",
                 "checkpoint.keep", "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
   at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
   for names, least in ((at_least_1, 1), (at_least_0, 0)):
     for name in names:
       value = functools.reduce(getattr, name.split("."), c)
       _need(value >= least, f"{name} is {value}; it must be at least {least}")
+  _need(c.optim.tail_sizes in (0, 1, 2), f"optim.tail_sizes is {c.optim.tail_sizes}; it must be 0, 1 or 2")
   _need(c.seed < 2**31, f"seed is {c.seed}; it must be below 2^31")
 
 

@@ -17,10 +17,10 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble, config as configuration, step_programs
 from arrol_jax.data import problems, sources
-from arrol_jax.learning import generation, resampling, update
-from arrol_jax.learning.generation import Grading
+from arrol_jax.learning import generation, resampling
+from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
@@ -32,6 +32,8 @@ def main():
   c, flags = configuration.parse(sys.argv)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
+  for remark in configuration.remarks(c):
+    hosts.say(f"config: {remark}")
   workdir, started = flags.workdir, time.time()
   hosts.together(lambda: check_workdir(workdir, c))
   done = hosts.agree(read_json(f"{workdir}/summary.json")["steps"] if os.path.exists(f"{workdir}/summary.json") else 0)
@@ -51,13 +53,17 @@ def main():
     if hosts.first():
       claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
 
+    compiling = hosts.Compiling()
+
     def evaluate(state, name: str) -> dict:
       path = f"{workdir}/{name}.json"
       if not eval_prompts:
         return {}
       if not hosts.agree(os.path.exists(path)):
-        held_out = assemble.eval_engine(c, loaded, mesh, state.params["policy"])
+        same = c.eval.max_new in (0, c.rollout.max_new)  # then the training's programs serve
+        held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
+        held_out.load(state.params["policy"], c.model.dtype)
         results = {benchmark: assemble.accuracy(c, loaded, held_out, prompts, grader, name.replace("_", " "),
                                                 state.params["head"], state.calibration)
                    for benchmark, prompts in eval_prompts.items()}
@@ -72,9 +78,10 @@ def main():
       def one(n: int, count: int) -> list:
         # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
         batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, c.rollout.prompts)[:count]
+        asked = Asked(c.rollout.group_size, c.rollout.temperature, c.rollout.top_p or 1.0)
         done, seconds = generation.generate(
-          engine, dict(enumerate(batch, n * c.rollout.prompts)), c.rollout.group_size, assemble.key(c, assemble.TRAIN, step),
-          config.sampling, Grading(loaded.tokenizer, grader), decide)
+          engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,
+          assemble.key(c, assemble.TRAIN, step), config.sampling, Grading(loaded.tokenizer, grader), decide)
         waited.append(seconds)
         return done
 
@@ -93,6 +100,11 @@ def main():
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
     engine.watch = stop.check
     train_step = TrainingStep(engine, config, reference)
+    programs = assemble.programs(c, engine, config, state)
+    bar = tqdm(total=len(programs), desc="compiling", unit="program", disable=not hosts.first())
+    took = step_programs.compile_ahead(programs, mesh, lambda *_: bar.update())
+    bar.close()
+    hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
@@ -121,7 +133,7 @@ def main():
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
       state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
-      line = {"step": step + 1} | metrics | {"lr": float(update.learning_rate(c.optim.lr, c.optim.warmup, step))}
+      line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds()}
       since_saved.append(line["reward_ipw"])
       if logs:
         logs.write(line, rolled.rollouts, c.log.rollouts)

@@ -85,18 +85,24 @@ def get_config() -> ConfigDict:
   c.loss.kl_weight = config_dict.placeholder(float)
   c.loss.normalize_std = config_dict.placeholder(bool)
   c.loss.head_weight = config_dict.placeholder(float)
+  c.loss.correction = "none"   # what sampler and trainer differ by: "truncate" weighs each token by min(ratio, cap), "mask"
+  c.loss.correction_cap = 2.0  # each row by its whole ratio, not at all above the cap; for rollout.cache = "int8"
 
   c.optim = ConfigDict()
   c.optim.lr = 1e-6            # policy (paper)
   c.optim.head_lr = 1e-3       # quality head (open in the paper)
   c.optim.warmup = 0           # steps
+  c.optim.schedule = "constant"  # after the warm-up; "linear" and "cosine" go down to 0 at the last step
+  c.optim.epochs = 1           # passes over a step's batch,
+  c.optim.minibatches = 1      # each in so many optimizer steps of whole groups; 1 and 1: one step, whose ratio is 1
   c.optim.clip_norm = 1.0
   c.optim.weight_decay = 0.0
   c.optim.b1 = 0.9
   c.optim.b2 = 0.99
   c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
   c.optim.chunk_tokens = 4096  # tokens whose logits exist at once, on each chip
-  c.optim.length_buckets = 3   # compiled row lengths of the update
+  c.optim.length_buckets = 2   # compiled lengths of attention's rows in the update
+  c.optim.tail_sizes = 2       # compiled sizes of the last micro-batch that are smaller: a half, a quarter
 
   c.reward = ConfigDict()
   c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":

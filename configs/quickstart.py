@@ -23,7 +23,10 @@ def get_config():
   c.rollout.max_new = 48
   c.rollout.slots = 256
   c.rollout.segment = 8
-  c.rollout.row_buckets = 3    # fewer shapes to compile
+  c.rollout.row_buckets = 2    # few shapes to compile
+  c.rollout.length_buckets = 1
+  c.optim.length_buckets = 1
+  c.optim.tail_sizes = 0
   c.prune.detect = (16,)
   c.prune.cold_start = 5
   c.prune.half_life = 1024.0   # the tiny policy moves fast: old scores say little about new ones

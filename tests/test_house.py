@@ -13,7 +13,7 @@ PACKAGE = ROOT / "arrol_jax"
 
 # A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
 PACKAGES = "types running rewards data models engine pruning learning serving".split()
-TOP = "prune voting config step assemble planning benchmarks".split()
+TOP = "prune voting config step step_programs assemble planning benchmarks".split()
 ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
 ORDER = PACKAGES + TOP
 

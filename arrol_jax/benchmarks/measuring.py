@@ -105,7 +105,7 @@ def fake_rollouts(c, a, lengths: np.ndarray) -> list[Rollout]:
 
 
 def fresh_state(c, mesh) -> tuple[TrainState, object]:
-  optimizer = update.make_optimizer(1e-6, 1e-3, 0, 1.0, 0.0, 0.9, 0.99)
+  optimizer = update.make_optimizer(update.rate_schedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
   axes = sharding.shardings(transformer.logical_axes(c), transformer.abstract_params(c), mesh, sharding.TRAIN)
   weights = jax.jit(lambda key: transformer.init_params(c, key), out_shardings=axes)(jax.random.key(0))
   params = {"policy": weights, "head": init_head(c.width, 256, jax.random.key(1))}

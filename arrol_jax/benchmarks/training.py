@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 
+from arrol_jax import step_programs
 from arrol_jax.benchmarks.measuring import (
   ceilings,
   decode_floor,
@@ -71,9 +72,17 @@ def training_step(a, c, mesh, detect: int, params: dict, optimizer) -> TrainingS
   slots = a.slots or slots_that_fit(engine, sampling, a.group, params) or a.rows
   engine, _ = make_engine(a, c, mesh, min(slots, a.rows))
   return TrainingStep(engine, StepConfig(
-    dtype=a.dtype, sampling=sampling, rule=PruneRule((detect,)),
+    dtype=a.dtype, sampling=sampling, temperature=1.0, rule=PruneRule((detect,)),
     update=update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)),
     shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets), optimizer=optimizer))
+
+
+def compile_step(one: TrainingStep, state, prompts: int, group: int) -> None:
+  """Compiles all that a step runs, ahead as train.py does."""
+  mesh, c = one.engine.mesh, one.config
+  programs = step_programs.generation_programs(one.engine, c, state, prompts, group, everything=True)
+  programs += step_programs.training_programs(mesh, c, state, prompts * group, prompts * group, everything=True)
+  step_programs.compile_ahead(programs, mesh)
 
 
 def bench_step(a, c, mesh) -> list[dict]:
@@ -99,7 +108,7 @@ def bench_step(a, c, mesh) -> list[dict]:
 
   start = time.perf_counter()
   for one in steps.values():
-    one.warm_up(state)
+    compile_step(one, state, a.rows // a.group, a.group)
   compile_s = time.perf_counter() - start
   results = {}
   for detect in (None, *a.detect):

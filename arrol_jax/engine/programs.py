@@ -119,14 +119,14 @@ def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -
   for old in slots.cache:
     cache.append(take_columns(old, rows, length))
     jax.tree.map(lambda x: x.delete(), old)
-  return _take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
+  return take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 
 
 take_columns = jax.jit(kv_cache.take, static_argnames=("length",))
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
-def _take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> Slots:
+def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> Slots:
   rest = jax.tree.map(lambda x: x[rows], slots)
   # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist.
   return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
@@ -168,7 +168,8 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
                             fused=fused)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
     chosen = s.sampling_params
-    chosen = chosen and chosen.replace(top_p=jnp.where(s.active, chosen.top_p, 1.0))
+    chosen = chosen and chosen.replace(temperature=jnp.where(s.active, chosen.temperature, 1.0),
+                                       top_p=jnp.where(s.active, chosen.top_p, 1.0))
     with jax.named_scope("sample"):
       token, logprob, confidence = sample(sampling, key, transformer.unembed(params, hidden), chosen)
     generated = s.generated + s.active.astype(jnp.int32)

@@ -118,5 +118,6 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array,
     inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
     token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
     if params is not None:
-      token = jnp.where(params.temperature > 0, token, greedy())
+      warm = params.temperature > 0
+      token = jax.lax.cond(jnp.all(warm), lambda: token, lambda: jnp.where(warm, token, greedy()))
   return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total), confidence

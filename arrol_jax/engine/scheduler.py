@@ -293,7 +293,7 @@ class Run:
         source[slot], limit[slot] = where[request.prompt], request.max_tokens
         index[slot], group[slot] = request.index, request.prompt
         self.slot_to_request[slot] = sequence
-      self.slots = programs.insert(self.slots, prefix, source, _fold_all(self.key, index), limit, group,
+      self.slots = programs.insert(self.slots, prefix, source, fold_all(self.key, index), limit, group,
                                    self._sampling_params(batch))
 
   def _sampling_params(self, batch: list[tuple[int, Sequence]]) -> SamplingParams | None:
@@ -332,7 +332,7 @@ class Run:
     # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,
     # so that each process sees the same and does the same next (hosts.py).
     results = (*said, self.slots.generated, self.slots.active, decision)
-    self.in_flight.append((list(self.slot_to_request), _everywhere(self.e.mesh)(results)))
+    self.in_flight.append((list(self.slot_to_request), everywhere(self.e.mesh)(results)))
 
   def look(self) -> None:
     """Waits for the oldest unseen segment, books its tokens and frees the slots of the rollouts that ended in it."""
@@ -378,10 +378,10 @@ def _up(n: int, unit: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _everywhere(mesh: jax.sharding.Mesh):
+def everywhere(mesh: jax.sharding.Mesh):
   return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=sharding.replicated(mesh))
 
 
 @jax.jit
-def _fold_all(key: jax.Array, index: jax.Array) -> jax.Array:
+def fold_all(key: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

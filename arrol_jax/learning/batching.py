@@ -32,6 +32,7 @@ class PackShape(NamedTuple):
   length: int
   micro_tokens: int
   buckets: int = 2
+  tails: int = 2  # smaller sizes, a half and a quarter of the whole one, for the last micro-batch
 
   def lengths(self) -> list[int]:
     """Row lengths, ascending."""
@@ -42,7 +43,8 @@ class PackShape(NamedTuple):
     longest row, and has few rows or many; part-filled micro-batches take half or a quarter where that holds one too."""
     longest = self.lengths()[-1]
     whole = _up(max(self.micro_tokens // unit, longest), 16)
-    sizes = sorted({(max(_up(whole // part, 16), longest), many) for part, many in ((4, 8), (2, 8), (1, 5), (1, 8))})
+    parts = ((4, 8), (2, 8), (1, 5), (1, 8))[2 - self.tails:]
+    sizes = sorted({(max(_up(whole // part, 16), longest), many) for part, many in parts})
     return [BinShape(n, max(1, -(-many * n // (4 * length))), length) for n, many in sizes]
 
 
@@ -65,11 +67,12 @@ class _Bin:
 
 def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRPO,
          weigh: tuple[str, ...] = ()) -> tuple[list[Batch], dict]:
-  """Survivors -> micro-batches, longest rows first, and what their means are over: {"tokens", "rows", "trained"}, counts.
+  """Survivors -> micro-batches, longest rows first, and counts: {"tokens", "rows"} that means are over, {"trained",
+  "rows_trained"} that are in.
 
   Advantages are taken over a group's survivors, from rewards with the loss's overlong penalty. weigh holding "policy": a
   survivor counts 1 / keep probability times (METHOD 9.1), in group means, advantages and what means are over. Old and reference
-  log-probs are the update's to fill. trained: response tokens of the rows that are in.
+  log-probs are the update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.keep_probability for r in kept]) if "policy" in weigh else None
@@ -77,7 +80,8 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
   shaped = shaped + overlong_penalty(np.array([len(r.tokens) for r in kept]), loss.longest, loss.overlong)
   advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), loss.normalize_std, weights=weights)
   rows = [i for i in range(len(kept)) if advantages[i] or loss.kl_weight]
-  totals = {"tokens": sum(len(r.tokens) for r in kept), "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows)}
+  totals = {"tokens": sum(len(r.tokens) for r in kept), "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows),
+            "rows_trained": len(rows)}
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   batches = []
   for bins in _bins(kept, rows, shape, unit):
@@ -154,9 +158,16 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
   return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
 
 
+def empty_examples(head: dict, width: int, count: int) -> Examples:
+  """Examples that teach nothing, `count` of them up to the next power of two: few shapes."""
+  size = 1 << max(0, count - 1).bit_length()
+  features = jax.eval_shape(lambda head: empty_features(head, width, size), head)
+  return Examples(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), features), *np.zeros((2, size), np.float32))
+
+
 def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[str, ...] = (), balance: bool = False,
-                  short: str = "skip") -> Examples:
-  """What all graded survivors teach the head, padded to a power of two: one example a decision, its features as scored.
+                  short: str = "skip", decisions: int = 1) -> Examples:
+  """What all graded survivors teach the head: one example a decision, of which a rollout has `decisions` at most.
 
   short: what a rollout that ended before the first decision teaches: "skip" nothing (the head learns the question it will be
   asked), "last" its features at its last token (the paper leaves this open). weigh, balance: `head_weights`.
@@ -166,14 +177,12 @@ def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[
     if not r.pruned:
       seen = r.features or ((r.final_features,) if short == "last" and r.final_features is not None else ())
       taught += [(features, r) for features in seen]
-  size = 1 << max(0, max(len(taught), len(rollouts)) - 1).bit_length()  # few shapes
-  features = jax.tree.map(lambda x: np.zeros((size, *x.shape[1:]), x.dtype), empty_features(head, width, 1))
-  reward, weight = np.zeros((2, size), np.float32)
+  out = empty_examples(head, width, max(len(taught), len(rollouts) * decisions))
   if taught:
-    jax.tree.map(lambda out, *x: np.stack(x, out=out[:len(x)], casting="same_kind"), features, *(x for x, _ in taught))
-    reward[:len(taught)] = [r.reward for _, r in taught]
-    weight[:len(taught)] = head_weights([r for _, r in taught], weigh, balance)
-  return Examples(features, reward, weight)
+    jax.tree.map(lambda out, *x: np.stack(x, out=out[:len(x)], casting="same_kind"), out.features, *(x for x, _ in taught))
+    out.reward[:len(taught)] = [r.reward for _, r in taught]
+    out.weight[:len(taught)] = head_weights([r for _, r in taught], weigh, balance)
+  return out
 
 
 def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool) -> np.ndarray:
@@ -189,3 +198,12 @@ def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool)
     half = lambda share: share / max(float(np.sum(weight * share)), 1e-6)
     weight = weight * np.sum(weight) / 2 * (half(right) + half(1.0 - right))
   return weight
+
+
+def minibatches(rollouts: list[Rollout], count: int, seed: tuple[int, ...]) -> list[list[Rollout]]:
+  """`count` parts of whole groups, as even as they go, by chance that `seed` decides."""
+  if count == 1:
+    return [rollouts]
+  prompts = np.random.default_rng(seed).permutation(sorted({r.prompt for r in rollouts}))
+  part = {p: i for i, some in enumerate(np.array_split(prompts, count)) for p in some}
+  return [[r for r in rollouts if part[r.prompt] == i] for i in range(count)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine
-from arrol_jax.learning.generation import Grading, generate
+from arrol_jax.learning.generation import Asked, Grading, generate
 from arrol_jax.learning.metrics import bootstrap_interval, pass_at_k
 from arrol_jax.pruning import voting
 from arrol_jax.pruning.decision import make_decide
@@ -34,7 +34,7 @@ class Voters:
   window: int = 2048
 
 
-def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, sampling: Sampling, grading: Grading,
+def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
             voters: Voters = Voters(), progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts: metrics and the rollouts behind them.
 
@@ -43,13 +43,13 @@ def measure(engine: Engine, prompts: list, samples: int, key: jax.Array, samplin
   stopped: share of traces that were ended as hopeless. With several samples also the votes of `vote_accuracies` and, where all
   traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
   """
-  v = voters
+  v, samples = voters, asked.samples if isinstance(asked, Asked) else asked
   decide = None
   if v.head is not None and samples > 1:
     tables = Calibration() if v.tables is None else v.tables
     rule = PruneRule((engine.max_new + 1,)) if v.stop is None else PruneRule(v.detect, keep=v.stop, kind="threshold", floor=1)
     decide = make_decide(v.head, tables, rule, v.stop is not None)
-  rollouts, _ = generate(engine, dict(enumerate(prompts)), samples, key, sampling, grading, decide, progress)
+  rollouts, _ = generate(engine, dict(enumerate(prompts)), asked, key, sampling, grading, decide, progress)
   rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped
   by_problem = np.nanmean(rewards, axis=1)
   out = {"accuracy": float(by_problem.mean()),

@@ -25,17 +25,25 @@ class Grading(NamedTuple):
   pattern: str | None = None
 
 
-def generate(engine: Engine, prompts: dict, group_size: int, key: jax.Array, sampling: Sampling, grading: Grading,
+class Asked(NamedTuple):
+  """What is wanted of each prompt; temperature and top_p where the sampling leaves them to requests."""
+  samples: int
+  temperature: float = 1.0
+  top_p: float = 1.0
+
+
+def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
              decide: Callable | None = None, progress: Callable | None = None) -> tuple[list[Rollout], float]:
-  """Rolls out `group_size` responses to each prompt, {number: data.Prompt}, and grades those that were not pruned.
+  """Rolls out G = asked.samples responses to each prompt, {number: data.Prompt}, and grades those that were not pruned.
 
   Returns P * G rollouts in order (G of the first prompt, then of the next) and the seconds spent waiting for grades after the
   last token. Prompts are numbered without a gap. progress(rollout) is called for each that ends. With several
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
   tokenizer, grader, _ = grading
-  requests = [Request(p * group_size + g, p, prompt.tokens, engine.max_new)
-              for p, prompt in prompts.items() for g in range(group_size)]
+  samples, temperature, top_p = asked if isinstance(asked, Asked) else Asked(asked)
+  requests = [Request(p * samples + g, p, prompt.tokens, engine.max_new, temperature, top_p)
+              for p, prompt in prompts.items() for g in range(samples)]
   pending = []
 
   def on_done(rollout: Rollout):

@@ -22,24 +22,37 @@ def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: 
                        weigh: tuple[str, ...] = ()) -> Calibration:
   """The tables [C,Q] (or one, [Q]) with this step's graded survivors, each at every length where it was scored (METHOD 3).
 
-  weigh holding "table": a survivor counts 1 / keep probability times.
+  weigh holding "table": a survivor counts 1 / keep probability times. half_life: in rollouts started.
   """
-  kept = [r for r in rollouts if not r.pruned]
+  rows = table_rows(tables, [r for r in rollouts if not r.pruned], len(rollouts), weigh)
+  return update_tables(tables, *rows, as_scalar(half_life))
+
+
+def as_scalar(x: float | None) -> np.float32 | None:
+  return None if x is None else np.float32(x)
+
+
+def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tuple[str, ...]) -> tuple:
+  """score f32[C,M], reward f32[M], weight f32[C,M] of a step's survivors, and how many rollouts it started, f32[]; few shapes."""
   count = tables.positive.shape[0] if tables.positive.ndim == 2 else 1
-  size = 1 << max(0, len(rollouts) - 1).bit_length()  # one compiled shape a step size
+  size = 1 << max(0, started - 1).bit_length()
   score, weight = np.zeros((2, count, size), np.float32)
   reward = np.zeros(size, np.float32)
   for i, r in enumerate(kept):
     score[:len(r.scores), i], reward[i] = r.scores, r.reward
     weight[:len(r.scores), i] = 1.0 / r.keep_probability if "table" in weigh else 1.0
-  return _update_tables(tables, score, reward, weight, half_life)
+  return score, reward, weight, np.float32(started)
 
 
-@functools.partial(jax.jit, static_argnames=("half_life",))
-def _update_tables(tables, score, reward, weight, half_life):
+@jax.jit
+def update_tables(tables: Calibration, score: jax.Array, reward: jax.Array, weight: jax.Array, started: jax.Array,
+                  half_life: jax.Array | None) -> Calibration:
+  """The tables with `table_rows`; what is there first counts 0.5 ** (started / half_life)."""
+  if half_life is not None:
+    tables = jax.tree.map(lambda x: x * jnp.exp2(-started / half_life), tables)
   if tables.positive.ndim == 1:
-    return update(tables, score[0], reward, weight[0], half_life=half_life)
-  return jax.vmap(lambda t, s, w: update(t, s, reward, w, half_life=half_life))(tables, score, weight)
+    return update(tables, score[0], reward, weight[0])
+  return jax.vmap(lambda t, s, w: update(t, s, reward, w))(tables, score, weight)
 
 
 def head_loss(head: dict, examples: Examples) -> jax.Array:
@@ -49,14 +62,21 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
 
 
 def refit_head(state: TrainState, examples: Examples, *, passes: int, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state after `passes` more steps of the head alone, over its buffer and this step's examples; without any, as it is."""
+  """The state after `passes` more steps of the head alone, over its buffer and this step's examples."""
   if not np.any(examples.weight):
     return state
-  room = state.recent.reward.shape[0]
-  latest = jax.tree.map(lambda x: x[max(0, int(np.sum(examples.weight > 0)) - room):][:room], examples)
-  head, recent = refit(state.params["head"], state.recent, latest.features, latest.reward, latest.weight, passes=passes,
-                       optimizer=optimizer)
+  head, recent = refit(state.params["head"], state.recent, *latest(state, examples), passes=passes, optimizer=optimizer)
   return state.replace(params=state.params | {"head": head}, recent=recent)
+
+
+def latest(state: TrainState, examples: Examples) -> tuple:
+  """Features, rewards and weights of the last examples that the buffer has room for; those that count come first."""
+  room = state.recent.reward.shape[0]
+  start = max(0, int(np.sum(examples.weight > 0)) - room)
+  part = jax.tree.map(lambda x: np.concatenate([x[start:], x[:0]])[:room], examples)
+  short = min(room, len(examples.reward)) - len(part.reward)
+  part = jax.tree.map(lambda x: np.pad(x, ((0, short),) + ((0, 0),) * (x.ndim - 1)), part)
+  return part.features, part.reward, part.weight
 
 
 @flax.struct.dataclass

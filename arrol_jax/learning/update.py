@@ -6,6 +6,7 @@ denominators, so how rows are cut into micro-batches does not change the step. L
 a whole micro-batch never exist.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -120,6 +121,7 @@ def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tu
   return policy_loss + loss.kl_weight * jnp.sum(weight * kl), metrics
 
 
+SCALARS = ("tokens", "rows", "trained", "temperature")
 METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
@@ -162,15 +164,31 @@ def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, 
 norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
 
 
-def learning_rate(lr: float, warmup: int, step):
-  """Policy learning rate of 0-based `step`: linear over `warmup` steps, then constant."""
-  return lr * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+SCHEDULES = ("constant", "linear", "cosine")
 
 
-def make_optimizer(lr: float, head_lr: float, warmup: int, clip_norm: float, weight_decay: float, b1: float,
+def rate_schedule(name: str, lr: float, warmup: int, steps: int, per_step: int = 1) -> Callable:
+  """Policy learning rate by optimizer steps taken, of which a training step has `per_step`: linear over `warmup` training steps,
+  then constant, or down to 0 at `steps`, linearly or by half a cosine."""
+  def rate(count):
+    xp, step = np if isinstance(count, int) else jnp, count // per_step
+    up = xp.minimum(1.0, (step + 1) / max(warmup, 1))
+    left = 1.0 - xp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    return lr * up * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * xp.cos(xp.pi * left)}[name]
+  return rate
+
+
+def applied_rate(schedule: Callable, state: TrainState) -> float:
+  """The rate of the optimizer's next step, by the steps that it has taken."""
+  counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+  steps = [x for path, x in counts if "policy" in jax.tree_util.keystr(path)] or [x for _, x in counts]
+  return float(schedule(int(steps[-1]))) if steps else float("nan")
+
+
+def make_optimizer(schedule: Callable, head_lr: float, clip_norm: float, weight_decay: float, b1: float,
                    b2: float) -> optax.GradientTransformation:
-  """AdamW with linear warm-up and clipping for the policy, Adam with a learning rate of its own for the head."""
-  adamw = optax.adamw(lambda step: learning_rate(lr, warmup, step), b1=b1, b2=b2, weight_decay=weight_decay)
+  """AdamW with a schedule and clipping for the policy, Adam with a learning rate of its own for the head."""
+  adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
   return optax.multi_transform({"policy": optax.chain(optax.clip_by_global_norm(clip_norm), adamw),
                                 "head": optax.adam(head_lr)}, {"policy": "policy", "head": "head"})
 
@@ -195,7 +213,7 @@ def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Exa
   if not scalars["rows"] and not np.any(examples.weight):
     nothing = (*METRICS, "head_loss", "grad_norm")
     return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in nothing}
-  policy_params, scalars = state.params["policy"], {k: np.float32(v) for k, v in scalars.items()}
+  policy_params, scalars = state.params["policy"], {k: np.float32(scalars[k]) for k in SCALARS}
   grads, metrics = zeros(u.model, policy_params)
   for batch in batches:
     grads, metrics = accumulate(u, policy_params, grads, metrics, batch, scalars)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble, step
+from arrol_jax import assemble, step_programs
 from arrol_jax.learning import head_training
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
@@ -129,7 +129,7 @@ class Step:
   def hold(self, name: str, size: int) -> None:
     self.held[name] = self.sizes[name] = size
 
-  def compile(self, listed: step.Program, results: dict) -> None:
+  def compile(self, listed: step_programs.Program, results: dict) -> None:
     """Compiles a listed program beside what is held; adds its result as shapes with shardings to `results` where it fits."""
     name, args = listed.name, listed.args(results)
     program = Program(name, self.limit, held=sum(self.held.values()), runs=listed.runs, argument=per_chip(args))
@@ -148,6 +148,13 @@ class Step:
     self.check()
     results[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
                                  compiled.output_shardings)
+
+  def quietly(self, listed: step_programs.Program, results: dict):
+    """A small program's results as shapes with shardings."""
+    lowered = listed.jitted.lower(*listed.args(results), **listed.static)
+    compiled = lowered.compile(compiler_options=self.options)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
+                        compiled.output_shardings)
 
   def skip(self, *names: str) -> None:
     """Programs whose arguments come from one that does not fit."""
@@ -182,13 +189,15 @@ class Step:
       self.programs[-len(GENERATION) + 1].error = str(e)  # init slots
       return self.check()
     self.shapes |= {"slots": engine.rows, "cache columns": engine.lengths(config.sampling)[-1]}
-    self.compile_all(step.generation_programs(engine, config, state, c.rollout.prompts, c.rollout.group_size))
+    self.compile_all(step_programs.generation_programs(engine, config, state, c.rollout.prompts, c.rollout.group_size))
 
-  def compile_all(self, listed: list[step.Program]) -> None:
-    """Programs in their order; one that needs what did not fit is skipped."""
+  def compile_all(self, listed: list[step_programs.Program]) -> None:
+    """Programs in their order; one that needs what did not fit is skipped, and small ones are not reported."""
     results = {}
     for program in listed:
-      if all(name in results for name in program.needs):
+      if program.small:
+        results[program.name] = self.quietly(program, results)
+      elif all(name in results for name in program.needs):
         self.compile(program, results)
         if program.name in HELD and program.name in results:
           self.hold(HELD[program.name], self.programs[-1].output)
@@ -200,7 +209,7 @@ class Step:
     c, config = self.c, assemble.step_config(self.c, self.loaded)
     started = c.rollout.prompts * c.rollout.group_size
     kept = started * (c.prune.keep if c.prune.enabled else 1.0)
-    listed = step.training_programs(self.mesh, config, state, kept, started)
+    listed = step_programs.training_programs(self.mesh, config, state, kept, started)
     update = next(p for p in listed if p.name == "update")
     batch = update.args({})[4]
     self.shapes |= {"micro-batch tokens": batch.tokens.size, "micro-batch rows": batch.response_mask.shape[0],

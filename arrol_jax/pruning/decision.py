@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.scheduler import Decision
@@ -25,7 +26,7 @@ _DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:
   """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout; features:
   rollouts bring home what the head read."""
-  return lambda slots: decide(slots, head, tables, rule, pruning, features)
+  return lambda slots: decide(slots, head, tables, rule, np.bool_(pruning), features)
 
 
 def features_of(slots: Slots, head: dict) -> Features:
@@ -35,8 +36,8 @@ def features_of(slots: Slots, head: dict) -> Features:
                   jnp.stack([slots.logprob_sum / count, slots.logprob_min], axis=1) if "logprobs" in inputs else None)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "pruning", "features"), donate_argnames=("slots",))
-def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
+@functools.partial(jax.jit, static_argnames=("rule", "features"), donate_argnames=("slots",))
+def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: jax.Array,
            features: bool) -> tuple[Slots, Decision]:
   """The program behind `make_decide`: slots with the rows that go on, and what was decided."""
   tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
@@ -51,9 +52,9 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
 
   keep_all = lambda: jnp.ones_like(score)
   by_rule = lambda: KEEP_PROBABILITY.get(rule.kind, _published)(rule, slots, tables, posterior, which, group, decided)
-  pruning &= rule.kind != "max_variance"
   # Most boundaries decide nothing.
-  rule_probability = jax.lax.cond(jnp.any(decided), by_rule, keep_all) if pruning else keep_all()
+  rules = rule.kind != "max_variance"
+  rule_probability = jax.lax.cond(pruning & jnp.any(decided), by_rule, keep_all) if rules else keep_all()
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided)

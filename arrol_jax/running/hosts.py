@@ -124,6 +124,23 @@ def leave(status: int) -> None:
   os._exit(status)
 
 
+class Compiling:
+  """Counts the seconds that this process spends compiling."""
+
+  def __init__(self):
+    self.total = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._note)
+
+  def _note(self, event: str, seconds: float, **_) -> None:
+    if event.endswith("backend_compile_duration"):
+      self.total += seconds
+
+  def seconds(self) -> float:
+    """Since the last call."""
+    out, self.total = self.total, 0.0
+    return out
+
+
 class Watch:
   """Notes SIGTERM, and raises Preempted at the same call of `check` in every process."""
 

@@ -150,7 +150,10 @@ def to_json(c) -> str:
 
 def lasting(c) -> dict:
   """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh continue the same run."""
-  return {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
+  kept = {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
+  if kept.get("optim", {}).get("schedule", "constant") != "constant":  # then the rate depends on where the run ends
+    kept["steps"] = c.steps
+  return kept
 
 
 def fingerprint(c) -> str:

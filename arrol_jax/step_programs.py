@@ -1,0 +1,153 @@
+"""The programs that a training step runs on the device, listed with what it gives them: to compile ahead, or for a plan.
+
+step.py calls these same functions. Nothing here runs a step: `compile_ahead` compiles before the first, plan.py for chips that
+are not there.
+"""
+
+from collections.abc import Callable
+import concurrent.futures
+import math
+import os
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from arrol_jax.engine import programs as decoding
+from arrol_jax.engine.sampling import SamplingParams
+from arrol_jax.engine.scheduler import Engine, everywhere, fold_all
+from arrol_jax.learning import batching, head_training, update
+from arrol_jax.models import sharding
+from arrol_jax.pruning import decision
+from arrol_jax.step import StepConfig
+from arrol_jax.types import TrainState
+
+
+class Program(NamedTuple):
+  """A jitted program with what a step gives it. args(results) makes its arguments, arrays or shapes with shardings, from the
+  results of the programs that it needs, by their names."""
+  name: str
+  jitted: Callable
+  args: Callable[[dict], tuple]
+  static: dict
+  needs: tuple[str, ...] = ()
+  runs: int = 1           # a step, at most
+  unknown_trips: int = 1  # of a loop whose length the compiler does not know
+  small: bool = False     # works on a few scalars or bins
+
+
+def generation_programs(e: Engine, c: StepConfig, state: TrainState, prompts: int, group_size: int,
+                        everything: bool = False) -> list[Program]:
+  """What rolling out `prompts` groups runs: each program at its largest shape, or at all of them (" at ROWSxCOLUMNS")."""
+  weights, prefills = state.params["policy"], -(-prompts // e.prefill_rows)
+  waves = -(-prompts * group_size // e.rows)
+  texts = np.zeros((e.prefill_rows, e.max_prompt), np.int32), np.ones(e.prefill_rows, np.int32)
+  by_row = sharding.rows(e.mesh)
+  texts = sharding.put(texts, by_row) if everything else [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row) for x in texts]
+  out = [Program("reshard", e.loader(weights, c.dtype), lambda out: (weights,), {}),
+         Program("prefill", decoding.prefill, lambda out: (e.config, out["reshard"], *texts), {"sampling": c.sampling},
+                 ("reshard",), prefills)]
+  lengths, counts = e.lengths(c.sampling), e.row_counts(c.sampling)
+  shapes = [(n, length) for length in reversed(lengths) for n in reversed(counts)]
+  for rows, length in shapes if everything else shapes[:1]:
+    at = f" at {rows}x{length}" if everything else ""
+    out += slot_programs(e, c, state, (rows, length), at, waves)
+    smaller = [s for s in shapes if s != (rows, length) and s[0] <= rows and s[1] >= length] if everything else shapes[1:2]
+    for n, columns in smaller if len(counts) > 1 or everything else ():  # a layer at a time, the old one deleted before the next
+      to, index = f"{at} to {n}x{columns}" if everything else "", np.zeros(n, np.int32)
+      slots = lambda out, at=at: out.get("decode segment" + at, (out["init slots" + at],))[0]
+      out += [Program("gather" + to, decoding.take_columns, lambda out, slots=slots, index=index: (slots(out).cache[0], index),
+                      {"length": columns}, ("init slots" + at,), e.config.layers * (len(counts) - 1))]
+      if everything:
+        out += [Program("gather rest" + to, decoding.take_rest, lambda out, slots=slots, index=index, columns=columns: (
+          slots(out).replace(cache=()), index, index > 0, columns), {}, ("init slots" + at,))]
+  return out
+
+
+def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int, int], at: str, waves: int) -> list[Program]:
+  """What runs on slots of one shape, (rows, columns); at: behind the programs' names."""
+  init, segment, decided = (name + at for name in ("init slots", "decode segment", "decide"))
+  row, segments = np.zeros(shape[0], np.int32), waves * -(-e.max_new // e.segment)
+  own = SamplingParams(*np.zeros((3, shape[0]), np.float32)) if c.sampling.temperature is None else None
+  slots = lambda out: out.get(segment, (out[init],))[0]
+  fresh = lambda: fold_all(jax.random.key(0), row)
+  keys = fresh if at else lambda: jax.eval_shape(fresh)
+
+  def results(out, made: bool = True) -> tuple:
+    ended = out[decided]
+    return ((*out[segment][1:], ended[0].generated, ended[0].active, ended[1] if made else None),)
+
+  listed = [
+    Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",)),
+    Program("insert" + at, decoding.insert, lambda out: (out[init], out["prefill"], row, keys(), row, row, own), {},
+            (init, "prefill"), waves),
+    Program(segment, decoding.segment_program(), lambda out: (e.config, out["reshard"], out[init]),
+            {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
+            e.segment // math.gcd(e.segment, decoding.STRIDE)),
+    Program(decided, decision.decide, lambda out: (
+      slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True), {}, (init,), segments)]
+  if at:
+    listed += [Program("results" + at, everywhere(e.mesh), results, {}, (segment, decided)),
+               Program("results without a decision" + at, everywhere(e.mesh), lambda out: results(out, False), {},
+                       (segment, decided))]
+  return listed
+
+
+def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, started: int,
+                      everything: bool = False) -> list[Program]:
+  """What learning from `kept` survivors of `started` rollouts runs, micro-batches at their largest or of every size."""
+  u, policy = c.update, state.params["policy"]
+  batches = batching.abstract_batches(c.shape, mesh)
+  if not everything:
+    batches = [max(batches, key=lambda batch: batch.response_mask.size)]
+  count = math.ceil(kept * c.shape.length / batches[0].tokens.size)
+  scalars = dict.fromkeys(("tokens", "rows", "trained", "temperature"), np.float32(0))
+  taught = batching.empty_examples(state.params["head"], u.model.width, started * len(c.rule.detect))
+  passes = (not u.fresh) + bool(u.loss.kl_weight)
+  out = [Program("zeros", update.zeros, lambda out: (u.model, policy), {}, small=True)]
+  for batch in batches:
+    at = f" of {batch.tokens.size}x{batch.response_mask.shape[0]}x{batch.response_mask.shape[1]}" if everything else ""
+    logprobs = Program("log-probs" + at, update.batch_logprobs, lambda out, batch=batch: (u, policy, batch, np.float32(0)), {},
+                       runs=count * passes)
+    out += [logprobs] * bool(passes) + [
+      Program("update" + at, update.accumulate, lambda out, batch=batch: (u, policy, *out["zeros"], batch, scalars), {},
+              ("zeros",), count)]
+  out += [Program("optimizer", update.apply, lambda out: (state, out["zeros"][0], scalars, taught),
+                  {"head_weight": u.loss.head_weight, "optimizer": c.optimizer}, ("zeros",)),
+          Program("tables", head_training.update_tables, lambda out: (
+            state.calibration, *head_training.table_rows(state.calibration, [], started, ()),
+            head_training.as_scalar(c.half_life)), {}, small=True),
+          Program("head norm", update.norm_of, lambda out: (state.params["head"],), {}, small=True)]
+  if c.head_optimizer:
+    out += [Program("refit", head_training.refit, lambda out: (
+      state.params["head"], state.recent, *head_training.latest(state, taught)),
+      {"passes": c.passes, "optimizer": c.head_optimizer}, small=True)]
+  return out
+
+
+def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None) -> float:
+  """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
+
+  report(done, of, seconds) is called as each is ready. What is compiled here is found again when the step calls it.
+  """
+  start, results = time.perf_counter(), {}
+
+  def one(program: Program):
+    with jax.set_mesh(mesh):
+      lowered = program.jitted.lower(*program.args(results), **program.static)
+      compiled = lowered.compile()
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(shape, lowered.out_info, compiled.output_shardings)
+
+  waiting, running = list(programs), {}
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    while waiting or running:
+      ready = [p for p in waiting if all(name in results for name in p.needs)]
+      waiting = [p for p in waiting if p not in ready]
+      running |= {pool.submit(one, p): p for p in ready}
+      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
+        results[running.pop(future).name] = future.result()
+        report and report(len(results), len(programs), time.perf_counter() - start)
+  return time.perf_counter() - start
