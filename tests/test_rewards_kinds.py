@@ -5,10 +5,12 @@ The tables are tests/grading/kinds.jsonl: a line a reference answer, with answer
 
 import json
 from pathlib import Path
+import time
 
 import pytest
 
 from arrol_jax.rewards import Grader
+from arrol_jax.rewards.grade import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [json.loads(line) for line in (ROOT / "tests/grading/kinds.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -44,3 +46,19 @@ def test_shared_cases_of_grading():
     missed += misjudged(items, pattern)
   assert [item for item in missed if not item[2]] == []
   assert len(missed) <= 0.03 * len(rows), missed
+
+
+PIECES = ["km", "km/", "a ", "$", r"\$", "5 ", r"\text{m}", r"\frac", "^",
+          r"\pm", "x<", "(1,2)", "...", "'", r"\mu", "for", r"\text{for}", "&", "th", "{", "."]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_no_repetition_holds_the_caller_up(piece):
+  """Answers as long as they may be, of one piece again and again: no pattern tries all ways to cut them."""
+  begun = time.process_time()
+  for before, after in (("", ""), ("5 ", "!"), (r"\text{", "")):
+    text = before + piece * (2900 // len(piece)) + after
+    judge(f"\\boxed{{{text}}}", "x+1")
+    judge(f"Answer: {text}", "x+1", "answer")
+    judge("Answer: " + text * 10, "x+1", "answer")
+  assert time.process_time() - begun < 5

@@ -67,6 +67,7 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\", r"(?<!\\)\\(?:[!,;:>/ ]|q?quad(?![A-Za-z])|enspace(?![A-Za-z])|thinspace(?![A-Za-z]))", " "),
   ("~", "~", " "), ("&nbsp;", "&nbsp;", " "),
   ("\\", r"(?<!\\)\\[()\[\]]", " "), ("$", r"\\?\$", " "),  # math delimiters and currency
+  ("  ", r"\s{2,}", " "),
   ("frac", r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"),
   ("phantom", r"\\[hv]?phantom\s*\{[^{}]*\}", ""), ("\\", r"^\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])\s*", ""),
   ("\\", r"\\(?:blacksquare|square|checkmark|qed|qedsymbol|Box)(?![A-Za-z])\s*\.?\s*$", ""), ("\\cr", r"\\cr(?![A-Za-z]"
@@ -224,6 +225,7 @@ def canonical(text: str) -> Canonical:
   for trigger, pattern, replacement in _NOTATION:
     if trigger in text:
       text = pattern.sub(replacement, text)
+  text = " ".join(text.split())
   text = re.sub(r"(?:\.\s*){3,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
   text = _typed(_rows(_unmarked(re.sub(r"\s*\\text\{[\s.,;]*\}\s*$", "", text))))
   text, unit = units.split_unit(text.strip())

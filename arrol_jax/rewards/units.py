@@ -91,7 +91,8 @@ _SCALE = re.compile(r"(?<=\\circ)\s*(?:\\text\{\s*)?([CF])\s*\}?$")
 _MICRO = re.compile(r"\\mu\s*(?:\\text\{\s*([A-Za-z]+)\s*\}|([A-Za-z]{1,2})(?![A-Za-z]))")
 _KILO_OHM = re.compile(r"(?<=[0-9 }])(?:\\text\{\s*([kM])\s*\}|([kM]))\s*\\Omega")
 _PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])(?:\s+|\s*/\s*)([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)")
-_BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]+(?:{_EXPONENT})?(?:\s*/\s*|\s+)?)+)$", re.DOTALL)
+_BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]++(?:{_EXPONENT})?+(?:\s*/\s*|\s++)?+)++)$", re.DOTALL)
+_LONGEST = 60  # characters of a bare unit and what stands before it
 _TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
 _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
 _RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
@@ -172,11 +173,11 @@ def _split_bare(text: str) -> tuple[str, str]:
         len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or word in _COMPOUND
         or len(word) > 1 and (_name(word) and word != "mg" or not word.isascii()) for word in words):
       return plain[1], plain[2]
-  bare = _BARE.match(text)
-  if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", bare[1])):
+  bare = _BARE.match(text[-_LONGEST:])
+  if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text[:-len(bare[3])])):
     words = re.findall("[A-Za-z]+", bare[3])
     if words[0] in _GLUED and all(word in _GLUED or "/" in bare[3] and _name(word) or word in _JOINING for word in words):
-      return bare[1], bare[3].strip()
+      return text[:-len(bare[3])].rstrip(), bare[3].strip()
   asian = _EAST_ASIAN.search(text)
   if asian and not _CHANGES.search(asian[1]):
     return text[:asian.start()], asian[1]
