@@ -12,8 +12,8 @@ any scale, and adds `strength` to the correlation matrix's diagonal: it is regul
 
 With `center` there are two fits of disjoint parts: one of differences from the group's mean in its step, features and labels, and
 one of the groups' means. A feature that does not vary within prompts (a prompt's own state) gets no weight in the first, and its
-part in the second. The fit of all rows in place of the means is a compromise of both slopes: on data made so that these differ, it
-has an overall AUC of 0.85 where the means' has 0.87, and less where little has been seen.
+part in the second. The fit of all rows in place of the means is a compromise of both slopes: on data made so that these differ,
+it has an overall AUC of 0.85 where the means' has 0.87, and less where little has been seen.
 
 Left out: survival weights (pass 1 / keep probability as `weight`), and the choice of features.
 """
@@ -33,8 +33,8 @@ _CONSTANT = 1e-10
 
 @flax.struct.dataclass
 class Ridge:
-  """Running weighted moments of features x and reward y. With `center`, x and y in xx and xy are their group's means; without, the
-  last two are None."""
+  """Running weighted moments of features x and reward y. With `center`, x and y in xx and xy are their group's means; without,
+  the last two are None."""
   weight: jax.Array      # f32[]     sum of weights, forgetting included
   mean: jax.Array        # f32[F]
   level: jax.Array       # f32[]     mean reward

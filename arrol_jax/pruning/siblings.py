@@ -20,12 +20,14 @@ def agreement(counts: jax.Array, group: jax.Array, standing: jax.Array, rare: bo
   log((1 + n) / (1 + rows that have it)), n the standing rows of the whole batch: what all say is no agreement. Meant for
   batches of several groups, since what only one group says is rare there.
   """
-  counts = jnp.where(standing[:, None], counts.astype(jnp.float32), 0.0)
-  same = (group[:, None] == group[None, :]) & standing[:, None] & standing[None, :]
-  same &= ~jnp.eye(group.shape[0], dtype=bool)
+  counts = jnp.where(standing[:, None], counts, 0).astype(jnp.int32)  # whole numbers: sums are the same in any order
+  order = jnp.argsort(group)
+  label = jnp.searchsorted(group[order], group)  # the place of its group's first row
+  total = jax.ops.segment_sum(counts[order], label[order], group.shape[0], indices_are_sorted=True)
+  others, counts = (total[label] - counts).astype(jnp.float32), counts.astype(jnp.float32)
   if rare:
     rows = jnp.sum(standing, dtype=jnp.float32)
-    counts = counts * jnp.log((1.0 + rows) / (1.0 + jnp.sum(counts > 0, axis=0, dtype=jnp.float32)))[None, :]
-  others = jnp.dot(same.astype(jnp.float32), counts, precision=jax.lax.Precision.HIGHEST)
+    weight = jnp.log((1.0 + rows) / (1.0 + jnp.sum(counts > 0, axis=0, dtype=jnp.float32)))[None, :]
+    others, counts = others * weight, counts * weight
   norm = jnp.sqrt(jnp.sum(counts * counts, axis=1) * jnp.sum(others * others, axis=1))
   return jnp.where(norm > 0, jnp.sum(counts * others, axis=1) / jnp.where(norm > 0, norm, 1.0), 0.0)
