@@ -79,6 +79,8 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "rollouts_started": len(rollouts), "rollouts_pruned": len(rollouts) - len(kept), "rollouts_kept": len(kept),
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
+    # K rho (1 - rho): sum of squared centred rewards, over all groups that started
+    "signal": sum(len(g) * float(np.var([r.reward for r in g])) for g in groups.values()) / len(survivors),
     "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were

@@ -1,0 +1,223 @@
+"""Budget over the batch: which rollouts, and which prompts, promise the most learning signal (METHOD 10.1 and 10.2).
+
+A group of K rows with posteriors q has the expected signal E[sum of squared centred rewards] = (K s - s^2 - v) / K, where s = sum
+of q and v = sum of q (1 - q). Without row i it is less by
+
+  loss_i = (K - 1) / K  ( q_i (1 - q_i)  +  v' / (K - 1)^2  +  (q_i - s' / (K - 1))^2 ),    s', v' without row i,
+
+which is never negative: what row i differs from the others' mean, squared, in expectation. The greedy rule drops, one by one,
+the row of least loss in the whole batch. A group's losses depend on that group alone, so all groups are peeled at once: step t
+drops the cheapest row of every group. The greedy rule takes from such queues always the least head, and that is the order of the
+losses' running maxima, ties by group and then by step; sorted once, it gives every budget. So the loop is as long as the largest
+group.
+
+Sums are in fixed point: integers add up to the same whatever the order, so the choice does not depend on where rows lie or on how
+many devices hold them, and equal losses are equal. Left out: looking ahead (a group's last two rows are worth something only
+together; how far greedy is from the best set: tests/test_budget.py), and what a posterior is worth (table.py).
+
+Shared arguments. q f32[B]: P(reward 1), or the reward itself, in [0, 1]. group i32[B]: labels, whichever. decided bool[B]: rows
+that stand at a boundary. settled bool[B]: other rows of a group that count and are never dropped: finished, or between
+boundaries. Rows that are neither do not exist. identity i32[B]: what breaks ties within a group, lowest dropped first (the index
+if None; give the request's number and the choice is independent of slots). floor: how many rows of each group stay at least,
+settled ones included. Axes: B rows, P prompts, R a ring of past losses.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Binary places: of a posterior in sums, of q (1 - q) and of a loss. 4,096 rows of one group fit into 31 bits.
+_Q_BITS, _V_BITS = 18, 20
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+def keep_set(q, group, decided, settled, count, *, floor=0, identity=None):
+  """The `count` i32[] decided rows that are left when, one by one, the row whose loss costs least expected signal is dropped.
+
+  More are left where the floor wants them. Two groups that lose the same go by label, the lowest first. At B = 4,096 in groups of
+  16 this is 16 steps over all rows and two sorts.
+
+  Returns: (keep bool[B], True where not decided; threshold f32[]: the dearest loss that was paid, -inf where nothing was
+  dropped).
+  """
+  peel = _peel(q, group, decided, settled, floor, identity)
+  dropped = (_rank(peel, group) < jnp.sum(decided) - count) & (peel.cost < _NEVER)
+  paid = jnp.max(jnp.where(dropped, peel.cost, -1))
+  return ~dropped, jnp.where(paid >= 0, _as_loss(paid), -jnp.inf)
+
+
+def by_threshold(q, group, decided, settled, threshold, *, floor=0, identity=None):
+  """Where rows decide at different times: a group drops its cheapest row while that costs at most `threshold` f32[].
+
+  With the threshold that `keep_set` returned, the same rows give the same choice, but that all go which tie at the threshold.
+  Others that stand in the group are to be given as settled, whether finished or between boundaries. Returns: bool[B], True where
+  not decided.
+  """
+  return marginal_loss(q, group, decided, settled, floor=floor, identity=identity) > threshold
+
+
+def marginal_loss(q, group, decided, settled, *, floor=0, identity=None):
+  """The price at which each decided row is dropped: the dearest loss on its group's way there, f32[B] in [0, 1].
+
+  inf where not decided, or kept by the floor. A price does not depend on a budget, so past ones tell a threshold:
+  `carried_threshold`.
+  """
+  return _as_loss(_peel(q, group, decided, settled, floor, identity).cost)
+
+
+def carried_threshold(losses, kappa):
+  """The threshold at which the share `kappa` of past decisions would have been kept: f32[].
+
+  losses f32[R]: `marginal_loss` of decided rows, inf with the floor's; NaN where the ring is still empty. -inf, which keeps all,
+  where there is none, or where kappa is 1.
+  """
+  ordered = jnp.sort(losses)  # NaN last
+  dropped = jnp.round((1.0 - kappa) * jnp.sum(~jnp.isnan(losses))).astype(jnp.int32)
+  return jnp.where(dropped > 0, ordered[jnp.maximum(dropped - 1, 0)], -jnp.inf)
+
+
+def budget_probability(q, group, decided, settled, *, kappa, p_min, p_max, identity=None):
+  """Keep probabilities whose mean over the decided rows is kappa: p_max for those that `keep_set` would drop last, p_min for the
+  rest, one row between. f32[B]; kappa where not decided.
+
+  For unbiased estimates (METHOD 9.1): the probabilities are known, so survivors can weigh 1 / p. draws.draw with "systematic" and
+  no groups keeps kappa of the batch exactly. A floor is the draw's (rule.lift, rule.at_least).
+  """
+  peel = _peel(q, group, decided, settled, 0, identity)
+  size = jnp.sum(decided)
+  from_top = size - 1 - _rank(peel, group)
+  share = jnp.clip(size * (kappa - p_min) / max(p_max - p_min, 1e-6) - from_top, 0.0, 1.0)
+  return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
+
+
+def expected_signal(q, group, keep, settled):
+  """Expected signal of the rows keep | settled, summed over groups: f32[]. Give `keep` without rows that do not exist."""
+  k, s, v = _sums(q, group, keep | settled)
+  return jnp.sum(_pairs(k, s, v) / jnp.maximum(k, 1.0))
+
+
+def random_signal(q, group, decided, settled, share):
+  """What `expected_signal` is on average where each decided row is kept with probability `share` f32[], whatever its q: f32[].
+
+  The signal is (1 / K) times the sum of q_i + q_j - 2 q_i q_j over the K rows' pairs. Of n decided rows, k are kept with a
+  binomial chance; then each pair of two decided ones is among them with probability k (k - 1) / (n (n - 1)), a pair of a decided
+  and a settled one with k / n.
+  """
+  (n, *decided_sums), (m, *settled_sums) = _sums(q, group, decided), _sums(q, group, settled)
+  both, fixed = _pairs(n, *decided_sums), _pairs(m, *settled_sums)
+  mixed = _pairs(n + m, *map(jnp.add, decided_sums, settled_sums)) - both - fixed
+  xlogy, factorial = jax.scipy.special.xlogy, lambda x: jax.scipy.special.gammaln(x + 1.0)
+
+  def add(k, total):
+    k = k.astype(jnp.float32)
+    chance = jnp.exp(factorial(n) - factorial(k) - factorial(jnp.maximum(n - k, 0.0)) + xlogy(k, share)
+                     + xlogy(jnp.maximum(n - k, 0.0), 1.0 - share))
+    among = both * k * (k - 1.0) / jnp.maximum(n * (n - 1.0), 1.0) + mixed * k / jnp.maximum(n, 1.0) + fixed
+    return total + jnp.where(k <= n, chance * among / jnp.maximum(k + m, 1.0), 0.0)
+
+  return jnp.sum(jax.lax.fori_loop(0, jnp.max(n).astype(jnp.int32) + 1, add, jnp.zeros_like(n)))
+
+
+def choose_prompts(q, count, explore, key):
+  """Which of P prompts to roll out (METHOD 10.2): bool[P], `count` i32[] of them (all, where there are fewer).
+
+  Those of the largest expected variance q (1 - q), q f32[P] as their own states predict it, ties by index; but a share
+  `explore` of them, rounded, is drawn with `key` among the rest, so that what the predictor thinks hopeless is looked at too.
+  """
+  rank = lambda *order: jnp.zeros(q.shape, jnp.int32).at[jnp.lexsort(order)].set(jnp.arange(q.shape[0], dtype=jnp.int32))
+  best = rank(-q * (1.0 - q)) < count - jnp.round(explore * count).astype(jnp.int32)
+  return rank(jax.random.bits(key, q.shape, jnp.uint32), ~best) < count
+
+
+# ---- peeling -------------------------------------------------------------------------------------------------
+
+
+class _Peel(NamedTuple):
+  """For each row: at which step its group drops it, and the dearest loss until then (_V_BITS binary places)."""
+  turn: jax.Array  # i32[B]
+  cost: jax.Array  # i32[B]  _NEVER where not decided or kept by the floor
+
+
+def _peel(q, group, decided, settled, floor, identity) -> _Peel:
+  """Drops the cheapest row of every group, step by step, until only settled rows or the floor are left."""
+  rows = group.shape[0]
+  index = jnp.arange(rows, dtype=jnp.int32)
+  order = jnp.lexsort((index if identity is None else identity, group))
+  first = _first(group[order])
+  alive, stands = decided[order], (decided | settled)[order]
+  per_group = lambda x: jax.ops.segment_sum(jnp.where(stands, x, 0), first, rows, indices_are_sorted=True)  # i32[B], at `first`
+  least_of = lambda x: jax.ops.segment_min(x, first, rows, indices_are_sorted=True)
+  q, u = (x[order] for x in _fixed_point(q))
+  k, s, v = per_group(jnp.ones_like(q)), per_group(q), per_group(u)
+  can_go = jax.ops.segment_sum(alive.astype(jnp.int32), first, rows, indices_are_sorted=True)
+
+  def drop(step, carry):
+    alive, (k, s, v), peak, peel = carry
+    loss = jnp.where(alive & (k[first] > floor), _loss(q, u, k[first], s[first] - q, v[first] - u), _NEVER)
+    cheapest = (loss == least_of(loss)[first]) & (loss < _NEVER)
+    chosen = least_of(jnp.where(cheapest, index, rows))
+    some, at = chosen < rows, jnp.minimum(chosen, rows - 1)
+    taken = lambda x: jnp.where(some, x[at], 0)
+    peak = jnp.maximum(peak, taken(loss))
+    gone = chosen[first] == index
+    peel = _Peel(jnp.where(gone, step, peel.turn), jnp.where(gone, peak[first], peel.cost))
+    return alive & ~gone, (k - some.astype(jnp.int32), s - taken(q), v - taken(u)), peak, peel
+
+  none = jnp.zeros((rows,), jnp.int32)
+  steps = jnp.max(jnp.minimum(can_go, jnp.maximum(k - floor, 0)))
+  start = alive, (k, s, v), none, _Peel(none, jnp.full((rows,), _NEVER))
+  peel = jax.lax.fori_loop(0, steps, drop, start)[-1]
+  return _Peel(*(none.at[order].set(x) for x in peel))
+
+
+def _loss(q, u, k, s, v):
+  """A row's loss in _V_BITS binary places, i32[B], from integers: its q and u = q (1 - q), its group's rows k with it, and s, v
+  without it. A sum of squares, so nothing cancels; a row alone has no signal to lose."""
+  others = jnp.maximum(k - 1, 1).astype(jnp.float32)
+  real = lambda x, bits: x.astype(jnp.float32) * 2.0**-bits
+  apart = real(q, _Q_BITS) - real(s, _Q_BITS) / others
+  loss = others / (others + 1.0) * (real(u, _V_BITS) + real(v, _V_BITS) / (others * others) + apart * apart)
+  return jnp.where(k > 1, jnp.round(loss * 2.0**_V_BITS).astype(jnp.int32), 0)
+
+
+def _rank(peel, group):
+  """Place of each row in the batch's order of dropping, i32[B]; rows that are never dropped come last."""
+  order = jnp.lexsort((peel.turn, group, peel.cost))
+  return jnp.zeros_like(peel.turn).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
+
+
+def _as_loss(cost):
+  """f32[...] of i32[...] in _V_BITS binary places."""
+  return jnp.where(cost < _NEVER, cost.astype(jnp.float32) * 2.0**-_V_BITS, jnp.inf)
+
+
+# ---- sums of groups ------------------------------------------------------------------------------------------
+
+
+def _fixed_point(q):
+  """q and q (1 - q) as integers, i32[B] each."""
+  q = jnp.clip(jnp.asarray(q, jnp.float32), 0.0, 1.0)
+  whole = lambda x, bits: jnp.round(x * 2.0**bits).astype(jnp.int32)
+  return whole(q, _Q_BITS), whole(q * (1.0 - q), _V_BITS)
+
+
+def _first(labels):
+  """Where each row's group begins in sorted labels i32[B]: i32[B]."""
+  new = jnp.concatenate([jnp.ones((1,), bool), labels[1:] != labels[:-1]])
+  return jax.lax.cummax(jnp.where(new, jnp.arange(labels.shape[0], dtype=jnp.int32), 0))
+
+
+def _sums(q, group, counted):
+  """Rows, sum of q and sum of q (1 - q) of each group over its rows `counted`: f32[B] each, at its first place, else 0."""
+  order = jnp.argsort(group)
+  first, counted = _first(group[order]), counted[order]
+  add = lambda x: jax.ops.segment_sum(jnp.where(counted, x, 0), first, group.shape[0], indices_are_sorted=True)
+  q, u = (x[order] for x in _fixed_point(q))
+  k, s, v = add(jnp.ones_like(q)), add(q), add(u)
+  return tuple(x.astype(jnp.float32) * 2.0**-bits for x, bits in ((k, 0), (s, _Q_BITS), (v, _V_BITS)))
+
+
+def _pairs(k, s, v):
+  """Sum of q_i + q_j - 2 q_i q_j over a group's pairs, K times its signal: f32[B]."""
+  return jnp.maximum(k * s - s * s - v, 0.0)
