@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+from helpers_rollouts import found, rollout_of
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rollout import KEY, PLAIN, SAMPLING, C, engine, found, requests, rollout_of
+from test_rollout import KEY, PLAIN, SAMPLING, C, engine, requests
 from test_train import read, run
 
 from arrol_jax.engine import programs
@@ -122,7 +123,7 @@ def test_inverse_propensity_weights_reach_table_head_and_advantages(mesh, head):
   assert (table.positive.tolist(), table.negative.tolist()) == ([0, 4], [0, 2])
   examples = head_examples(rollouts, head, C.width, ("head", "policy"))
   assert (examples.features.last[:, 0].tolist(), examples.weight.tolist()) == ([1, 2], [4, 2])
-  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False), ("head", "policy"))
+  (batch,), _ = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False), ("head", "policy"))
   rows = {i: row for i, (_, row) in found([batch]).items()}
   # The group's mean is 4/6; advantages 1/3 and -2/3 times 4 and 2 over the mean weight 3.
   assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == pytest.approx([4 / 9, -4 / 9])
@@ -163,7 +164,7 @@ def test_later_rounds_take_the_prompts_that_the_missing_groups_should_need(mixed
 def test_punished_rewards_shape_advantages_and_not_what_the_head_learns(mesh, head):
   """The last of 9 tokens is in the last eighth: half a point less for the first."""
   rollouts = [rollout_of(1, 0, 3, 9, reward=1.0, features=seen(1)), rollout_of(2, 0, 3, 5, reward=1.0, features=seen(2))]
-  batch, = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False, overlong=0.125, longest=9))
+  (batch,), _ = pack(rollouts, PackShape(16, 32, 1), mesh, LossConfig(normalize_std=False, overlong=0.125, longest=9))
   rows = {i: row for i, (_, row) in found([batch]).items()}
   assert [float(batch.advantages[rows[i]]) for i in (1, 2)] == [-0.25, 0.25]
   assert head_examples(rollouts, head, C.width).reward.tolist() == [1, 1]

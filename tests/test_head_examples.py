@@ -2,11 +2,12 @@
 
 import math
 
+from helpers_rollouts import found, rollout_of
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rollout import KEY, SAMPLING, C, engine, found, requests, rollout_of
+from test_rollout import KEY, SAMPLING, C, engine, requests
 
 from arrol_jax.learning.batching import PackShape, head_examples, pack
 from arrol_jax.learning.resampling import until_mixed
@@ -72,12 +73,12 @@ def test_all_graded_survivors_teach_the_head_also_those_that_the_policy_does_not
   make = lambda i, p, reward: rollout_of(i, p, 2, 9, decided=True, features=(state(i),), reward=reward, pruned=math.isnan(reward))
   rounds = [[make(1, 0, 1.0), make(2, 0, 1.0), make(3, 0, math.nan), make(4, 1, 1.0), make(5, 1, 0.0)]]
   learned, everything, _ = until_mixed(lambda n, count: rounds[n], 2, 1)
-  batches = pack(learned, PackShape(16, 64, 1), mesh)
+  batches, _ = pack(learned, PackShape(16, 64, 1), mesh)
   assert sorted(found(batches)) == [4, 5]
   assert places(head_examples(everything, head, C.width)) == [1, 2, 4, 5]
   group = [make(i, 0, float(i == 1)) for i in range(1, 9)]
   chosen = down_sample(group, 0.5)
-  assert len(found(pack(chosen, PackShape(16, 64, 1), mesh))) == 4
+  assert len(found(pack(chosen, PackShape(16, 64, 1), mesh)[0])) == 4
   assert places(head_examples(group, head, C.width)) == list(range(1, 9))
 
 

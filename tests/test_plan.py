@@ -172,8 +172,8 @@ def test_abstract_state_is_the_real_one():
 
 def test_abstract_batch_is_what_pack_makes():
   mesh = sharding.make_mesh(1, 4, 2)
-  for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh):
-    abstract = batching.abstract_batch(*real.tokens.shape, mesh)
+  shape = batching.PackShape(64, 512, 2)
+  for real, abstract in zip(batching.empty_batches(shape, mesh), batching.abstract_batches(shape, mesh), strict=True):
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
       assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 

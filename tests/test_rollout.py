@@ -1,8 +1,9 @@
-"""Rollouts: who is decided and how, what the update gets of them, what table and evaluation learn from them."""
+"""Rollouts: who is decided and how, what table and evaluation learn from them."""
 
 import dataclasses
 import math
 
+from helpers_rollouts import rollout_of
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,9 @@ from arrol_jax.data.problems import Problem, Prompt
 from arrol_jax.engine import programs
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
-from arrol_jax.learning.batching import PackShape, empty_batches, pack
 from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.head_training import update_calibration
-from arrol_jax.learning.losses import LossConfig
-from arrol_jax.models import sharding, transformer
+from arrol_jax.models import transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
@@ -25,7 +24,6 @@ from arrol_jax.pruning.decision import make_decide
 from arrol_jax.pruning.head import Features, quality_logit
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Graded, Grader
-from arrol_jax.types import Rollout
 
 C = PolicyConfig("qwen3", 31, 32, 2, 4, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
@@ -34,119 +32,6 @@ KEY = jax.random.key(12)
 PLAIN = Sampling(dtype="float32")
 RULE = PruneRule((8,), keep=0.6, target=0.4, strength=0.7, p_min=0.2, p_max=0.85)
 GROUP = 4
-
-# ---- pack
-
-
-def rollout_of(index, prompt, prompt_length, length, **fields):
-  """Tokens that name their place: prompt tokens 1000 * index + 1.., response tokens 1000 * index + 501.."""
-  if fields.pop("decided", False):
-    fields["scores"] = (fields.pop("score", 0.0),)
-  fields.pop("score", None)
-  first, logprobs = 1000 * index + 1, -0.001 * (1 + np.arange(length, dtype=np.float32))
-  return Rollout(index, prompt, first + np.arange(prompt_length, dtype=np.int32),
-                 first + 500 + np.arange(length, dtype=np.int32), logprobs, **{"reward": 0.0} | fields)
-
-
-def found(batches):
-  """(batch, row) of every rollout in the batches, by its index."""
-  places = {}
-  for n, batch in enumerate(batches):
-    for row, tokens in enumerate(np.asarray(batch.tokens)):
-      if tokens[0]:
-        assert int(tokens[0]) // 1000 not in places, "a rollout is there twice"
-        places[int(tokens[0]) // 1000] = n, row
-  return places
-
-
-def some_rollouts(count=23, seed=0):
-  """Of 4 groups, prompts of 2 to 6 tokens, responses of 1 to 26, about a third pruned."""
-  rng = np.random.default_rng(seed)
-  out = []
-  for i in range(1, count + 1):
-    length, pruned = int(rng.integers(1, 27)), rng.random() < 0.3
-    out.append(rollout_of(i, i % 4, int(rng.integers(2, 7)), 8 if pruned else length, pruned=pruned,
-                          decided=pruned or length > 8, reward=math.nan if pruned else float(rng.integers(0, 2))))
-  return out
-
-
-@pytest.mark.parametrize("buckets, micro_tokens", [(1, 64), (2, 100), (3, 128), (3, 10**6), (4, 1)])
-def test_pack_puts_every_survivor_once_and_in_place(mesh, buckets, micro_tokens):
-  rollouts = some_rollouts()
-  batches = pack(rollouts, PackShape(32, micro_tokens, buckets), mesh)
-  places = found(batches)
-  assert sorted(places) == [r.request for r in rollouts if not r.pruned]
-  for r in rollouts:
-    if r.pruned:
-      continue
-    n, row = places[r.request]
-    batch = jax.tree.map(lambda x, row=row: np.asarray(x)[row], batches[n])
-    start, end = len(r.prompt_tokens), len(r.prompt_tokens) + len(r.tokens)
-    assert end <= len(batch.tokens)
-    np.testing.assert_array_equal(batch.tokens, np.pad(np.r_[r.prompt_tokens, r.tokens], (0, len(batch.tokens) - end)))
-    np.testing.assert_array_equal(np.flatnonzero(batch.response_mask), np.arange(start, end))
-    np.testing.assert_array_equal(batch.response_mask[start:end], 1)
-    np.testing.assert_array_equal(batch.sampler_logprobs[start:end], r.logprobs)
-    assert np.count_nonzero(batch.sampler_logprobs) == len(r.tokens)
-
-
-@pytest.mark.parametrize("buckets, micro_tokens, shapes", [
-  (1, 64, {(2, 32)}), (2, 100, {(6, 16), (3, 32)}), (3, 128, {(8, 16), (4, 32)}), (4, 1, {(1, 16), (1, 32)})])
-def test_pack_makes_a_few_fixed_shapes(mesh, buckets, micro_tokens, shapes):
-  """Lengths of 16 and 32 (multiples of 16), as many rows as micro_tokens allows, at least one; long rows first."""
-  batches = pack(some_rollouts(60), PackShape(32, micro_tokens, buckets), mesh)
-  seen = [b.tokens.shape for b in batches]
-  assert set(seen[:-1]) == shapes and [s for _, s in seen] == sorted((s for _, s in seen), reverse=True)
-  rows, length = seen[-1]
-  assert (rows, length) in shapes or (2 * rows, length) in shapes or (2 * rows - 1, length) in shapes
-
-
-def test_only_the_last_micro_batch_has_empty_rows(mesh):
-  """A micro-batch takes the shortest length that holds its rows, and half of the rows where that is enough."""
-  shape = PackShape(32, 128, 3)
-  assert [shape.holding(n, 16, 1) for n in (9, 8, 5, 4, 1)] == [(8, 16), (8, 16), (8, 16), (4, 16), (4, 16)]
-  assert shape.holding(1, 17, 1) == (2, 32) and shape.holding(1, 17, 4) == (4, 32)
-  for seed in range(5):
-    batches = pack(some_rollouts(40, seed), shape, mesh)
-    empty = [int(np.sum(~np.any(np.asarray(b.response_mask) > 0, axis=1))) for b in batches]
-    rows, length = batches[-1].tokens.shape
-    assert all(n == 0 for n in empty[:-1]) and (rows, length) == shape.holding(rows - empty[-1], length, 1)
-    assert {b.tokens.shape for b in batches} <= {b.tokens.shape for b in empty_batches(shape, mesh)}
-
-
-def test_empty_rows_weigh_nothing(mesh):
-  rollouts = [rollout_of(1, 0, 3, 5, reward=1.0), rollout_of(2, 0, 3, 5)]
-  batch, = pack(rollouts, PackShape(16, 128, 1), mesh)
-  assert batch.tokens.shape == (4, 16)
-  for x in jax.tree.leaves(batch):
-    np.testing.assert_array_equal(np.asarray(x)[2:], 0)
-  np.testing.assert_allclose(batch.advantages, [1, -1, 0, 0], rtol=1e-5)
-
-
-def test_advantages_are_taken_over_a_groups_survivors(mesh):
-  """Group 5: one right, one wrong, one pruned (not counted). Group 6: right, wrong, wrong. Group 7: alone."""
-  plan = [(5, 1.0), (6, 0.0), (5, math.nan), (6, 1.0), (7, 1.0), (5, 0.0), (6, 0.0)]
-  rollouts = [rollout_of(i, g, 2, 3 + i, reward=r, pruned=math.isnan(r)) for i, (g, r) in enumerate(plan, 1)]
-  root = math.sqrt(2)
-  for normalize, expected in ((True, {1: 1, 6: -1, 4: root, 2: -root / 2, 7: -root / 2, 5: 0}),
-                              (False, {1: 0.5, 6: -0.5, 4: 2 / 3, 2: -1 / 3, 7: -1 / 3, 5: 0})):
-    batches = pack(rollouts, PackShape(16, 48, 1), mesh, LossConfig(normalize_std=normalize))
-    got = {i: float(batches[n].advantages[row]) for i, (n, row) in found(batches).items()}
-    assert got == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("rollouts", [[], [rollout_of(1, 0, 3, 8, pruned=True, decided=True, reward=math.nan)]])
-def test_no_survivors_no_batches(mesh, rollouts):
-  assert pack(rollouts, PackShape(32, 64, 3), mesh) == []
-
-
-def test_pack_divides_rows_over_the_mesh():
-  mesh = sharding.make_mesh(2, 2, 2)
-  batches = pack(some_rollouts(60), PackShape(32, 96, 2), mesh)
-  # 6 and 3 rows, up to a multiple of data * fsdp = 4; half of the 8 for the last.
-  assert {b.tokens.shape for b in batches} == {(8, 16), (4, 32), (4, 16)}
-  assert all(b.tokens.sharding.shard_shape(b.tokens.shape)[0] == len(b.tokens) // 4 for b in batches)
-
 
 # ---- calibration
 
