@@ -27,6 +27,9 @@ class Tiling(NamedTuple):
   stages: int = 4
 
 
+TILING = Tiling()
+
+
 class _Inputs(NamedTuple):
   """What a program reads beside the cache."""
   length: jax.Array
@@ -39,7 +42,7 @@ class _Inputs(NamedTuple):
 
 
 def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rotary, shared: SharedPrefix | None = None, *,
-                interpret: bool = False, tiling: Tiling = Tiling()) -> tuple[Columns, jax.Array]:
+                interpret: bool = False, tiling: Tiling = TILING) -> tuple[Columns, jax.Array]:
   """Flash decoding on qkv [B,M,N/M+2,H]: a program streams one row and KV head, a block of columns at a time, to its length.
 
   Queries and the new key are turned (`rotary` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new
