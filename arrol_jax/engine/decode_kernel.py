@@ -60,7 +60,7 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rot
   partial = (jax.ShapeDtypeStruct((b, m, splits, group), jnp.float32),) * (2 * (splits > 1))
   first = len(jax.tree.leaves(inputs))
   columns, value, partial = pl.pallas_call(
-    functools.partial(_program, group=group, splits=splits, block=tiling.block, eps=rotary.eps), grid=(b, m, splits),
+    functools.partial(_program, group=group, tiling=tiling._replace(splits=splits), eps=rotary.eps), grid=(b, m, splits),
     in_specs=_in_specs(inputs, columns), out_specs=_out_specs(columns, h, len(partial)),
     out_shape=(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), columns), value, partial),
     input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(columns)))}, name="decode_attention",
@@ -93,11 +93,11 @@ def _out_specs(columns: Columns, h: int, partial: int) -> tuple:
 # ---- a program; what it is given are references
 
 
-def _program(inputs: _Inputs, cache: Columns, stored: Columns, out, partial: tuple, *, group: int, splits: int, block: int,
+def _program(inputs: _Inputs, cache: Columns, stored: Columns, out, partial: tuple, *, group: int, tiling: Tiling,
              eps: float):
   """One (row, KV head, split): rotary, then online softmax over its blocks of columns, in powers of two."""
   from jax.experimental.pallas import triton as plt
-  qkv, (h, dtype) = inputs.qkv, (inputs.qkv.shape[1], inputs.qkv.dtype)
+  qkv, h, dtype, (splits, block, *_) = inputs.qkv, inputs.qkv.shape[1], inputs.qkv.dtype, tiling
   own_row, split, position = pl.program_id(0), pl.program_id(2), inputs.length[...] - 1  # -1: an idle row
   real = jnp.arange(_QUERIES) < group
   wide = lambda width: jnp.broadcast_to(real[:, None], (_QUERIES, width))
