@@ -120,23 +120,6 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
 def make_app(service: Service, limits: Limits, started: Callable | None = None, broken: Callable | None = None) -> Starlette:
   """The server. Its lifespan runs the engine's thread; broken() is called if that dies."""
   meters = Meters(service)
-
-  def engine_thread():
-    try:
-      service.serve()
-    except Exception:
-      traceback.print_exc()
-      broken and broken()
-
-  @contextlib.asynccontextmanager
-  async def lifespan(app):
-    thread = threading.Thread(target=engine_thread, name="engine", daemon=True)
-    thread.start()
-    started and started()
-    yield
-    service.close()
-    await asyncio.to_thread(thread.join)
-
   created = int(time.time())
   model = {"id": limits.model, "object": "model", "created": created, "owned_by": "arrol_jax",
            "max_prompt_tokens": limits.max_prompt, "max_tokens": limits.max_new}
@@ -167,8 +150,29 @@ def make_app(service: Service, limits: Limits, started: Callable | None = None, 
             Route("/v1/models/{name:path}", one_model), Route("/health", health), Route("/metrics", metrics),
             Route("/v1/completions", functools.partial(answer, False), methods=["POST"]),
             Route("/v1/chat/completions", functools.partial(answer, True), methods=["POST"])]
-  return Starlette(routes=routes, lifespan=lifespan,
+  return Starlette(routes=routes, lifespan=_lifespan(service, started, broken),
                    exception_handlers={Refused: refused, HTTPException: unknown, Exception: failed})
+
+
+def _lifespan(service: Service, started: Callable | None, broken: Callable | None) -> Callable:
+  """The engine's thread, from the server's start to its end."""
+  def engine_thread():
+    try:
+      service.serve()
+    except Exception:
+      traceback.print_exc()
+      broken and broken()
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app):
+    thread = threading.Thread(target=engine_thread, name="engine", daemon=True)
+    thread.start()
+    started and started()
+    yield
+    service.close()
+    await asyncio.to_thread(thread.join)
+
+  return lifespan
 
 
 class Meters:

@@ -19,6 +19,7 @@ from arrol_jax.data import problems
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning import batching, update
+from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files.weights import load_policy
 
@@ -29,10 +30,10 @@ def gap(policy, engine: Engine, requests: list, sampling: Sampling) -> np.ndarra
   done = engine.run(requests, jax.random.key(0), sampling)
   for r in done:
     r.reward = 0.0
-  compute = update.Compute(sampling.dtype, "auto", "none")
-  shape = batching.PackShape(engine.max_prompt + engine.max_new, 4096, 1)
-  batches = batching.pack(done, shape, engine.mesh)
-  batches = update.fill_logprobs(policy.config, policy.params, None, batches, 1.0, compute)
+  loss = LossConfig(kl_weight=1.0)  # leaves no row out
+  u = update.UpdateConfig(policy.config, loss, update.Compute(sampling.dtype, "auto", "none"), fresh=False)
+  batches, _ = batching.pack(done, batching.PackShape(engine.max_prompt + engine.max_new, 4096, 1), engine.mesh, loss)
+  batches = update.fill_logprobs(u, policy.params, None, batches, np.float32(1))
   return np.concatenate([np.abs(b.old_logprobs - b.sampler_logprobs)[np.asarray(b.response_mask) > 0] for b in batches])
 
 

@@ -228,15 +228,15 @@ def poisoned(what: str, argv: list[str]) -> None:
   accumulate, apply, steps = update.accumulate, update.apply, [0]
   spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
 
-  def spoilt_accumulate(c, params, grads, metrics, batch, totals, **settings):
+  def spoilt_accumulate(u, params, grads, metrics, batch, scalars):
     steps[0] += 1  # one micro-batch a step
     if steps[0] == 5 and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
-    grads, metrics = accumulate(c, params, grads, metrics, batch, totals, **settings)
+    grads, metrics = accumulate(u, params, grads, metrics, batch, scalars)
     return spoil(grads) if steps[0] == 5 and what == "gradient" else grads, metrics
 
-  def spoilt_apply(state, grads, totals, examples, **settings):
-    state, metrics = apply(state, grads, totals, examples, **settings)
+  def spoilt_apply(state, grads, scalars, examples, **settings):
+    state, metrics = apply(state, grads, scalars, examples, **settings)
     if steps[0] == 5 and what == "head":  # as such a gradient leaves it
       state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
     return state, metrics

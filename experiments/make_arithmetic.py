@@ -88,7 +88,7 @@ def warm_up_step(c, params, opt_state, tokens, mask, optimizer):
   def loss(p):
     attend = causal_attention("xla")
     hidden = transformer.forward(c, p, tokens, transformer.default_positions(tokens), attend)[0]
-    logprobs = update.token_logprobs(p, hidden, tokens, mask, 1.0, ROWS * LENGTH)[0]
+    logprobs = update.token_logprobs(p, hidden, tokens, jnp.full(ROWS, LENGTH), 1.0, ROWS * LENGTH)[0]
     return -jnp.sum(logprobs * mask) / jnp.sum(mask)
   value, grads = jax.value_and_grad(loss)(params)
   updates, opt_state = optimizer.update(grads, opt_state, params)

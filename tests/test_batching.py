@@ -78,16 +78,6 @@ def test_shared_prompts_and_dropped_rows_give_the_plain_gradient(mesh, loss):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-4), grads, jax.device_get(want))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-def test_on_a_mesh_it_is_the_same(mesh, shape):
-  (one, metrics), *_ = learned(rollouts(9), PackShape(18, 64, 1), mesh, DAPO)
-  (many, same), batches, _ = learned(rollouts(9), PackShape(18, 64, 1), sharding.make_mesh(*shape), DAPO)
-  assert batches[0].tokens.shape[0] == shape[0] * shape[1]
-  for name, value in metrics.items():
-    assert same[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-4), one, many)
-
-
 def test_a_shared_prompt_stands_once_and_no_padding_between(mesh):
   some = rollouts()
   batches, _ = pack(some, PackShape(18, 400, 1), mesh)

@@ -138,16 +138,16 @@ def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
   spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
   here = False
 
-  def spoilt_accumulate(c, params, grads, metrics, batch, totals, **settings):
+  def spoilt_accumulate(u, params, grads, metrics, batch, scalars):
     nonlocal here
     here = next(calls) == 4  # a micro-batch a step
     if here and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
-    grads, metrics = accumulate(c, params, grads, metrics, batch, totals, **settings)
+    grads, metrics = accumulate(u, params, grads, metrics, batch, scalars)
     return spoil(grads) if here and what == "gradient" else grads, metrics
 
-  def spoilt_apply(state, grads, totals, examples, **settings):
-    state, metrics = apply(state, grads, totals, examples, **settings)
+  def spoilt_apply(state, grads, scalars, examples, **settings):
+    state, metrics = apply(state, grads, scalars, examples, **settings)
     if here and what == "head's gradient":
       state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
     return state, metrics

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from arrol_jax.engine import decode_attention, decode_kernel, kv_cache
+from arrol_jax.engine.decode_kernel import Tiling
 from arrol_jax.models import sharding
 from arrol_jax.models.layers import Rotary
 
@@ -48,7 +49,7 @@ def run_triton(splits, block=64):
     k, v = last(columns.k, columns.k_scale), last(columns.v, columns.v_scale)
     hole = jax.tree.map(lambda x: x.at[:, jnp.arange(B), at].set(0), columns)
     still = Rotary(jnp.ones((B, q.shape[2] // 2)), jnp.zeros((B, q.shape[2] // 2)), None, None, 1e-6)
-    after, out = decode_kernel.step_triton(hole, merged(q, k, v), length, still, interpret=True, splits=splits, block=block)
+    after, out = decode_kernel.step_triton(hole, merged(q, k, v), length, still, interpret=True, tiling=Tiling(splits, block))
     some = lambda x: np.asarray(x)[:, 1:]  # row 0 is idle: nothing is written
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(columns), strict=True):
       np.testing.assert_allclose(some(a), some(b), rtol=1e-6)
@@ -130,7 +131,7 @@ def test_the_kernel_turns_and_writes_as_the_plain_way_does(dtype, scaled, splits
   qkv = merged(q[:, 0], k[:, 0], v[:, 0])
   want_columns, want = decode_attention.step("xla", columns, qkv[:, None], turn, jnp.maximum(length - 1, 0), length > 0)
   flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
-  got_columns, got = decode_kernel.step_triton(columns, qkv, length, flat, interpret=True, splits=splits)
+  got_columns, got = decode_kernel.step_triton(columns, qkv, length, flat, interpret=True, tiling=Tiling(splits))
   np.testing.assert_allclose(got[1:], want[1:, 0], atol=3e-6)
   for a, b in zip(jax.tree.leaves(got_columns), jax.tree.leaves(want_columns), strict=True):
     np.testing.assert_allclose(a[:, 1:], b[:, 1:], atol=1e-6)  # row 0 is idle
@@ -188,7 +189,7 @@ def test_common_columns_are_read_in_one_row_and_change_no_bit(dtype, splits, blo
   turn = turn_of(length - 1)
   flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
   shared = kv_cache.shared_prefix(jnp.array([5, 5, 5, 5, 5]), length > 0, jnp.full(B, 70))
-  how = dict(interpret=True, splits=splits, block=block)
+  how = dict(interpret=True, tiling=Tiling(splits, block))
   run = lambda columns, shared: decode_kernel.step_triton(columns, qkv, length, flat, shared, **how)
   want_columns, want = run(columns, None)
   got_columns, got = run(columns, shared)

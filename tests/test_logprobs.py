@@ -2,32 +2,33 @@
 
 import dataclasses
 
-from helpers_update import BATCH, COMPUTE, KL, LENGTH, PARAMS, ROWS, C, hidden_states, plain_logprobs, same, totals
+from helpers_update import BATCH, COMPUTE, KL, LENGTH, ORDER, PARAMS, ROWS, TABLE, C, config, plain_logprobs, same, scalars
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from arrol_jax.learning import update
+from arrol_jax.learning.batching import PackShape, abstract_batches
 from arrol_jax.models import sharding, transformer
 from arrol_jax.planning import hlo
 
 
 @pytest.mark.parametrize("temperature, chunk", [(1.0, 1), (0.7, 6), (1.0, 8), (1.3, 20), (1.0, 10**9)])
 def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chunk):
-  """3 rows of 13 tokens, a long, a short and an empty response, in chunks of 1, 2, 4 and all positions: most do not divide."""
+  """3 rows of 13 tokens, of which 13, 7 and none are there, in chunks of 1, 2, 4 and all positions: most do not divide."""
   hidden = jax.random.normal(jax.random.key(5), (3, 13, C.width))
   tokens = jax.random.randint(jax.random.key(6), (3, 13), 0, C.vocab)
   weight = jax.random.normal(jax.random.key(7), (3, 13))
-  mask = np.zeros((3, 13), np.float32)
-  mask[0, 1:], mask[1, 6:11] = 1, 1
+  used = np.array([13, 7, 0], np.int32)
+  mask = ((np.arange(13) > 0) & (np.arange(13) < used[:, None])).astype(np.float32)
   params = {"embed": PARAMS["policy"]["embed"]}
 
   def slopes(f):
     value = lambda params, hidden: (jnp.sum(weight * f(params, hidden)[0]), f(params, hidden))
     return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, hidden)
 
-  (_, (got, entropy)), got_slopes = slopes(lambda p, h: update.token_logprobs(p, h, tokens, mask, temperature, chunk))
+  (_, (got, entropy)), got_slopes = slopes(lambda p, h: update.token_logprobs(p, h, tokens, used, temperature, chunk))
   (_, (want, want_entropy)), want_slopes = slopes(lambda p, h: [x * mask for x in plain_logprobs(p, h, tokens, temperature)])
   np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=2e-6, rtol=1e-5)
@@ -37,27 +38,27 @@ def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chu
 
 
 def test_entropy_sends_no_gradient():
-  hidden, tokens, mask = jnp.ones((1, 5, C.width)), jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5)).at[0, 0].set(0.0)
-  slope = jax.grad(lambda h: jnp.sum(update.token_logprobs(PARAMS["policy"], h, tokens, mask, 1.0, 2)[1]))(hidden)
+  hidden, tokens, used = jnp.ones((1, 5, C.width)), jnp.zeros((1, 5), jnp.int32), jnp.array([5])
+  slope = jax.grad(lambda h: jnp.sum(update.token_logprobs(PARAMS["policy"], h, tokens, used, 1.0, 2)[1]))(hidden)
   np.testing.assert_array_equal(slope, 0.0)
 
 
 def test_batch_logprobs_are_those_of_the_response_and_zero_elsewhere():
-  hidden = np.asarray(hidden_states(BATCH))
-  out = np.asarray(update.batch_logprobs(C, PARAMS["policy"], BATCH, temperature=0.8, compute=COMPUTE))
-  want = np.asarray(plain_logprobs(PARAMS["policy"], hidden, BATCH.tokens, 0.8)[0])
-  np.testing.assert_allclose(out, np.where(BATCH.response_mask > 0, want, 0), atol=1e-5)
+  out = np.asarray(update.batch_logprobs(config(KL), PARAMS["policy"], BATCH, np.float32(1)))
+  np.testing.assert_allclose(out, TABLE.logprobs[ORDER], atol=1e-5)
 
 
 def test_fill_logprobs_keeps_old_and_reference_apart():
+  """The old ones are asked for only where a batch takes several steps."""
   other = jax.tree.map(lambda x: x * 0.5, PARAMS["policy"])
-  ask = lambda params: update.batch_logprobs(C, params, BATCH, temperature=1.0, compute=COMPUTE)
+  ask = lambda params: update.batch_logprobs(config(KL), params, BATCH, np.float32(1))
   own, others = np.asarray(ask(PARAMS["policy"])), np.asarray(ask(other))
+  nothing = np.zeros_like(own)
   assert np.abs(own - others).max() > 0.1
-  blank = BATCH.replace(old_logprobs=np.zeros_like(own), ref_logprobs=np.zeros_like(own))
-  for reference, ref in ((None, np.zeros_like(own)), (other, others)):
-    filled, = update.fill_logprobs(C, PARAMS["policy"], reference, [blank], 1.0, COMPUTE)
-    np.testing.assert_array_equal(filled.old_logprobs, own)
+  blank = BATCH.replace(old_logprobs=nothing, ref_logprobs=nothing)
+  for reference, fresh, old, ref in ((None, False, own, nothing), (other, False, own, others), (None, True, nothing, nothing)):
+    filled, = update.fill_logprobs(config(KL, fresh=fresh), PARAMS["policy"], reference, [blank], np.float32(1))
+    np.testing.assert_array_equal(filled.old_logprobs, old)
     np.testing.assert_array_equal(filled.ref_logprobs, ref)
 
 
@@ -72,13 +73,13 @@ def test_chunks_gather_the_unembedding_once(tied):
     place = lambda tree, at: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
     weights = transformer.abstract_params(c)
     params = place(weights, sharding.shardings(transformer.logical_axes(c), weights, mesh, sharding.TRAIN))
-    batch = place(BATCH, jax.tree.map(lambda _: sharding.rows(mesh), BATCH))
+    batch, = abstract_batches(PackShape(16, 16, 1), mesh)[-1:]
+    told = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), scalars())
     metrics = dict.fromkeys(update.METRICS, jax.ShapeDtypeStruct((), jnp.float32))
 
     def gathered(chunk_tokens):
-      compute = dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens)
-      lowered = update.accumulate.lower(c, params, params, metrics, batch, totals(BATCH), loss=KL, temperature=1.0,
-                                        compute=compute)
+      u = update.UpdateConfig(c, KL, dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens))
+      lowered = update.accumulate.lower(u, params, params, metrics, batch, told)
       module = hlo.parse(lowered.compile().as_text())
       return hlo.collective_counts(module, hlo.trips(module))["all-gather"]
 
@@ -90,8 +91,8 @@ def test_a_chunk_counts_the_tokens_of_a_chip(monkeypatch, shape, positions):
   seen, real = [], transformer.unembed
   monkeypatch.setattr(transformer, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
   with jax.set_mesh(sharding.make_mesh(*shape)):
-    jax.eval_shape(lambda h, t, m: update.token_logprobs(PARAMS["policy"], h, t, m, 1.0, 2 * ROWS),
-                   jnp.zeros((ROWS, LENGTH, C.width)), BATCH.tokens, BATCH.response_mask)
+    jax.eval_shape(lambda h, t, used: update.token_logprobs(PARAMS["policy"], h, t, used, 1.0, 2 * ROWS),
+                   jnp.zeros((ROWS, LENGTH, C.width)), TABLE.tokens, np.full(ROWS, LENGTH, np.int32))
   assert seen == [(ROWS, positions, C.width)]
 
 

@@ -36,7 +36,7 @@ def config(**changes):
   c.model.path, c.model.dtype = str(MODEL), "float32"
   c.rollout.update(prompts=4, group_size=4, max_prompt=16, max_new=48, segment=8, row_buckets=2, length_buckets=1)
   c.prune.detect, c.optim.micro_tokens, c.optim.length_buckets = (16,), 512, 1
-  c.quality.hidden = 8
+  c.quality.hidden, c.loss.kl_weight = 8, 0.1  # a reference policy, so log-probs of their own
   c.mesh.update(fsdp=4, tensor=2)
   c.update_from_flattened_dict(changes)
   return c
@@ -150,7 +150,8 @@ def step():
 
 def test_every_program_of_a_step_is_there(step):
   assert [p.name for p in step.programs] == [*compiling.GENERATION, "log-probs", "update", "optimizer"]
-  assert step.shapes == {"slots": 16, "cache columns": 64, "micro-batch rows": 8, "micro-batch columns": 64}
+  assert step.shapes == {"slots": 16, "cache columns": 64, "micro-batch tokens": 512, "micro-batch rows": 16,
+                         "micro-batch columns": 64}
   assert all(p.fits for p in step.programs) and "**Fits**" in plan.verdict(step, "here")
   assert len({line.count("|") for line in plan.table(step.programs).splitlines()}) == 1
 
@@ -172,15 +173,16 @@ def test_abstract_state_is_the_real_one():
 
 def test_abstract_batch_is_what_pack_makes():
   mesh = sharding.make_mesh(1, 4, 2)
-  for real in batching.empty_batches(batching.PackShape(64, 512, 2), mesh):
-    abstract = batching.abstract_batch(*real.tokens.shape, mesh)
+  shape = batching.PackShape(64, 512, 2)
+  for real, abstract in zip(batching.empty_batches(shape, mesh), batching.abstract_batches(shape, mesh), strict=True):
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
       assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_what_lies_beside_a_program_counts(step):
   by_name = {p.name: p for p in step.programs}
-  always = step.sizes["parameters, optimizer, head"]
+  state = step.sizes["parameters, optimizer, head"]
+  always = state + step.sizes["reference parameters"]
   segment = by_name["decode segment"]
   assert segment.held == always + sum(step.sizes[n] for n in ("decode weights", "cache and slots", "prompts' cache"))
   assert segment.in_step >= segment.held + segment.temp and segment.in_step > segment.peak
@@ -188,7 +190,7 @@ def test_what_lies_beside_a_program_counts(step):
   assert update.held == always + step.sizes["gradients"] + step.sizes["micro-batches"]
   assert update.flops > 2.5 * by_name["log-probs"].flops > 0
   # Gradients and state go in and come out in the same place, sharded alike.
-  assert update.alias >= step.sizes["gradients"] and by_name["optimizer"].alias >= 0.99 * always
+  assert update.alias >= step.sizes["gradients"] and by_name["optimizer"].alias >= 0.99 * state
   # Cache of 16 rows of 64 columns, over the four shards of the rows and the two of the heads.
   cache = 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 4 * 16 * 64 // 8
   assert cache <= step.sizes["cache and slots"] < cache + 20000
@@ -228,7 +230,7 @@ def test_without_room_for_a_group_nothing_of_generation_is_compiled():
 def test_changes_help_where_it_is_needed():
   step = over_in("update")
   names = [set(change) for change in suggesting.changes(config(**{"mesh.data": 2, "mesh.fsdp": 2}), step)]
-  assert names[0] == {"mesh.data", "mesh.fsdp"} and {"model.remat"} in names and {"rollout.cache"} not in names
+  assert names[0] == {"mesh.data", "mesh.fsdp"} and {"model.remat"} in names and {"optim.micro_tokens"} in names and {"rollout.cache"} not in names
   names = [set(change) for change in suggesting.changes(config(), over_in("decode segment"))]
   assert {"rollout.slots"} in names and {"rollout.cache"} in names and {"model.remat"} not in names
   assert suggesting.helps({"mesh.fsdp": 1}) == set(compiling.PHASES) and suggesting.helps({"rollout.slots": 4}) == {"generation"}
@@ -237,7 +239,7 @@ def test_changes_help_where_it_is_needed():
 def over_in(name):
   step = compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), 1000)
   step.programs = [compiling.Program(name, 1000, in_step=1100)]
-  step.sizes["cache and slots"], step.shapes = 500, {"slots": 64, "micro-batch rows": 8, "micro-batch columns": 64}
+  step.sizes["cache and slots"], step.shapes = 500, {"slots": 64, "micro-batch tokens": 512}
   return step
 
 

@@ -14,7 +14,7 @@ from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.losses import GRPO
-from arrol_jax.learning.update import Compute
+from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
@@ -98,9 +98,9 @@ TOKENIZER = SimpleNamespace(decode=lambda tokens, **_: "x" * len(tokens))
 
 def step_config():
   """Chunks of 2 to 8 positions, by mesh."""
-  return StepConfig(dtype="float32", sampling=Sampling(1.0, (7, 13), "float32"), rule=RULE, loss=GRPO,
-                    compute=Compute("float32", "xla", remat="none", chunk_tokens=8), shape=PackShape(32, 96, 1),
-                    optimizer=OPTIMIZER)
+  update = UpdateConfig(C, GRPO, Compute("float32", "xla", remat="none", chunk_tokens=8))
+  return StepConfig(dtype="float32", sampling=Sampling(1.0, (7, 13), "float32"), rule=RULE, update=update,
+                    shape=PackShape(32, 96, 1), optimizer=OPTIMIZER)
 
 
 def train(shape):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import inspect
 from pathlib import Path
 from unittest import mock
@@ -34,6 +35,9 @@ CALLED = {"init slots": (programs, "init_slots"), "prefill": (programs, "prefill
           "log-probs": (update, "batch_logprobs"), "update": (update, "accumulate"), "optimizer": (update, "apply")}
 
 
+TWICE = update.UpdateConfig(C, GRPO, update.Compute("float32", "xla", remat="none"), fresh=False)  # asks for old log-probs
+
+
 def real(name):
   owner, attribute = CALLED[name]
   return getattr(owner, attribute)
@@ -45,8 +49,7 @@ def one_step(mesh, head):
   optimizer = optax.sgd(1e-3)
   params = jax.tree.map(jnp.copy, {"policy": PARAMS, "head": head})
   tables = jax.tree.map(lambda x: x[None], Calibration.empty(8))
-  config = step.StepConfig("float32", SAMPLING, RULE, GRPO, update.Compute("float32", "xla", remat="none"),
-                           PackShape(32, 128, 1), optimizer)
+  config = step.StepConfig("float32", SAMPLING, RULE, TWICE, PackShape(32, 128, 1), optimizer)
   with jax.set_mesh(mesh):
     return step.TrainingStep(engine(mesh), config), TrainState(params, optimizer.init(params), tables, jnp.int32(0))
 
@@ -57,7 +60,7 @@ def listed(mesh, one_step):
   run, state = one_step
   with jax.set_mesh(mesh):
     out = (*step.generation_programs(run.engine, run.config, state, PROMPTS, GROUP),
-           *step.training_programs(C, mesh, run.config, state, STARTED, EXAMPLES))
+           *step.training_programs(mesh, run.config, state, STARTED, EXAMPLES))
   assert len({p.name for p in out}) == len(out)
   return {p.name: p for p in out}
 
@@ -69,6 +72,19 @@ def test_listed_programs_are_the_objects_that_a_step_calls(listed, one_step):
   run, state = one_step
   assert listed["decode segment"].jitted is programs.segment_program()
   assert listed["reshard"].jitted is run.engine.loader(state.params["policy"], run.config.dtype)
+
+
+def test_log_probs_are_listed_where_a_step_asks_for_them(mesh, one_step):
+  """Of a policy that takes several steps, or of a reference; one that takes one is its own old policy."""
+  run, state = one_step
+  def runs(**changes):
+    changed = dataclasses.replace(run.config, update=dataclasses.replace(TWICE, **changes))
+    return {p.name: p.runs for p in step.training_programs(mesh, changed, state, STARTED, EXAMPLES)}
+
+  kl = dataclasses.replace(GRPO, kl_weight=0.1)
+  once = runs()["update"]
+  assert runs()["log-probs"] == runs(fresh=True, loss=kl)["log-probs"] == once and runs(loss=kl)["log-probs"] == 2 * once
+  assert "log-probs" not in runs(fresh=True)
 
 
 def signature(function, args, kwargs):
@@ -115,7 +131,7 @@ def test_plan_compiles_the_listed_programs():
   c = base.get_config()
   c.model.path, c.model.dtype = str(ROOT / "tests/fixtures/qwen3_tied"), "float32"
   c.rollout.update(prompts=4, group_size=4, max_prompt=16, max_new=48, segment=8, row_buckets=2, length_buckets=1)
-  c.prune.detect, c.optim.micro_tokens, c.quality.hidden = (16,), 512, 8
+  c.prune.detect, c.optim.micro_tokens, c.quality.hidden, c.loss.kl_weight = (16,), 512, 8, 0.1
   compiled = {}
 
   class Watched(compiling.Step):

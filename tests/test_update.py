@@ -5,20 +5,23 @@ import math
 
 from helpers_update import (
   BATCH,
-  COMPUTE,
   EXAMPLES,
   KL,
+  LENGTH,
   NO_EXAMPLES,
   PARAMS,
   ROWS,
   SGD,
+  TABLE,
+  WHOLE,
   C,
+  batch_of,
+  config,
   gradients,
-  hidden_states,
   micro_loss,
   same,
+  scalars,
   state_of,
-  take,
 )
 import jax
 import numpy as np
@@ -26,8 +29,9 @@ import optax
 import pytest
 
 from arrol_jax.learning import update
+from arrol_jax.learning.batching import BinShape
 from arrol_jax.learning.head_training import head_loss
-from arrol_jax.learning.losses import DAPO, GRPO, LossConfig
+from arrol_jax.learning.losses import GRPO, LossConfig
 from arrol_jax.models import sharding, transformer
 from arrol_jax.pruning.head import Features
 
@@ -35,7 +39,7 @@ from arrol_jax.pruning.head import Features
 @pytest.fixture(scope="module")
 def whole():
   """Gradient and metrics of the batch in one piece, with every term of the loss in play."""
-  return gradients([BATCH], loss=KL)
+  return gradients([BATCH], config(KL))
 
 
 # ---- the loss is a loop
@@ -48,25 +52,24 @@ def head_by_hand(hidden):
   return float(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) @ w["w2"] + w["b2"])
 
 
-def loop(batch, loss: LossConfig, temperature):
+def loop(loss: LossConfig, temperature):
   """The loss and its metrics, token by token, in double precision."""
-  hidden = np.asarray(hidden_states(batch), np.float64)
-  logits = hidden @ np.asarray(PARAMS["policy"]["embed"], np.float64).T / temperature
-  mask, count = np.asarray(batch.response_mask), batch.response_mask.sum()
+  logits = TABLE.hidden @ np.asarray(PARAMS["policy"]["embed"], np.float64).T / temperature
+  mask, count = TABLE.response_mask, TABLE.response_mask.sum()
   out = dict.fromkeys(update.METRICS, 0.0)
   weighted_kl = 0.0
   for b, s in zip(*np.nonzero(mask), strict=True):
     row = logits[b, s - 1] - logits[b, s - 1].max()
     probs = np.exp(row) / np.exp(row).sum()
-    logprob, a = math.log(probs[batch.tokens[b, s]]), float(batch.advantages[b])
-    ratio = math.exp(logprob - batch.old_logprobs[b, s])
+    logprob, a = math.log(probs[TABLE.tokens[b, s]]), float(TABLE.advantages[b])
+    ratio = math.exp(logprob - TABLE.old_logprobs[b, s])
     inside = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
     weight = 1 / count if loss.aggregate == "token" else 1 / mask[b].sum() / len(mask)
     out["policy_loss"] -= weight * min(ratio * a, inside * a)
     out["clip_frac"] += (inside * a < ratio * a) / count
     out["entropy"] -= np.sum(probs * np.log(probs)) / count
-    out["logprob_gap"] += abs(logprob - batch.sampler_logprobs[b, s]) / count
-    d = batch.ref_logprobs[b, s] - logprob
+    out["logprob_gap"] += abs(logprob - TABLE.sampler_logprobs[b, s]) / count
+    d = TABLE.ref_logprobs[b, s] - logprob
     if loss.kl_weight:
       out["kl"] += (math.exp(d) - d - 1) / count
       weighted_kl += weight * (math.exp(d) - d - 1)
@@ -83,16 +86,27 @@ def head_loop(examples):
 
 
 @pytest.mark.parametrize("loss, temperature", [
-  (GRPO, 1.0), (DAPO, 1.0), (dataclasses.replace(GRPO, kl_weight=0.3), 1.0),
-  (dataclasses.replace(DAPO, kl_weight=0.1), 0.6), (dataclasses.replace(GRPO, clip_low=0.05, clip_high=0.4), 1.7)])
+  (GRPO, 1.0), (KL, 0.6), (dataclasses.replace(GRPO, kl_weight=0.3, clip_low=0.05, clip_high=0.4), 1.7)])
 def test_micro_loss_is_the_loop(loss, temperature):
-  total, metrics = micro_loss(PARAMS["policy"], BATCH, loss, temperature)
-  expected, by_hand = loop(BATCH, loss, temperature)
+  """Against old log-probs that are not the policy's, so that clips bind."""
+  total, metrics = micro_loss(config(loss), PARAMS["policy"], BATCH, scalars(temperature=temperature))
+  expected, by_hand = loop(loss, temperature)
   assert float(total) == pytest.approx(expected, rel=2e-4)
   assert set(metrics) == set(by_hand)
   for name, value in by_hand.items():
     assert float(metrics[name]) == pytest.approx(value, rel=2e-4, abs=1e-6), name
   assert 0.1 < by_hand["clip_frac"] < 0.9
+
+
+def test_a_fresh_policy_is_its_own_old_one():
+  """One optimizer step a batch: no log-probs need be filled, the ratio is 1, and the gradient is that with them filled."""
+  filled = update.fill_logprobs(config(KL), PARAMS["policy"], None, [BATCH], np.float32(1))
+  want, metrics = gradients(filled, config(KL))
+  got, fresh = gradients([BATCH], config(KL, fresh=True))  # its old log-probs are others
+  same(got, want, 1e-5)
+  for name, value in metrics.items():
+    assert fresh[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+  assert metrics["clip_frac"] == 0 and metrics["grad_norm"] > 1
 
 
 @pytest.mark.parametrize("weight", [EXAMPLES.weight, np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.float32) / 2])
@@ -107,7 +121,7 @@ def test_head_loss_is_the_loop(weight):
 
 
 def test_the_batch_is_a_fair_one():
-  lengths = BATCH.response_mask.sum(axis=1)
+  lengths = TABLE.response_mask.sum(axis=1)
   assert lengths.min() == 1 and lengths.max() >= 8 and 0 < EXAMPLES.reward.sum() < ROWS
   assert 0 < EXAMPLES.weight.sum() < ROWS
 
@@ -115,40 +129,44 @@ def test_the_batch_is_a_fair_one():
 # ---- how it is cut does not matter
 
 
-@pytest.mark.parametrize("cut", [[(range(4), 0), (range(4, 8), 0)], [([3, 1, 4, 0, 5], 3), ([2, 6, 7], 5)],
-                                 [([7, 2, 5], 1), ([0], 3), ([6, 1, 3, 4], 0)]],
-                         ids=["halves", "padding rows", "shuffled, part-filled"])
+SMALL, SHORT = BinShape(48, 5, LENGTH), BinShape(64, 6, 10)
+CUTS = {"halves": [(range(4), WHOLE), (range(4, 8), WHOLE)],
+        "shuffled, part-filled": [([3, 4, 1, 0, 5], WHOLE), ([6, 2, 7], SMALL)],
+        "rows one by one": [([b], SMALL) for b in (7, 2, 5, 0, 6, 1, 3, 4)]}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_micro_batches_do_not_change_the_gradient(whole, cut):
-  grads, metrics = gradients([take(BATCH, rows, pad) for rows, pad in cut], loss=KL)
+  grads, metrics = gradients([batch_of(rows, shape=shape)[0] for rows, shape in cut], config(KL))
   same(grads, whole[0], 1e-5)
   for name, value in whole[1].items():
     assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-def test_a_mean_over_rows_counts_rows_that_are_there():
-  """GRPO divides by the number of rows: the 8 of the batch, not the 16 of two part-filled micro-batches."""
-  cut = [take(BATCH, [3, 1, 4, 0, 5], 3), take(BATCH, [2, 6, 7], 5)]
-  assert gradients(cut)[1]["policy_loss"] == pytest.approx(loop(BATCH, GRPO, 1.0)[1]["policy_loss"], rel=2e-4)
-
-
 def test_shorter_rows_do_not_change_the_gradient(whole):
   """Rows of different lengths in one step, as `pack` makes them: columns of padding cut away."""
-  short = [b for b in range(ROWS) if not BATCH.response_mask[b, 10:].any()]
+  short = [b for b in range(ROWS) if not TABLE.response_mask[b, 10:].any()]
   long = [b for b in range(ROWS) if b not in short]
   assert short and long
-  cut = jax.tree.map(lambda x: x[:, :10] if x.ndim == 2 else x, take(BATCH, short, ROWS - len(short)))
-  grads, _ = gradients([cut, take(BATCH, long, ROWS - len(long))], loss=KL)
+  grads, _ = gradients([batch_of(short, shape=SHORT)[0], batch_of(long, shape=SMALL)[0]], config(KL))
   same(grads, whole[0], 1e-5)
 
 
+def test_a_mean_over_rows_counts_rows_that_are_there():
+  """GRPO divides by the number of rows: the 8 of the batch, not the 16 of two part-filled micro-batches."""
+  cut = [batch_of([3, 4, 1, 0, 5])[0], batch_of([2, 6, 7])[0]]
+  assert gradients(cut)[1]["policy_loss"] == pytest.approx(loop(GRPO, 1.0)[1]["policy_loss"], rel=2e-4)
+
+
 def test_remat_and_chunks_do_not_change_the_gradient(whole):
-  grads, _ = gradients([BATCH], loss=KL, compute=update.Compute("float32", "xla", remat="full", chunk_tokens=10**6))
+  grads, _ = gradients([BATCH], config(KL, update.Compute("float32", "xla", remat="full", chunk_tokens=10**6)))
   same(grads, whole[0], 1e-5)
 
 
 def test_gradient_is_the_slope_of_the_loss(whole):
   """Walking a little along the gradient of the policy (of the head) changes its loss by the squared norm a unit."""
-  losses = {"policy": lambda params: micro_loss(params, BATCH, KL, 1.0)[0], "head": lambda params: head_loss(params, EXAMPLES)}
+  losses = {"policy": lambda params: micro_loss(config(KL), params, BATCH, scalars())[0],
+            "head": lambda params: head_loss(params, EXAMPLES)}
   for part, loss in losses.items():
     grads = whole[0][part]
     norm = math.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(grads)))
@@ -169,23 +187,24 @@ def test_head_loss_does_not_reach_the_policy():
 
 
 def test_policy_loss_does_not_reach_the_head():
-  grads, metrics = gradients([BATCH], loss=KL, examples=NO_EXAMPLES)
+  grads, metrics = gradients([BATCH], config(KL), examples=NO_EXAMPLES)
   assert all(np.all(x == 0) for x in jax.tree.leaves(grads["head"])) and metrics["head_loss"] == 0
   assert all(np.any(x != 0) for x in jax.tree.leaves(grads["policy"]))
 
 
 def test_each_learns_as_if_the_other_were_not_there(whole):
   """The policy's gradient is the same without examples, the head's the same without rows."""
-  grads, _ = gradients([BATCH], loss=KL, examples=NO_EXAMPLES)
+  grads, _ = gradients([BATCH], config(KL), examples=NO_EXAMPLES)
   jax.tree.map(np.testing.assert_array_equal, grads["policy"], whole[0]["policy"])
-  grads, metrics = gradients([], loss=KL)
+  grads, metrics = gradients([], config(KL))
   jax.tree.map(np.testing.assert_array_equal, grads["head"], whole[0]["head"])
   assert metrics["head_loss"] == whole[1]["head_loss"] == pytest.approx(head_loop(EXAMPLES), rel=2e-4)
 
 
 def test_the_head_weight_scales_the_heads_gradient_alone(whole):
-  grads, metrics = gradients([BATCH], loss=dataclasses.replace(KL, head_weight=0.5))
-  jax.tree.map(np.testing.assert_array_equal, grads["policy"], whole[0]["policy"])
+  state, metrics = update.apply(state_of(PARAMS), whole[0]["policy"], scalars(), EXAMPLES, head_weight=0.5, optimizer=SGD)
+  grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)
+  same(grads["policy"], whole[0]["policy"], 1e-5)
   same(grads["head"], jax.tree.map(lambda x: 0.5 * x, whole[0]["head"]), 1e-6)
   assert metrics["head_loss"] == whole[1]["head_loss"]
 
@@ -222,7 +241,7 @@ def test_one_optimizer_step_on_both_with_their_own_rates():
     grads, metrics = gradients([BATCH], params=jax.device_get(state.params))
     assert metrics["grad_norm"] > clip
     seen.append((grads["head"], jax.tree.map(lambda x, n=metrics["grad_norm"]: x * (clip / n), grads["policy"])))
-    state, _ = update.step(C, state, [BATCH], EXAMPLES, GRPO, 1.0, COMPUTE, optimizer)
+    state, _ = update.step(config(GRPO), state, [BATCH], EXAMPLES, scalars(), optimizer)
   assert int(state.step) == 2
   plan = {"policy": (1, lambda t: lr * (t + 1) / 4, b1, b2, decay), "head": (0, lambda t: head_lr, 0.9, 0.999, 0.0)}
   for part, (place, *settings) in plan.items():
@@ -236,11 +255,11 @@ def test_one_optimizer_step_on_both_with_their_own_rates():
 
 
 def test_a_small_step_favours_rows_with_positive_advantage():
-  ask = lambda params: np.asarray(update.batch_logprobs(C, params["policy"], BATCH, temperature=1.0, compute=COMPUTE))
+  ask = lambda params: np.asarray(update.batch_logprobs(config(GRPO), params["policy"], BATCH, np.float32(1)))
   before = ask(PARAMS)
   fresh = BATCH.replace(old_logprobs=before)
-  state, _ = update.step(C, state_of(PARAMS), [fresh], EXAMPLES, GRPO, 1.0, COMPUTE, optax.sgd(1e-4))
-  rise = (ask(state.params) - before).sum(axis=1) / BATCH.response_mask.sum(axis=1)
+  state, _ = update.step(config(GRPO), state_of(PARAMS), [fresh], EXAMPLES, scalars(), optax.sgd(1e-4))
+  rise = (ask(state.params) - before).sum(axis=1) / np.asarray(BATCH.response_mask).sum(axis=1)
   good = BATCH.advantages > 0
   assert rise[good].mean() > rise[~good].mean() + 1e-5 and np.sum(rise * BATCH.advantages) > 0
 
@@ -249,13 +268,13 @@ def test_a_small_step_favours_rows_with_positive_advantage():
 def moving():
   """A state whose optimizer has momentum, and the optimizer."""
   optimizer = update.make_optimizer(1e-2, 1e-2, 0, 1.0, 0.1, 0.9, 0.999)
-  return update.step(C, state_of(PARAMS, optimizer), [BATCH], EXAMPLES, GRPO, 1.0, COMPUTE, optimizer)[0], optimizer
+  return update.step(config(GRPO), state_of(PARAMS, optimizer), [BATCH], EXAMPLES, scalars(), optimizer)[0], optimizer
 
 
 def test_without_survivors_nothing_is_learnt(moving):
   state, optimizer = moving
   before = jax.device_get(state)
-  after, metrics = update.step(C, state, [], NO_EXAMPLES, GRPO, 1.0, COMPUTE, optimizer)
+  after, metrics = update.step(config(GRPO), state, [], NO_EXAMPLES, scalars(rows=0), optimizer)
   assert int(after.step) == int(before.step) + 1 and float(metrics["grad_norm"]) == 0.0
   jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
 
@@ -266,7 +285,7 @@ def test_what_has_nothing_to_learn_from_stays_while_the_other_learns(moving, bat
   """Whatever the momentum and the weight decay."""
   state, optimizer = moving
   before = jax.device_get(state)
-  after, metrics = update.step(C, state, batches, examples, GRPO, 1.0, COMPUTE, optimizer)
+  after, metrics = update.step(config(GRPO), state, batches, examples, scalars() if batches else scalars(rows=0), optimizer)
   jax.tree.map(np.testing.assert_array_equal, after.params[stays], before.params[stays])
   assert all(np.any(np.asarray(a) != b) for a, b in zip(jax.tree.leaves(after.params[learns]),
                                                         jax.tree.leaves(before.params[learns]), strict=True))
@@ -281,14 +300,15 @@ def test_what_has_nothing_to_learn_from_stays_while_the_other_learns(moving, bat
 def test_sharded_is_unsharded(whole, shape):
   """Same loss terms and gradients on eight devices as on one, up to float32 summation order."""
   mesh = sharding.make_mesh(*shape)
-  chunks = dataclasses.replace(COMPUTE, chunk_tokens=2 * ROWS // (shape[0] * shape[1]))  # 2 positions at once, as on one device
+  bins = {8: [[b] for b in range(ROWS)], 4: [[0], [1, 2], [3, 4, 5], [6, 7]], 1: [range(ROWS)]}[shape[0] * shape[1]]
+  batch, _ = batch_of(*bins, shape=WHOLE if len(bins) == 1 else BinShape(48, 3, LENGTH))
   with jax.set_mesh(mesh):
     target = sharding.shardings(transformer.logical_axes(C), PARAMS["policy"], mesh, sharding.TRAIN)
     params = {"policy": jax.device_put(PARAMS["policy"], target),
               "head": jax.device_put(PARAMS["head"], sharding.replicated(mesh))}
-    batches = [jax.device_put(BATCH, sharding.rows(mesh))]
     sums = update.zeros(C, params["policy"])[0]
-    state, metrics = update.step(C, state_of(params), batches, EXAMPLES, KL, 1.0, chunks, SGD)
+    batches = [sharding.put(batch, sharding.rows(mesh))]
+    state, metrics = update.step(config(KL), state_of(params), batches, EXAMPLES, scalars(), SGD)
   on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
   assert on_a_device(sums) == on_a_device(params["policy"])  # not whole everywhere
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)

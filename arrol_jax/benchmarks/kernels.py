@@ -1,5 +1,4 @@
-"""Parts of a decoding step: attention over the cache by each way, and the gather that compacts rows.
-"""
+"""Parts of a decoding step: attention over the cache by each way, and the gather that compacts rows."""
 
 import functools
 import statistics
@@ -11,12 +10,13 @@ import numpy as np
 
 from arrol_jax.benchmarks.measuring import cache_bytes, ceilings, make_engine, spread, timed
 from arrol_jax.engine import decode_attention, decode_kernel, kv_cache
+from arrol_jax.engine.decode_kernel import Tiling
 from arrol_jax.engine.programs import generate_segment, init_slots, take_rows
 from arrol_jax.models import transformer
 from arrol_jax.models.layers import Rotary
 
-# splits, block, warps, stages
-KERNELS = [(1, 64, 2, 3), (1, 32, 2, 4), (2, 64, 2, 3)]
+TILINGS = [Tiling(1, 64, 2, 3), Tiling(1, 32, 2, 4), Tiling(2, 64, 2, 3)]
+CHAIN = 50  # steps of attention that are timed together
 
 
 def bench_gather(a, c, mesh) -> list[dict]:
@@ -61,33 +61,12 @@ def bench_attention(a, c, mesh) -> list[dict]:
   """
   limits, out = ceilings(), []
   room = -(-(a.prompt + a.max_new) // kv_cache.BLOCK) * kv_cache.BLOCK
-  def step_triton(columns, qkv, rotary, position, active, kind, together):
-    rotary = rotary._replace(cos=rotary.cos[:, 0, 0], sin=rotary.sin[:, 0, 0])
-    group = jnp.arange(position.size, dtype=jnp.int32) // a.group
-    shared = kv_cache.shared_prefix(group, active, jnp.full_like(position, a.prompt - 1)) if together else None
-    columns, out = decode_kernel.step_triton(columns, qkv[:, 0], position + 1, rotary, shared, **kind)
-    return columns, out[:, None]
-
-  ways = {"xla": functools.partial(decode_attention.step, "xla")}
-  if jax.default_backend() == "gpu":
-    ways |= {f"triton{' shared' * together} splits={n} block={block} warps={warps} stages={stages}":
-             functools.partial(step_triton, kind=dict(splits=n, block=block, warps=warps, stages=stages), together=together)
-             for n, block, warps, stages in KERNELS for together in (False, True)}
-  scale = jnp.ones(c.head_dim) if c.qk_norm else None
-
-  def chain(way, columns, qkv, position):
-    """Fifty steps, each waiting for the one before, so that launches do not count."""
-    rows, active = qkv.shape[0], jnp.ones(qkv.shape[0], bool)
-    rotary = Rotary(*transformer.rope_tables(c, position[:, None]), scale, scale, c.norm_eps)
-    one = lambda _, x: way(x[0], (qkv + 0.0 * x[1][:, :, :1, None]).astype(qkv.dtype), rotary, position, active)
-    return jax.lax.fori_loop(0, 50, one, (columns, qkv[:, :, :, :-2].reshape(rows, 1, -1, c.head_dim)))
-
   for rows in a.attention_rows:
     spread_out = np.random.default_rng(0).permutation(np.linspace(a.prompt, room - 2, rows))
     contexts = {"start": np.full(rows, a.prompt), "middle": np.full(rows, a.prompt + a.max_new // 2), "spread": spread_out}
     qkv = jax.random.normal(jax.random.key(0), (rows, 1, c.kv_heads, c.heads // c.kv_heads + 2, c.head_dim), a.dtype)
-    for name, way in ways.items():
-      program = jax.jit(functools.partial(chain, way), donate_argnums=0)
+    for name, way in _ways(a).items():
+      program = jax.jit(functools.partial(_chain, c, way), donate_argnums=0)
       for context, position in contexts.items():
         position = jnp.asarray(position, jnp.int32)
         columns = jax.jit(kv_cache.empty, static_argnums=range(5))(c.kv_heads, rows, room, c.head_dim, a.cache or a.dtype)
@@ -97,7 +76,7 @@ def bench_attention(a, c, mesh) -> list[dict]:
           for _ in range(a.runs):
             start = time.perf_counter()
             columns, _ = jax.block_until_ready(program(columns, qkv, position))
-            seconds.append((time.perf_counter() - start) / 50)
+            seconds.append((time.perf_counter() - start) / CHAIN)
         except Exception as e:  # a variant that the compiler refuses is a result too
           out.append({"way": name, "rows": rows, "context": context, "error": str(e).splitlines()[0][:200]})
           continue
@@ -105,3 +84,28 @@ def bench_attention(a, c, mesh) -> list[dict]:
         out.append({"way": name, "rows": rows, "context": context, "us": min(seconds) * 1e6, "read_bytes_s": read,
                     "floor_share": read / limits["read_bytes_s"]})
   return out
+
+
+def _ways(a) -> dict:
+  """Names and steps to compare, called as way(columns, qkv, rotary, position, active)."""
+  def step_triton(columns, qkv, rotary, position, active, tiling, together):
+    rotary = rotary._replace(cos=rotary.cos[:, 0, 0], sin=rotary.sin[:, 0, 0])
+    group = jnp.arange(position.size, dtype=jnp.int32) // a.group
+    shared = kv_cache.shared_prefix(group, active, jnp.full_like(position, a.prompt - 1)) if together else None
+    columns, out = decode_kernel.step_triton(columns, qkv[:, 0], position + 1, rotary, shared, tiling=tiling)
+    return columns, out[:, None]
+
+  ways = {"xla": functools.partial(decode_attention.step, "xla")}
+  if jax.default_backend() == "gpu":
+    ways |= {f"triton{' shared' * together} " + " ".join(f"{k}={v}" for k, v in tiling._asdict().items()):
+             functools.partial(step_triton, tiling=tiling, together=together) for tiling in TILINGS for together in (False, True)}
+  return ways
+
+
+def _chain(c, way, columns, qkv, position):
+  """Steps that each wait for the one before, so that launches do not count."""
+  rows, active = qkv.shape[0], jnp.ones(qkv.shape[0], bool)
+  scale = jnp.ones(c.head_dim) if c.qk_norm else None
+  rotary = Rotary(*transformer.rope_tables(c, position[:, None]), scale, scale, c.norm_eps)
+  one = lambda _, x: way(x[0], (qkv + 0.0 * x[1][:, :, :1, None]).astype(qkv.dtype), rotary, position, active)
+  return jax.lax.fori_loop(0, CHAIN, one, (columns, qkv[:, :, :, :-2].reshape(rows, 1, -1, c.head_dim)))
