@@ -16,16 +16,18 @@ from tqdm import tqdm
 from arrol_jax import step_programs
 from arrol_jax.data import sources
 from arrol_jax.data.problems import Prompt, encode_prompts
-from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.sampling import Sampling, Taps
 from arrol_jax.engine.scheduler import Engine, slots_that_fit
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
+from arrol_jax.learning.candidates import nothing_known
 from arrol_jax.learning.evaluation import Voters, measure
 from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files.weights import Policy, load_policy
+from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head, inputs_of
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
@@ -36,7 +38,7 @@ from arrol_jax.running.workdir import fingerprint
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
-TRAIN, EVAL, INIT = range(3)  # purposes of random keys
+TRAIN, EVAL, INIT, CHOICE = range(4)  # purposes of random keys
 TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
@@ -98,9 +100,9 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt], grader, name: str,
              head: dict | None = None, tables: Calibration | None = None) -> dict:
   """`held_out.measure` as eval.* says, with a progress bar called `name`."""
-  voters = Voters(head, tables, tuple(c.prune.detect), c.eval.stop_below, c.eval.window)
+  voters = Voters(head, tables, detect(c), c.eval.stop_below, c.eval.window, linear_inputs(c))
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None,
-                            pool=head is not None and "mean" in inputs_of(head))
+                            pool=head is not None and "mean" in (linear_inputs(c) or inputs_of(head)))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
@@ -112,7 +114,7 @@ def check_tables(c: ConfigDict, loaded: Policy) -> None:
   """Raises UserError unless the policy has a calibration table for each of prune.detect's lengths, or none at all."""
   if loaded.calibration is not None:
     tables = jnp.atleast_2d(loaded.calibration.positive).shape[0]
-    if tables != len(c.prune.detect):
+    if tables != len(detect(c)) + (c.quality.fit == "ridge"):
       raise UserError(f"the policy's quality head has calibration tables of {tables} detection lengths and prune.detect is "
                       f"{tuple(c.prune.detect)}; give the lengths that it was trained with")
 
@@ -122,12 +124,38 @@ def sampling(c: ConfigDict, loaded: Policy, temperature: float | None = None) ->
   r = c.rollout
   top_p = None if temperature is None else r.top_p
   return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, top_p, r.min_p,
-                  TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs)
+                  TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs,
+                  taps(c, loaded.config.layers))
 
 
 def prune_rule(c: ConfigDict) -> PruneRule:
   p = c.prune
-  return PruneRule(tuple(p.detect), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.holdout)
+  return PruneRule(detect(c), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.holdout,
+                   linear_inputs(c))
+
+
+def detect(c: ConfigDict) -> tuple[int, ...]:
+  """Response lengths of the decisions; a decision at 0 is the choice of prompts (rollout.candidates)."""
+  return tuple(n for n in c.prune.detect if n)
+
+
+def taps(c: ConfigDict, layers: int) -> Taps:
+  """What decoding keeps for the head and for the choice of prompts."""
+  out = features.plan(linear_inputs(c), layers)
+  if candidates(c) > c.rollout.prompts and out.prompt is None:
+    out = out._replace(prompt=features.parse((f"prompt@{c.rollout.candidate_layer}",), layers)[0].layer)
+  return out
+
+
+def candidates(c: ConfigDict) -> int:
+  """Prompts looked at a step; more than are rolled out where prompts are chosen."""
+  r = c.rollout
+  return r.candidates or (2 * r.prompts if 0 in c.prune.detect else r.prompts)
+
+
+def linear_inputs(c: ConfigDict) -> tuple[str, ...]:
+  """What a linear head reads; () where the head is the published one."""
+  return tuple(c.quality.inputs) if c.quality.fit == "ridge" else ()
 
 
 def loss(c: ConfigDict) -> LossConfig:
@@ -141,7 +169,9 @@ def step_config(c: ConfigDict, loaded: Policy) -> StepConfig:
     dtype=c.model.dtype, sampling=sampling(c, loaded), temperature=c.rollout.temperature, rule=prune_rule(c),
     update=UpdateConfig(loaded.config, loss(c), compute(c), fresh=c.optim.epochs * c.optim.minibatches == 1),
     shape=pack_shape(c), optimizer=optimizer(c),
-    head_optimizer=head_optimizer(c) if c.quality.buffer else None,
+    head_optimizer=head_optimizer(c) if c.quality.buffer and c.quality.fit == "adam" else None,
+    strength=c.quality.strength if c.quality.fit == "ridge" else None, head_half_life=c.quality.half_life,
+    learn_keep=c.learn.keep, explore=c.rollout.explore, prompt_strength=c.quality.strength,
     passes=c.quality.passes, weigh=tuple(c.prune.weigh), balance=c.quality.balance, short=c.quality.short,
     half_life=c.prune.half_life, epochs=c.optim.epochs, minibatches=c.optim.minibatches, schedule=schedule(c), seed=c.seed)
 
@@ -174,7 +204,8 @@ def belongs(c: ConfigDict) -> dict:
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
   o = c.optim
-  return update.make_optimizer(schedule(c), o.head_lr, o.clip_norm, o.weight_decay, o.b1, o.b2)
+  head_lr = o.head_lr if c.quality.fit == "adam" else 0.0  # the ridge has no gradient
+  return update.make_optimizer(schedule(c), head_lr, o.clip_norm, o.weight_decay, o.b1, o.b2)
 
 
 def schedule(c: ConfigDict) -> Callable:
@@ -188,17 +219,27 @@ def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:
   return optax.adamw(c.optim.head_lr, weight_decay=c.quality.weight_decay)
 
 
+def fresh_head(c: ConfigDict, width: int) -> tuple[dict, object, Calibration]:
+  """A head that knows nothing, what its fit remembers, and its tables: one a decision, a linear head's for the last token too."""
+  q, decisions = c.quality, len(detect(c))
+  if q.fit == "ridge":
+    head, recent = head_training.no_linear(features.width(linear_inputs(c), width), decisions, q.center)
+  else:
+    head = init_head(width, q.hidden, key(c, INIT), tuple(q.inputs))
+    recent = head_training.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
+  tables = jax.tree.map(lambda x: jnp.stack([x] * (decisions + (q.fit == "ridge"))), Calibration.empty(c.prune.bins))
+  return head, recent, tables
+
+
 def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
   """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
-  q, width = c.quality, loaded.config.width
-  head = jax.device_put(init_head(width, q.hidden, key(c, INIT), tuple(q.inputs)), sharding.replicated(mesh))
   weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
-  params = {"policy": weights, "head": head}
-  tables = jax.tree.map(lambda x: jnp.stack([x] * len(c.prune.detect)), Calibration.empty(c.prune.bins))
-  recent = head_training.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
+  head, recent, tables = fresh_head(c, loaded.config.width)
+  params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
+  model = nothing_known(loaded.config.width) if candidates(c) > c.rollout.prompts else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
   # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
-  return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent)))
+  return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model)))
 
 
 def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,

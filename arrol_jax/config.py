@@ -21,6 +21,7 @@ from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIO
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.transformer import REMAT
+from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
 from arrol_jax.running import hosts
@@ -235,8 +236,19 @@ def _check_rates(c: ConfigDict) -> None:
 def _check_quality(c: ConfigDict) -> None:
   q, e = c.quality, c.eval
   _need(q.short in ("skip", "last"), f"quality.short is {q.short!r}; it must be 'skip' or 'last'")
-  _need(len(q.inputs) > 0 and set(q.inputs) <= set(INPUTS),
-        f"quality.inputs is {tuple(q.inputs)}; it takes some of {', '.join(INPUTS)}")
+  _need(q.fit in ("adam", "ridge"), f"quality.fit is {q.fit!r}; it must be 'adam' or 'ridge'")
+  _need(len(q.inputs) > 0, "quality.inputs is empty; a head must read something")
+  if q.fit == "ridge":
+    try:
+      features.parse(tuple(q.inputs), 1000)
+    except ValueError as e:
+      raise UserError(f"quality.inputs: {e}") from e
+  else:
+    _need(set(q.inputs) <= set(INPUTS),
+          f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
+  _need(0 < q.strength < math.inf, f"quality.strength is {q.strength}; it must be above 0")
+  _need(q.half_life is None or q.half_life > 0, f"quality.half_life is {q.half_life}; it is a number of rollouts, or None")
+  _need(0 < c.learn.keep <= 1, f"learn.keep is {c.learn.keep}; it must lie in (0, 1]")
   _need(q.buffer is None or q.buffer >= 1, f"quality.buffer is {q.buffer}; it is a number of rollouts, or None")
   _need(e.stop_below is None or 0 <= e.stop_below <= 1, f"eval.stop_below is {e.stop_below}; it is a probability, or None")
 
@@ -271,6 +283,11 @@ def _check_counts(c: ConfigDict) -> None:
 def _check_prune(c: ConfigDict) -> None:
   p, r = c.prune, c.rollout
   detect = tuple(p.detect)
+  _need(r.candidates is None or r.candidates >= r.prompts,
+        f"rollout.candidates is {r.candidates}; it must be at least rollout.prompts ({r.prompts}), or None")
+  _need(0 <= r.explore <= 1, f"rollout.explore is {r.explore}; it is a share between 0 and 1")
+  if detect[:1] == (0,):  # the choice of prompts, before any token
+    detect = detect[1:]
   _need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
         f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
   _need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "

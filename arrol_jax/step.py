@@ -19,7 +19,7 @@ import optax
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine
-from arrol_jax.learning import batching, head_training, update
+from arrol_jax.learning import batching, candidates, head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.metrics import rollout_metrics
 from arrol_jax.learning.update import UpdateConfig
@@ -45,6 +45,11 @@ class StepConfig:
   balance: bool = False        # right and wrong weigh alike in the head's loss
   short: str = "skip"          # what rollouts that ended before detection teach the head
   half_life: float | None = None
+  strength: float | None = None  # of a linear head's ridge, a row; None: the head is the published one
+  head_half_life: float | None = None  # rollouts after which its examples weigh half
+  explore: float = 0.0         # share of the chosen prompts that is drawn at random
+  prompt_strength: float = 0.5  # of the ridge behind the choice
+  learn_keep: float = 1.0      # share of a group's survivors that is learned from, those whose rewards vary most (PODS)
   epochs: int = 1              # passes over a step's batch,
   minibatches: int = 1         # each in so many optimizer steps
   schedule: Callable = lambda count: 0.0  # learning rate of the policy by optimizer steps taken
@@ -81,26 +86,42 @@ class TrainingStep:
   engine: Engine
   config: StepConfig
   reference: dict | None = None  # the reference policy's parameters, where the loss has a KL term
+  state: TrainState | None = None  # while a step runs, for `chosen`
+  seen: list = dataclasses.field(default_factory=list)  # of the chosen prompts: states f32[P,D], predicted success f32[P]
 
   def __call__(self, state: TrainState, roll_out: Callable, pruning: bool) -> tuple[TrainState, RolledOut, dict]:
     """roll_out(decide) -> RolledOut, with the engine loaded. pruning False scores and keeps every rollout."""
-    c, model, clock = self.config, self.engine.config, Clock()
+    c, clock = self.config, Clock()
 
     # ---- 1. roll out
+    self.state, self.seen = state, []
     self.engine.load(state.params["policy"], c.dtype)
     rolled = roll_out(decision.make_decide(state.params["head"], state.calibration, c.rule, pruning, features=True))
     self.engine.params = None  # the update needs the room
-    if pruning and c.rule.kind == "max_variance":
-      rolled = rolled._replace(learned=down_sample(rolled.learned, c.rule.keep))
+    share = c.rule.keep if pruning and c.rule.kind == "max_variance" else c.learn_keep
+    if share < 1.0:
+      rolled = rolled._replace(learned=down_sample(rolled.learned, share))
     clock.lap("sec_generate")
     clock.seconds["sec_generate"] -= rolled.sec_reward
 
+    # ---- 2. to 4. batch, update, table
+    state, metrics = self.learn(state, rolled, clock)
+
+    # ---- 5. metrics
+    return state, rolled, rollout_metrics(rolled.rollouts, rolled.learned, c.rule.detect) | metrics | {
+      "pruning": pruning, "rounds": rolled.rounds, "groups_learned": len({r.prompt for r in rolled.learned}),
+      "sec_reward": rolled.sec_reward, **clock.seconds, "sec_step": clock.total()}
+
+  def learn(self, state: TrainState, rolled: RolledOut, clock: Clock) -> tuple[TrainState, dict]:
+    """What a step's rollouts teach: (state, metrics)."""
+    c, model, now = self.config, self.engine.config, int(state.step)
+
     # ---- 2. batch
-    now = int(state.step)
     parts = [batching.pack(part, c.shape, self.engine.mesh, c.update.loss, c.weigh)
              for part in batching.minibatches(rolled.learned, c.minibatches, (c.seed, now))]
     examples = batching.head_examples(rolled.rollouts, state.params["head"], model.width, c.weigh, c.balance, c.short,
                                       len(c.rule.detect))
+    clock.lap("sec_batch")
     warmth = np.float32(c.temperature)
     parts = [(update.fill_logprobs(c.update, state.params["policy"], self.reference, batches, warmth), counts)
              for batches, counts in parts]
@@ -116,17 +137,32 @@ class TrainingStep:
     state = state.replace(step=jax.device_put(np.int32(now + 1), state.step.sharding))
 
     # ---- 4. table
-    calibration = head_training.update_calibration(state.calibration, rolled.rollouts, c.half_life, c.weigh)
+    calibration = head_training.update_calibration(state.calibration, rolled.rollouts, c.half_life, c.weigh, len(c.rule.detect))
     state = state.replace(calibration=calibration)
+    if c.strength is not None:
+      taught = batching.linear_examples(rolled.rollouts, len(c.rule.detect), state.params["head"]["mean"].shape[1], c.weigh)
+      head, sums = head_training.fit_linear(state.recent, *taught, np.float32(c.strength), c.head_half_life)
+      state = state.replace(params=state.params | {"head": head}, recent=sums)
     if c.head_optimizer:
       state = head_training.refit_head(state, examples, passes=c.passes, optimizer=c.head_optimizer)
 
-    # ---- 5. metrics
-    taken, norm = jax.device_get((taken, update.norm_of(state.params["head"])))
-    metrics = {k: float(np.mean([one[k] for one in taken])) for k in taken[0]} | {"head_norm": float(norm), "lr": lr}
-    clock.lap("sec_update", state.step)
+    chosen = {}
+    if self.seen:
+      states, q = (np.concatenate(x) for x in zip(*self.seen, strict=True))
+      chosen = {"prompt_variance": float(np.mean(q * (1 - q)))}
+      state = state.replace(prompts=candidates.learn(state.prompts, rolled.rollouts, states, c.prompt_strength))
     sums = {k: sum(counts[k] for _, counts in parts) for k in ("trained", "rows_trained")}
-    return state, rolled, rollout_metrics(rolled.rollouts, rolled.learned) | metrics | {
-      "pruning": pruning, "rounds": rolled.rounds, "groups_learned": len({r.prompt for r in rolled.learned}),
-      "tokens_trained": sums["trained"], "rows_trained": sums["rows_trained"], "sec_reward": rolled.sec_reward,
-      **clock.seconds, "sec_step": clock.total()}
+    taken, norm = jax.device_get((taken, update.norm_of(state.params["head"])))
+    metrics = {k: float(np.mean([one[k] for one in taken])) for k in taken[0]} | chosen
+    clock.lap("sec_update", state.step)
+    return state, metrics | {"head_norm": float(norm), "lr": lr, "tokens_trained": sums["trained"],
+                             "rows_trained": sums["rows_trained"]}
+
+  def chosen(self, prompts: list, count: int, key: jax.Array) -> list:
+    """`count` of the candidates `prompts`, those whose own states promise most signal (METHOD 10.2); called while rolling out,
+    with the engine loaded."""
+    states = self.engine.prompt_states([p.tokens for p in prompts], self.config.sampling)
+    keep, q = candidates.choose(self.state.prompts, states, np.int32(count), np.float32(self.config.explore), key)
+    index = np.flatnonzero(jax.device_get(keep))
+    self.seen.append((states[index], np.asarray(q)[index]))
+    return [prompts[i] for i in index]

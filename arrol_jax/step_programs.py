@@ -117,9 +117,15 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
   out += [Program("optimizer", update.apply, lambda out: (state, out["zeros"][0], scalars, taught),
                   {"head_weight": u.loss.head_weight, "optimizer": c.optimizer}, ("zeros",)),
           Program("tables", head_training.update_tables, lambda out: (
-            state.calibration, *head_training.table_rows(state.calibration, [], started, ()),
+            state.calibration, *head_training.table_rows(state.calibration, [], started, (), len(c.rule.detect)),
             head_training.as_scalar(c.half_life)), {}, small=True),
           Program("head norm", update.norm_of, lambda out: (state.params["head"],), {}, small=True)]
+  if c.strength is not None:
+    features = batching.linear_examples([], len(c.rule.detect), state.params["head"]["mean"].shape[1])
+    pad = 1 << max(0, started - 1).bit_length()
+    grown = [np.zeros((*x.shape[:a], pad, *x.shape[a + 1:]), x.dtype) for x, a in zip(features, (1, 0, 1, 0), strict=True)]
+    out += [Program("fit", head_training.fit_linear, lambda out: (
+      state.recent, *grown, np.float32(c.strength), c.head_half_life), {}, small=True)]
   if c.head_optimizer:
     out += [Program("refit", head_training.refit, lambda out: (
       state.params["head"], state.recent, *head_training.latest(state, taught)),

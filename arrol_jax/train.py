@@ -77,7 +77,11 @@ def main():
 
       def one(n: int, count: int) -> list:
         # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
-        batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, c.rollout.prompts)[:count]
+        taken = assemble.candidates(c)
+        batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, taken)
+        if taken > c.rollout.prompts:
+          batch = train_step.chosen(batch, count, assemble.key(c, assemble.CHOICE, step))
+        batch = batch[:count]
         asked = Asked(c.rollout.group_size, c.rollout.temperature, c.rollout.top_p or 1.0)
         done, seconds = generation.generate(
           engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,

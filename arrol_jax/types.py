@@ -68,7 +68,8 @@ class TrainState:
   opt_state: object
   calibration: Calibration     # one table [Q], or [C,Q], one a detection length
   step: jax.Array              # i32[]
-  recent: object = None        # learning.head_training.Recent, None without a buffer for the head
+  recent: object = None        # what the head's fit remembers: head_training.Recent, or ridge.Ridge; None: nothing
+  prompts: object = None       # candidates.PromptModel, None where prompts are not chosen
 
 
 FAILED = frozenset({"timeout", "crashed", "error"})  # reasons of a reward that speak of the grader, not of the answer

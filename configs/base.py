@@ -33,6 +33,11 @@ def get_config() -> ConfigDict:
 
   c.rollout = Section()
   c.rollout.prompts = 32       # prompts a step (open in the paper)
+  c.rollout.candidates = config_dict.placeholder(int)  # prompts looked at a step, of which `prompts` are rolled out: those
+                               # whose own states promise most signal (METHOD 10.2); None: no choice. prune.detect=(0, ...) asks
+                               # for twice as many
+  c.rollout.explore = 0.1      # share of the chosen that is drawn at random among the rest
+  c.rollout.candidate_layer = "2/3"  # share of the depth whose state of a prompt is read
   c.rollout.group_size = 16    # G, rollouts a prompt (paper)
   c.rollout.temperature = 1.0  # (open in the paper)
   c.rollout.top_k = config_dict.placeholder(int)    # sampling filters; None: off (open in the paper). Log-probs stay unfiltered
@@ -58,7 +63,8 @@ def get_config() -> ConfigDict:
   c.prune.p_max = 0.9          # (paper)
   c.prune.cold_start = 20      # first steps without pruning, while head and table gather data (paper)
   c.prune.bins = 128           # B (paper)
-  c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); baselines: "random", "lowest", "highest" posterior,
+  c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); "budget": most signal over the batch (METHOD
+                               # 10.1); baselines: "random", "lowest", "highest" posterior,
                                # "confidence" (DeepConf's, in its group), "max_variance" (PODS: all finish, a share is trained on)
   c.prune.draw = "bernoulli"   # (paper); "systematic": a fixed number of survivors a group, same probabilities
   c.prune.floor = 0            # survivors of a group that decides together, at least
@@ -68,12 +74,20 @@ def get_config() -> ConfigDict:
 
   c.quality = ConfigDict()
   c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
+  c.quality.fit = "adam"       # with the policy's step (paper); "ridge": in closed form, at each decision and the last token
+                               # (METHOD 10.3). It also reads "mean@2/3", "last@3/4", "prompt@2/3", "windows", "siblings"
+  c.quality.strength = 0.5     # of the ridge, a row
+  c.quality.center = True      # the ridge ranks by a fit within prompts, and takes a prompt's level from another
+  c.quality.half_life = config_dict.placeholder(float)  # rollouts after which the ridge's examples weigh half; None: never
   c.quality.balance = False    # right and wrong rollouts weigh alike in the head's loss; their shares are the table's to know
   c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
   c.quality.buffer = config_dict.placeholder(int)  # scored rollouts kept for more passes of the head alone; None: no passes
   c.quality.passes = 8         # full-batch steps over the buffer after each training step
   c.quality.weight_decay = 0.0  # in those steps
   c.quality.short = "skip"     # rollouts that end before detection: "skip" or "last" hidden state (open in the paper)
+
+  c.learn = ConfigDict()
+  c.learn.keep = 1.0           # share of a group's survivors that is learned from: those whose rewards vary most (PODS)
 
   c.loss = ConfigDict()
   c.loss.name = "grpo"         # "grpo", "dapo", "dr_grpo", "gspo"; the fields below override what it prescribes (None: nothing)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from arrol_jax.engine import decode_attention, kv_cache
 from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
+from arrol_jax.engine.token_counts import BUCKETS, count_tokens
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.layers import split_qkv
@@ -31,6 +32,7 @@ class Prefix:
   cache: tuple           # kv_cache.Columns by layer, P rows of L columns
   last_token: jax.Array  # i32[P]
   length: jax.Array      # i32[P]
+  state: jax.Array       # [P,D]    of the last token at Sampling.taps.prompt ([P,0] where that is None)
 
 
 @flax.struct.dataclass
@@ -49,6 +51,11 @@ class Slots:
   logprob_sum: jax.Array     # f32[B]  over the response's tokens so far
   logprob_min: jax.Array     # f32[B]
   confidence_sum: jax.Array  # f32[B]
+  recent: jax.Array      # f32[B,3]  log-prob of about the last 32 tokens, the lowest that was, how many tokens were unlikely
+  pruned: jax.Array      # bool[B]   ended by a decision
+  taps: tuple            # [B,D] each, as Sampling.taps.states lists them: sums (f32) and last states
+  prompt: jax.Array      # [B,D]     the prompt's state ([B,0] where it is not kept)
+  counts: jax.Array      # f32[B,H]  token_counts.py ([B,0] where they are not kept)
   sampling_params: SamplingParams | None = None     # where Sampling.temperature is None
 
 
@@ -61,6 +68,11 @@ def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> S
                active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
                hidden=jnp.zeros((rows, c.width), sampling.dtype), logprob_sum=sums(), logprob_min=sums(), confidence_sum=sums(),
                hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32),
+               recent=jnp.zeros((rows, 3), jnp.float32),
+               pruned=jnp.zeros((rows,), bool), prompt=jnp.zeros((rows, c.width if sampling.taps.prompt else 0), sampling.dtype),
+               taps=tuple(jnp.zeros((rows, c.width), jnp.float32 if kind == "mean" else sampling.dtype)
+                          for kind, _ in sampling.taps.states),
+               counts=jnp.zeros((rows, BUCKETS if sampling.taps.counts else 0), jnp.float32),
                sampling_params=SamplingParams(sums(), sums(), sums()) if sampling.temperature is None else None)
 
 
@@ -74,9 +86,13 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
     q, k = rotary(q, k)
     return attention(q, k, v)[0], kv_cache.store(k, v, sampling.cache_dtype)
 
-  _, cache = transformer.forward(c, params, tokens, transformer.default_positions(tokens), attend, dtype=sampling.dtype)
+  state = []
+  tap = lambda layer, x: state.append(x) if layer == sampling.taps.prompt else None
+  _, cache = transformer.unrolled(c, params, tokens, transformer.default_positions(tokens), attend, dtype=sampling.dtype, tap=tap)
+  end = jnp.maximum(length - 1, 0)[:, None, None]
+  state = jnp.take_along_axis(state[0], end, axis=1)[:, 0] if state else jnp.zeros((tokens.shape[0], 0), sampling.dtype)
   last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-  return Prefix(cache=tuple(cache), last_token=last, length=length)
+  return Prefix(cache=tuple(cache), last_token=last, length=length, state=state)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -92,6 +108,7 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_
     return jax.lax.dynamic_update_slice(old, jnp.where(mask, prompts[:, source, :width], old[:, :, :width]), (0,) * old.ndim)
 
   put = lambda old, value: jnp.where(new, value, old)
+  put_wide = lambda old, value=0: jnp.where(new[:, None], jnp.asarray(value, old.dtype), old)
   cache = tuple(kv_cache.pin(jax.tree.map(write, *pair)) for pair in zip(slots.cache, prefix.cache, strict=True))
   # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
   return slots.replace(
@@ -99,7 +116,9 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_
     generated=put(slots.generated, 0), max_tokens=put(slots.max_tokens, max_tokens), group=put(slots.group, group),
     active=slots.active | new, key=put(slots.key, key), logprob_sum=put(slots.logprob_sum, 0.0),
     logprob_min=put(slots.logprob_min, 0.0), confidence_sum=put(slots.confidence_sum, 0.0),
-    hidden_sum=jnp.where(new[:, None], 0.0, slots.hidden_sum),
+    hidden_sum=put_wide(slots.hidden_sum), recent=put_wide(slots.recent), counts=put_wide(slots.counts),
+    taps=tuple(map(put_wide, slots.taps)), pruned=slots.pruned & ~new,
+    prompt=put_wide(slots.prompt, prefix.state[source]) if slots.prompt.shape[1] else slots.prompt,
     sampling_params=jax.tree.map(put, slots.sampling_params, sampling_params))
 
 
@@ -147,6 +166,18 @@ def segment_program():
   return _segment_gpu if sharding.platform() == "gpu" else _segment
 
 
+_WINDOW = 32.0          # tokens that `Slots.recent` looks back over, about
+_UNLIKELY = -math.log(10.0)  # log-prob below which a token is
+
+
+def _recent(s: Slots, logprob: jax.Array) -> jax.Array:
+  """Slots.recent after one more token with its log-prob f32[B]."""
+  first = s.generated == 0
+  average = jnp.where(first, logprob, s.recent[:, 0] + (logprob - s.recent[:, 0]) / _WINDOW)
+  lowest = jnp.where(first, average, jnp.minimum(s.recent[:, 1], average))
+  return jnp.stack([average, lowest, s.recent[:, 2] + (logprob < _UNLIKELY)], axis=1)
+
+
 def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
   rows = slots.token.shape[0]
   stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
@@ -164,8 +195,10 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
       cache[layer], out = decode_attention.step(sampling.attention, cache[layer], qkv, rotary, s.position, s.active, shared)
       return out, None
 
-    hidden = transformer.forward(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype,
-                            fused=fused)[0][:, 0]
+    tapped, wanted = {}, {layer for _, layer in sampling.taps.states}
+    tap = lambda layer, x: tapped.update({layer: x[:, 0]}) if layer in wanted else None
+    hidden = transformer.unrolled(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype, fused=fused,
+                                 tap=tap)[0][:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
     chosen = s.sampling_params
     chosen = chosen and chosen.replace(temperature=jnp.where(s.active, chosen.temperature, 1.0),
@@ -178,6 +211,10 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     s = s.replace(cache=tuple(cache), token=live(token, s.token), position=live(s.position + 1, s.position),
                   generated=generated, active=s.active & ~stopped, hidden=live(hidden, s.hidden),
                   hidden_sum=live(s.hidden_sum + hidden[:, :s.hidden_sum.shape[1]].astype(jnp.float32), s.hidden_sum),
+                  recent=live(_recent(s, logprob), s.recent), taps=tuple(
+                    live(old + tapped[layer].astype(jnp.float32) if kind == "mean" else tapped[layer], old)
+                    for (kind, layer), old in zip(sampling.taps.states, s.taps, strict=True)),
+                  counts=count_tokens(s.counts, token, s.active) if sampling.taps.counts else s.counts,
                   logprob_sum=live(s.logprob_sum + logprob, s.logprob_sum),
                   logprob_min=live(jnp.minimum(s.logprob_min, logprob), s.logprob_min),
                   confidence_sum=live(s.confidence_sum + confidence, s.confidence_sum))

@@ -4,12 +4,20 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 _LANES = 128  # tokens of a vocabulary block
+
+
+class Taps(NamedTuple):
+  """What is kept of each row beside the final state, for whoever judges it. Layer n: the residual stream after n layers."""
+  states: tuple = ()         # (("mean" or "last", layer), ...): over the response's tokens
+  prompt: int | None = None  # layer of the state of the prompt's last token
+  counts: bool = False       # hashed counts of the response's tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Sampling:
   min_p: float | None = None   # at least min_p times as likely as the most likely
   confidence: int | None = None  # k of DeepConf's token confidence, the mean -log-prob of the k likeliest tokens; None: 0
   pool: bool = False           # keep the sum of each row's hidden states
+  taps: Taps = Taps()
 
   @property
   def cache_dtype(self) -> str:

@@ -49,6 +49,7 @@ class Decision(NamedTuple):
   keep_probability: jax.Array   # f32[B]   probability with which the row was kept
   rule_probability: jax.Array  # f32[B]  the rule's; differs for held-out rows, which are always kept, and where a floor adds some
   holdout: jax.Array    # bool[B]  kept whatever the rule says
+  final: jax.Array      # f32[B]   the score as of a last token
   features: tuple | None = None  # what was scored, f32[B,...] each, where it is wanted on the host
 
 
@@ -103,6 +104,23 @@ class Engine:
     shapes = jax.eval_shape(transformer.unstack, params)
     out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
     return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
+
+  def prompt_states(self, prompts: list[np.ndarray], sampling: Sampling) -> np.ndarray:
+    """The states that Sampling.taps.prompt names of so many prompts' last tokens, f32[P,D]; runs the prefill program alone."""
+    out = []
+    for start in range(0, len(prompts), self.prefill_rows):
+      part = prompts[start:start + self.prefill_rows]
+      state = programs.prefill(self.config, self.params, *self.prompt_rows(part), sampling=sampling).state
+      out.append(jax.device_get(everywhere(self.mesh)(state))[:len(part)].astype(np.float32))
+    return np.concatenate(out)
+
+  def prompt_rows(self, prompts: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    """At most `prefill_rows` prompts as the prefill program takes them: i32[P,L], i32[P]."""
+    tokens = np.zeros((self.prefill_rows, self.max_prompt), np.int32)
+    length = np.ones(self.prefill_rows, np.int32)
+    for i, x in enumerate(prompts):
+      tokens[i, :len(x)], length[i] = x, len(x)
+    return sharding.put((tokens, length), sharding.rows(self.mesh))
 
   def warm_up(self, sampling: Sampling, decide: Callable | None = None) -> None:
     """Compiles every program of a run: all shapes on idle slots, which decode nothing."""
@@ -313,11 +331,7 @@ class Run:
       prompts.setdefault(sequence.request.prompt, sequence.request.tokens)
       if len(prompts) == self.e.prefill_rows:
         break
-    tokens = np.zeros((self.e.prefill_rows, self.e.max_prompt), np.int32)
-    length = np.ones(self.e.prefill_rows, np.int32)
-    for i, x in enumerate(prompts.values()):
-      tokens[i, :len(x)], length[i] = x, len(x)
-    tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
+    tokens, length = self.e.prompt_rows(list(prompts.values()))
     self.prefixes = ({}, None)  # before the next one is made
     prefix = programs.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
@@ -349,7 +363,7 @@ class Run:
       sequence.confidences.append(confidences[i, :count])
       sequence.count, out = generated[i], sequence.rollout
       if decision is not None:
-        out.final = float(decision.score[i])
+        out.final = float(decision.final[i])
       if decision is not None and decision.decided[i]:
         out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
         out.scores += (float(decision.score[i]),)

@@ -16,7 +16,7 @@ import numpy as np
 from arrol_jax.learning.losses import GRPO, LossConfig, group_advantages, overlong_penalty
 from arrol_jax.models import sharding
 from arrol_jax.models.sharing import Layout
-from arrol_jax.pruning.head import empty_features
+from arrol_jax.pruning.head import empty_features, is_linear
 from arrol_jax.types import Batch, Examples, Rollout
 
 
@@ -158,8 +158,27 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
   return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
 
 
+def linear_examples(rollouts: list[Rollout], decisions: int, width: int, weigh: tuple[str, ...] = ()) -> tuple:
+  """What all graded survivors teach a linear head at each decision and at their last token (METHOD 10.4), C = decisions + 1.
+
+  Returns features f32[C,M,F], reward f32[M], weight f32[C,M] (0 where a rollout did not get there) and prompt i32[M]; M is the
+  rollouts' number up to a power of two.
+  """
+  size = 1 << max(0, len(rollouts) - 1).bit_length()
+  features, weight = np.zeros((decisions + 1, size, width), np.float32), np.zeros((decisions + 1, size), np.float32)
+  reward, prompt = np.zeros(size, np.float32), np.full(size, -1, np.int32)
+  for i, r in enumerate(r for r in rollouts if not r.pruned):
+    reward[i], prompt[i] = r.reward, r.prompt
+    share = 1.0 / r.keep_probability if "head" in weigh else 1.0
+    for c, seen in [*enumerate(r.features), *([(decisions, r.final_features)] if r.final_features is not None else [])]:
+      features[c, i], weight[c, i] = seen, share
+  return features, reward, weight, prompt
+
+
 def empty_examples(head: dict, width: int, count: int) -> Examples:
   """Examples that teach nothing, `count` of them up to the next power of two: few shapes."""
+  if is_linear(head):  # is fitted in closed form
+    return Examples((), np.zeros(1, np.float32), np.zeros(1, np.float32))
   size = 1 << max(0, count - 1).bit_length()
   features = jax.eval_shape(lambda head: empty_features(head, width, size), head)
   return Examples(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), features), *np.zeros((2, size), np.float32))
@@ -173,6 +192,8 @@ def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[
   asked), "last" its features at its last token (the paper leaves this open). weigh, balance: `head_weights`.
   """
   taught = []
+  if is_linear(head):
+    return empty_examples(head, width, 0)
   for r in rollouts:
     if not r.pruned:
       seen = r.features or ((r.final_features,) if short == "last" and r.final_features is not None else ())

@@ -26,12 +26,14 @@ from arrol_jax.types import Rollout
 @dataclasses.dataclass(frozen=True)
 class Voters:
   """What votes are weighed by: the quality head and its tables, [C,Q], one a detection length in `detect`. stop: posterior
-  below which a trace ends there (a group's best always goes on); None lets all finish. window: tokens of DeepConf's groups."""
+  below which a trace ends there (a group's best always goes on); None lets all finish. window: tokens of DeepConf's groups.
+  inputs: what a linear head reads."""
   head: dict | None = None
   tables: Calibration | None = None
   detect: tuple[int, ...] = ()
   stop: float | None = None
   window: int = 2048
+  inputs: tuple[str, ...] = ()
 
 
 def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
@@ -47,7 +49,8 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
   decide = None
   if v.head is not None and samples > 1:
     tables = Calibration() if v.tables is None else v.tables
-    rule = PruneRule((engine.max_new + 1,)) if v.stop is None else PruneRule(v.detect, keep=v.stop, kind="threshold", floor=1)
+    rule = PruneRule((engine.max_new + 1,), inputs=v.inputs) if v.stop is None else PruneRule(
+      v.detect, keep=v.stop, kind="threshold", floor=1, inputs=v.inputs)
     decide = make_decide(v.head, tables, rule, v.stop is not None)
   rollouts, _ = generate(engine, dict(enumerate(prompts)), asked, key, sampling, grading, decide, progress)
   rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped

@@ -12,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from arrol_jax.learning import ridge
 from arrol_jax.learning.losses import binary_cross_entropy
-from arrol_jax.pruning.head import Features, empty_features, quality_logit
+from arrol_jax.pruning import linear_head
+from arrol_jax.pruning.head import Features, empty_features, is_linear, quality_logit
 from arrol_jax.pruning.table import Calibration, update
 from arrol_jax.types import Examples, Rollout, TrainState
 
 
-def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: float | None,
-                       weigh: tuple[str, ...] = ()) -> Calibration:
+def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: float | None, weigh: tuple[str, ...] = (),
+                       decisions: int | None = None) -> Calibration:
   """The tables [C,Q] (or one, [Q]) with this step's graded survivors, each at every length where it was scored (METHOD 3).
 
-  weigh holding "table": a survivor counts 1 / keep probability times. half_life: in rollouts started.
+  weigh holding "table": a survivor counts 1 / keep probability times. half_life: in rollouts started. decisions: where the
+  tables are more, the last is that of the last token.
   """
-  rows = table_rows(tables, [r for r in rollouts if not r.pruned], len(rollouts), weigh)
+  count = jnp.atleast_2d(tables.positive).shape[0]
+  rows = table_rows(tables, [r for r in rollouts if not r.pruned], len(rollouts), weigh, decisions or count)
   return update_tables(tables, *rows, as_scalar(half_life))
 
 
@@ -32,7 +36,7 @@ def as_scalar(x: float | None) -> np.float32 | None:
   return None if x is None else np.float32(x)
 
 
-def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tuple[str, ...]) -> tuple:
+def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tuple[str, ...], decisions: int) -> tuple:
   """score f32[C,M], reward f32[M], weight f32[C,M] of a step's survivors, and how many rollouts it started, f32[]; few shapes."""
   count = tables.positive.shape[0] if tables.positive.ndim == 2 else 1
   size = 1 << max(0, started - 1).bit_length()
@@ -40,7 +44,10 @@ def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tu
   reward = np.zeros(size, np.float32)
   for i, r in enumerate(kept):
     score[:len(r.scores), i], reward[i] = r.scores, r.reward
-    weight[:len(r.scores), i] = 1.0 / r.keep_probability if "table" in weigh else 1.0
+    share = 1.0 / r.keep_probability if "table" in weigh else 1.0
+    weight[:len(r.scores), i] = share
+    if count > decisions and r.final == r.final:  # a table for the last token
+      score[decisions, i], weight[decisions, i] = r.final, share
   return score, reward, weight, np.float32(started)
 
 
@@ -57,8 +64,31 @@ def update_tables(tables: Calibration, score: jax.Array, reward: jax.Array, weig
 
 def head_loss(head: dict, examples: Examples) -> jax.Array:
   """Binary cross-entropy of the head's logits against the rewards (METHOD section 2), their weighted mean, f32[]."""
+  if is_linear(head):  # fitted in closed form, see `fit_linear`
+    return jnp.zeros((), jnp.float32)
   bce = binary_cross_entropy(quality_logit(head, examples.features), examples.reward)
   return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
+
+
+def no_linear(width: int, decisions: int, center: bool) -> tuple[dict, ridge.Ridge]:
+  """A linear head that says 0 of everything and the empty sums behind it, one a decision and one for the last token."""
+  stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * (decisions + 1)), tree)
+  head = stack(linear_head.empty_head(width, within=center))
+  named = {name: getattr(head, name) for name in linear_head.NAMES if getattr(head, name) is not None}
+  return {"within": named["between"]} | named, stack(ridge.empty(width, center))
+
+
+@functools.partial(jax.jit, donate_argnames=("sums",), static_argnames=("half_life",))
+def fit_linear(sums: ridge.Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array, prompt: jax.Array,
+               strength: jax.Array, half_life: float | None) -> tuple[dict, ridge.Ridge]:
+  """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3)."""
+  def one(x):
+    new = ridge.add(x[0], x[1], reward, x[2], prompt, half_life)
+    return new, ridge.solve(new, strength)
+
+  sums, head = jax.lax.map(one, (sums, features, weight))
+  within = head.between if head.within is None else head.within
+  return {"mean": head.mean, "level": head.level, "between": head.between, "within": within, "spread": head.spread}, sums
 
 
 def refit_head(state: TrainState, examples: Examples, *, passes: int, optimizer: optax.GradientTransformation) -> TrainState:

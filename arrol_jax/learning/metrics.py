@@ -57,7 +57,22 @@ def mean(values) -> float:
   return float(np.mean(values)) if values else float("nan")
 
 
-def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None) -> dict:
+def head_metrics(kept: list[Rollout], detect: tuple[int, ...]) -> dict:
+  """AUC of the score over all graded rollouts and within prompts, at each decision ("head_auc@64") and at the last token
+  ("head_auc@end")."""
+  out, places = {}, {str(n): [(r.scores[c], r) for r in kept if len(r.scores) > c] for c, n in enumerate(detect)}
+  places["end"] = [(r.final, r) for r in kept if not math.isnan(r.final)]
+  for name, scored in places.items():
+    groups = {}
+    for score, r in scored:
+      groups.setdefault(r.prompt, []).append((score, r.reward))
+    within = [auc(*zip(*group, strict=True)) for group in groups.values()]
+    out |= {f"head_auc@{name}": auc([s for s, _ in scored], [r.reward for _, r in scored]),
+            f"head_auc_within@{name}": mean(a for a in within if not np.isnan(a))}
+  return out
+
+
+def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None, detect: tuple[int, ...] = ()) -> dict:
   """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none; learned: those that the update
   sees (None: all survivors)."""
   kept = [r for r in rollouts if not r.pruned]
@@ -72,7 +87,11 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   score, reward = [r.score for r in scored], [r.reward for r in scored]
   # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
   controls = [r for r in scored if r.holdout]
-  return {
+  by_place = head_metrics(kept, detect) if detect else {}
+  generated = sum(len(r.tokens) for r in rollouts)
+  total_signal = sum(len(g) * np.var([r.reward for r in g]) for g in groups.values())
+  return by_place | {
+    "signal_per_1k_tokens": 1000.0 * float(total_signal) / max(generated, 1),
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
     "reward_ipw": sum(r.reward / r.keep_probability for r in kept) / len(rollouts),

@@ -190,7 +190,8 @@ def make_optimizer(schedule: Callable, head_lr: float, clip_norm: float, weight_
   """AdamW with a schedule and clipping for the policy, Adam with a learning rate of its own for the head."""
   adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
   return optax.multi_transform({"policy": optax.chain(optax.clip_by_global_norm(clip_norm), adamw),
-                                "head": optax.adam(head_lr)}, {"policy": "policy", "head": "head"})
+                                "head": optax.adam(head_lr) if head_lr else optax.set_to_zero()},
+                               {"policy": "policy", "head": "head"})
 
 
 def fill_logprobs(u: UpdateConfig, params: dict, reference: dict | None, batches: list[Batch], temperature) -> list[Batch]:

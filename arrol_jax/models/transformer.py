@@ -230,29 +230,18 @@ def unstack_axes(axes: dict, layers: int) -> dict:
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
-            dtype=jnp.float32, remat: str = "none", fused: bool = False) -> tuple[jax.Array, object]:
+            dtype=jnp.float32, remat: str = "none") -> tuple[jax.Array, object]:
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
-  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked. With a tuple of layers (`unstack`) it is
-  `attend(layer_index, qkv, rotary)`, queries and keys still to be turned (layers.Rotary), and what it keeps comes back as a list.
-  remat says what the backward pass computes again: "none", "dots" (all but a layer's matrix products and attention's result) or
-  "full" (whole layers, least memory). fused: norms.add_norm's kernel, forward only.
+  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked; remat says what the backward pass computes again:
+  "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory). With a tuple
+  of layers this is `unrolled`.
   """
-  block_def = _structure(c)[1]
-  rope = rope_tables(c, positions)
-  # The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows.
-  layers = params["layers"]
-  if not isinstance(layers, tuple):  # once, before the scan would copy each layer's float32 weights to round them
-    layers = {name: x if name.endswith("norm") else x.astype(dtype) for name, x in layers.items()}
-  x = constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
-
   if isinstance(params["layers"], tuple):
-    kept, delta = [], None
-    for i, weights in enumerate(params["layers"]):
-      x, delta, one = layer(c, weights, x, delta, rope, functools.partial(attend, i), fused)
-      x = constrain(x, "batch", None, None)
-      kept.append(one)
-    return add_norm(x, delta, params["final_norm"], c.norm_eps, fused=fused)[1], kept
+    return unrolled(c, params, tokens, positions, attend, dtype=dtype)
+  block_def, rope, x = _structure(c)[1], rope_tables(c, positions), _embed(params, tokens, dtype)
+  # Once, before the scan would copy each layer's float32 weights to round them.
+  layers = {name: w if name.endswith("norm") else w.astype(dtype) for name, w in params["layers"].items()}
 
   def body(x, weights):
     x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend)
@@ -260,6 +249,25 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
 
   x, kept = jax.lax.scan(REMAT[remat](body), x, layers)
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
+
+
+def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *, dtype=jnp.float32,
+             fused: bool = False, tap: Callable | None = None) -> tuple[jax.Array, list]:
+  """`forward` on a tuple of layers (`unstack`): `attend(layer_index, qkv, rotary)` gets queries and keys still to be turned
+  (layers.Rotary), and what it keeps comes back as a list. fused: layers.add_norm's kernel, forward only. tap(n, x) sees the
+  residual stream x [B,S,D] after n layers."""
+  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, dtype), [], None
+  for i, weights in enumerate(params["layers"]):
+    x, delta, one = layer(c, weights, x, delta, rope, functools.partial(attend, i), fused)
+    x = constrain(x, "batch", None, None)
+    kept.append(one)
+    tap and tap(i + 1, x + delta)
+  return add_norm(x, delta, params["final_norm"], c.norm_eps, fused=fused)[1], kept
+
+
+def _embed(params: dict, tokens: jax.Array, dtype) -> jax.Array:
+  """The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows."""
+  return constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
 
 def whole_unembedding(params: dict) -> dict:

@@ -14,13 +14,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble, step_programs
-from arrol_jax.learning import head_training
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.planning import hlo
-from arrol_jax.pruning.head import init_head
-from arrol_jax.pruning.table import Calibration
 from arrol_jax.types import TrainState, UserError
 
 PHASES = "generation", "training"
@@ -67,20 +64,13 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   weights = transformer.abstract_params(model)
   weights = jax.tree.map(place, weights, sharding.shardings(transformer.logical_axes(model), weights, mesh, sharding.TRAIN))
-  q = c.quality
-  head = jax.eval_shape(lambda: init_head(model.width, q.hidden, jax.random.key(0), tuple(q.inputs)))
-  params = {"policy": weights, "head": jax.tree.map(lambda x: place(x, everywhere), head)}
+  head, recent, tables = jax.tree.map(lambda x: place(x, everywhere), jax.eval_shape(lambda: assemble.fresh_head(c, model.width)))
+  params = {"policy": weights, "head": head}
   # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble.init_state).
   at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
   follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
   opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
-  table = jax.ShapeDtypeStruct((len(c.prune.detect), c.prune.bins), jnp.float32, sharding=everywhere)
-  count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-  recent = None
-  if q.buffer:
-    ring = jax.eval_shape(lambda head: head_training.no_recent(head, model.width, q.buffer, assemble.head_optimizer(c)), head)
-    recent = jax.tree.map(lambda x: place(x, everywhere), ring)
-  return TrainState(params, opt_state, Calibration(table, table), count, recent)
+  return TrainState(params, opt_state, tables, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), recent)
 
 
 def out_of_memory(message: str) -> tuple[int, str]:

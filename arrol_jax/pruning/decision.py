@@ -12,10 +12,12 @@ import numpy as np
 
 from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.scheduler import Decision
-from arrol_jax.pruning import table as tables_
+from arrol_jax.pruning import linear_head, table as tables_
 from arrol_jax.pruning.baselines import top_share
+from arrol_jax.pruning.budget import budget_probability
 from arrol_jax.pruning.draws import draw
-from arrol_jax.pruning.head import Features, inputs_of, quality_logit
+from arrol_jax.pruning.features import vector
+from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
 from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, solve_delta, survival, survival_with_floor
 from arrol_jax.pruning.table import Calibration
 
@@ -40,13 +42,12 @@ def features_of(slots: Slots, head: dict) -> Features:
 def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: jax.Array,
            features: bool) -> tuple[Slots, Decision]:
   """The program behind `make_decide`: slots with the rows that go on, and what was decided."""
-  tables = jax.tree.map(jnp.atleast_2d, tables)  # [C,Q]
+  tables = jax.tree.map(lambda x: jnp.atleast_2d(x)[:len(rule.detect)], tables)  # [C,Q]; the last token's is the votes'
   here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
-  seen = features_of(slots, head)
-  score = quality_logit(head, seen)
+  seen, score, final, settled = judge(slots, head, rule, decided, which)
   by_decision = jax.vmap(tables_.posterior, (0, None))(tables, score)  # [C,B]
-  posterior = jnp.take_along_axis(by_decision, which[None], axis=0)[0]
+  posterior = jnp.where(decided, jnp.take_along_axis(by_decision, which[None], axis=0)[0], settled)
   # Members of a group that decide together, at the same length.
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
 
@@ -58,8 +59,28 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided)
-  return slots.replace(active=slots.active & keep), Decision(decided, keep, score, posterior, probability, rule_probability,
-                                                             holdout, seen if features else None)
+  slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
+  return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,
+                         seen if features else None)
+
+
+def judge(slots: Slots, head: dict, rule: PruneRule, decided: jax.Array, which: jax.Array) -> tuple:
+  """What the head reads of each row and says of it: features, the logit at the row's decision f32[B], the logit at its last token
+  f32[B], and what is to be expected of a row that is not up for a decision, f32[B] in [0, 1]."""
+  if not is_linear(head):
+    seen = features_of(slots, head)
+    score = quality_logit(head, seen)
+    return seen, score, score, jnp.zeros_like(score)
+  x = vector(slots, rule.inputs, len(slots.cache))
+  one = lambda c: linear_head.LinearHead(**{k: v[c] for k, v in head.items() if k in linear_head.NAMES})
+  group = slots.group * len(rule.detect) + which.astype(jnp.int32)
+  ended = ~decided & ~slots.pruned & (slots.generated > 0)
+  logits = []
+  for c in range(len(rule.detect)):
+    logits.append(linear_head.to_logit(one(c), linear_head.score(one(c), x, group, decided)))
+  score = jnp.take_along_axis(jnp.stack(logits), which[None], axis=0)[0]
+  last = one(head["level"].shape[0] - 1)
+  return x, score, linear_head.alone(last, x), jnp.clip(linear_head.score(last, x, slots.group, ended), 0.0, 1.0)
 
 
 # ---- keep probability f32[B] by rule: tables [C,Q], posterior f32[B], which (decision) i32[B], group i32[B], decided bool[B]
@@ -88,7 +109,15 @@ def _threshold(rule, slots, tables, posterior, which, group, decided):
   return (posterior >= least).astype(jnp.float32)
 
 
-KEEP_PROBABILITY = {"group": _group, "confidence": _confidence, "threshold": _threshold}
+def _budget(rule, slots, tables, posterior, which, group, decided):
+  """METHOD 10.1: over the whole batch, the set of largest expected signal. Finished rollouts count with what their last token
+  promises."""
+  settled = ~decided & ~slots.pruned & (slots.generated > 0)
+  request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
+  return budget_probability(posterior, slots.group, decided, settled, **rule.limits(), identity=request)
+
+
+KEEP_PROBABILITY = {"group": _group, "budget": _budget, "confidence": _confidence, "threshold": _threshold}
 
 
 def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: jax.Array, group: jax.Array,
@@ -96,7 +125,8 @@ def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: ja
   """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw and floor."""
   if rule.draw == "systematic":
     probability = lift(rule.floor, probability, group, decided) if rule.floor else probability
-    return draw(key, jnp.where(decided, probability, 1.0), method="systematic", groups=group), probability
+    over = jnp.zeros_like(group) if rule.kind == "budget" and not rule.floor else group  # the budget is the batch's
+    return draw(key, jnp.where(decided, probability, 1.0), method="systematic", groups=over), probability
   u = jax.vmap(jax.random.uniform)(key)
   keep = (u < probability) | ~decided
   if not rule.floor:

@@ -68,6 +68,11 @@ def init_head(width: int, hidden: int, key: jax.Array, inputs: tuple[str, ...] =
   return nnx.to_pure_dict(nnx.state(QualityHead(width, hidden, key, inputs)))
 
 
+def is_linear(head: dict) -> bool:
+  """Whether a head is linear_head.py's, whose arrays have a leading axis: one a decision, then the last token's."""
+  return "between" in head
+
+
 def inputs_of(head: dict) -> tuple[str, ...]:
   """Which inputs a head reads."""
   return tuple(name for name, weights in INPUTS.items() if weights in head)

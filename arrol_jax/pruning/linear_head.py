@@ -69,3 +69,13 @@ def to_logit(head: LinearHead, score: jax.Array) -> jax.Array:
   means, which the table's own half-life has to follow. A head that knows nothing gives 0.
   """
   return jnp.where(head.spread > 0, _PROBIT * (score - head.level) / jnp.where(head.spread > 0, head.spread, 1.0), 0.0)
+
+
+NAMES = ("mean", "level", "between", "within", "spread")  # a head's arrays, where several are kept as a dict
+
+
+def alone(head: LinearHead, x: jax.Array) -> jax.Array:
+  """The logit f32[B] of rows x [B,F] that are ranked within their group whatever its mean: the within fit of the row alone."""
+  weights = head.between if head.within is None else head.within
+  part = jnp.dot(x.astype(jnp.float32) - head.mean[None, :], weights, precision=jax.lax.Precision.HIGHEST)
+  return to_logit(head, part + head.level)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from arrol_jax.pruning.table import bin_posterior, divide
 
-RULES = ("published", "group", "random", "lowest", "highest", "confidence", "max_variance")
+RULES = ("published", "group", "budget", "random", "lowest", "highest", "confidence", "max_variance")
 
 
 DRAWS = ("bernoulli", "systematic")
@@ -30,11 +30,12 @@ class PruneRule:
 
   detect: response tokens at each decision; keep kappa, target rho, strength lambda. The keep ratios of several decisions
   multiply to `keep`, and so do the limits p_min and p_max. kind: "published"; "group" steers each group's expected ratio to
-  rho; "random" ignores scores; "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a
-  group whose tokens are most confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`;
-  "threshold", for inference, stops those whose posterior is below `keep` (or the row's own, decode.Own). draw: "bernoulli" or
-  "systematic", a fixed number a group. floor: rows of a group that survive a decision at least. holdout: share of rollouts that
-  are never cut.
+  rho; "budget" (METHOD 10.1) keeps, over the whole batch, the rollouts of largest expected signal; "random" ignores scores;
+  "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a group whose tokens are most
+  confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`; "threshold", for inference, stops those
+  whose posterior is below `keep` (or the row's own, sampling.SamplingParams). draw: "bernoulli" or "systematic", a fixed number a
+  group (the budget's: of the batch). floor: rows of a group that survive a decision at least. holdout: share of rollouts that are
+  never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
@@ -46,6 +47,7 @@ class PruneRule:
   draw: str = "bernoulli"
   floor: int = 0
   holdout: float = 0.0
+  inputs: tuple[str, ...] = ()  # what a linear head reads (features.py); () for the published head
 
   def constants(self) -> dict:
     """Keyword arguments of prune.solve_delta and prune.survival for one of the decisions."""
