@@ -28,13 +28,13 @@ from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning import features
-from arrol_jax.pruning.head import init_head, inputs_of
+from arrol_jax.pruning.head import init_head, inputs_of, is_linear
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.running.workdir import fingerprint
+from arrol_jax.running.workdir import fingerprint, read_json, renamed
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
@@ -101,8 +101,7 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
              head: dict | None = None, tables: Calibration | None = None) -> dict:
   """`held_out.measure` as eval.* says, with a progress bar called `name`."""
   voters = Voters(head, tables, detect(c), c.eval.stop_below, c.eval.window, linear_inputs(c))
-  how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None,
-                            pool=head is not None and "mean" in (linear_inputs(c) or inputs_of(head)))
+  how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
@@ -110,8 +109,26 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
     return measure(engine, prompts, asked, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
 
 
-def check_tables(c: ConfigDict, loaded: Policy) -> None:
-  """Raises UserError unless the policy has a calibration table for each of prune.detect's lengths, or none at all."""
+def pools(c: ConfigDict, head: dict | None) -> bool:
+  """Whether a head reads the mean of the states after the final norm."""
+  return head is not None and "mean" in (linear_inputs(c) if is_linear(head) else inputs_of(head))
+
+
+def follow_head(c: ConfigDict, loaded: Policy) -> None:
+  """Sets what the config says of the quality head to what the policy's own head was trained with, as far as its folder tells.
+
+  Raises UserError unless there is a calibration table for each of prune.detect's lengths, or none at all, and where the head is
+  linear and nothing says what it reads.
+  """
+  if loaded.head is not None and loaded.head_inputs:
+    c.quality.fit, c.quality.inputs = "ridge" if is_linear(loaded.head) else "adam", loaded.head_inputs
+    c.prune.detect = loaded.detect or c.prune.detect
+  if loaded.head is not None and is_linear(loaded.head) and c.quality.fit != "ridge":
+    raise UserError(f"the quality head of {c.model.path} is linear and its folder does not say what it reads; give the "
+                    "quality.fit, quality.inputs and prune.detect that it was trained with")
+  if any(n % c.rollout.segment for n in detect(c)):
+    raise UserError(f"the quality head was trained at {detect(c)} response tokens; each must be a multiple of rollout.segment "
+                    f"({c.rollout.segment})")
   if loaded.calibration is not None:
     tables = jnp.atleast_2d(loaded.calibration.positive).shape[0]
     if tables != len(detect(c)) + (c.quality.fit == "ridge"):
@@ -251,6 +268,13 @@ def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, work
   known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
   if which not in known:
     raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
+  if os.path.exists(f"{workdir}/config.json"):  # the head and what chooses prompts are as the run had them
+    trained = renamed(read_json(f"{workdir}/config.json"))
+    for section, names in (("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))):
+      for name in names:
+        if name in trained.get(section, ()):
+          stored = trained[section][name]
+          c[section][name] = tuple(stored) if isinstance(stored, list) else stored
   like = init_state(c, loaded, optimizer(c), mesh, keep_params=False)
   step, state = checkpoints.restore(like, known[which])
   checkpoints.close()

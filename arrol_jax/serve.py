@@ -36,7 +36,6 @@ from starlette.routing import Route
 import uvicorn
 
 from arrol_jax import assemble, config as configuration
-from arrol_jax.pruning.head import inputs_of
 from arrol_jax.serving import openai_api, service
 from arrol_jax.serving.openai_api import Answer, Asked, Limits, Refused, refusal
 from arrol_jax.serving.service import Service
@@ -100,13 +99,12 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
       state, _ = assemble.from_checkpoint(c, loaded, mesh, workdir)
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
-    assemble.check_tables(c, loaded)
+    assemble.follow_head(c, loaded)
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
-  pool = loaded.head is not None and "mean" in inputs_of(loaded.head)
-  how = dataclasses.replace(assemble.sampling(c, loaded, None), confidence=assemble.TOP_K, pool=pool)
+  how = dataclasses.replace(assemble.sampling(c, loaded), confidence=assemble.TOP_K, pool=assemble.pools(c, loaded.head))
   service = Service(engine, how, loaded.tokenizer, queue_size, head=loaded.head, tables=loaded.calibration,
-                    detect=tuple(c.prune.detect))
+                    detect=assemble.detect(c), inputs=assemble.linear_inputs(c))
   name = Path(workdir or c.model.path).resolve()
   limits = Limits(name.parent.name if name.name == "policy" else name.name, engine.max_prompt, engine.max_new, service.most,
                   loaded.config.vocab, loaded.tokenizer, c.reward.pattern, c.eval.window, loaded.head is not None,

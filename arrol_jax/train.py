@@ -159,7 +159,8 @@ def main():
     after = evaluate(state, "eval_after")
     if c.checkpoint.export:
       trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"],
-                                    calibration=state.calibration)
+                                    calibration=state.calibration, head_inputs=tuple(c.quality.inputs),
+                                    detect=assemble.detect(c))
       trained.save(f"{workdir}/policy", dtype=c.model.dtype)
     checkpoints.wait()  # a run whose last step is not on disk is not done
     if logs:

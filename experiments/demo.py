@@ -7,6 +7,7 @@ model.path is the policy folder of a run, with its head and table; problems are 
 """
 
 from collections.abc import Callable
+import dataclasses
 import sys
 
 import jax
@@ -24,21 +25,23 @@ from arrol_jax.types import Rollout, UserError
 SHOWN = 48  # last characters of a text
 
 
-def sample(c, problems: int, rule: PruneRule | None, progress: Callable | None = None) -> tuple[list, list[Rollout]]:
-  """Graded rollouts of the first problems of data.eval; rule None scores whole responses and cuts nothing."""
+def sample(c, problems: int, prune: bool, progress: Callable | None = None) -> tuple[list, list[Rollout]]:
+  """Graded rollouts of the first problems of data.eval; without `prune` whole responses are scored and nothing is cut."""
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
     loaded = assemble.load(c, mesh)
     if loaded.head is None:
       raise UserError(f"{c.model.path} has no quality head; give the policy folder of a run")
+    assemble.follow_head(c, loaded)
     prompts = assemble.prompts(c, loaded, c.data.eval or c.data.train, problems)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
     engine.load(loaded.params, c.model.dtype)
     tables = Calibration() if loaded.calibration is None else loaded.calibration
-    decide = make_decide(loaded.head, tables, rule or PruneRule((c.rollout.max_new + 1,)), rule is not None)
-    sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), Grading(loaded.tokenizer, grader)
+    whole = PruneRule((c.rollout.max_new + 1,), inputs=assemble.linear_inputs(c))
+    decide = make_decide(loaded.head, tables, assemble.prune_rule(c) if prune else whole, prune)
+    sampling = dataclasses.replace(assemble.sampling(c, loaded, c.rollout.temperature), pool=assemble.pools(c, loaded.head))
     return prompts, generate(engine, dict(enumerate(prompts)), c.rollout.group_size, assemble.key(c, assemble.EVAL), sampling,
-                             grading, decide, progress)[0]
+                             Grading(loaded.tokenizer, grader), decide, progress)[0]
 
 
 def line(r: Rollout) -> str:
@@ -52,7 +55,7 @@ def line(r: Rollout) -> str:
 
 def show_pruning(c, problems: int) -> None:
   """Samples with pruning and prints each rollout when it leaves the engine, then what the survivors were worth."""
-  prompts, rollouts = sample(c, problems, assemble.prune_rule(c), lambda r: print(line(r), flush=True))
+  prompts, rollouts = sample(c, problems, True, lambda r: print(line(r), flush=True))
   for p, prompt in enumerate(prompts):
     group = [r for r in rollouts if r.prompt == p]
     kept = [r.reward for r in group if not r.pruned]
@@ -62,7 +65,7 @@ def show_pruning(c, problems: int) -> None:
 
 def show_vote(c, problems: int) -> None:
   """Samples without pruning and prints each answer with the head's last score, and whose answer wins by each rule."""
-  prompts, rollouts = sample(c, problems, None)
+  prompts, rollouts = sample(c, problems, False)
   for p, prompt in enumerate(prompts):
     group = [r for r in rollouts if r.prompt == p]
     answers, scores = [extract_answer(r.text, c.reward.pattern) for r in group], np.array([r.final for r in group])

@@ -101,7 +101,7 @@ def cut_some(slots):
   decided = slots.active & (slots.generated == 8)
   keep = (jax.random.key_data(slots.key)[:, 1] % 2 == 0) | ~decided
   value = jnp.full(keep.shape, 0.25, jnp.float32)
-  return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value, value, ~keep & keep)
+  return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value, value, ~keep & keep, value)
 
 
 def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):

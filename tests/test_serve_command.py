@@ -109,7 +109,7 @@ def test_limits_follow_the_config(exported):
   _, limits = serve.load(c, None, 3)
   assert (limits.max_prompt, limits.max_new, limits.max_traces, limits.vocab) == (16, 40, ROWS + 3, 19)
   assert limits.scored and limits.calibrated and limits.pattern == c.reward.pattern
-  assert assemble.sampling(c, SimpleNamespace(eos_ids=(18,)), None).temperature is None
+  assert assemble.sampling(c, SimpleNamespace(eos_ids=(18,), config=SimpleNamespace(layers=2))).temperature is None
 
 
 def test_a_checkpoint_is_served_with_its_head(tmp_path):

@@ -1,10 +1,10 @@
 """The rollout engine's host side: request pool, slots, segment boundaries, compaction.
 
-Everything that costs device time happens in decode.py's programs; between two segments the host learns which rows
-ended, hands their slots to waiting requests, and when none waits gathers the living rows into the next smaller compiled row
-count. Where a kernel reads each row's own length (kv_cache.py) the cache has its full length from the start and an idle
-row costs no reading; elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore
-come from two short lists (`row_counts`, `lengths`), and each pair is compiled once.
+Everything that costs device time happens in programs.py; between two segments the host learns which rows ended, hands their
+slots to waiting requests, and when none waits gathers the living rows into the next smaller compiled row count. Where a kernel
+reads each row's own length (kv_cache.py) the cache has its full length from the start and an idle row costs no reading;
+elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore come from two short
+lists (`row_counts`, `lengths`), and each pair is compiled once.
 
 The engine knows no quality head: `decide(slots)` is whatever the caller wants done at a boundary.
 """
@@ -46,7 +46,7 @@ class Decision(NamedTuple):
   keep: jax.Array       # bool[B]
   score: jax.Array      # f32[B]
   posterior: jax.Array  # f32[B]
-  keep_probability: jax.Array   # f32[B]   probability with which the row was kept
+  keep_probability: jax.Array  # f32[B]  with which the row was kept
   rule_probability: jax.Array  # f32[B]  the rule's; differs for held-out rows, which are always kept, and where a floor adds some
   holdout: jax.Array    # bool[B]  kept whatever the rule says
   final: jax.Array      # f32[B]   the score as of a last token
@@ -383,8 +383,7 @@ class Run:
     self.slot_to_request = [None if sequence and id(sequence) in ended else sequence for sequence in self.slot_to_request]
 
 
-def _row(tree, i: int):
-  return jax.tree.map(lambda x: x[i], tree)
+_row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
 
 
 def _up(n: int, unit: int) -> int:

@@ -127,16 +127,17 @@ class Service:
   """Continuous batching of an open stream of calls.
 
   engine: loaded; sampling: with temperature None; queue_size: traces that may wait beyond the engine's rows; head and
-  tables: what scores traces (tables [C,Q], one a length of `detect`), None without.
+  tables: what scores traces (tables [C,Q], one a length of `detect`, a linear head's also for the last token), None without;
+  inputs: what a linear head reads.
   """
 
   def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, *, head: dict | None = None,
-               tables: Calibration | None = None, detect: tuple[int, ...] = ()):
+               tables: Calibration | None = None, detect: tuple[int, ...] = (), inputs: tuple[str, ...] = ()):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
     self.head, self.tables = head, tables
     self.decide = None
     if head is not None:
-      rule = PruneRule(detect if tables is not None else (engine.max_new + 1,), kind="threshold", floor=1)
+      rule = PruneRule(detect if tables is not None else (engine.max_new + 1,), kind="threshold", floor=1, inputs=inputs)
       self.decide = make_decide(head, Calibration() if tables is None else tables, rule, tables is not None)
     self.run = Run(engine, jax.random.key(0), sampling)
     self.totals, self.failure = Totals(), None

@@ -53,6 +53,12 @@ def read_header(path: Path) -> dict[str, Stored]:
       raise UserError(f"{path}: not a safetensors file (its header cannot be read)") from e
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+  """What a safetensors file that `read_header` accepts says of itself, {} where it says nothing."""
+  with open(path, "rb") as f:
+    return json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
+
+
 def _stored(path: Path, data: int, size: int, name: str, dtype: str, shape: list, start: int, end: int) -> Stored:
   if dtype not in DTYPES:
     raise UserError(f"{path}: tensor {name} has data type {dtype}; only float32, float16 and bfloat16 are read")
@@ -70,9 +76,10 @@ def _stored(path: Path, data: int, size: int, name: str, dtype: str, shape: list
   return Stored(path, shape, DTYPES[dtype], read)
 
 
-def write(path: Path, tensors: Iterable[tuple[str, tuple, np.dtype, Callable[[], np.ndarray]]]) -> None:
+def write(path: Path, tensors: Iterable[tuple[str, tuple, np.dtype, Callable[[], np.ndarray]]],
+          metadata: dict[str, str] | None = None) -> None:
   """Writes (name, shape, dtype, read) tensors; each is read when its turn comes and dropped before the next."""
-  header, end, tensors = {"__metadata__": {"format": "pt"}}, 0, list(tensors)
+  header, end, tensors = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0, list(tensors)
   for name, shape, dtype, _ in tensors:
     start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
     header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}

@@ -50,8 +50,10 @@ class Policy:
   eos_ids: tuple[int, ...]            # any of them ends a response
   pad_id: int
   generation: dict | None = None      # generation_config.json
-  head: dict | None = None            # quality head's parameters (quality.init_head)
+  head: dict | None = None            # quality head's parameters (pruning/head.py)
   calibration: Calibration | None = None
+  head_inputs: tuple[str, ...] = ()   # what the head reads (quality.inputs), and
+  detect: tuple[int, ...] = ()        # at which response lengths; () where a folder does not say
 
   def logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """tokens i32[B,S] (right-padded), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
@@ -94,7 +96,7 @@ class Policy:
       if self.tokenizer is not None:
         self.tokenizer.save_pretrained(str(folder))
       save_weights(folder, list(_outgoing(self.config, self.params, name)), shard_bytes)
-      _save_head(folder / HEAD, self.head, self.calibration)
+      _save_head(folder / HEAD, self)
       _swap(folder, target)
     finally:
       shutil.rmtree(folder, ignore_errors=True)
@@ -137,11 +139,11 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   _check(config, path / INDEX if (path / INDEX).is_file() else path / "model.safetensors", stored)
   tokenizer = tokenizers.load_tokenizer(path)
   generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
-  head, calibration = _load_head(path / HEAD)
+  quality = _load_head(path / HEAD)
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
   return Policy(config, _place(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
-                next(p for p in pads if p is not None), generation, head, calibration)
+                next(p for p in pads if p is not None), generation, *quality)
 
 
 def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
@@ -304,26 +306,30 @@ def _write_json(file: Path, value: dict) -> None:
   file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def _save_head(file: Path, head: dict | None, calibration: Calibration | None) -> None:
-  values = {f"head.{k}": v for k, v in (head or {}).items()}
-  if calibration is not None:
-    values |= {f"calibration.{f.name}": getattr(calibration, f.name) for f in dataclasses.fields(calibration)}
+def _save_head(file: Path, policy: Policy) -> None:
+  values = {f"head.{k}": v for k, v in (policy.head or {}).items()}
+  if policy.calibration is not None:
+    values |= {f"calibration.{f.name}": getattr(policy.calibration, f.name) for f in dataclasses.fields(policy.calibration)}
   if values:
     arrays = {name: np.asarray(x) for name, x in values.items()}
-    safetensors_files.write(file, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+    about = {"inputs": json.dumps(policy.head_inputs), "detect": json.dumps(policy.detect)}
+    safetensors_files.write(file, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()], about)
 
 
-def _load_head(file: Path) -> tuple[dict | None, Calibration | None]:
+def _load_head(file: Path) -> tuple[dict | None, Calibration | None, tuple, tuple]:
+  """The last four fields of a Policy."""
   if not file.is_file():
-    return None, None
+    return None, None, (), ()
   parts: dict[str, dict] = {"head": {}, "calibration": {}}
   for name, tensor in safetensors_files.read_header(file).items():
     part, _, leaf = name.partition(".")
     if part in parts:
       parts[part][leaf] = jnp.array(tensor.read())  # a copy: the file may be replaced later
+  about = safetensors_files.read_metadata(file)
   try:
-    return parts["head"] or None, Calibration(**parts["calibration"]) if parts["calibration"] else None
-  except TypeError as e:
+    inputs, detect = (tuple(json.loads(about.get(name, "[]"))) for name in ("inputs", "detect"))
+    return parts["head"] or None, Calibration(**parts["calibration"]) if parts["calibration"] else None, inputs, detect
+  except (TypeError, ValueError) as e:
     raise UserError(f"{file}: the calibration table is not readable ({e})") from e
 
 
