@@ -73,7 +73,7 @@ def test_shared_prompts_and_dropped_rows_give_the_plain_gradient(mesh, loss):
   value, want = jax.value_and_grad(lambda p: plain(p, some, loss, 0.8, advantages)[0])(PARAMS)
   (grads, metrics), batches, counts = learned(some, PackShape(18, 64, 1), mesh, loss, 0.8)
   assert len(batches) > 1 and counts == {"tokens": sum(len(r.tokens) for r in some), "rows": 20,
-                                         "trained": sum(len(r.tokens) for r in some[8:])}
+                                         "trained": sum(len(r.tokens) for r in some[8:]), "rows_trained": 12}
   assert metrics["policy_loss"] == pytest.approx(float(value), abs=2e-6) and metrics["clip_frac"] == 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-4), grads, jax.device_get(want))
 
