@@ -105,7 +105,7 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
-    asked = Asked(c.eval.samples, c.eval.temperature, c.rollout.top_p or 1.0)
+    asked = Asked(c.eval.samples, c.eval.temperature)
     return measure(engine, prompts, asked, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
 
 
@@ -117,8 +117,7 @@ def pools(c: ConfigDict, head: dict | None) -> bool:
 def follow_head(c: ConfigDict, loaded: Policy) -> None:
   """Sets what the config says of the quality head to what the policy's own head was trained with, as far as its folder tells.
 
-  Raises UserError unless there is a calibration table for each of prune.detect's lengths, or none at all, and where the head is
-  linear and nothing says what it reads.
+  Raises UserError where the head is linear and nothing says what it reads, or where its lengths do not fit rollout.segment.
   """
   if loaded.head is not None and loaded.head_inputs:
     c.quality.fit, c.quality.inputs = "ridge" if is_linear(loaded.head) else "adam", loaded.head_inputs
@@ -129,6 +128,10 @@ def follow_head(c: ConfigDict, loaded: Policy) -> None:
   if any(n % c.rollout.segment for n in detect(c)):
     raise UserError(f"the quality head was trained at {detect(c)} response tokens; each must be a multiple of rollout.segment "
                     f"({c.rollout.segment})")
+
+
+def check_tables(c: ConfigDict, loaded: Policy) -> None:
+  """Raises UserError unless the policy has a calibration table for each of prune.detect's lengths, or none at all."""
   if loaded.calibration is not None:
     tables = jnp.atleast_2d(loaded.calibration.positive).shape[0]
     if tables != len(detect(c)) + (c.quality.fit == "ridge"):
@@ -137,10 +140,9 @@ def follow_head(c: ConfigDict, loaded: Policy) -> None:
 
 
 def sampling(c: ConfigDict, loaded: Policy, temperature: float | None = None) -> Sampling:
-  """How tokens are drawn. temperature None: it and top_p are each request's own: training and evaluation share programs."""
+  """How tokens are drawn. temperature None: each request's own, so that training and evaluation share programs."""
   r = c.rollout
-  top_p = None if temperature is None else r.top_p
-  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, top_p, r.min_p,
+  return Sampling(temperature, tuple(loaded.eos_ids), c.model.dtype, r.cache, r.attention, r.top_k, r.top_p or 1.0, r.min_p,
                   TOP_K if c.prune.rule == "confidence" else None, "mean" in c.quality.inputs,
                   taps(c, loaded.config.layers))
 

@@ -41,6 +41,8 @@ def main():
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
     assemble.follow_head(c, loaded)
+    if c.eval.stop_below is not None:
+      assemble.check_tables(c, loaded)
     # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)

@@ -36,9 +36,10 @@ from starlette.routing import Route
 import uvicorn
 
 from arrol_jax import assemble, config as configuration
-from arrol_jax.serving import openai_api, service
+from arrol_jax.learning.evaluation import Voters
+from arrol_jax.serving import openai_api
 from arrol_jax.serving.openai_api import Answer, Asked, Limits, Refused, refusal
-from arrol_jax.serving.service import Service
+from arrol_jax.serving.service import Full, Service
 from arrol_jax.types import UserError
 
 MAX_BODY = 4 << 20  # bytes
@@ -100,11 +101,13 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
+    assemble.check_tables(c, loaded)
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
-  how = dataclasses.replace(assemble.sampling(c, loaded), confidence=assemble.TOP_K, pool=assemble.pools(c, loaded.head))
-  service = Service(engine, how, loaded.tokenizer, queue_size, head=loaded.head, tables=loaded.calibration,
-                    detect=assemble.detect(c), inputs=assemble.linear_inputs(c))
+  how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,
+                            pool=assemble.pools(c, loaded.head))
+  voters = Voters(loaded.head, loaded.calibration, assemble.detect(c), inputs=assemble.linear_inputs(c))
+  service = Service(engine, how, loaded.tokenizer, queue_size, voters)
   name = Path(workdir or c.model.path).resolve()
   limits = Limits(name.parent.name if name.name == "policy" else name.name, engine.max_prompt, engine.max_new, service.most,
                   loaded.config.vocab, loaded.tokenizer, c.reward.pattern, c.eval.window, loaded.head is not None,
@@ -222,7 +225,7 @@ async def _answer(service: Service, limits: Limits, meters: Meters, chat: bool, 
   pieces = asyncio.Queue()
   try:
     ticket = service.submit(asked.call, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
-  except service.Full as e:
+  except Full as e:
     raise Refused(f"the server is full: {e}; try again later", status=429) from None
   answer = Answer(asked, limits, secrets.token_hex(12))
 

@@ -45,10 +45,10 @@ class StepConfig:
   balance: bool = False        # right and wrong weigh alike in the head's loss
   short: str = "skip"          # what rollouts that ended before detection teach the head
   half_life: float | None = None
-  strength: float | None = None  # of a linear head's ridge, a row; None: the head is the published one
+  strength: float | None = None  # of a linear head's ridge, rollouts a feature; None: the head is the published one
   head_half_life: float | None = None  # rollouts after which its examples weigh half
   explore: float = 0.0         # share of the chosen prompts that is drawn at random
-  prompt_strength: float = 0.5  # of the ridge behind the choice
+  prompt_strength: float = 8.0  # of the ridge behind the choice
   learn_keep: float = 1.0      # share of a group's survivors that is learned from, those whose rewards vary most (PODS)
   epochs: int = 1              # passes over a step's batch,
   minibatches: int = 1         # each in so many optimizer steps

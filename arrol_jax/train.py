@@ -82,7 +82,7 @@ def main():
         if taken > c.rollout.prompts:
           batch = train_step.chosen(batch, count, assemble.key(c, assemble.CHOICE, step))
         batch = batch[:count]
-        asked = Asked(c.rollout.group_size, c.rollout.temperature, c.rollout.top_p or 1.0)
+        asked = Asked(c.rollout.group_size, c.rollout.temperature)
         done, seconds = generation.generate(
           engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,
           assemble.key(c, assemble.TRAIN, step), config.sampling, Grading(loaded.tokenizer, grader), decide)

@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
   c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
   c.quality.fit = "adam"       # with the policy's step (paper); "ridge": in closed form, at each decision and the last token
                                # (METHOD 10.3). It also reads "mean@2/3", "last@3/4", "prompt@2/3", "windows", "siblings"
-  c.quality.strength = 0.5     # of the ridge, a row
+  c.quality.strength = 8.0     # of the ridge's prior: rollouts a feature
   c.quality.center = True      # the ridge ranks by a fit within prompts, and takes a prompt's level from another
   c.quality.half_life = config_dict.placeholder(float)  # rollouts after which the ridge's examples weigh half; None: never
   c.quality.balance = False    # right and wrong rollouts weigh alike in the head's loss; their shares are the table's to know

@@ -26,6 +26,7 @@ def get_config():
   c.prune.cold_start = 10
   c.optim.lr = 3e-6
   c.optim.warmup = 5
-  c.optim.length_buckets = 6
+  c.optim.length_buckets = 2
+  c.optim.tail_sizes = 1
   c.checkpoint.every = 50
   return c

@@ -33,6 +33,8 @@ def sample(c, problems: int, prune: bool, progress: Callable | None = None) -> t
     if loaded.head is None:
       raise UserError(f"{c.model.path} has no quality head; give the policy folder of a run")
     assemble.follow_head(c, loaded)
+    if prune:
+      assemble.check_tables(c, loaded)
     prompts = assemble.prompts(c, loaded, c.data.eval or c.data.train, problems)
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
     engine.load(loaded.params, c.model.dtype)

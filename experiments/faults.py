@@ -241,6 +241,7 @@ def poisoned(what: str, argv: list[str]) -> None:
       state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
     return state, metrics
 
+  spoilt_accumulate.lower, spoilt_apply.lower = accumulate.lower, apply.lower  # compiled ahead as they are
   with mock.patch.object(update, "accumulate", spoilt_accumulate), mock.patch.object(update, "apply", spoilt_apply), \
       mock.patch.object(sys, "argv", ["train", *argv]):
     config.run(train.main)

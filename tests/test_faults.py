@@ -134,26 +134,27 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, plain)
 def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
   """Of the loss, through the advantages; of a gradient alone; of the head's, which leaves its weights NaN and its loss finite.
   Without its cause the same command goes on."""
-  accumulate, apply, calls = update.accumulate, update.apply, iter(range(1, 100))
+  accumulate, apply, steps = update.accumulate, update.apply, iter(range(2, 100))
   spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
-  here = False
+  step = 1
 
   def spoilt_accumulate(u, params, grads, metrics, batch, scalars):
-    nonlocal here
-    here = next(calls) == 4  # a micro-batch a step
-    if here and what == "loss":
+    if step == 5 and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
     grads, metrics = accumulate(u, params, grads, metrics, batch, scalars)
-    return spoil(grads) if here and what == "gradient" else grads, metrics
+    return spoil(grads) if step == 5 and what == "gradient" else grads, metrics
 
   def spoilt_apply(state, grads, scalars, examples, **settings):
+    nonlocal step
     state, metrics = apply(state, grads, scalars, examples, **settings)
-    if here and what == "head's gradient":
+    if step == 5 and what == "head's gradient":
       state = state.replace(params=state.params | {"head": spoil(state.params["head"])})
+    step = next(steps)
     return state, metrics
 
+  spoilt_accumulate.lower, spoilt_apply.lower = accumulate.lower, apply.lower  # compiled ahead as they are
   with mock.patch.object(update, "accumulate", spoilt_accumulate), mock.patch.object(update, "apply", spoilt_apply):
     result = run(tmp_path, checkpoint__every=1)
-  assert result.status == 2 and result.err[-1].startswith("error: step 4: the loss or gradient is not finite")
-  assert "last checkpoint: step 3" in result.err[-1] and not (tmp_path / "checkpoints" / "4").exists()
+  assert result.status == 2 and result.err[-1].startswith("error: step 5: the loss or gradient is not finite")
+  assert "last checkpoint: step 4" in result.err[-1] and not (tmp_path / "checkpoints" / "5").exists()
   assert run(tmp_path).status == 0 and course(tmp_path) == course(plain)

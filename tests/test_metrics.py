@@ -8,7 +8,15 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.learning.metrics import auc, bootstrap_interval, calibration_error, mean, pass_at_k, rollout_metrics
+from arrol_jax.learning.metrics import (
+  auc,
+  bootstrap_interval,
+  calibration_error,
+  expected_signals,
+  mean,
+  pass_at_k,
+  rollout_metrics,
+)
 from arrol_jax.types import Rollout
 
 
@@ -72,13 +80,13 @@ STEP = [
 
 
 def test_rollout_metrics_by_hand():
-  out = rollout_metrics(STEP)
+  out, expected = rollout_metrics(STEP), expected_signals([[r for r in STEP if r.prompt == p] for p in range(4)])
   assert out == {
     "reward": pytest.approx(3 / 5),
     "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
-    "signal": pytest.approx(3 * 2 / 9 / 4),
+    "signal": pytest.approx(3 * 2 / 9 / 4), "signal_per_1k_tokens": pytest.approx(1000 * 3 * 2 / 9 / 116),
     "ungraded": 0.0,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
     "tokens_saved": pytest.approx(20 / 0.5 + 30 / 0.25 + 6 + 12 / 0.4 + 24 / 0.8 - 116),
@@ -88,9 +96,30 @@ def test_rollout_metrics_by_hand():
     "head_ece": pytest.approx((abs(0.8 - 1) + abs(0.3 - 0) + abs(0.6 - 1) + abs(0.9 - 0)) / 4),
     "head_brier": pytest.approx((0.2**2 + 0.3**2 + 0.4**2 + 0.9**2) / 4),
     "head_spearman": pytest.approx(0, abs=1e-9),                    # ranks 3, 1, 2, 4 of right, wrong, right, wrong
+    "signal_expected": expected["signal_expected"], "signal_expected_random": expected["signal_expected_random"],
     "false_prune": pytest.approx(math.nan, nan_ok=True), "survivors_fewest": 0,
     "survivors_histogram": [1, 2, 0, 1],
   }
+
+
+def test_expected_signals_are_means_over_outcomes():
+  """Kept rows: over all rewards that the posteriors allow. Random ones: over all subsets too, each row kept with that share."""
+  q, pruned = [0.2, 0.5, 0.9, 0.4], [False, True, False, True]
+  group = [rollout(0, reward=math.nan if cut else 1.0, score=0.0, posterior=p, pruned=cut)
+           for p, cut in zip(q, pruned, strict=True)]
+  group.append(rollout(0, reward=1.0))  # ended before the decision
+
+  def signal(stays):
+    total = 0.0
+    for rewards in np.ndindex(2, 2, 2, 2):
+      chance = math.prod(p if r else 1 - p for p, r in zip(q, rewards, strict=True))
+      there = [r for r, s in zip(rewards, stays, strict=True) if s] + [1]
+      total += chance * len(there) * np.var(there)
+    return total
+
+  out = expected_signals([group])
+  assert out["signal_expected"] == pytest.approx(signal([not cut for cut in pruned]))
+  assert out["signal_expected_random"] == pytest.approx(np.mean([signal(s) for s in np.ndindex(2, 2, 2, 2)]))
 
 
 def test_tokens_trained_are_those_the_update_sees():
@@ -134,15 +163,15 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
   # nothing survived
   ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "ungraded", "response_len", "truncated",
                                           "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
-  ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier",
-                                                          "head_spearman"}),              # nothing was scored
+  ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman",
+                                                  "signal_expected", "signal_expected_random"}),  # nothing was scored
   ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
   ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within", "head_spearman"}),  # no mixed group, one label
 ])
 def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   out = rollout_metrics(step)
   numbers = {name: value for name, value in out.items() if name != "survivors_histogram"}
-  assert {name for name, value in numbers.items() if math.isnan(value)} == undefined | {"false_prune"}  # no controls
+  assert {name for name, value in numbers.items() if math.isnan(value)} == undefined | {"false_prune"}  # no holdout
   assert out["rollouts_started"] == len(step)
   assert all(isinstance(v, (int, float)) and not isinstance(v, np.generic) for v in numbers.values())
 

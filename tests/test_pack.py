@@ -101,12 +101,12 @@ def test_rows_without_an_advantage_are_counted_and_left_out(mesh):
   for loss, there in ((GRPO, [3, 4]), (KL, [1, 2, 3, 4, 5])):
     batches, counts = pack(rollouts, PackShape(16, 64, 1), mesh, loss)
     assert sorted(found(batches)) == there
-    assert counts == {"tokens": 30, "rows": 5, "trained": 13 if loss is GRPO else 30}
+    assert counts == {"tokens": 30, "rows": 5, "trained": 13 if loss is GRPO else 30, "rows_trained": len(there)}
 
 
 @pytest.mark.parametrize("rollouts", [[], [rollout_of(1, 0, 3, 8, pruned=True, decided=True, reward=math.nan)]])
 def test_no_survivors_no_batches(mesh, rollouts):
-  assert pack(rollouts, PackShape(32, 64, 3), mesh) == ([], {"tokens": 0, "rows": 0, "trained": 0})
+  assert pack(rollouts, PackShape(32, 64, 3), mesh) == ([], dict.fromkeys(("tokens", "rows", "trained", "rows_trained"), 0))
 
 
 def test_bins_are_spread_over_the_mesh():

@@ -10,7 +10,7 @@ import pytest
 
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
-from arrol_jax.models.layers import rotate, split_qkv
+from arrol_jax.models.layers import rms_norm, rotate, split_qkv
 from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 from arrol_jax.models.zoo import ZOO
 
@@ -51,11 +51,21 @@ def test_scanned_layers_equal_unrolled_ones(name):
     q, k, v = split_qkv(qkv)
     return attend(*turn(q, k), v)[0]
 
-  run = jax.jit(lambda p: transformer.forward(c, transformer.unstack(p), tokens, transformer.default_positions(tokens),
-                                         lambda i, qkv, turn: (turned(attend, qkv, turn), i)))
-  unrolled, kept = run(params)
-  np.testing.assert_allclose(transformer.unembed(params, unrolled), logits(c, params, tokens), atol=1e-5)
-  assert kept == [0, 1, 2]
+  @jax.jit
+  def run(p):
+    tapped = {}
+    numbered = lambda n, qkv, turn: (turned(attend, qkv, turn), n + 1)
+    hidden, kept = transformer.unrolled(c, transformer.unstack(p), tokens, transformer.default_positions(tokens), numbered,
+                                        (10, 20, 30), tap=tapped.__setitem__)
+    return hidden, kept, tapped
+
+  hidden, kept, tapped = run(params)
+  np.testing.assert_allclose(transformer.unembed(params, hidden), logits(c, params, tokens), atol=1e-5)
+  assert kept == [11, 21, 31]  # each layer is given its own state
+  for n in (1, 2):  # the residual stream after n layers is what a model of n layers has before its final norm
+    fewer = params | {"layers": jax.tree.map(lambda x, n=n: x[:n], params["layers"])}
+    short = transformer.forward(dataclasses.replace(c, layers=n), fewer, tokens, transformer.default_positions(tokens), attend)[0]
+    np.testing.assert_allclose(rms_norm(tapped[n], params["final_norm"], c.norm_eps), short, atol=1e-5)
 
 
 def test_padding_on_the_right_changes_nothing():

@@ -33,7 +33,7 @@ def numpy_fit(x, y, w, strength):
   dx, dy = x - mean, y - level
   sd = np.sqrt(w @ dx**2 / w.sum())
   z = dx / sd
-  return mean, level, np.linalg.solve(z.T @ (w[:, None] * z) + strength * w.sum() * np.eye(x.shape[1]), z.T @ (w * dy)) / sd
+  return mean, level, np.linalg.solve(z.T @ (w[:, None] * z) + strength * x.shape[1] * np.eye(x.shape[1]), z.T @ (w * dy)) / sd
 
 
 def less_group_means(x, w, group):
@@ -47,7 +47,7 @@ def close(got, wanted, rtol=2e-4):
   np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * np.max(np.abs(wanted)))
 
 
-@pytest.mark.parametrize("strength", [0.01, 0.5])
+@pytest.mark.parametrize("strength", [0.3, 20.0])
 def test_is_the_closed_form_whatever_the_batches(strength):
   x, y, w, group = rollouts(0)
   state = ridge.empty(F)
@@ -139,8 +139,8 @@ def test_ranks_within_by_one_fit_and_between_by_the_other():
   alone = linear_head.score(both, new_x)
   np.testing.assert_allclose(mean(score), mean(alone), atol=1e-5)
   np.testing.assert_allclose(linear_head.score(both, new_x, np.arange(len(new_x))), alone, atol=1e-5)
-  # and it is a probability: rewards regress on it with a slope of 1, and a little more, since ridges shrink
-  assert 1.0 < np.polyfit(mean(score), mean(new_y), 1)[0] < 1.5
+  # and it is a probability: rewards regress on it with a slope of about 1
+  assert 0.9 < np.polyfit(mean(score), mean(new_y), 1)[0] < 1.2
 
 
 def test_only_standing_siblings_enter_the_groups_means():
@@ -173,10 +173,10 @@ def test_logits_use_the_whole_table():
 def test_several_boundaries_are_a_leading_axis():
   one = [rollouts(seed) for seed in (5, 6)]
   state = jax.vmap(lambda *a: ridge.add(ridge.empty(F), *a))(*(np.stack(a) for a in zip(*one, strict=True)))
-  heads = jax.vmap(ridge.solve, (0, None))(state, 0.5)
+  heads = jax.vmap(ridge.solve, (0, None))(state, 3.0)
   x = one[1][0]
   for i, rows in enumerate(one):
-    alone = ridge.solve(ridge.add(ridge.empty(F), *rows), 0.5)
+    alone = ridge.solve(ridge.add(ridge.empty(F), *rows), 3.0)
     close(jax.vmap(linear_head.score, (0, None, None))(heads, x, rows[3])[i], linear_head.score(alone, x, rows[3]), 1e-3)
 
 

@@ -52,12 +52,13 @@ def test_calibration_counts_graded_survivors_that_were_scored():
   np.testing.assert_array_equal(table.negative, [1.5, 0, 0, 0.5])
 
 
-def test_nothing_scored_leaves_the_table_as_it_is():
+def test_nothing_scored_adds_nothing_to_the_table():
+  """What is there is forgotten with every rollout that was started."""
   table = Calibration(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
   for rollouts in ([], [rollout_of(1, 0, 2, 4, reward=1.0)]):
     after = update_calibration(table, rollouts, 10.0)
-    np.testing.assert_array_equal(after.positive, table.positive)
-    np.testing.assert_array_equal(after.negative, table.negative)
+    np.testing.assert_allclose(after.positive, 0.5 ** (len(rollouts) / 10.0) * table.positive, rtol=1e-6)
+    np.testing.assert_allclose(after.negative, 0.5 ** (len(rollouts) / 10.0) * table.negative, rtol=1e-6)
 
 
 # ---- the decision

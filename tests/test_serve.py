@@ -260,7 +260,7 @@ def test_a_full_server_says_so_and_recovers(server):
   most = ROWS + QUEUE
   held = server.service.submit(Call(np.array([1, 2], np.int32), 48, n=most - 1), lambda piece: None)
   status, answer = ask(server.port, {"prompt": PROMPT, "n": 2})
-  assert status == 429 and "full" in answer["error"]["message"]
+  assert status == 429 and "full" in answer["error"]["message"], answer
   server.service.cancel(held)
   assert settled(server.service) and ask(server.port, {"prompt": PROMPT, "n": most})[0] == 200
   assert ask(server.port, {"prompt": PROMPT, "n": most + 1})[0] == 400  # it never will fit

@@ -37,6 +37,13 @@ def test_rows_that_choose_draw_as_if_all_had_chosen_so():
     own = sample(Sampling(float(temperature[i]), (), "float32", top_p=p, confidence=5), keys, logits)
     for a, b in zip(mixed, own, strict=True):
       np.testing.assert_allclose(a[i], b[i], rtol=1e-6)
+  warm = SamplingParams(temperature, jnp.full(6, 0.1), jnp.zeros(6))
+  for top_p in (1.0, 0.4):  # one top_p for all: the rows' own is not asked
+    shared = sample(Sampling(None, (), "float32", top_p=top_p), keys, logits, warm)
+    for i in range(6):
+      own = sample(Sampling(float(temperature[i]), (), "float32", top_p=top_p), keys, logits)
+      for a, b in zip(shared, own, strict=True):
+        np.testing.assert_allclose(a[i], b[i], rtol=1e-6)
 
 
 def test_half_characters_and_halves_of_stop_strings_wait():

@@ -99,7 +99,7 @@ TOKENIZER = SimpleNamespace(decode=lambda tokens, **_: "x" * len(tokens))
 def step_config():
   """Chunks of 2 to 8 positions, by mesh."""
   update = UpdateConfig(C, GRPO, Compute("float32", "xla", remat="none", chunk_tokens=8))
-  return StepConfig(dtype="float32", sampling=Sampling(1.0, (7, 13), "float32"), rule=RULE, update=update,
+  return StepConfig(dtype="float32", sampling=Sampling(1.0, (7, 13), "float32"), temperature=1.0, rule=RULE, update=update,
                     shape=PackShape(32, 96, 1), optimizer=OPTIMIZER)
 
 

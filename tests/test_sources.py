@@ -233,7 +233,8 @@ def test_a_name_without_a_folder_and_a_missing_package(monkeypatch):
 
 def test_training_from_jsonl_imports_none_of_the_extras(folder):
   code = f"""import sys
-from arrol_jax import assemble, config, sources
+from arrol_jax import assemble, config
+from arrol_jax.data import sources
 assert len(sources.load_problems("gsm8k", "train", {str(folder)!r})) == 23
 extras = "tensorflow_datasets", "importlib_resources", "datasets", "reasoning_gym", "tensorflow"
 print([name for name in extras if name in sys.modules])"""

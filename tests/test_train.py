@@ -236,7 +236,8 @@ def test_pruning_off_prunes_nothing(unpruned):
   for line in read(unpruned / "metrics.jsonl"):
     assert line["rollouts_pruned"] == 0 and line["keep_ratio"] == 1.0 and line["kl"] == 0
     group_size = len(line["survivors_histogram"]) - 1
-    assert line["rows_trained"] == group_size * line["groups_mixed"] and 0 < line["tokens_trained"] <= line["tokens_generated"]
+    assert line["rows_trained"] % group_size == 0 and line["rows_trained"] >= group_size * line["groups_mixed"]  # or cut off
+    assert 0 < line["tokens_trained"] <= line["tokens_generated"]
     assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
 
 

@@ -159,12 +159,12 @@ def test_the_config_reaches_its_parts():
   values = ("prune.keep=0.4", "prune.target=0.6", "prune.strength=0.7", "prune.p_min=0.2", "prune.p_max=0.8",
             "loss.name=dapo", "loss.kl_weight=0.1", "loss.clip_low=0.15", "loss.head_weight=0.0",
             "loss.normalize_std=False", "rollout.max_new=64", "optim.micro_tokens=999",
-            "optim.length_buckets=5", "optim.chunk_tokens=77", "model.attention=xla")
+            "optim.length_buckets=5", "optim.tail_sizes=1", "optim.chunk_tokens=77", "model.attention=xla")
   c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
   assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
   assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2,
                                         longest=64)
-  assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5)
+  assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5, 1)
   assert assemble.compute(c) == Compute("float32", "xla", remat="none", chunk_tokens=77)
 
 

@@ -81,14 +81,14 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
   """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
   attention = causal_attention("auto")
 
-  def attend(layer, qkv, rotary):
+  def attend(_, qkv, rotary):
     q, k, v = split_qkv(qkv)
     q, k = rotary(q, k)
     return attention(q, k, v)[0], kv_cache.store(k, v, sampling.cache_dtype)
 
   state = []
   tap = lambda layer, x: state.append(x) if layer == sampling.taps.prompt else None
-  _, cache = transformer.unrolled(c, params, tokens, transformer.default_positions(tokens), attend, dtype=sampling.dtype, tap=tap)
+  _, cache = transformer.unrolled(c, params, tokens, transformer.default_positions(tokens), attend, tap=tap)
   end = jnp.maximum(length - 1, 0)[:, None, None]
   state = jnp.take_along_axis(state[0], end, axis=1)[:, 0] if state else jnp.zeros((tokens.shape[0], 0), sampling.dtype)
   last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
@@ -190,15 +190,14 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
 
   def step(carry):
     i, s, said = carry
-    cache = list(s.cache)
-    def attend(layer, qkv, rotary):
-      cache[layer], out = decode_attention.step(sampling.attention, cache[layer], qkv, rotary, s.position, s.active, shared)
-      return out, None
+    def attend(columns, qkv, rotary):
+      columns, out = decode_attention.step(sampling.attention, columns, qkv, rotary, s.position, s.active, shared)
+      return out, columns
 
     tapped, wanted = {}, {layer for _, layer in sampling.taps.states}
     tap = lambda layer, x: tapped.update({layer: x[:, 0]}) if layer in wanted else None
-    hidden = transformer.unrolled(c, params, s.token[:, None], s.position[:, None], attend, dtype=sampling.dtype, fused=fused,
-                                 tap=tap)[0][:, 0]
+    hidden, cache = transformer.unrolled(c, params, s.token[:, None], s.position[:, None], attend, s.cache, fused=fused, tap=tap)
+    hidden = hidden[:, 0]
     key = jax.vmap(jax.random.fold_in)(s.key, s.generated)
     chosen = s.sampling_params
     chosen = chosen and chosen.replace(temperature=jnp.where(s.active, chosen.temperature, 1.0),

@@ -25,7 +25,8 @@ class Sampling:
   """How tokens are drawn and computed. temperature 0 is greedy. Tokens are left that pass every filter which is not None.
 
   Log-probs are those of the tempered distribution before filtering (at temperature 0: of T = 1), so that they compare with the
-  trainer's. temperature None: temperature and top_p are each row's own, see `SamplingParams`; the other filters are everybody's.
+  trainer's. temperature None: it is each row's own, see `SamplingParams`, and so is top_p where that is None too; the other
+  filters are everybody's.
   """
   temperature: float | None = 1.0
   stop_ids: tuple[int, ...] = ()
@@ -33,7 +34,7 @@ class Sampling:
   cache: str | None = None     # "int8" halves the cache; None: as dtype
   attention: str = "auto"      # over the cache, see kv_cache.py
   top_k: int | None = None     # the k most likely (more where the last ties)
-  top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p
+  top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p; 1: off
   min_p: float | None = None   # at least min_p times as likely as the most likely
   confidence: int | None = None  # k of DeepConf's token confidence, the mean -log-prob of the k likeliest tokens; None: 0
   pool: bool = False           # keep the sum of each row's hidden states
@@ -97,12 +98,14 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array,
   By inversion in two levels, a block of the vocabulary and a token in it, each with a uniform number of its own: two
   random numbers a token, and the blocks' sums are the softmax's denominator.
   """
+  rows, vocab = logits.shape
   if params is not None:
     logits = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-  elif sampling.temperature > 0:
-    logits = logits / sampling.temperature
-  rows, vocab = logits.shape
-  top = jnp.max(logits, axis=1, keepdims=True)
+    greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)  # instead of the maximum: the same pass
+    top = jnp.take_along_axis(logits, greedy[:, None], axis=1)
+  else:
+    logits = logits / sampling.temperature if sampling.temperature > 0 else logits
+    top = jnp.max(logits, axis=1, keepdims=True)
   blocks = lambda x: jnp.pad(x - top, ((0, 0), (0, -vocab % _LANES)), constant_values=-jnp.inf).reshape(rows, -1, _LANES)
   sums = lambda x: jnp.sum(jnp.exp(x), axis=2)
   u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
@@ -111,22 +114,19 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array,
   confidence = jnp.zeros_like(total)
   if sampling.confidence:  # before filtering, which would make log-probs infinite
     confidence = jnp.log(total) - jnp.mean(_top(kept, min(sampling.confidence, vocab)), axis=1)
-  greedy = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
   if sampling.temperature == 0:
-    token = greedy()
+    token = jnp.argmax(logits, axis=1).astype(jnp.int32)
   else:
-    if params is not None:  # a row's own filter sorts the vocabulary: only while somebody asks for it
+    for_all = sampling.top_k is not None or sampling.top_p not in (None, 1.0) or sampling.min_p is not None
+    if params is not None and sampling.top_p is None:
+      # A row's own filter sorts the vocabulary: only while somebody asks for it. A branch costs a GPU a word with the host.
       top_p = jnp.where(params.top_p < 1, params.top_p, 2.0)[:, None]
-      plain = all(f is None for f in (sampling.top_k, sampling.min_p))
-      filters = jnp.any(params.top_p < 1) | (not plain)
-      kept = jax.lax.cond(filters, lambda: blocks(_filtered(sampling, logits, top_p)), lambda: kept)
+      kept = jax.lax.cond(jnp.any(params.top_p < 1) | for_all, lambda: blocks(_filtered(sampling, logits, top_p)), lambda: kept)
       block, _ = _first_past(sums(kept), u[:, 0])
-    elif any(f is not None for f in (sampling.top_k, sampling.top_p, sampling.min_p)):
-      kept = blocks(_filtered(sampling, logits, sampling.top_p))
+    elif for_all:
+      kept = blocks(_filtered(sampling, logits, None if sampling.top_p == 1.0 else sampling.top_p))
       block, _ = _first_past(sums(kept), u[:, 0])
     inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
     token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
-    if params is not None:
-      warm = params.temperature > 0
-      token = jax.lax.cond(jnp.all(warm), lambda: token, lambda: jnp.where(warm, token, greedy()))
+    token = token if params is None else jnp.where(params.temperature > 0, token, greedy)
   return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total), confidence

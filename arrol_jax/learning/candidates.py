@@ -46,12 +46,12 @@ def _learn(model: PromptModel, states, reward, weight, strength) -> PromptModel:
 
 def learn(model: PromptModel, rollouts: list[Rollout], states: np.ndarray, strength: float) -> PromptModel:
   """The model after a step's groups; states f32[P,D] of the prompts in their
-  order. A survivor stands for 1 / keep probability rollouts of its group: pruning by score must not make a prompt look easier
-  than it is."""
+  order. A survivor stands for 1 / keep probability rollouts of its group, and a prompt for all of them: pruning by score must not
+  make it look easier than it is."""
   place = {number: i for i, number in enumerate(sorted({r.prompt for r in rollouts}))}
   total, right = np.zeros((2, len(states)), np.float32)
   for r in rollouts:
     if not r.pruned:
       total[place[r.prompt]] += 1.0 / r.keep_probability
       right[place[r.prompt]] += r.reward / r.keep_probability
-  return _learn(model, states, right / np.maximum(total, 1e-6), (total > 0).astype(np.float32), np.float32(strength))
+  return _learn(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength))

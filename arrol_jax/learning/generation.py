@@ -26,10 +26,9 @@ class Grading(NamedTuple):
 
 
 class Asked(NamedTuple):
-  """What is wanted of each prompt; temperature and top_p where the sampling leaves them to requests."""
+  """What is wanted of each prompt; temperature: where the sampling leaves it to requests."""
   samples: int
   temperature: float = 1.0
-  top_p: float = 1.0
 
 
 def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
@@ -41,8 +40,8 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
   tokenizer, grader, _ = grading
-  samples, temperature, top_p = asked if isinstance(asked, Asked) else Asked(asked)
-  requests = [Request(p * samples + g, p, prompt.tokens, engine.max_new, temperature, top_p)
+  samples, temperature = asked if isinstance(asked, Asked) else Asked(asked)
+  requests = [Request(p * samples + g, p, prompt.tokens, engine.max_new, temperature)
               for p, prompt in prompts.items() for g in range(samples)]
   pending = []
 

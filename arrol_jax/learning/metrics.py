@@ -7,7 +7,7 @@ mixed group, no scored rollout), written as null.
 import math
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import binom, rankdata
 
 from arrol_jax.types import FAILED, Rollout
 
@@ -72,6 +72,31 @@ def head_metrics(kept: list[Rollout], detect: tuple[int, ...]) -> dict:
   return out
 
 
+def expected_signals(groups: list[list[Rollout]]) -> dict[str, float]:
+  """What the posteriors promised of K rho (1 - rho), a group: of the rows that the decisions kept, and on average of as many
+  drawn at random (METHOD 10.1; in jnp: pruning/budget.py). Rows that ended before a decision count with their reward."""
+  decided = [[r for r in g if r.decided and not math.isnan(r.posterior)] for g in groups]
+  total = sum(map(len, decided))
+  share = sum(not r.pruned for rows in decided for r in rows) / max(total, 1)
+  kept, random = [], []
+  for group, rows in zip(groups, decided, strict=True):
+    q = np.array([r.posterior for r in rows])
+    stays = np.array([not r.pruned for r in rows], bool)
+    settled = np.array([r.reward for r in group if not r.decided])
+    both, fixed = pairs(q), pairs(settled)
+    mixed, n, m = pairs(np.concatenate([q, settled])) - both - fixed, len(q), len(settled)
+    kept.append(pairs(np.concatenate([q[stays], settled])) / max(stays.sum() + m, 1))
+    k = np.arange(n + 1)
+    among = both * k * (k - 1) / max(n * (n - 1), 1) + mixed * k / max(n, 1) + fixed
+    random.append(float(np.sum(binom.pmf(k, n, share) * among / np.maximum(k + m, 1))))
+  return {"signal_expected": mean(kept if total else ()), "signal_expected_random": mean(random if total else ())}
+
+
+def pairs(q: np.ndarray) -> float:
+  """Sum over pairs of the chance that one of the two is right and the other wrong."""
+  return float(len(q) * q.sum() - q.sum()**2 - np.sum(q * (1 - q))) if len(q) else 0.0
+
+
 def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None, detect: tuple[int, ...] = ()) -> dict:
   """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none; learned: those that the update
   sees (None: all survivors)."""
@@ -89,6 +114,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   controls = [r for r in scored if r.holdout]
   by_place = head_metrics(kept, detect) if detect else {}
   generated = sum(len(r.tokens) for r in rollouts)
+  by_place |= expected_signals([[r for r in rollouts if r.prompt == p] for p in dict.fromkeys(r.prompt for r in rollouts)])
   total_signal = sum(len(g) * np.var([r.reward for r in g]) for g in groups.values())
   return by_place | {
     "signal_per_1k_tokens": 1000.0 * float(total_signal) / max(generated, 1),

@@ -7,8 +7,9 @@ large.
 Numbers. Hidden states have dimensions whose mean is a thousand times their deviation: sums of raw products would lose the latter
 in float32. Kept are therefore the means and the products of differences from them, merged with a step's own by the formula of
 Chan, Golub and LeVeque (1979), which is exact and cancels nothing. `solve` divides by standard deviations, so features may have
-any scale, and adds `strength` to the correlation matrix's diagonal: it is regularisation per unit of weight (FINDINGS 2: 0.1 to
-1.2).
+any scale, and adds to the correlation matrix's diagonal: `strength` rollouts for each feature that varies, a prior that fades
+as more are seen. What is best depends neither on their number nor on the width (experiments/ridge_strength.py), whereas a fixed
+share of the diagonal is too weak in the first steps by a factor of ten.
 
 With `center` there are two fits of disjoint parts: one of differences from the group's mean in its step, features and labels, and
 one of the groups' means. A feature that does not vary within prompts (a prompt's own state) gets no weight in the first, and its
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 
 from arrol_jax.pruning.linear_head import LinearHead
 
-STRENGTH = 0.5
+STRENGTH = 8.0
 # Below this share of its mean square a feature's variance is rounding: it does not vary.
 _CONSTANT = 1e-10
 
@@ -90,17 +91,18 @@ def add(ridge: Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array,
 
 @jax.jit
 def solve(ridge: Ridge, strength: float | jax.Array = STRENGTH) -> LinearHead:
-  """The head of least weighted squared error plus strength * weight * |w|^2, w on standardised features (not the intercept).
+  """The head of least weighted squared error plus strength * F * |w|^2, w on the F standardised features that vary (not the
+  intercept).
 
   Both fits by the same strength, each standardised by its own deviations. Nothing seen gives a head that says 0 of everything.
   """
   size = jnp.where(ridge.weight > 0, ridge.weight, 1.0)
   least = _CONSTANT * (ridge.mean * ridge.mean + jnp.diagonal(ridge.xx) / size)
-  between = _fit(ridge.xx / size, ridge.xy / size, least, strength)
+  between = _fit(ridge.xx / size, ridge.xy / size, least, strength / size)
   variance = lambda w, xx: jnp.maximum(_dot(w, _dot(xx, w)), 0.0) / size
   if ridge.xx_within is None:
     return LinearHead(ridge.mean, ridge.level, between, None, jnp.sqrt(variance(between, ridge.xx)))
-  within = _fit(ridge.xx_within / size, ridge.xy_within / size, least, strength)
+  within = _fit(ridge.xx_within / size, ridge.xy_within / size, least, strength / size)
   spread = jnp.sqrt(variance(within, ridge.xx_within) + variance(between, ridge.xx))
   return LinearHead(ridge.mean, ridge.level, between, within, spread)
 
@@ -110,7 +112,8 @@ def _fit(xx, xy, least, strength):
   variance = jnp.diagonal(xx)
   varies = variance > least
   scale = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, variance, 1.0)), 0.0)
-  correlation = xx * scale[:, None] * scale[None, :] + strength * jnp.eye(xx.shape[0], dtype=xx.dtype)
+  prior = strength * jnp.maximum(jnp.sum(varies), 1)
+  correlation = xx * scale[:, None] * scale[None, :] + prior * jnp.eye(xx.shape[0], dtype=xx.dtype)
   return scale * jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(correlation, lower=True), scale * xy)
 
 

@@ -233,12 +233,9 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
             dtype=jnp.float32, remat: str = "none") -> tuple[jax.Array, object]:
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
-  With stacked layers `attend(q, k, v)` is scanned and what it keeps is stacked; remat says what the backward pass computes again:
-  "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory). With a tuple
-  of layers this is `unrolled`.
+  `attend(q, k, v)` is scanned over the stacked layers and what it keeps is stacked; remat says what the backward pass computes
+  again: "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory).
   """
-  if isinstance(params["layers"], tuple):
-    return unrolled(c, params, tokens, positions, attend, dtype=dtype)
   block_def, rope, x = _structure(c)[1], rope_tables(c, positions), _embed(params, tokens, dtype)
   # Once, before the scan would copy each layer's float32 weights to round them.
   layers = {name: w if name.endswith("norm") else w.astype(dtype) for name, w in params["layers"].items()}
@@ -251,16 +248,21 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 
-def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *, dtype=jnp.float32,
+def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, states: tuple = (), *,
              fused: bool = False, tap: Callable | None = None) -> tuple[jax.Array, list]:
-  """`forward` on a tuple of layers (`unstack`): `attend(layer_index, qkv, rotary)` gets queries and keys still to be turned
-  (layers.Rotary), and what it keeps comes back as a list. fused: layers.add_norm's kernel, forward only. tap(n, x) sees the
-  residual stream x [B,S,D] after n layers."""
-  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, dtype), [], None
+  """`forward` on a tuple of layers (`unstack`), in their dtype. `attend(state, qkv, rotary)` gets a layer's own of `states`
+  (None: there are none), and queries and keys still to be turned (layers.Rotary); what it keeps comes back as a list. fused:
+  layers.add_norm's kernel, forward only. tap(n, x) sees the residual stream x [B,S,D] after n layers."""
+  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, params["embed"].dtype), [], None
+
+  @jax.jit  # all layers are one function to trace and to lower, which the compiler puts back in line
+  def one(weights, state, x, delta):
+    x, delta, result = layer(c, weights, x, delta, rope, functools.partial(attend, state), fused)
+    return constrain(x, "batch", None, None), delta, result
+
   for i, weights in enumerate(params["layers"]):
-    x, delta, one = layer(c, weights, x, delta, rope, functools.partial(attend, i), fused)
-    x = constrain(x, "batch", None, None)
-    kept.append(one)
+    x, delta, result = one(weights, states[i] if states else None, x, delta)
+    kept.append(result)
     tap and tap(i + 1, x + delta)
   return add_norm(x, delta, params["final_norm"], c.norm_eps, fused=fused)[1], kept
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble, step_programs
+from arrol_jax.learning.candidates import nothing_known
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
@@ -21,7 +22,7 @@ from arrol_jax.planning import hlo
 from arrol_jax.types import TrainState, UserError
 
 PHASES = "generation", "training"
-GENERATION = ("reshard", "init slots", "prefill", "insert", "decode segment", "decide", "gather")
+GENERATION = ("reshard", "prefill", "init slots", "insert", "decode segment", "decide", "gather")
 HELD = {"reshard": "decode weights", "init slots": "cache and slots", "prefill": "prompts' cache"}  # results that stay
 GIB = 1 << 30
 SKIPPED = "not compiled: one before it does not fit"
@@ -70,7 +71,11 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState
   at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
   follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
   opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
-  return TrainState(params, opt_state, tables, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), recent)
+  chooses = assemble.candidates(c) > c.rollout.prompts
+  prompts = jax.eval_shape(lambda: nothing_known(model.width)) if chooses else None
+  prompts = jax.tree.map(lambda x: place(x, everywhere), prompts)
+  return TrainState(params, opt_state, tables, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), recent,
+                    prompts)
 
 
 def out_of_memory(message: str) -> tuple[int, str]:
@@ -176,7 +181,7 @@ class Step:
                                memory=(self.limit - sum(self.held.values()), self.limit))
     except UserError as e:
       self.skip(*GENERATION)
-      self.programs[-len(GENERATION) + 1].error = str(e)  # init slots
+      next(p for p in self.programs if p.name == "init slots").error = str(e)
       return self.check()
     self.shapes |= {"slots": engine.rows, "cache columns": engine.lengths(config.sampling)[-1]}
     self.compile_all(step_programs.generation_programs(engine, config, state, c.rollout.prompts, c.rollout.group_size))
@@ -201,7 +206,7 @@ class Step:
     kept = started * (c.prune.keep if c.prune.enabled else 1.0)
     listed = step_programs.training_programs(self.mesh, config, state, kept, started)
     update = next(p for p in listed if p.name == "update")
-    batch = update.args({})[4]
+    batch = update.args({"zeros": ((), ())})[4]
     self.shapes |= {"micro-batch tokens": batch.tokens.size, "micro-batch rows": batch.response_mask.shape[0],
                     "micro-batch columns": batch.response_mask.shape[1]}
     self.hold("micro-batches", update.runs * per_chip(batch))

@@ -104,8 +104,8 @@ def _confidence(rule, slots, tables, posterior, which, group, decided):
 
 
 def _threshold(rule, slots, tables, posterior, which, group, decided):
-  """For inference: all whose posterior is at least `keep`, or what the row's request chose."""
-  least = rule.keep if slots.sampling_params is None else slots.sampling_params.keep
+  """For inference: all whose posterior is at least `keep`, and at least what the row's request chose."""
+  least = rule.keep if slots.sampling_params is None else jnp.maximum(rule.keep, slots.sampling_params.keep)
   return (posterior >= least).astype(jnp.float32)
 
 

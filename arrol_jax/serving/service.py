@@ -20,6 +20,7 @@ import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request, Run, Sequence
+from arrol_jax.learning.evaluation import Voters
 from arrol_jax.pruning import voting
 from arrol_jax.pruning.decision import make_decide
 from arrol_jax.pruning.rule import PruneRule
@@ -126,18 +127,17 @@ class Totals:
 class Service:
   """Continuous batching of an open stream of calls.
 
-  engine: loaded; sampling: with temperature None; queue_size: traces that may wait beyond the engine's rows; head and
-  tables: what scores traces (tables [C,Q], one a length of `detect`, a linear head's also for the last token), None without;
-  inputs: what a linear head reads.
+  engine: loaded; sampling: with temperature None; queue_size: traces that may wait beyond the engine's rows; voters: what scores
+  traces (its `stop` and `window` are each call's own business).
   """
 
-  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, *, head: dict | None = None,
-               tables: Calibration | None = None, detect: tuple[int, ...] = (), inputs: tuple[str, ...] = ()):
+  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, voters: Voters | None = None):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
-    self.head, self.tables = head, tables
-    self.decide = None
+    self.voters, self.decide = voters or Voters(), None
+    head, tables = self.voters.head, self.voters.tables
     if head is not None:
-      rule = PruneRule(detect if tables is not None else (engine.max_new + 1,), kind="threshold", floor=1, inputs=inputs)
+      detect = self.voters.detect if tables is not None else (engine.max_new + 1,)
+      rule = PruneRule(detect, keep=0.0, kind="threshold", floor=1, inputs=self.voters.inputs)
       self.decide = make_decide(head, Calibration() if tables is None else tables, rule, tables is not None)
     self.run = Run(engine, jax.random.key(0), sampling)
     self.totals, self.failure = Totals(), None
