@@ -39,7 +39,7 @@ from arrol_jax import assemble, config as configuration
 from arrol_jax.learning.evaluation import Voters
 from arrol_jax.serving import openai_api
 from arrol_jax.serving.openai_api import Answer, Asked, Limits, Refused, refusal
-from arrol_jax.serving.service import Full, Service
+from arrol_jax.serving.service import Full, Service, tally
 from arrol_jax.types import UserError
 
 MAX_BODY = 4 << 20  # bytes
@@ -275,7 +275,7 @@ class _Stream(StreamingResponse):
 def _whole(asked: Asked, limits: Limits, answer: Answer) -> dict:
   if asked.vote is None:
     return answer.whole()
-  return answer.whole(service.tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window))
+  return answer.whole(tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window))
 
 
 async def _events(answer: Answer, said: Callable):
