@@ -32,7 +32,7 @@ from arrol_jax.pruning.head import init_head, inputs_of, is_linear
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
-from arrol_jax.running import hosts
+from arrol_jax.running import checkpoint, hosts
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import fingerprint, read_json, renamed
 from arrol_jax.step import StepConfig
@@ -200,7 +200,8 @@ def programs(c: ConfigDict, engine: Engine, config: StepConfig, state: TrainStat
   r, mesh = c.rollout, engine.mesh
   started = r.prompts * r.group_size
   out = step_programs.generation_programs(engine, config, state, r.prompts, r.group_size, everything=True)
-  return out + step_programs.training_programs(mesh, config, state, started, started, everything=True)
+  out += step_programs.training_programs(mesh, config, state, started, started, everything=True)
+  return out + [step_programs.Program("checksums", checkpoint.checksums, lambda _: (checkpoint.plain(state),), {}, small=True)]
 
 
 def compute(c: ConfigDict) -> Compute:

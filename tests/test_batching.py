@@ -1,19 +1,26 @@
 """Bins and rows: a shared prompt is computed once, rows without an advantage not at all, and neither changes the gradient."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from arrol_jax.learning import losses, update
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.learning import batching, losses, update
 from arrol_jax.learning.batching import PackShape, pack
 from arrol_jax.learning.losses import DAPO, DR_GRPO, GRPO, GSPO
 from arrol_jax.models import sharding, sharing, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.types import Rollout
+from arrol_jax.prune import Calibration
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.step import Clock, RolledOut, StepConfig, TrainingStep
+from arrol_jax.types import Rollout, TrainState
 
 C = PolicyConfig("qwen3", 32, 32, 2, 8, 2, 8, 40, qk_norm=True)
 PARAMS = jax.jit(lambda k: jax.tree.map(lambda x: x * 3.0, transformer.init_params(C, k)))(jax.random.key(0))
@@ -34,8 +41,9 @@ def rollouts(groups=5, size=4, seed=0):
   return out
 
 
-def plain(params, some, loss, temperature, advantages):
-  """The loss as one would write it down: a padded row a rollout, its prompt in each, all rows, nothing skipped."""
+def plain(params, some, loss, temperature, advantages, old=None):
+  """The loss as one would write it down: a padded row a rollout, its prompt in each, all rows, nothing skipped. old: log-probs
+  under the policy that the batch began with, where it is not this one."""
   length = max(len(r.prompt_tokens) + len(r.tokens) for r in some)
   tokens, mask, sampled = (np.zeros((len(some), length), t) for t in (np.int32, np.float32, np.float32))
   for i, r in enumerate(some):
@@ -45,9 +53,10 @@ def plain(params, some, loss, temperature, advantages):
   logits = jax.nn.log_softmax(transformer.unembed(params, hidden[:, :-1]) / temperature, axis=-1)
   logprobs = jnp.pad(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[:, :, 0], ((0, 0), (1, 0))) * mask
   weight = losses.token_weights(mask, loss.aggregate, mask.sum(), float(len(some)), loss.longest)
-  term, _ = losses.surrogate(logprobs, jax.lax.stop_gradient(logprobs), advantages, mask, clip_low=loss.clip_low,
+  old = jax.lax.stop_gradient(logprobs) if old is None else old[:, :length]
+  term, _ = losses.surrogate(logprobs, old, advantages, mask, clip_low=loss.clip_low,
                              clip_high=loss.clip_high, ratio=loss.ratio)
-  correction = losses.correction_weights(logprobs, sampled, mask, loss.correction, loss.correction_cap)
+  correction = losses.correction_weights(old, sampled, mask, loss.correction, loss.correction_cap)
   return jnp.sum(weight * correction * term), logprobs
 
 
@@ -115,3 +124,65 @@ def test_the_kernel_gathers_and_sums_as_xla_does():
       want[i, n] = sum((np.asarray(x)[i, index[i, n] + 6 * j] for j in range(count[i, n])), np.zeros((3, 8)))
   np.testing.assert_allclose(sharing._gather_kernel(x, index, count, 6, interpret=True), want, atol=1e-6)
   np.testing.assert_allclose(sharing.gather(x, index, count, 6), want, atol=1e-6)
+
+
+# ---- several optimizer steps a batch
+
+
+def after_steps(mesh, loss, epochs=2, minibatches=2, rate=0.05):
+  """Policy parameters after a TrainingStep's learning from `rollouts()`, and its metrics."""
+  sgd = optax.sgd(rate)
+  params = jax.tree.map(jnp.copy, {"policy": PARAMS, "head": init_head(C.width, 4, jax.random.key(1))})
+  one_step = epochs * minibatches == 1
+  config = StepConfig("float32", Sampling(), 1.0, PruneRule((4,)), update.UpdateConfig(C, loss, COMPUTE, one_step),
+                      PackShape(18, 64, 1), sgd, epochs=epochs, minibatches=minibatches, seed=3)
+  one = TrainingStep(SimpleNamespace(config=C, mesh=mesh), config)
+  some = rollouts()
+  with jax.set_mesh(mesh):
+    state = TrainState(params, sgd.init(params), Calibration.empty(4), jnp.int32(7))
+    state, metrics = one.learn(state, RolledOut(some, some), Clock())
+  return jax.device_get(state.params["policy"]), metrics
+
+
+def by_hand(loss, epochs=2, minibatches=2, rate=0.05):
+  """The same as a loop: groups dealt to minibatches by (seed, step), in an order by (seed, step, epoch); old log-probs are those
+  before the first step; plain gradient descent."""
+  some, params = rollouts(), PARAMS
+  parts = batching.minibatches(some, minibatches, (3, 7))
+  advantages = [losses.group_advantages(np.array([r.reward for r in p]), np.array([r.prompt for r in p]), loss.normalize_std)
+                for p in parts]
+  old = [jax.lax.stop_gradient(plain(params, p, loss, 1.0, a)[1]) for p, a in zip(parts, advantages, strict=True)]
+  for epoch in range(epochs):
+    for i in np.random.default_rng((3, 7, epoch)).permutation(minibatches) if minibatches > 1 else (0,):
+      grads = jax.grad(lambda p, i=i: plain(p, parts[i], loss, 1.0, advantages[i], old[i])[0])(params)
+      params = jax.tree.map(lambda x, g: np.asarray(x) - rate * np.asarray(g), params, grads)
+  return params
+
+
+def same_tree(a, b, atol=2e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=2e-3), a, b)
+
+
+def apart(a, b):
+  return max(float(np.max(np.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+TIGHT = dataclasses.replace(GRPO, clip_low=0.01, clip_high=0.01, overlong=0.0)
+WIDE = dataclasses.replace(TIGHT, clip_low=0.99, clip_high=1e9)
+
+
+@pytest.mark.parametrize("loss", [WIDE, TIGHT, dataclasses.replace(TIGHT, ratio="sequence"),
+                                  dataclasses.replace(WIDE, correction="truncate", aggregate="token")],
+                         ids=["unclipped", "clipped", "gspo", "truncated"])
+def test_epochs_and_minibatches_are_a_plain_loop(mesh, loss):
+  got, metrics = after_steps(mesh, loss)
+  same_tree(got, by_hand(loss))
+  assert (metrics["clip_frac"] > 0) == (loss.clip_low == 0.01) and metrics["rows_trained"] == 12
+
+
+def test_clips_and_gspo_change_the_gradient_only_after_the_first_step(mesh):
+  sequence = lambda loss: dataclasses.replace(loss, ratio="sequence")
+  once = [after_steps(mesh, loss, 1, 1)[0] for loss in (WIDE, TIGHT, sequence(TIGHT))]
+  assert apart(once[0], once[1]) == 0.0 and apart(once[0], once[2]) < 1e-6
+  twice = [after_steps(mesh, loss)[0] for loss in (WIDE, TIGHT, sequence(WIDE))]
+  assert apart(twice[0], twice[1]) > 1e-4 and apart(twice[0], twice[2]) > 1e-4

@@ -12,7 +12,7 @@ import pytest
 
 from arrol_jax.models import sharding
 from arrol_jax.prune import Calibration
-from arrol_jax.running.checkpoint import Checkpoints, _checksums
+from arrol_jax.running.checkpoint import Checkpoints, checksums
 from arrol_jax.types import TrainState, UserError
 
 # When one array cannot be read or written, orbax drops the work on the others unfinished; Python remarks on that.
@@ -177,14 +177,14 @@ def test_another_mesh_restores_the_same_state(tmp_path, shape):
 
 def test_a_checksum_sees_every_bit_and_no_mesh():
   x = jax.random.normal(jax.random.key(0), (16, 24))
-  plain = np.asarray(_checksums([x, x.astype(jnp.bfloat16), jnp.int32(5)]))
+  plain = np.asarray(checksums([x, x.astype(jnp.bfloat16), jnp.int32(5)]))
   for bit in (0, 1, 15, 31):
     flipped = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32).at[7, 11].add(jnp.uint32(1) << bit),
                                            jnp.float32)
-    assert np.asarray(_checksums([flipped, x, jnp.int32(5)]))[0] != plain[0]
-  assert np.asarray(_checksums([jnp.roll(x, 1, axis=1), x, jnp.int32(5)]))[0] != plain[0]
+    assert np.asarray(checksums([flipped, x, jnp.int32(5)]))[0] != plain[0]
+  assert np.asarray(checksums([jnp.roll(x, 1, axis=1), x, jnp.int32(5)]))[0] != plain[0]
   cut = jax.device_put(x, NamedSharding(sharding.make_mesh(2, 2, 2), PartitionSpec(("data", "fsdp"), "tensor")))
-  assert np.asarray(_checksums([cut, x.astype(jnp.bfloat16), jnp.int32(5)])).tolist() == plain.tolist()
+  assert np.asarray(checksums([cut, x.astype(jnp.bfloat16), jnp.int32(5)])).tolist() == plain.tolist()
 
 
 @pytest.fixture

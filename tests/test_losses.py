@@ -13,6 +13,7 @@ from arrol_jax.learning.losses import (
   GRPO,
   LossConfig,
   binary_cross_entropy,
+  correction_weights,
   group_advantages,
   kl_estimate,
   overlong_penalty,
@@ -238,3 +239,14 @@ def test_weighted_advantages_estimate_the_whole_groups():
   """Two right kept with 1/4 and 1/2, one wrong kept for sure: weights 4, 2, 1 in mean and as factors, mean weight 7/3."""
   out = group_advantages([1, 1, 0], np.zeros(3, int), normalize_std=False, weights=np.array([4, 2, 1]))
   np.testing.assert_allclose(out, np.array([4 / 7, 2 / 7, -6 / 7]) / (7 / 3), rtol=1e-5)
+
+
+def test_corrections_by_hand():
+  """Ratios of trainer to sampler 1/2, 3, 1 in the first row (product 1.5) and 4, 2 in the second (product 8); the cap is 2."""
+  ratio, mask = np.array([[0.5, 3.0, 1.0], [4.0, 2.0, 9.0]]), np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+  sampler = np.full((2, 3), -1.5)
+  given = [jnp.asarray(x) for x in (sampler + np.log(ratio), sampler, mask)]
+  weights = lambda kind: np.asarray(correction_weights(*given, kind, 2.0))
+  np.testing.assert_allclose(weights("truncate") * mask, [[0.5, 2.0, 1.0], [2.0, 2.0, 0.0]], rtol=1e-5)
+  np.testing.assert_allclose(weights("mask"), [[1.5] * 3, [0.0] * 3], rtol=1e-5)
+  np.testing.assert_array_equal(weights("none"), np.ones((2, 3)))

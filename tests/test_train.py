@@ -57,6 +57,12 @@ def test_numbers_of_a_run_make_sense(whole):
   assert any(line["grad_norm"] > 0 for line in lines) and all(line["entropy"] > 0 for line in lines)
 
 
+def test_nothing_is_compiled_after_the_first_step(whole):
+  """By jax's own count: not when pruning starts after the second, nor for a checkpoint."""
+  first, *others = [line["sec_compile"] for line in read(whole / "metrics.jsonl")]
+  assert first > 0 and others == [0.0] * (STEPS - 1)
+
+
 def test_head_and_table_learn_from_step_to_step(whole):
   """At first every score is 0 and every posterior 1/2; then the head has been trained and the table filled."""
   texts = [r for r in read(whole / "rollouts.jsonl") if r["score"] is not None]
@@ -235,9 +241,8 @@ def unpruned(tmp_path_factory):
 def test_pruning_off_prunes_nothing(unpruned):
   for line in read(unpruned / "metrics.jsonl"):
     assert line["rollouts_pruned"] == 0 and line["keep_ratio"] == 1.0 and line["kl"] == 0
-    group_size = len(line["survivors_histogram"]) - 1
-    assert line["rows_trained"] % group_size == 0 and line["rows_trained"] >= group_size * line["groups_mixed"]  # or cut off
-    assert 0 < line["tokens_trained"] <= line["tokens_generated"]
+    assert line["rows_trained"] <= line["rollouts_started"] and line["tokens_trained"] <= line["tokens_generated"]
+    assert (line["rows_trained"] > 0) == (line["tokens_trained"] > 0) == (line["grad_norm"] > 0)
     assert line["rollouts_decided"] > 0 and not line["pruning"]  # scored all the same: the head's figures compare
 
 

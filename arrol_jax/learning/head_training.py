@@ -27,7 +27,7 @@ def update_calibration(tables: Calibration, rollouts: list[Rollout], half_life: 
   weigh holding "table": a survivor counts 1 / keep probability times. half_life: in rollouts started. decisions: where the
   tables are more, the last is that of the last token.
   """
-  count = jnp.atleast_2d(tables.positive).shape[0]
+  count = tables.positive.shape[0] if tables.positive.ndim == 2 else 1
   rows = table_rows(tables, [r for r in rollouts if not r.pruned], len(rollouts), weigh, decisions or count)
   return update_tables(tables, *rows, as_scalar(half_life))
 

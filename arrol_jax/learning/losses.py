@@ -95,7 +95,7 @@ def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Arra
 def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
   """The k3 estimator of KL(policy || reference) per token, exp(d) - d - 1 with d = ref - policy: f32[B,S], >= 0."""
   d = jnp.where(mask > 0, ref_logprobs - logprobs, 0.0)
-  return jnp.exp(d) - d - 1.0
+  return jnp.expm1(d) - d
 
 
 def token_weights(mask: jax.Array, aggregate: str, num_tokens: jax.Array, num_rows: jax.Array, longest: int) -> jax.Array:

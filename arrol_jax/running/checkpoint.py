@@ -65,8 +65,8 @@ class Checkpoints:
     """
     if step in self.steps():
       return
-    leaves = _plain(state)
-    notes = (self.belongs or {}) | {"score": score, "checksums": jax.device_get(_checksums(leaves)).tolist()}
+    leaves = plain(state)
+    notes = (self.belongs or {}) | {"score": score, "checksums": jax.device_get(checksums(leaves)).tolist()}
     notes["crc"] = _crc(notes)
     self.kept.scores[step] = score
     with self._failures_said():
@@ -93,7 +93,7 @@ class Checkpoints:
     return 0, state
 
   def _read(self, step: int, state: TrainState) -> TrainState:
-    notes, leaves = self._notes(step), _plain(state)
+    notes, leaves = self._notes(step), plain(state)
     wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v]
     if wrong:
       raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}")
@@ -101,7 +101,7 @@ class Checkpoints:
       raise UserError(f"{self.workdir}: its checkpoint does not fit this config's model; give the config of that run")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
     saved = self.reader.restore(f"{self.folder}/{step}/default", args=ocp.args.StandardRestore(like))
-    if jax.device_get(_checksums(saved)).tolist() != notes["checksums"]:
+    if jax.device_get(checksums(saved)).tolist() != notes["checksums"]:
       raise ValueError("its checksum does not match")
     return jax.tree.unflatten(jax.tree.structure(state), saved)
 
@@ -169,13 +169,13 @@ class _NewestAndBest:
     return [s in stay for s in steps]
 
 
-def _plain(state: TrainState) -> list:
+def plain(state: TrainState) -> list:
   """Leaves in tree order: what is on disk does not depend on optax's class names."""
   return jax.tree.leaves(state)
 
 
 @jax.jit
-def _checksums(leaves: list) -> jax.Array:
+def checksums(leaves: list) -> jax.Array:
   """u32[N], one an array: the sum modulo 2^32 of its elements' bits, each times an odd number that its place gives.
 
   The sum does not depend on its order, so neither on how the array is sharded; one flipped bit always changes it.
