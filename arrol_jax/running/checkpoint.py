@@ -7,13 +7,15 @@ is saved and again when it is restored, whatever the mesh: a damaged checkpoint 
 With several processes the folder is one that all of them see.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import gc
 import itertools
 import json
+import logging
 import os
 import sys
+import threading
 import zlib
 
 import jax
@@ -22,6 +24,10 @@ import orbax.checkpoint as ocp
 
 from arrol_jax.running import hosts
 from arrol_jax.types import TrainState, UserError
+
+
+# A save that fails raises in the caller: orbax's threads need not print their tracebacks too.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Checkpoints:
@@ -33,9 +39,8 @@ class Checkpoints:
     self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    if not read_only and hosts.first():
-      os.makedirs(self.folder, exist_ok=True)
-    hosts.gather(None)
+    self.failed = False  # a save did not end well: nothing is waited for any more
+    hosts.together(self._make_folder)
     options = ocp.CheckpointManagerOptions(
       create=False, read_only=read_only, cleanup_tmp_directories=not read_only, preservation_policy=self.kept,
       multiprocessing_options=everyone)
@@ -45,6 +50,11 @@ class Checkpoints:
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
     for step in self.steps():
       self.kept.scores[step] = (_attempt(lambda step=step: self._notes(step))[0] or {}).get("score")
+
+  def _make_folder(self) -> None:
+    if not self.read_only and hosts.first():
+      with self._failures_said():
+        os.makedirs(self.folder, exist_ok=True)
 
   def steps(self) -> list[int]:
     """Whole checkpoints, oldest first: how many steps each has behind it."""
@@ -70,7 +80,7 @@ class Checkpoints:
     notes["crc"] = _crc(notes)
     self.kept.scores[step] = score
     with self._failures_said():
-      self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True)
+      _aside(lambda: self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True))
 
   def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
     """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.
@@ -122,9 +132,9 @@ class Checkpoints:
     return notes
 
   def check(self) -> None:
-    """Raises UserError if the save under way has failed."""
-    with self._failures_said():
-      self.manager.check_for_errors()
+    """Raises UserError if the last save has failed; waits for nothing."""
+    if not self.manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Until the last save is on disk. Raises UserError if it failed."""
@@ -139,9 +149,10 @@ class Checkpoints:
       self.close()
 
   def close(self) -> None:
-    self.wait()
-    self.manager.close()
-    self.reader.close()
+    if not self.failed:
+      self.wait()
+      self.manager.close()
+      self.reader.close()
 
   @contextmanager
   def _failures_said(self) -> Iterator[None]:
@@ -150,6 +161,7 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:  # no matter of disks: another process is gone
       raise
     except Exception as e:  # whatever file systems and orbax raise
+      self.failed = True
       raise UserError(f"{self.folder}: a checkpoint could not be written ({_line(e)}); make room or repair it, and the same "
                       "command goes on from the last whole one") from e
 
@@ -167,6 +179,24 @@ class _NewestAndBest:
     steps = [c.step for c in checkpoints]
     stay = {*sorted(steps)[-self.keep:], self.best(steps)}
     return [s in stay for s in steps]
+
+
+def _aside(work: Callable) -> None:
+  """work(), in a daemon thread: so are the threads that it starts. Those of a save that failed wait twenty minutes for each other,
+  and the process must not wait for them."""
+  failures = []
+
+  def run():
+    try:
+      work()
+    except BaseException as e:
+      failures.append(e)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join()
+  if failures:
+    raise failures[0]
 
 
 def _plain(state: TrainState) -> list:
