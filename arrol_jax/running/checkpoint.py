@@ -25,7 +25,6 @@ import orbax.checkpoint as ocp
 from arrol_jax.running import hosts
 from arrol_jax.types import TrainState, UserError
 
-
 # A save that fails raises in the caller: orbax's threads need not print their tracebacks too.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
@@ -182,8 +181,8 @@ class _NewestAndBest:
 
 
 def _aside(work: Callable) -> None:
-  """work(), in a daemon thread: so are the threads that it starts. Those of a save that failed wait twenty minutes for each other,
-  and the process must not wait for them."""
+  """work(), in a daemon thread: so are the threads that it starts. Those of a save that failed wait twenty minutes for each
+  other, and the process must not wait for them."""
   failures = []
 
   def run():
