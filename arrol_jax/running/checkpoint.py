@@ -10,10 +10,12 @@ With several processes the folder is one that all of them see.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import gc
+import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import zlib
@@ -32,9 +34,10 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 class Checkpoints:
   """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
-  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False):
-    """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do."""
-    self.workdir, self.belongs, self.read_only = workdir, belongs, read_only
+  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False, also: tuple = ()):
+    """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do.
+    also: further config hashes of this run's (workdir.claim)."""
+    self.workdir, self.belongs, self.read_only, self.also = workdir, belongs, read_only, also
     self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
@@ -103,7 +106,7 @@ class Checkpoints:
 
   def _read(self, step: int, state: TrainState) -> TrainState:
     notes, leaves = self._notes(step), _plain(state)
-    wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v]
+    wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v and notes.get(k) not in self.also]
     if wrong:
       raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}")
     if [tuple(x.shape) for x in jax.tree.leaves(self.manager.metadata(step).item_metadata)] != [x.shape for x in leaves]:
@@ -144,7 +147,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if kind in (None, hosts.Preempted) or not hosts.several():  # else others may be gone: a save would wait for them
+    alone = not hosts.several()  # else others may be gone: a save would wait for them
+    if kind in (None, hosts.Preempted) or (alone and kind is not KeyboardInterrupt):
       self.close()
 
   def close(self) -> None:
@@ -203,6 +207,11 @@ def _plain(state: TrainState) -> list:
   return jax.tree.leaves(state)
 
 
+def digest(params: dict) -> str:
+  """A hash of arrays' bits, the same whatever the mesh."""
+  return hashlib.sha256(json.dumps(jax.device_get(_checksums(jax.tree.leaves(params))).tolist()).encode()).hexdigest()[:16]
+
+
 @jax.jit
 def _checksums(leaves: list) -> jax.Array:
   """u32[N], one an array: the sum modulo 2^32 of its elements' bits, each times an odd number that its place gives.
@@ -247,5 +256,9 @@ def _hushed() -> Iterator[None]:
 
 def _line(e: Exception) -> str:
   """What went wrong, short: for a missing key the type says more than the text."""
-  text = " ".join(str(e).split()).partition(" See full TensorStore")[0]
+  text = " ".join(str(e).split())
+  cause = re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", text)  # TensorStore's, after a page of paths
+  if cause:
+    return cause[1][:160]
+  text = text.partition(" See full TensorStore")[0]
   return f"{type(e).__name__}: {text}"[:160]
