@@ -9,6 +9,7 @@ With several processes the folder is one that all of them see.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+import functools
 import gc
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 import zlib
 
 import jax
@@ -26,9 +28,6 @@ import orbax.checkpoint as ocp
 
 from arrol_jax.running import hosts
 from arrol_jax.types import TrainState, UserError
-
-# A save that fails raises in the caller: orbax's threads need not print their tracebacks too.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Checkpoints:
@@ -42,6 +41,7 @@ class Checkpoints:
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     self.failed = False  # a save did not end well: nothing is waited for any more
+    _quieten()
     hosts.together(self._make_folder)
     options = ocp.CheckpointManagerOptions(
       create=False, read_only=read_only, cleanup_tmp_directories=not read_only, preservation_policy=self.kept,
@@ -242,6 +242,24 @@ def _attempt(read):
     return None, _line(e)
 
 
+@functools.cache  # once a process
+def _quieten() -> None:
+  """A save that fails raises in the caller: what orbax's threads and what they leave behind print about it, pages, is dropped."""
+  def of_a_save(record: logging.LogRecord) -> bool:
+    if not record.exc_info:
+      return False
+    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return any("orbax" in x for x in [record.pathname, *files]) or "tensorstore" in str(record.exc_info[1]).lower()
+
+  def unraisable(what) -> None:
+    if what.object is not None or str(what.exc_value) != "Event loop is closed":
+      before(what)
+
+  before, sys.unraisablehook = sys.unraisablehook, unraisable
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(lambda record: not of_a_save(record))
+
+
 @contextmanager
 def _hushed() -> Iterator[None]:
   """When one array cannot be read, orbax drops the reads of all others, each of which leaves a page of traceback: not here."""
@@ -257,8 +275,8 @@ def _hushed() -> Iterator[None]:
 def _line(e: Exception) -> str:
   """What went wrong, short: for a missing key the type says more than the text."""
   text = " ".join(str(e).split())
-  cause = re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", text)  # TensorStore's, after a page of paths
+  cause = re.search(r"os_error_code='?(\d+)", text)  # of TensorStore, after a page of paths
   if cause:
-    return cause[1][:160]
+    return os.strerror(int(cause[1]))
   text = text.partition(" See full TensorStore")[0]
   return f"{type(e).__name__}: {text}"[:160]
