@@ -68,7 +68,8 @@ def keep_compilations(folder: str | None) -> None:
 def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
   """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
   values, argv = flags.FlagValues(), _with_new_names(argv)
-  argv = ["--config=" + _with_home(a.partition("=")[2]) if a.startswith("--config=") else a for a in argv]
+  split = [a.partition("=") for a in argv]
+  argv = [name + equals + (os.path.expanduser(value) if name in _PATH_FLAGS else value) for name, equals, value in split]
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
   flags.DEFINE_string("compilation_cache", "", "folder that keeps compiled programs; none: keep none", flag_values=values)
@@ -96,10 +97,8 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
   for section, name in (x.split(".") for x in _PATHS):
     if section in config and name in config[section] and isinstance(config[section][name], str):
       config[section][name] = _with_home(config[section][name])
-  keep_compilations(_with_home(values.compilation_cache))
-  if values.workdir is not None:
-    values["workdir"].value = _with_home(values.workdir)
-  else:
+  keep_compilations(values.compilation_cache)
+  if values.workdir is None:
     # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
     values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
   return config, values
@@ -111,12 +110,13 @@ def defaults() -> ConfigDict:
   return base.get_config()
 
 
+_PATH_FLAGS = ("--config", "--workdir", "--compilation_cache", "--json")
 _PATHS = ("model.path", "data.train", "data.eval", "data.folder", "data.tfds_dir", "eval.benchmarks")
 
 
 def _with_home(text: str) -> str:
   """A path, or sources separated by commas, in which ~ is the user's home as in a shell."""
-  return re.sub(r"(?:^|(?<=,)|(?<=:))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
+  return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
 def _key_of(e: Exception) -> str:

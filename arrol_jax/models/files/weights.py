@@ -179,7 +179,8 @@ def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None
 def _loaded(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
   """The parameters. UserError where a tensor holds what is no finite number."""
   params = _place(config, stored, dtype, mesh, table)
-  fine = jax.device_get(_finite(params))
+  whole = None if mesh is None else sharding.replicated(mesh)  # every process sees it
+  fine = jax.device_get(jax.jit(_finite, out_shardings=whole)(params))
   for name, place in hf_config.layout(config).items():
     if not (fine[place.leaf] if place.layer is None else fine["layers"][place.leaf][place.layer]):
       raise UserError(f"{stored[name].file}: tensor {name} holds NaN or infinity"
@@ -187,7 +188,6 @@ def _loaded(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table:
   return params
 
 
-@jax.jit
 def _finite(params: dict) -> dict:
   """Whether all of a weight is finite: bool[layers] of the stacked ones, bool[] of the others."""
   whole = {name: jnp.isfinite(x).all() for name, x in params.items() if name != "layers"}
