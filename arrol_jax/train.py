@@ -125,7 +125,8 @@ def main():
     took = step_programs.compile_ahead(programs, mesh, lambda *_: bar.update())
     bar.close()
     hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
-    stop.check()
+    if not hosts.several():  # several ask while they decode: what follows here is a collective of its own
+      stop.check()
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")

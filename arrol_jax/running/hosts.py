@@ -212,6 +212,7 @@ class Watch:
     else:
       stop, self.asked = self.asked is not None and bool(self.asked), _any(bool(self.told))
     if stop:
+      jax.block_until_ready(self.asked)  # two collectives at once may wait for each other for ever
       raise Preempted(next(filter(None, gather(self.told)), "SIGTERM"))
 
 
