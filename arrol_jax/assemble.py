@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from arrol_jax import step_programs
 from arrol_jax.data import sources
-from arrol_jax.data.problems import Prompt, encode_prompts
+from arrol_jax.data.problems import Prompt, digests, encode_prompts
 from arrol_jax.engine.sampling import Sampling, Taps
 from arrol_jax.engine.scheduler import Engine, slots_that_fit
 from arrol_jax.learning import head_training, update
@@ -33,8 +33,8 @@ from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
 from arrol_jax.running import checkpoint, hosts
-from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.running.workdir import fingerprint, read_json, renamed
+from arrol_jax.running.checkpoint import Checkpoints, digest
+from arrol_jax.running.workdir import fingerprint, stored_config
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
@@ -43,6 +43,7 @@ TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
 def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
+  hosts.check_devices()
   if c.model.attention == "cudnn" and jax.default_backend() != "gpu":
     raise UserError(f"model.attention=cudnn needs an NVIDIA GPU and this is a {jax.default_backend()}; auto takes what fits")
   try:
@@ -74,6 +75,13 @@ def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
     hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
               "(rollout.max_prompt)")
   return out
+
+
+def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
+  """Hashes of what a run begins with (workdir.INPUTS) and is evaluated on. All processes must call it."""
+  problems, tokens = digests(train)
+  return {"problems": problems, "tokens": tokens, "weights": digest(loaded.params),
+          "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts]))}
 
 
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,
@@ -271,8 +279,8 @@ def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, work
   known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
   if which not in known:
     raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
-  if os.path.exists(f"{workdir}/config.json"):  # the head and what chooses prompts are as the run had them
-    trained = renamed(read_json(f"{workdir}/config.json"))
+  trained = stored_config(workdir)
+  if trained:  # the head and what chooses prompts are as the run had them
     for section, names in (("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))):
       for name in names:
         if name in trained.get(section, ()):

@@ -25,12 +25,14 @@ from arrol_jax.engine import decode_attention
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.zoo import ZOO
+from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 
 CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention, "gather": bench_gather}
 
 
 def main():
+  hosts.check_devices()
   p = argparse.ArgumentParser(prog="python -m arrol_jax.bench", description=__doc__.partition("\n")[0])
   p.add_argument("case", choices=CASES)
   p.add_argument("--shape", default="tiny")

@@ -8,6 +8,7 @@ import errno
 import functools
 import math
 import os
+import re
 import sys
 import traceback
 
@@ -20,6 +21,7 @@ from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
+from arrol_jax.models.files import folders
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
@@ -66,6 +68,8 @@ def keep_compilations(folder: str | None) -> None:
 def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
   """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
   values, argv = flags.FlagValues(), _with_new_names(argv)
+  split = [a.partition("=") for a in argv]
+  argv = [name + equals + (os.path.expanduser(value) if name in _PATH_FLAGS else value) for name, equals, value in split]
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
   flags.DEFINE_string("compilation_cache", "", "folder that keeps compiled programs; none: keep none", flag_values=values)
@@ -90,11 +94,29 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; every option is --NAME=VALUE")
+  for section, name in (x.split(".") for x in _PATHS):
+    if section in config and name in config[section] and isinstance(config[section][name], str):
+      config[section][name] = _with_home(config[section][name])
   keep_compilations(values.compilation_cache)
   if values.workdir is None:
     # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
     values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
   return config, values
+
+
+def defaults() -> ConfigDict:
+  """What configs/base.py says, which every config starts from."""
+  from configs import base  # it imports this module
+  return base.get_config()
+
+
+_PATH_FLAGS = ("--config", "--workdir", "--compilation_cache", "--json")
+_PATHS = ("model.path", "data.train", "data.eval", "data.folder", "data.tfds_dir", "eval.benchmarks")
+
+
+def _with_home(text: str) -> str:
+  """A path, or sources separated by commas, in which ~ is the user's home as in a shell."""
+  return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
 def _key_of(e: Exception) -> str:
@@ -126,16 +148,17 @@ def run(main: Callable[[], None]) -> None:
   """
   try:
     main()
-  except hosts.Preempted:
-    hosts.say("stopped by SIGTERM; the same command goes on from there")
+  except hosts.Preempted as e:
+    hosts.say(f"stopped by {e}; the same command goes on from there")
   except UserError as e:
     print("error:", *str(e).split(), file=sys.stderr)
     _end(2)
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not full and e.filename is None and e.errno not in (errno.EIO, errno.ESTALE, errno.EROFS):
       _fail()
-    print(f"error: {e.filename or 'the run folder'}: {e.strerror}; make room, and the same command goes on from the last "
-          "checkpoint", file=sys.stderr)
+    print(f"error: {e.filename or 'the run folder'}: {e.strerror}; {'make room' if full else 'repair it'}, and the same command "
+          "goes on from the last checkpoint", file=sys.stderr)
     _end(2)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -187,7 +210,7 @@ def _need(ok: bool, text: str) -> None:
 
 def _check_files(c: ConfigDict) -> None:
   _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
-  _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
+  _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist{folders.how_to_fetch(c.model.path)}")
   _check_data(c)
 
 

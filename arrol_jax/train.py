@@ -2,15 +2,16 @@
 
 step.py tells what a step does; here are its prompts and rewards, evaluation, checkpoints and logs. Everything random is a
 function of (seed, step), so a checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it
-stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM saves and ends with
-status 0.
+stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM, Ctrl-C and SIGHUP save
+and end with status 0; a second Ctrl-C ends at once with status 130.
 """
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 import dataclasses
 import functools
 import math
 import os
+from pathlib import Path
 import sys
 import time
 
@@ -21,9 +22,19 @@ from arrol_jax import assemble, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.generation import Asked, Grading
+from arrol_jax.models.files import folders
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
+from arrol_jax.running.workdir import (
+  Logs,
+  check_can_go_on,
+  check_workdir,
+  claim,
+  hold,
+  read_json,
+  steps_done,
+  write_json,
+)
 from arrol_jax.step import RolledOut, TrainingStep
 from arrol_jax.types import UserError
 
@@ -35,23 +46,28 @@ def main():
   for remark in configuration.remarks(c):
     hosts.say(f"config: {remark}")
   workdir, started = flags.workdir, time.time()
-  hosts.together(lambda: check_workdir(workdir, c))
-  done = hosts.agree(read_json(f"{workdir}/summary.json")["steps"] if os.path.exists(f"{workdir}/summary.json") else 0)
+  defaults = configuration.defaults()
+  hosts.together(lambda: check_workdir(workdir, c, defaults))
+  done = hosts.agree(hosts.together(lambda: steps_done(workdir)))
   if done >= c.steps:
     hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
+  lock = hosts.together(lambda: hold(workdir) if hosts.first() else nullcontext())
 
   # ---- mesh, model, data
-  mesh = assemble.make_mesh(c)
-  with jax.set_mesh(mesh), assemble.grader(c) as grader, ExitStack() as stack:
+  with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
+    hosts.together(lambda: check_can_go_on(workdir))
     stop = stack.enter_context(hosts.Watch())
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in benchmark_names(c.data.eval).items()}
     config = assemble.step_config(c, loaded)
-    if hosts.first():
-      claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free
+    if c.checkpoint.export:  # not found out when all is done
+      hosts.together(lambda: folders.check_replaceable(Path(workdir) / "policy", loaded.tokenizer))
+    inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
+    # Not before all that the user gave has been read: a mistake leaves the folder free.
+    hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
 
     compiling = hosts.Compiling()
 
@@ -109,27 +125,34 @@ def main():
     took = step_programs.compile_ahead(programs, mesh, lambda *_: bar.update())
     bar.close()
     hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
+    if not hosts.several():  # several ask while they decode: what follows here is a collective of its own
+      stop.check()
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
-    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c)))
+    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c), also=tuple(hashes)))
     start, state = checkpoints.restore(state)
     if start > c.steps:
       raise UserError(f"{workdir} holds step {start} and steps is {c.steps}; give as many at least, or another --workdir")
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
+    def watch():
+      stop.check()
+      checkpoints.check()  # a save that has failed ends the run now, not when the next one is due
+
+    engine.watch = watch
     logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard))) if hosts.first() else None
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
                               if logs else None)
 
     @stack.push
-    def save_before_leaving(kind, *_):
+    def save_before_leaving(kind, signal, *_):
       if kind is hosts.Preempted and int(state.step):
         checkpoints.save(int(state.step), state)
         checkpoints.wait()
-        hosts.say(f"{workdir}: SIGTERM; step {int(state.step)} is saved")
+        hosts.say(f"{workdir}: {signal}; step {int(state.step)} is saved")
 
     # ---- loop
     bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step",

@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -195,13 +196,18 @@ def small_files():
   resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, small_files):
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, small_files, caplog, capfd):
   save(tmp_path, 1, keep=1)
   checkpoints = Checkpoints(str(tmp_path), 1, OURS)
   small_files()
-  with pytest.raises(UserError, match="a checkpoint could not be written .*; make room"):
+  with pytest.raises(UserError, match=r"a checkpoint could not be written \(File too large\); make room"):
     checkpoints.save(2, make(2))
     checkpoints.wait()
+  checkpoints.close()  # waits for nothing
+  gc.collect()
+  assert capfd.readouterr().err == "" and not caplog.records  # neither orbax's threads nor what they leave say more
+  late = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+  assert not [t.name for t in late if "save" in t.name or "setting_result" in t.name]  # nor do they hold the process
   resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
   step, state = restore(tmp_path)
   assert step == 1

@@ -7,6 +7,7 @@ state of an iterator (a resumed run asks for its step's batch and gets it, on ho
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -15,6 +16,8 @@ import numpy as np
 
 from arrol_jax.types import UserError
 
+NOT_JSONL = ("problems are read from JSON lines: convert it (pandas: to_json(FILE, orient=\"records\", lines=True)), or give its "
+             "folder as hf:FOLDER")
 FIELDS = ("id", "problem", "answer", "source")
 
 
@@ -76,6 +79,9 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
   lines = []
   try:
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+      if file.read(4) == b"PAR1":
+        raise UserError(f"{path}: a Parquet file; {NOT_JSONL}")
+      file.seek(0)
       for line in file:  # all of it first: a damaged .gz yields wrong lines before its checksum tells
         lines.append(line)
   except FileNotFoundError:
@@ -157,6 +163,15 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   if not prompts:
     raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")
   return prompts, len(problems) - len(prompts)
+
+
+def digests(prompts: list[Prompt]) -> tuple[str, str]:
+  """Hashes of the problems in their order, and of what the tokenizer and templates make of them."""
+  problems, tokens = hashlib.sha256(), hashlib.sha256()
+  for p in prompts:
+    problems.update(json.dumps(dataclasses.astuple(p.problem)).encode())
+    tokens.update(json.dumps([p.text, p.tokens.tolist()]).encode())
+  return problems.hexdigest()[:16], tokens.hexdigest()[:16]
 
 
 def batch_at(prompts: list[Prompt], step: int, seed: int, batch_size: int, host: int = 0, hosts: int = 1) -> list[Prompt]:

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
-from arrol_jax.data.problems import Problem, read_jsonl, to_problems
+from arrol_jax.data.problems import NOT_JSONL, Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.types import UserError
@@ -35,6 +36,7 @@ BENCHMARKS = {
 }
 # prefix -> its modules; TFDS imports importlib_resources and does not ask for it
 _MODULES = {"tfds": ("tensorflow_datasets", "importlib_resources"), "hf": ("datasets",), "reasoning_gym": ("reasoning_gym",)}
+_OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".pkl", ".zip", ".tar", ".zst")
 _HF_KEYS = {"config", "split", "problem", "answer", "id", "source", "pattern"}
 
 
@@ -101,9 +103,15 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
 
 def _file(name: str, split: str, folder: str) -> str:
   """The JSONL file that a source without prefix means."""
+  if name.endswith(_OTHER_FORMATS):
+    raise UserError(f"data: {name} is no file of JSON lines; {NOT_JSONL}")
   if os.sep in name or name.endswith((".jsonl", ".jsonl.gz")):
     if not os.path.exists(name):
-      raise UserError(f"data: {name} does not exist")
+      hub = f"; a data set of the Hugging Face hub is written hf:{name}" if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not (
+        name.endswith((".jsonl", ".gz"))) else ""
+      raise UserError(f"data: {name} does not exist{hub}")
+    if os.path.isdir(name):
+      raise UserError(f"data: {name} is a folder; give a .jsonl file in it, or hf:{name} for a data set's folder")
     return name
   if not folder:
     raise UserError(f"data: {name} is no .jsonl file; if it is a benchmark's name, say in data.folder where its file is")

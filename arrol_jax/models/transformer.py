@@ -1,8 +1,8 @@
 """The policy: one decoder-only transformer that covers Qwen3, Qwen2.5 and the Llama 3 family (SmolLM2 too).
 
 What differs between the families is three fields of `PolicyConfig`: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5) and
-`rope_scaling` (Llama 3.1 and later). `block_weights` and `model_weights` are the one source for the shape, logical axes and
-initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
+`rope_scaling` (Llama 3.1 and later; rope.py). `block_weights` and `model_weights` are the one source for the shape, logical
+axes and initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
 with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
 
 A layer does not know where keys and values come from: `attend` does the attention and returns what the caller wants kept.
@@ -22,16 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from arrol_jax.models.layers import Rotary, add_norm, rms_norm
+from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling, frequencies
 from arrol_jax.models.sharding import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's rescaling of rotary frequencies (config.json: rope_scaling with rope_type "llama3")."""
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +41,7 @@ class PolicyConfig:
   qkv_bias: bool = False
   tied: bool = True
   rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  rope_scaling: RopeScaling | LinearScaling | DynamicScaling | YarnScaling | None = None
   norm_eps: float = 1e-6
   max_length: int = 32768
 
@@ -105,14 +97,10 @@ def _param(weight: Weight, key: jax.Array, dtype, stack: tuple = ()) -> nnx.Para
 
 def rope_tables(c: PolicyConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
   """cos and sin, f32[B,S,1,H/2], for positions i32[B,S]."""
-  freq = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
-  if c.rope_scaling:  # long wavelengths are stretched by `factor`, short ones kept, those between interpolated
-    s = c.rope_scaling
-    turns = s.original_length * freq / (2 * math.pi)
-    keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    freq = freq * keep + (freq / s.factor) * (1.0 - keep)
+  freq, scale = frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
   angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 # What remat "dots" keeps: a layer's matrix products. Norms, rotations and activations are computed again.

@@ -7,13 +7,19 @@ is saved and again when it is restored, whatever the mesh: a damaged checkpoint 
 With several processes the folder is one that all of them see.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+import functools
 import gc
+import hashlib
 import itertools
 import json
+import logging
 import os
+import re
 import sys
+import threading
+import traceback
 import zlib
 
 import jax
@@ -27,15 +33,16 @@ from arrol_jax.types import TrainState, UserError
 class Checkpoints:
   """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
-  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False):
-    """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do."""
-    self.workdir, self.belongs, self.read_only = workdir, belongs, read_only
+  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False, also: tuple = ()):
+    """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do.
+    also: further config hashes of this run's (workdir.claim)."""
+    self.workdir, self.belongs, self.read_only, self.also = workdir, belongs, read_only, also
     self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    if not read_only and hosts.first():
-      os.makedirs(self.folder, exist_ok=True)
-    hosts.gather(None)
+    self.failed = False  # a save did not end well: nothing is waited for any more
+    _quieten()
+    hosts.together(self._make_folder)
     options = ocp.CheckpointManagerOptions(
       create=False, read_only=read_only, cleanup_tmp_directories=not read_only, preservation_policy=self.kept,
       multiprocessing_options=everyone)
@@ -45,6 +52,11 @@ class Checkpoints:
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
     for step in self.steps():
       self.kept.scores[step] = (_attempt(lambda step=step: self._notes(step))[0] or {}).get("score")
+
+  def _make_folder(self) -> None:
+    if not self.read_only and hosts.first():
+      with self._failures_said():
+        os.makedirs(self.folder, exist_ok=True)
 
   def steps(self) -> list[int]:
     """Whole checkpoints, oldest first: how many steps each has behind it."""
@@ -70,7 +82,7 @@ class Checkpoints:
     notes["crc"] = _crc(notes)
     self.kept.scores[step] = score
     with self._failures_said():
-      self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True)
+      _aside(lambda: self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True))
 
   def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
     """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.
@@ -94,7 +106,7 @@ class Checkpoints:
 
   def _read(self, step: int, state: TrainState) -> TrainState:
     notes, leaves = self._notes(step), plain(state)
-    wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v]
+    wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v and notes.get(k) not in self.also]
     if wrong:
       raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}")
     if [tuple(x.shape) for x in jax.tree.leaves(self.manager.metadata(step).item_metadata)] != [x.shape for x in leaves]:
@@ -122,9 +134,9 @@ class Checkpoints:
     return notes
 
   def check(self) -> None:
-    """Raises UserError if the save under way has failed."""
-    with self._failures_said():
-      self.manager.check_for_errors()
+    """Raises UserError if the last save has failed; waits for nothing."""
+    if not self.manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Until the last save is on disk. Raises UserError if it failed."""
@@ -135,13 +147,15 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if kind in (None, hosts.Preempted) or not hosts.several():  # else others may be gone: a save would wait for them
+    alone = not hosts.several()  # else others may be gone: a save would wait for them
+    if kind in (None, hosts.Preempted) or (alone and kind is not KeyboardInterrupt):
       self.close()
 
   def close(self) -> None:
-    self.wait()
-    self.manager.close()
-    self.reader.close()
+    if not self.failed:
+      self.wait()
+      self.manager.close()
+      self.reader.close()
 
   @contextmanager
   def _failures_said(self) -> Iterator[None]:
@@ -150,6 +164,7 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:  # no matter of disks: another process is gone
       raise
     except Exception as e:  # whatever file systems and orbax raise
+      self.failed = True
       raise UserError(f"{self.folder}: a checkpoint could not be written ({_line(e)}); make room or repair it, and the same "
                       "command goes on from the last whole one") from e
 
@@ -169,9 +184,32 @@ class _NewestAndBest:
     return [s in stay for s in steps]
 
 
+def _aside(work: Callable) -> None:
+  """work(), in a daemon thread: so are the threads that it starts. Those of a save that failed wait twenty minutes for each
+  other, and the process must not wait for them."""
+  failures = []
+
+  def run():
+    try:
+      work()
+    except BaseException as e:
+      failures.append(e)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join()
+  if failures:
+    raise failures[0]
+
+
 def plain(state: TrainState) -> list:
   """Leaves in tree order: what is on disk does not depend on optax's class names."""
   return jax.tree.leaves(state)
+
+
+def digest(params: dict) -> str:
+  """A hash of arrays' bits, the same whatever the mesh."""
+  return hashlib.sha256(json.dumps(jax.device_get(checksums(jax.tree.leaves(params))).tolist()).encode()).hexdigest()[:16]
 
 
 @jax.jit
@@ -204,6 +242,24 @@ def _attempt(read):
     return None, _line(e)
 
 
+@functools.cache  # once a process
+def _quieten() -> None:
+  """A save that fails raises in the caller: what orbax's threads and what they leave behind print about it, pages, is dropped."""
+  def of_a_save(record: logging.LogRecord) -> bool:
+    if not record.exc_info:
+      return False
+    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return any("orbax" in x for x in [record.pathname, *files]) or "tensorstore" in str(record.exc_info[1]).lower()
+
+  def unraisable(what) -> None:
+    if what.object is not None or str(what.exc_value) != "Event loop is closed":
+      before(what)
+
+  before, sys.unraisablehook = sys.unraisablehook, unraisable
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(lambda record: not of_a_save(record))
+
+
 @contextmanager
 def _hushed() -> Iterator[None]:
   """When one array cannot be read, orbax drops the reads of all others, each of which leaves a page of traceback: not here."""
@@ -218,5 +274,9 @@ def _hushed() -> Iterator[None]:
 
 def _line(e: Exception) -> str:
   """What went wrong, short: for a missing key the type says more than the text."""
-  text = " ".join(str(e).split()).partition(" See full TensorStore")[0]
+  text = " ".join(str(e).split())
+  cause = re.search(r"os_error_code='?(\d+)", text)  # of TensorStore, after a page of paths
+  if cause:
+    return os.strerror(int(cause[1]))
+  text = text.partition(" See full TensorStore")[0]
   return f"{type(e).__name__}: {text}"[:160]

@@ -8,6 +8,8 @@ one host alone meets (`together`), and signals (`Watch`). With one process all o
 """
 
 from collections.abc import Callable
+import contextlib
+import errno
 import functools
 import glob
 import importlib.util
@@ -30,7 +32,7 @@ _LAST_WORDS_S = 3  # seconds by which the first process, which holds the others'
 
 
 class Preempted(Exception):
-  """SIGTERM has come to one of the processes; all of them raise this at the same boundary."""
+  """A signal (its name) has come to one of the processes; all of them raise this at the same boundary."""
 
 
 def connect() -> None:
@@ -47,9 +49,40 @@ def connect() -> None:
     if not (all(given) and given[1].isdigit() and given[2].isdigit() and ":" in given[0]):
       raise UserError("several processes need all of " + ", ".join(f"{n} ({v or 'not set'})" for n, v in zip(names, given)) +
                       ": HOST:PORT and two numbers")
-    jax.distributed.initialize(given[0], int(given[1]), int(given[2]), heartbeat_timeout_seconds=_DEAD_S)
-  elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _on_tpu():
-    jax.distributed.initialize(heartbeat_timeout_seconds=_DEAD_S)
+    _initialize(given[0], int(given[1]), int(given[2]))
+  elif _slurm_tasks() > 1 or _on_tpu():
+    _initialize()
+
+
+def _initialize(*place) -> None:
+  try:
+    jax.distributed.initialize(*place, heartbeat_timeout_seconds=_DEAD_S)
+  except (RuntimeError, ValueError, KeyError, AssertionError) as e:
+    raise UserError(f"this process cannot join the run's others ({type(e).__name__}: {' '.join(str(e).split())[:300]}); "
+                    "docs/pods.md says what each needs in its environment") from e
+
+
+def _slurm_tasks() -> int:
+  """How many processes srun has started for this run. UserError where Slurm's environment asks for several without srun."""
+  text = os.environ.get("SLURM_NTASKS", "1")
+  if not text.isdigit():
+    raise UserError(f"SLURM_NTASKS is {text!r}, no number; unset it, or start with srun")
+  in_step = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", text) == text
+  if int(text) > 1 and not (in_step and {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID"} <= os.environ.keys()):
+    raise UserError(f"SLURM_NTASKS={text}, and this process was not started by srun: put srun before the command for {text} "
+                    "processes, or unset SLURM_NTASKS for one")
+  return int(text)
+
+
+def check_devices() -> None:
+  """UserError where JAX finds no device of the kind that its environment asks for."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as e:  # JAX asserts where no plugin for the platform is installed
+    asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or ""
+    reason = ": " + " ".join(str(e).split()).rstrip(".") if str(e) else ""
+    raise UserError(f"JAX_PLATFORMS={asked}: JAX finds no such device here{reason}; unset it to take what there is, or set "
+                    "JAX_PLATFORMS=cpu") from e
 
 
 def _on_tpu() -> bool:
@@ -69,9 +102,14 @@ def first() -> bool:
 
 
 def say(text: str) -> None:
-  """Prints a line, once for all processes."""
+  """Prints a line, once for all processes. A terminal that is gone, as after SIGHUP, is no reason to stop."""
   if first():
-    print(text, flush=True)
+    try:
+      print(text, flush=True)
+    except OSError as e:
+      if e.errno not in (errno.EIO, errno.EPIPE):
+        raise
+      sys.stdout = open(os.devnull, "w")
 
 
 def gather(value) -> list:
@@ -142,30 +180,40 @@ class Compiling:
 
 
 class Watch:
-  """Notes SIGTERM, and raises Preempted at the same call of `check` in every process."""
+  """Notes SIGTERM, Ctrl-C and SIGHUP, and raises Preempted at the same call of `check` in every process. A second Ctrl-C is
+  Python's own: KeyboardInterrupt at once. What the caller's caller ignores (nohup, a background job) stays ignored."""
+
+  SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
   def __init__(self):
-    self.told = False
+    self.told = ""  # the signal's name
     self.asked: jax.Array | None = None
 
   def __enter__(self) -> "Watch":
-    self.before = signal.signal(signal.SIGTERM, self._note)
+    watched = [s for s in self.SIGNALS if s == signal.SIGTERM or signal.getsignal(s) != signal.SIG_IGN]
+    self.before = {s: signal.signal(s, self._note) for s in watched}
     return self
 
   def __exit__(self, *_exception) -> None:
-    signal.signal(signal.SIGTERM, self.before)
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
 
-  def _note(self, *_signal) -> None:
-    self.told = True
+  def _note(self, number: int, _frame) -> None:
+    self.told = self.told or signal.Signals(number).name
+    if number == signal.SIGINT:
+      signal.signal(number, signal.default_int_handler)
+      with contextlib.suppress(OSError):  # print is not to be called in the middle of another print
+        os.write(2, b"\nSIGINT: the run saves its last step and ends; once more ends it at once\n")
 
   def check(self) -> None:
     """Call it at the same places in every process. The others' answer is read one call later: by then it is there."""
     if not several():
-      stop = self.told
+      stop = bool(self.told)
     else:
-      stop, self.asked = self.asked is not None and bool(self.asked), _any(self.told)
+      stop, self.asked = self.asked is not None and bool(self.asked), _any(bool(self.told))
     if stop:
-      raise Preempted
+      jax.block_until_ready(self.asked)  # two collectives at once may wait for each other for ever
+      raise Preempted(next(filter(None, gather(self.told)), "SIGTERM"))
 
 
 def _any(flag: bool) -> jax.Array:

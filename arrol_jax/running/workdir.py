@@ -1,14 +1,18 @@
-"""A run's folder: config.json, metrics.jsonl, rollouts.jsonl, TensorBoard, summary.json.
+"""A run's folder: config.json, inputs.json, metrics.jsonl, rollouts.jsonl, TensorBoard, summary.json.
 
 Whatever moment a run is killed at, what is in the folder can be read and the run goes on: JSON files appear whole or not at
-all, logs lose at most their last line, and lines of steps that will be made again are dropped. Checkpoints are
+all, logs lose at most their last line, and lines of steps that will be made again are dropped. One run at a time writes there
+(`hold`), and it is the run that began there: same settings, problems and weights (`check_workdir`, `claim`). Checkpoints are
 checkpoint.py's.
 """
 
+from collections.abc import Iterator
+import fcntl
 import hashlib
 import json
 import math
 import os
+import socket
 
 import jax
 import numpy as np
@@ -52,64 +56,172 @@ class Logs:
       os.fsync(file.fileno())
 
   def finish(self, c, before: dict, after: dict, seconds: float) -> None:
-    device = jax.devices()[0]
+    device, last = jax.devices()[0], self.lines[-1] if self.lines else {"step": c.steps, "reward": None}
     write_json(f"{self.workdir}/summary.json", {
-      "steps": self.lines[-1]["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
+      "steps": last["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
       "config_hash": fingerprint(c), "eval_before": before, "eval_after": after,
       "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
-      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": self.lines[-1]["reward"]})
+      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": last["reward"]})
 
   def close(self) -> None:
     for file in [*self.files.values(), *filter(None, [self.board])]:
       file.close()
 
 
-def check_workdir(workdir: str, c) -> None:
-  """Makes the folder, or checks that what it holds belongs to this config."""
+def check_workdir(workdir: str, c, defaults=None) -> None:
+  """Makes the folder, or checks that what it holds belongs to this config. defaults: what keys have that it does not name."""
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as e:
     raise UserError(f"--workdir={workdir}: {e.strerror}") from e
   if not os.access(workdir, os.W_OK):
     raise UserError(f"--workdir={workdir}: this user may not write there")
-  stored = renamed(read_json(f"{workdir}/config.json")) if os.path.exists(f"{workdir}/config.json") else None
+  stored = stored_config(workdir, defaults)
   if stored and lasting(type(c)(stored)) != lasting(c):
     names = differing(lasting(type(c)(stored)), lasting(c))
     raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}); choose another --workdir")
 
 
-def claim(workdir: str, c) -> None:
-  """Writes config.json; removes results that this run, longer or evaluated in another way, will replace."""
-  config = json.loads(to_json(c))
+def stored_config(workdir: str, defaults=None) -> dict | None:
+  """config.json with today's keys; None without one."""
+  if not os.path.exists(f"{workdir}/config.json"):
+    return None
+  return filled(renamed(read_json(f"{workdir}/config.json")), json.loads(to_json(defaults)) if defaults else {})
+
+
+def hold(workdir: str):
+  """A file that is locked until it is closed, also by the end of this process however it comes. UserError where another process
+  has it."""
+  path = f"{workdir}/.lock"
+  try:
+    file = open(path, "a+")
+  except OSError as e:
+    raise UserError(f"{path}: {e.strerror}") from e
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+  except BlockingIOError as e:
+    file.seek(0)
+    who = file.read().strip() or "another process"
+    file.close()
+    raise UserError(f"{workdir}: another run is writing there ({who}); wait for its end, or choose another --workdir") from e
+  except OSError:  # some file systems know no locks
+    pass
+  return file
+
+
+def steps_done(workdir: str) -> int:
+  """Of a finished run, by its summary.json; 0 for others."""
+  path = f"{workdir}/summary.json"
+  steps = read_json(path).get("steps") if os.path.exists(path) else 0
+  if not isinstance(steps, int):
+    raise UserError(f"{path}: damaged (no number of steps); {_remedy(path)}")
+  return steps
+
+
+def check_can_go_on(workdir: str) -> None:
+  """UserError where steps were done and saved, and no checkpoint of them is there: starting anew would wipe their results."""
+  folder = f"{workdir}/checkpoints"
+  if os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder)):
+    return
+  steps, stored = steps_done(workdir), stored_config(workdir)
+  if not steps and stored:  # past the second save the first was on disk
+    logged = max((record["step"] for _, record in _records(f"{workdir}/metrics.jsonl") if record), default=0)
+    steps = logged if logged > 2 * stored.get("checkpoint", {}).get("every", logged) else 0
+  if steps:
+    policy = f"; {workdir}/policy, as model.path of another --workdir, trains on" if os.path.isdir(f"{workdir}/policy") else ""
+    raise UserError(f"{workdir} holds {steps} steps of a run whose checkpoints are gone, so it cannot go on: put {folder} back, "
+                    f"or choose another --workdir{policy}")
+
+
+# What a run begins with, by its name in inputs.json.
+INPUTS = {"problems": "the problems of data.train", "weights": "the weights of model.path",
+          "tokens": "what the tokenizer makes of the prompts (tokenizer, chat template)"}
+
+
+def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
+  """Writes config.json and inputs.json; removes results that this run, longer or evaluated in another way, will replace.
+
+  inputs: hashes by the names of INPUTS, and "held_out", that of the problems to evaluate on. Returns the config hashes that this
+  run's checkpoints may have. Raises UserError where an input is not what the run began with.
+  """
+  config, stored, path = json.loads(to_json(c)), stored_config(workdir, defaults), f"{workdir}/inputs.json"
+  before = read_json(path) if os.path.exists(path) else {"config_hashes": _older_hashes(workdir) if stored else []}
+  changed = [what for name, what in INPUTS.items() if before.get(name, inputs[name]) != inputs[name]]
+  if changed:
+    raise UserError(f"{workdir}: {' and '.join(changed)} changed since this run began; put back what was there, or choose "
+                    "another --workdir")
   stale = ["summary", "eval_after"]
-  if os.path.exists(f"{workdir}/config.json") and read_json(f"{workdir}/config.json")["eval"] != config["eval"]:
+  if stored and (stored["eval"] != config["eval"] or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
     stale.append("eval_before")
+  hashes = list(dict.fromkeys([*before.get("config_hashes", []), fingerprint(c)]))
+  write_json(path, inputs | {"config_hashes": hashes})
   for name in stale:
     if os.path.exists(f"{workdir}/{name}.json"):
       os.remove(f"{workdir}/{name}.json")
   write_json(f"{workdir}/config.json", config)
+  return hashes
+
+
+def _older_hashes(workdir: str) -> list[str]:
+  """The hash that versions before inputs.json took of the config that stands there."""
+  config = read_json(f"{workdir}/config.json")
+  kept = {k: v for k, v in config.items() if k not in _FREE_SECTIONS}
+  if kept.get("optim", {}).get("schedule", "constant") == "constant":
+    kept.pop("steps", None)
+  return [_hash(kept)]
 
 
 def resumed(path: str, start: int):
   """Opens a JSONL log for appending, without the lines of steps after `start` (they will be made again)."""
-  kept = [x for x in read_lines(path) if x["step"] <= start]
+  records = list(_records(path))
+  last = max((i for i, (_, x) in enumerate(records) if x and x["step"] <= start), default=-1)
+  for number, record in records[:last]:
+    if record is None:
+      raise UserError(f"{path}, line {number}: damaged; delete that line, and the same command goes on without it")
   with open(path + ".part", "w") as f:
-    f.writelines(json.dumps(x) + "\n" for x in kept)
+    f.writelines(json.dumps(x) + "\n" for _, x in records[:last + 1] if x["step"] <= start)
   os.replace(path + ".part", path)
   return open(path, "a")
 
 
 def read_lines(path: str) -> list[dict]:
-  """Complete lines of a JSONL log; a last line cut short by a kill is dropped."""
+  """The whole lines of a JSONL log."""
+  return [record for _, record in _records(path) if record]
+
+
+def _records(path: str) -> Iterator[tuple[int, dict | None]]:
+  """(line number, record) of a log's lines, None for one that a kill or a lost machine left half; no last line cut short."""
   if not os.path.exists(path):
-    return []
-  with open(path) as f:
-    return [json.loads(line) for line in f if line.endswith("\n")]
+    return
+  with open(path, errors="replace") as f:
+    for number, line in enumerate(f, 1):
+      try:
+        record = json.loads(line)
+      except ValueError:
+        record = None
+      if line.endswith("\n"):
+        yield number, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def read_json(path: str) -> dict:
-  with open(path) as f:
-    return json.load(f)
+  """A JSON object that this program has written. UserError where it is damaged."""
+  try:
+    with open(path) as f:
+      value = json.load(f)
+  except ValueError as e:  # also bytes that are no text
+    raise UserError(f"{path}: damaged ({' '.join(str(e).split())}); {_remedy(path)}") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: damaged (no JSON object); {_remedy(path)}")
+  return value
+
+
+def _remedy(path: str) -> str:
+  if os.path.basename(path) == "config.json":
+    return "put it back, or delete it if the command is as it was (the checkpoints know their settings)"
+  return "delete it, and the same command makes it again"
 
 
 def write_json(path: str, value: dict) -> None:
@@ -148,17 +260,37 @@ def to_json(c) -> str:
   return json.dumps(c.to_dict(), indent=2, sort_keys=True, default=list)
 
 
+# What a run may go on with whatever it began with: sections, and keys that concern only memory, machines and speed.
+_FREE_SECTIONS = ("steps", "checkpoint", "log", "eval", "mesh")
+FREE = """model.attention model.remat data.folder data.tfds_dir rollout.slots rollout.attention rollout.segment
+  rollout.row_buckets rollout.length_buckets optim.micro_tokens optim.chunk_tokens optim.length_buckets optim.tail_sizes
+  reward.workers reward.timeout reward.memory""".split()
+
+
 def lasting(c) -> dict:
-  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh continue the same run."""
-  kept = {k: v for k, v in json.loads(to_json(c)).items() if k not in ("steps", "checkpoint", "log", "eval", "mesh")}
+  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh or memory continue the same run."""
+  kept = {k: v for k, v in json.loads(to_json(c)).items() if k not in _FREE_SECTIONS}
+  for section, name in (x.split(".") for x in FREE):
+    if isinstance(kept.get(section), dict):
+      kept[section].pop(name, None)
   if kept.get("optim", {}).get("schedule", "constant") != "constant":  # then the rate depends on where the run ends
     kept["steps"] = c.steps
   return kept
 
 
+def filled(config: dict, defaults: dict) -> dict:
+  """A stored config, and what it does not name as `defaults` has it: keys that came with a later version."""
+  out = defaults | config
+  return out | {k: filled(out[k], v) for k, v in defaults.items() if isinstance(v, dict) and isinstance(out[k], dict)}
+
+
 def fingerprint(c) -> str:
   """Hash of `lasting`."""
-  return hashlib.sha256(json.dumps(lasting(c), sort_keys=True).encode()).hexdigest()[:16]
+  return _hash(lasting(c))
+
+
+def _hash(config: dict) -> str:
+  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing(a: dict, b: dict, prefix: str = "") -> list[str]:

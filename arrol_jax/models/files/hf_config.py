@@ -1,16 +1,18 @@
 """config.json of Hugging Face <-> PolicyConfig, and the names and layouts of Hugging Face's tensors.
 
 Model types qwen3, qwen2 and llama. Absent keys take the defaults of transformers' configuration classes; anything that
-would change the model and is not implemented (sliding windows in use, yarn, biases, other activations) is an error,
+would change the model and is not implemented (sliding windows in use, longrope, biases, other activations) is an error,
 never ignored. Both forms of rotary settings are read: `rope_theta` + `rope_scaling`, and transformers 5's
-`rope_parameters`.
+`rope_parameters`; where a file has both, `rope_scaling` counts, as in transformers.
 """
 
+from collections.abc import Callable
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from arrol_jax.models.transformer import PolicyConfig, RopeScaling, block_weights, model_weights
+from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, Scaling, YarnScaling
+from arrol_jax.models.transformer import PolicyConfig, block_weights, model_weights
 from arrol_jax.types import UserError
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -106,21 +108,62 @@ def _refuse(file: Path, kind: str, raw: dict) -> None:
     raise UserError(f"{file}: sliding window attention is in use, which is not supported")
 
 
-def _rope(file: Path, raw: dict, length: int) -> tuple[float, RopeScaling | None]:
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _rope(file: Path, raw: dict, length: int) -> tuple[float, Scaling | None]:
+  rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+  if any(isinstance(x, dict) for x in rope.values()):
+    raise UserError(f"{file}: rope_parameters that differ by layer type ({', '.join(rope)}) are not supported")
   theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
   kind = rope.get("rope_type", rope.get("type", "default"))
   if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
     raise UserError(f"{file}: partial_rotary_factor is not supported")
+  readers = {"linear": _linear, "dynamic": _linear, "llama3": _llama3, "yarn": _yarn}
   if kind == "default":
     return theta, None
-  if kind != "llama3":
-    raise UserError(f"{file}: rope type {kind!r} is not supported (supported: default, llama3)")
-  try:
-    return theta, RopeScaling(float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-                              int(rope.get("original_max_position_embeddings") or length))
-  except (KeyError, TypeError, ValueError) as e:
-    raise UserError(f"{file}: rope scaling llama3 needs the numbers factor, low_freq_factor, high_freq_factor") from e
+  if kind not in readers:
+    raise UserError(f"{file}: rope type {kind!r} is not supported (supported: default, {', '.join(readers)})")
+
+  def number(key: str, default=None) -> float:
+    value = default if rope.get(key) is None else rope[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+      raise UserError(f"{file}: rope scaling {kind} needs {key}, a number above 0, not {value!r}")
+    return float(value)
+
+  original = raw.get("original_max_position_embeddings") or number("original_max_position_embeddings", length)
+  return theta, readers[kind](kind, rope, number, int(original), length)
+
+
+def _linear(kind: str, rope: dict, number: Callable, original: int, length: int) -> Scaling:
+  return (LinearScaling if kind == "linear" else DynamicScaling)(number("factor"))
+
+
+def _llama3(kind: str, rope: dict, number: Callable, original: int, length: int) -> Scaling:
+  return RopeScaling(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
+
+
+def _yarn(kind: str, rope: dict, number: Callable, original: int, length: int) -> Scaling:
+  factor = number("factor", length / original)
+  scale = lambda weight: 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+  both = rope.get("mscale") and rope.get("mscale_all_dim")
+  default = scale(number("mscale")) / scale(number("mscale_all_dim")) if both else scale(1.0)
+  # A beta of 0 counts as absent, as in transformers.
+  fast, slow = (number(key, default) if rope.get(key) else default for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+  return YarnScaling(factor, original, number("attention_factor", default), fast, slow, bool(rope.get("truncate", True)))
+
+
+def _rope_to_json(scaling: Scaling | None) -> dict | None:
+  """What `_rope` reads again as `scaling`."""
+  match scaling:
+    case LinearScaling(factor):
+      return {"rope_type": "linear", "factor": factor}
+    case DynamicScaling(factor):
+      return {"rope_type": "dynamic", "factor": factor}
+    case RopeScaling(factor, low, high, original):
+      return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+              "original_max_position_embeddings": original}
+    case YarnScaling(factor, original, attention, fast, slow, truncate):
+      return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, "truncate": truncate,
+              "attention_factor": attention, "beta_fast": fast, "beta_slow": slow}
+  return None
 
 
 def config_to_json(c: PolicyConfig, dtype: str, eos_ids: tuple, pad_id: int, bos_id: int | None) -> dict:
@@ -128,11 +171,7 @@ def config_to_json(c: PolicyConfig, dtype: str, eos_ids: tuple, pad_id: int, bos
   if c.family not in ARCHITECTURES or (c.qk_norm, c.qkv_bias) != (c.family == "qwen3", c.family == "qwen2"):
     raise UserError(f"a policy of family {c.family!r} with qk_norm={c.qk_norm} and qkv_bias={c.qkv_bias} has no "
                     f"Hugging Face layout (qwen3 has qk_norm, qwen2 has qkv_bias, llama neither)")
-  scaling = None
-  if c.rope_scaling:
-    s = c.rope_scaling
-    scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-               "high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_length}
+  scaling = _rope_to_json(c.rope_scaling)
   return {
     "architectures": [ARCHITECTURES[c.family]], "model_type": c.family, "dtype": dtype, "torch_dtype": dtype,
     "vocab_size": c.vocab, "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,

@@ -110,8 +110,10 @@ def stop_ids(tokenizer, *declared) -> tuple[int, ...]:
     ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
   if tokenizer is not None:
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    ids += [special[t] for t in TURN_ENDS if t in special and t in template]
+    templates = tokenizer.chat_template or ""
+    if isinstance(templates, dict):  # several by name: chats take the default one
+      templates = templates.get("default") or "".join(templates.values())
+    ids += [special[t] for t in TURN_ENDS if t in special and t in templates]
     ids += [special[t] for t in TEXT_ENDS if t in special]
   strange = [repr(i) for i in ids if not isinstance(i, int)]
   if strange:

@@ -5,13 +5,12 @@ stacked parameter is allocated once, in its target sharding, and the tensors are
 the order of the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor
 (mapped from its file) and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
 
-The files beside this one: safetensors.py and gguf.py (formats), hf_config.py (names, shapes, config.json),
-tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
+The files beside this one: safetensors.py and gguf.py (formats), folders.py (which of a folder's files count),
+hf_config.py (names, shapes, config.json), tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import fnmatch
 import functools
 import json
 import math
@@ -27,18 +26,14 @@ import numpy as np
 
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
-from arrol_jax.models.files import gguf as gguf_files, hf_config, safetensors as safetensors_files, tokenizers
+from arrol_jax.models.files import folders, gguf as gguf_files, hf_config, safetensors as safetensors_files, tokenizers
+from arrol_jax.models.files.folders import HEAD, INDEX
 from arrol_jax.models.files.safetensors import Stored
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.types import Calibration, UserError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
-HEAD = "quality_head.safetensors"
-# Files that `save` and transformers write. A folder that holds anything else is never replaced.
-OURS = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, HEAD,
-        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
 
 
 @dataclasses.dataclass
@@ -80,7 +75,7 @@ class Policy:
     name = dtype or str(self.params["embed"].dtype)
     if name not in DTYPES:
       raise UserError(f"dtype {name!r} is not supported (supported: {', '.join(DTYPES)})")
-    _check_replaceable(target)
+    folders.check_replaceable(target, self.tokenizer)
     bos = getattr(self.tokenizer, "bos_token_id", None)
     config = hf_config.config_to_json(self.config, name, self.eos_ids, self.pad_id, bos)
     if jax.process_index() != 0:
@@ -97,7 +92,7 @@ class Policy:
         self.tokenizer.save_pretrained(str(folder))
       save_weights(folder, list(_outgoing(self.config, self.params, name)), shard_bytes)
       _save_head(folder / HEAD, self)
-      _swap(folder, target)
+      folders.swap(folder, target)
     finally:
       shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,26 +118,27 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
   architecture, truncated or corrupt file, missing, unexpected or misshapen tensor.
   """
-  path = Path(path)
+  given, path = os.fspath(path), Path(path)
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
   if not path.exists():
-    raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
-  if path.is_file():
-    return _load_gguf(path, DTYPES[dtype], mesh, table)
+    raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file{folders.how_to_fetch(given)}")
   if (path / "policy" / "config.json").is_file():
     path = path / "policy"
+  folders.check_is_model(path)
+  if path.is_file():
+    return _load_gguf(path, DTYPES[dtype], mesh, table)
   file = path / "config.json"
-  raw = _read_json(file)
+  raw = folders.read_json(file)
   config = hf_config.config_from_json(file, raw)
-  stored = _open_folder(path)
-  _check(config, path / INDEX if (path / INDEX).is_file() else path / "model.safetensors", stored)
+  where, stored = folders.open_folder(path)
+  _check(config, where, stored)
   tokenizer = tokenizers.load_tokenizer(path)
-  generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
+  generation = folders.read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
   quality = _load_head(path / HEAD)
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
-  return Policy(config, _place(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
+  return Policy(config, _loaded(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None), generation, *quality)
 
 
@@ -153,45 +149,11 @@ def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
   declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
   eos_ids = tokenizers.stop_ids(tokenizer, *declared)
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
-  return Policy(file.config, _place(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
+  return Policy(file.config, _loaded(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None))
 
 
 # ---- loading -------------------------------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> dict:
-  if not file.is_file():
-    raise UserError(f"{file}: no such file; a Hugging Face folder holds config.json and *.safetensors")
-  try:
-    value = json.loads(file.read_text())
-  except ValueError as e:
-    raise UserError(f"{file}: not valid JSON ({str(e).splitlines()[0]})") from e
-  if not isinstance(value, dict):
-    raise UserError(f"{file}: not a JSON object")
-  return value
-
-
-def _open_folder(folder: Path) -> dict[str, Stored]:
-  """All tensors of a folder in the order of its files; only headers are read."""
-  index = folder / INDEX
-  if not index.is_file():
-    if not (folder / "model.safetensors").is_file():
-      raise UserError(f"{folder}: no weights here (model.safetensors or {INDEX}); other formats are not read")
-    return safetensors_files.read_header(folder / "model.safetensors")
-  names = _read_json(index).get("weight_map")
-  if not isinstance(names, dict) or not names:
-    raise UserError(f"{index}: no weight_map")
-  stored = {}
-  for name in sorted(set(names.values())):
-    if not (folder / name).is_file():
-      raise UserError(f"{folder / name}: no such file, but {INDEX} says it holds "
-                      f"{next(k for k, v in names.items() if v == name)}")
-    stored |= {k: v for k, v in safetensors_files.read_header(folder / name).items() if names.get(k) == name}
-  for tensor, name in names.items():
-    if tensor not in stored:
-      raise UserError(f"{folder / name}: tensor {tensor} is missing, but {INDEX} says it is there")
-  return stored
 
 
 def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None:
@@ -212,6 +174,24 @@ def _check(config: PolicyConfig, where: Path, stored: dict[str, Stored]) -> None
     if name.startswith("model.") and name not in layout and not name.endswith("rotary_emb.inv_freq"):
       raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model of "
                       f"{config.layers} layers")
+
+
+def _loaded(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
+  """The parameters. UserError where a tensor holds what is no finite number."""
+  params = _place(config, stored, dtype, mesh, table)
+  whole = None if mesh is None else sharding.replicated(mesh)  # every process sees it
+  fine = jax.device_get(jax.jit(_finite, out_shardings=whole)(params))
+  for name, place in hf_config.layout(config).items():
+    if not (fine[place.leaf] if place.layer is None else fine["layers"][place.leaf][place.layer]):
+      raise UserError(f"{stored[name].file}: tensor {name} holds NaN or infinity"
+                      f"{'' if dtype == jnp.float32 else f' as {jnp.dtype(dtype).name}'}; fetch the model again, or take another")
+  return params
+
+
+def _finite(params: dict) -> dict:
+  """Whether all of a weight is finite: bool[layers] of the stacked ones, bool[] of the others."""
+  whole = {name: jnp.isfinite(x).all() for name, x in params.items() if name != "layers"}
+  return whole | {"layers": {name: jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for name, x in params["layers"].items()}}
 
 
 def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: dict) -> dict:
@@ -331,28 +311,3 @@ def _load_head(file: Path) -> tuple[dict | None, Calibration | None, tuple, tupl
     return parts["head"] or None, Calibration(**parts["calibration"]) if parts["calibration"] else None, inputs, detect
   except (TypeError, ValueError) as e:
     raise UserError(f"{file}: the calibration table is not readable ({e})") from e
-
-
-def _check_replaceable(target: Path) -> None:
-  if target.is_dir():
-    other = [f.name for f in target.iterdir() if f.is_dir() or not any(fnmatch.fnmatch(f.name, p) for p in OURS)]
-    if other:
-      raise UserError(f"{target}: holds {sorted(other)[0]}, which is no part of a saved model; save to a new folder")
-  elif target.exists():
-    raise UserError(f"{target}: is a file; save to a new folder")
-
-
-def _swap(folder: Path, target: Path) -> None:
-  """Renames `folder` to `target`; what was there goes away only once the new one is in its place."""
-  if not target.exists():
-    folder.rename(target)
-    return
-  old = target.with_name(f".{target.name}.old")
-  shutil.rmtree(old, ignore_errors=True)
-  target.rename(old)
-  try:
-    folder.rename(target)
-  except OSError:
-    old.rename(target)
-    raise
-  shutil.rmtree(old, ignore_errors=True)
