@@ -61,7 +61,12 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
 
 def grader(c: ConfigDict) -> Grader:
   r = c.reward
-  return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function)
+  return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function, r.success)
+
+
+def grading(c: ConfigDict, loaded: Policy, grader: Grader) -> Grading:
+  """What turns the policy's responses into rewards."""
+  return Grading(loaded.tokenizer, grader, c.reward.pattern, c.reward.success, c.reward.function)
 
 
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[Prompt]:
@@ -104,9 +109,8 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
-    grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
     asked = Asked(c.eval.samples, c.eval.temperature, c.rollout.top_p or 1.0)
-    return measure(engine, prompts, asked, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
+    return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters, lambda _: bar.update())[0]
 
 
 def pools(c: ConfigDict, head: dict | None) -> bool:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from arrol_jax import assemble, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
-from arrol_jax.learning.generation import Asked, Grading
+from arrol_jax.learning.generation import Asked
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
@@ -85,7 +85,7 @@ def main():
         asked = Asked(c.rollout.group_size, c.rollout.temperature, c.rollout.top_p or 1.0)
         done, seconds = generation.generate(
           engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,
-          assemble.key(c, assemble.TRAIN, step), config.sampling, Grading(loaded.tokenizer, grader), decide)
+          assemble.key(c, assemble.TRAIN, step), config.sampling, assemble.grading(c, loaded, grader), decide)
         waited.append(seconds)
         return done
 

@@ -121,8 +121,10 @@ def get_config() -> ConfigDict:
   c.reward = ConfigDict()
   c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":
                                # after "####"; or a regular expression with one group, whose last match counts
-  c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> reward in [0, 1]; None:
-                               # math equality. arrol_jax.rewards.gym.score for reasoning_gym:
+  c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> any finite number; None:
+                               # math equality, 1 or 0. arrol_jax.rewards.gym.score for reasoning_gym:
+  c.reward.success = 1.0       # least reward of a success: what head, tables, votes and accuracy take for right (advantages take
+                               # the reward as it is)
   c.reward.workers = 2         # processes: for a function, and for answers that are not numbers
   c.reward.timeout = 5.0       # seconds an answer may take there
   c.reward.memory = 2048       # MiB a process may add

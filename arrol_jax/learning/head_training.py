@@ -1,6 +1,6 @@
 """What a step's graded survivors teach the calibration tables and the quality head.
 
-Tables count scores and rewards (METHOD section 3). `Recent` holds the last features whose rewards are known, for further passes
+Tables count scores and rewards (METHOD section 3). A reward is 0 or 1 in all of this file: Rollout.success. `Recent` holds the last features whose rewards are known, for further passes
 of the head alone. The head's part in the training step's loss is update.py's.
 """
 
@@ -43,7 +43,7 @@ def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tu
   score, weight = np.zeros((2, count, size), np.float32)
   reward = np.zeros(size, np.float32)
   for i, r in enumerate(kept):
-    score[:len(r.scores), i], reward[i] = r.scores, r.reward
+    score[:len(r.scores), i], reward[i] = r.scores, r.success
     share = 1.0 / r.keep_probability if "table" in weigh else 1.0
     weight[:len(r.scores), i] = share
     if count > decisions and r.final == r.final:  # a table for the last token

@@ -1,4 +1,4 @@
-"""The closed-form head: ridge regression of the reward on features, from running sums with forgetting (METHOD 10.3).
+"""The closed-form head: ridge regression of the reward (0 or 1: Rollout.success) on features, from running sums with forgetting (METHOD 10.3).
 
 `add` takes in a step's graded survivors, `solve` gives the head (pruning/linear_head.py) with one factorisation; there is no
 learning rate, and nothing to warm up. One `Ridge` per boundary: with a leading axis [C] under jax.vmap, or jax.lax.map where F is

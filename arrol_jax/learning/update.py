@@ -103,12 +103,12 @@ def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature".
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Both terms weigh rows by batch.weights.
   """
   loss, mask = u.loss, batch.response_mask
   logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
   old = jax.lax.stop_gradient(logprobs) if u.fresh else batch.old_logprobs
-  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest)
+  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest) * batch.weights[:, None]
   weight = weight * losses.correction_weights(old, batch.sampler_logprobs, mask, loss.correction, loss.correction_cap)
   term, clipped = losses.surrogate(logprobs, old, batch.advantages, mask, clip_low=loss.clip_low, clip_high=loss.clip_high,
                                    ratio=loss.ratio)
