@@ -240,7 +240,8 @@ def test_weighted_advantages_estimate_the_whole_groups():
   np.testing.assert_allclose(out, [1 / 7, 1 / 7, -6 / 7], rtol=1e-5)
 
 
-@pytest.mark.parametrize("rewards", [[1.5, 1.0, 0.5, 0.0], [-1, -1, 1, 1], [0, 100, 0, 0], [1e8, 1e8 + 1, 1e8, 1e8], [3e38, 0, 0, 0],
+@pytest.mark.parametrize("rewards", [[1.5, 1.0, 0.5, 0.0], [-1, -1, 1, 1], [0, 100, 0, 0], [1e8, 1e8 + 1, 1e8, 1e8],
+                                     [3e38, 0, 0, 0],
                                      [-3e-3, 2e-3, 0, 0]])
 def test_rewards_of_any_size_are_taken_as_they_are(rewards):
   """(R - mean) / (std + 1e-6) in double precision; not clipped to [0, 1]."""

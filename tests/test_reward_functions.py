@@ -71,7 +71,8 @@ def test_what_cannot_be_called_is_refused(function, words):
 
 
 @pytest.mark.parametrize("value, reward", [
-  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6), (np.float32(0.25), 0.25), (np.array(3), 3.0), (np.bool_(False), 0.0)])
+  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6), (np.float32(0.25), 0.25), (np.array(3), 3.0),
+  (np.bool_(False), 0.0)])
 def test_any_finite_number_is_a_reward(value, reward):
   assert worker.as_reward(value) == reward
 

@@ -113,7 +113,8 @@ def rewards_module(tmp_path, monkeypatch):
 def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
   kinds = [("fine", "correct"), ("sleep 60", "timeout"), ("die", "crashed"), ("memory", "crashed"),
            (f"die_once {tmp_path}/died", "correct"), ("exit", "error"), ("raise", "error"),
-           ("number nan", "error"), ("number 2", "correct"), ("number 0.5", "wrong"), ("number -1", "wrong"), ("number 0", "wrong"),
+           ("number nan", "error"), ("number 2", "correct"), ("number 0.5", "wrong"), ("number -1", "wrong"),
+           ("number 0", "wrong"),
            ("modules", "correct"), ("pattern hashes", "correct"), ("fine", "correct")]
   with Grader(1, "hashes", timeout_s=2.0, memory_mb=1024, reward_fn=rewards_module) as grader:
     grades = grader.grade_all([(kind, "x+1") for kind, _ in kinds])

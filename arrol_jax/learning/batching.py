@@ -164,8 +164,8 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
 def linear_examples(rollouts: list[Rollout], decisions: int, width: int, weigh: tuple[str, ...] = ()) -> tuple:
   """What all graded survivors teach a linear head at each decision and at their last token (METHOD 10.4), C = decisions + 1.
 
-  Returns features f32[C,M,F], reward f32[M] (success, 0 or 1), weight f32[C,M] (0 where a rollout did not get there) and prompt i32[M]; M is the
-  rollouts' number up to a power of two.
+  Returns features f32[C,M,F], reward f32[M] (success, 0 or 1), weight f32[C,M] (0 where a rollout did not get there)
+  and prompt i32[M]; M is the rollouts' number up to a power of two.
   """
   size = 1 << max(0, len(rollouts) - 1).bit_length()
   features, weight = np.zeros((decisions + 1, size, width), np.float32), np.zeros((decisions + 1, size), np.float32)
@@ -209,13 +209,14 @@ def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[
   return out
 
 
-def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool, decisions: list[int] | None = None) -> np.ndarray:
+def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool,
+                 decisions: list[int] | None = None) -> np.ndarray:
   """What each example counts in the head's loss, f32[N]: its rollout, and the decision where it was seen (None: all at one).
 
-  weigh holding "head": 1 / keep probability times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of
-  a decision's whole each, so the head learns what tells them apart and leaves their shares to the table's prior; without it Adam's
-  first steps, each as large as any, go into the shares alone. A decision that saw one kind alone has nothing to tell apart and
-  counts nothing beside decisions that saw both; where none did, that kind keeps its half.
+  weigh holding "head": 1 / keep probability times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of a
+  decision's whole each, so the head learns what tells them apart and leaves their shares to the table's prior; without it
+  Adam's first steps, each as large as any, go into the shares alone. A decision that saw one kind alone has nothing to tell
+  apart and counts nothing beside decisions that saw both; where none did, that kind keeps its half.
   """
   weight = np.array([1.0 / r.keep_probability if "head" in weigh else 1.0 for r in rollouts], np.float32)
   if not balance:

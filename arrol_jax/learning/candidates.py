@@ -1,7 +1,8 @@
 """Which prompts are rolled out: those whose own states promise most signal (METHOD 10.2).
 
-A ridge of a group's share of successes (reward.success) on the state of its prompt's last token, from running sums as the head's (ridge.py). More prompts
-are prefilled than are rolled out; compare GRESO and SPEED-RL, which choose per prompt outside the engine.
+A ridge of a group's share of successes (reward.success) on the state of its prompt's last token, from running sums as the
+head's (ridge.py). More prompts are prefilled than are rolled out; compare GRESO and SPEED-RL, which choose per prompt outside
+the engine.
 """
 
 import flax.struct

@@ -40,10 +40,11 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
             voters: Voters = Voters(), progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts: metrics and the rollouts behind them.
 
-  accuracy: share of successes (reward.success) among all samples that finished (avg@k); reward: their mean reward, where it is another; ci95: half-width of its normal interval over problems; pass:
-  share of problems with at least one right answer; truncated: share that hit the length limit; tokens: response tokens a problem,
-  stopped: share of traces that were ended as hopeless. With several samples also the votes of `vote_accuracies` and, where all
-  traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
+  accuracy: share of successes (reward.success) among all samples that finished (avg@k); reward: their mean reward, where it is
+  another; ci95: half-width of accuracy's normal interval over problems; pass: share of problems with at least one right answer;
+  truncated: share that hit the length limit; tokens: response tokens a problem, stopped: share of traces that were ended as
+  hopeless. With several samples also the votes of `vote_accuracies` and, where all traces finished, pass@k for k = 1, 2, 4, ...
+  (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
   """
   v, samples = voters, asked.samples if isinstance(asked, Asked) else asked
   decide = None

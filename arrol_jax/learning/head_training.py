@@ -1,7 +1,8 @@
 """What a step's graded survivors teach the calibration tables and the quality head.
 
-Tables count scores and rewards (METHOD section 3). A reward is 0 or 1 in all of this file: Rollout.success. `Recent` holds the last features whose rewards are known, for further passes
-of the head alone. The head's part in the training step's loss is update.py's.
+Tables count scores and rewards (METHOD section 3). A reward is 0 or 1 in all of this file: Rollout.success. `Recent` holds the
+last features whose rewards are known, for further passes of the head alone. The head's part in the training step's loss is
+update.py's.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """What a step's rollouts say about pruning: balance, keep ratio, how good and how calibrated the head is.
 
-NumPy on host records; every figure is defined in docs/metrics.md and named in metrics.jsonl as here. NaN where it is undefined (no
-mixed group, no scored rollout), written as null. What concerns the head, and shares of right ones, takes a rollout's success
-(reward.success); means and variances of rewards, and what is mixed, take rewards as they are.
+NumPy on host records; every figure is defined in docs/metrics.md and named in metrics.jsonl as here. NaN where it is undefined
+(no mixed group, no scored rollout), written as null. What concerns the head, and shares of right ones, takes a rollout's
+success (reward.success); means and variances of rewards, and what is mixed, take rewards as they are.
 """
 
 import math

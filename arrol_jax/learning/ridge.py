@@ -1,8 +1,8 @@
-"""The closed-form head: ridge regression of the reward (0 or 1: Rollout.success) on features, from running sums with forgetting (METHOD 10.3).
+"""The closed-form head: ridge regression of the reward on features, from running sums with forgetting (METHOD 10.3).
 
-`add` takes in a step's graded survivors, `solve` gives the head (pruning/linear_head.py) with one factorisation; there is no
-learning rate, and nothing to warm up. One `Ridge` per boundary: with a leading axis [C] under jax.vmap, or jax.lax.map where F is
-large.
+The reward here is 0 or 1: Rollout.success. `add` takes in a step's graded survivors, `solve` gives the head
+(pruning/linear_head.py) with one factorisation; there is no learning rate, and nothing to warm up. One `Ridge` per boundary:
+with a leading axis [C] under jax.vmap, or jax.lax.map where F is large.
 
 Numbers. Hidden states have dimensions whose mean is a thousand times their deviation: sums of raw products would lose the latter
 in float32. Kept are therefore the means and the products of differences from them, merged with a step's own by the formula of

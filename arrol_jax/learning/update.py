@@ -103,7 +103,8 @@ def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Both terms weigh rows by batch.weights.
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Both
+  terms weigh rows by batch.weights.
   """
   loss, mask = u.loss, batch.response_mask
   logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
