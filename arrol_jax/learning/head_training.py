@@ -81,10 +81,13 @@ def no_linear(width: int, decisions: int, center: bool) -> tuple[dict, ridge.Rid
 
 @functools.partial(jax.jit, donate_argnames=("sums",), static_argnames=("half_life",))
 def fit_linear(sums: ridge.Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array, prompt: jax.Array,
-               strength: jax.Array, half_life: float | None) -> tuple[dict, ridge.Ridge]:
-  """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3)."""
+               strength: jax.Array, half_life: float | None, started: jax.Array) -> tuple[dict, ridge.Ridge]:
+  """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3).
+
+  half_life: in rollouts started, of which this step had `started` f32[].
+  """
   def one(x):
-    new = ridge.add(x[0], x[1], reward, x[2], prompt, half_life)
+    new = ridge.add(x[0], x[1], reward, x[2], prompt, half_life, started)
     return new, ridge.solve(new, strength)
 
   sums, head = jax.lax.map(one, (sums, features, weight))
