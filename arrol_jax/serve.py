@@ -100,6 +100,7 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
       loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
+    assemble.warn(loaded, [])
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
   how = dataclasses.replace(assemble.sampling(c, loaded), confidence=assemble.TOP_K, pool=assemble.pools(c, loaded.head))

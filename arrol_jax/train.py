@@ -45,10 +45,11 @@ def main():
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader, ExitStack() as stack:
     stop = stack.enter_context(hosts.Watch())
-    loaded = hosts.together(lambda: assemble.load(c, mesh))
+    loaded = hosts.together(lambda: assemble.load(c, mesh, training=True))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in benchmark_names(c.data.eval).items()}
+    assemble.warn(loaded, train_prompts)
     config = assemble.step_config(c, loaded)
     if hosts.first():
       claim(workdir, c)  # not before all that the user gave has been read: a mistake leaves the folder free

@@ -115,13 +115,14 @@ def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array
 
 
 def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
-                table: dict = sharding.TRAIN) -> Policy:
+                table: dict = sharding.TRAIN, longest: int = 0) -> Policy:
   """Loads a Hugging Face folder (safetensors, sharded or not), a GGUF file, or a finished run's workdir (its policy/).
 
   dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table`
-  (sharding.py); None puts them on the default device.
+  (sharding.py); None puts them on the default device. longest: tokens that a row will have, prompt and response.
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
-  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor.
+  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`, a stop token
+  without an embedding.
   """
   path = Path(path)
   if dtype not in DTYPES:
@@ -129,32 +130,43 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   if not path.exists():
     raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
   if path.is_file():
-    return _load_gguf(path, DTYPES[dtype], mesh, table)
+    return _load_gguf(path, DTYPES[dtype], mesh, table, longest)
   if (path / "policy" / "config.json").is_file():
     path = path / "policy"
   file = path / "config.json"
   raw = _read_json(file)
   config = hf_config.config_from_json(file, raw)
+  check_positions(config, str(file), longest)
   stored = _open_folder(path)
   _check(config, path / INDEX if (path / INDEX).is_file() else path / "model.safetensors", stored)
   tokenizer = tokenizers.load_tokenizer(path)
   generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
   quality = _load_head(path / HEAD)
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
+  tokenizers.check_ids(str(path), tokenizer, eos_ids, config.vocab, "a response may end with")
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
   return Policy(config, _place(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None), generation, *quality)
 
 
-def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
+def _load_gguf(path: Path, dtype, mesh, table: dict, longest: int) -> Policy:
   file = gguf_files.open_gguf(path)
+  check_positions(file.config, str(path), longest)
   _check(file.config, path, file.tensors)
   tokenizer = tokenizers.gguf_tokenizer(path, file.meta)
   declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
   eos_ids = tokenizers.stop_ids(tokenizer, *declared)
+  tokenizers.check_ids(str(path), tokenizer, eos_ids, file.config.vocab, "a response may end with")
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
   return Policy(file.config, _place(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None))
+
+
+def check_positions(config: PolicyConfig, where: str, longest: int) -> None:
+  """UserError where rows of `longest` tokens do not fit the positions that a model was made for."""
+  if longest > config.max_length:
+    raise UserError(f"{where}: the model has {config.max_length} positions, and prompt and response may take {longest} tokens "
+                    "together: lower rollout.max_prompt, rollout.max_new or eval.max_new")
 
 
 # ---- loading -------------------------------------------------------------------------------------------------
