@@ -53,7 +53,8 @@ def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
 
 
 def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Policy:
-  """The policy with float32 parameters on the mesh; it must bring a tokenizer, and positions for the longest row.
+  """The policy with float32 parameters on the mesh; it must bring a tokenizer, stop tokens that it knows, and
+  positions for the longest row.
 
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
@@ -61,6 +62,7 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Poli
   loaded = load_policy(c.model.path, dtype="float32", mesh=mesh, longest=longest)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
+  check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")
   return loaded
 
 

@@ -121,8 +121,7 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table`
   (sharding.py); None puts them on the default device. longest: tokens that a row will have, prompt and response.
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
-  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`, a stop token
-  without an embedding.
+  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`.
   """
   path = Path(path)
   if dtype not in DTYPES:
@@ -143,7 +142,6 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
   quality = _load_head(path / HEAD)
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
-  tokenizers.check_ids(str(path), tokenizer, eos_ids, config.vocab, "a response may end with")
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
   return Policy(config, _place(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None), generation, *quality)
@@ -156,7 +154,6 @@ def _load_gguf(path: Path, dtype, mesh, table: dict, longest: int) -> Policy:
   tokenizer = tokenizers.gguf_tokenizer(path, file.meta)
   declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
   eos_ids = tokenizers.stop_ids(tokenizer, *declared)
-  tokenizers.check_ids(str(path), tokenizer, eos_ids, file.config.vocab, "a response may end with")
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
   return Policy(file.config, _place(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None))
