@@ -35,7 +35,7 @@ class Batch:
   old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the batch's first step starts from, where it has several
   ref_logprobs: jax.Array      # f32[B,S]  the same under the reference policy (0 where the KL weight is 0)
   advantages: jax.Array        # f32[B]
-  weights: jax.Array           # f32[B]    what the row counts in the loss: 1, or its share of 1 / keep probability (prune.weigh)
+  weights: jax.Array           # f32[B]    1, or 1 / keep probability at mean 1 (prune.weigh); advantages have it in them
 
 
 @flax.struct.dataclass

@@ -235,9 +235,9 @@ def test_overlong_punishment_counts_tokens():
 
 
 def test_weighted_advantages_estimate_the_whole_groups():
-  """Two right kept with 1/4 and 1/2, one wrong kept for sure: weights 4, 2, 1 in the mean; the loss weighs the rows."""
+  """Two right kept with 1/4 and 1/2, one wrong kept for sure: weights 4, 2, 1 in mean and as factors, mean weight 7/3."""
   out = group_advantages([1, 1, 0], np.zeros(3, int), normalize_std=False, weights=np.array([4, 2, 1]))
-  np.testing.assert_allclose(out, [1 / 7, 1 / 7, -6 / 7], rtol=1e-5)
+  np.testing.assert_allclose(out, np.array([4 / 7, 2 / 7, -6 / 7]) / (7 / 3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rewards", [[1.5, 1.0, 0.5, 0.0], [-1, -1, 1, 1], [0, 100, 0, 0], [1e8, 1e8 + 1, 1e8, 1e8],

@@ -61,8 +61,8 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
   rewards f[B], any finite numbers, groups i[B] -> f32[B]. A group of one, or without variance but for rounding, gets 0. The
   standard deviation is the population's (divides by the group size). NumPy in double precision: it runs once a step on the host,
   where groups are ragged, and rewards may be of any size.
-  weights f[B]: how many rollouts each stands for (1 / keep probability) in a group's mean and deviation. They are no factor of
-  the result: the loss weighs rows by them (`Batch.weights`).
+  weights f[B]: how many rollouts each stands for (1 / keep probability): in a group's mean and deviation, and as a factor of its
+  advantage, scaled to mean 1 over the batch, so that the policy gradient estimates that of all rollouts started.
   """
   rewards, out = np.asarray(rewards, float), np.zeros(len(rewards), np.float32)
   share = np.ones(len(rewards)) if weights is None else np.asarray(weights, float)
@@ -72,7 +72,7 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
     if np.ptp(own) > 1e-9 * np.abs(own).max():
       centred = own - np.sum(w * own)
       out[rows] = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
-  return out
+  return out if weights is None or not len(out) else (out * (share / share.mean())).astype(np.float32)
 
 
 def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *,

@@ -103,13 +103,13 @@ def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Both
-  terms weigh rows by batch.weights.
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Rows
+  weigh alike in both terms: advantages have batch.weights in them, the KL term takes them here.
   """
   loss, mask = u.loss, batch.response_mask
   logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
   old = jax.lax.stop_gradient(logprobs) if u.fresh else batch.old_logprobs
-  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest) * batch.weights[:, None]
+  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest)
   weight = weight * losses.correction_weights(old, batch.sampler_logprobs, mask, loss.correction, loss.correction_cap)
   term, clipped = losses.surrogate(logprobs, old, batch.advantages, mask, clip_low=loss.clip_low, clip_high=loss.clip_high,
                                    ratio=loss.ratio)
@@ -119,7 +119,7 @@ def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tu
   gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
   metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl), "entropy": jnp.sum(per_token * entropy),
              "clip_frac": jnp.sum(per_token * clipped), "logprob_gap": jnp.sum(per_token * gap)}
-  return policy_loss + loss.kl_weight * jnp.sum(weight * kl), metrics
+  return policy_loss + loss.kl_weight * jnp.sum(weight * batch.weights[:, None] * kl), metrics
 
 
 SCALARS = ("tokens", "rows", "trained", "temperature")
