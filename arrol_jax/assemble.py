@@ -26,6 +26,7 @@ from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
+from arrol_jax.models.files.tokenizers import check_ids
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head, inputs_of, is_linear
@@ -52,17 +53,33 @@ def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
     raise UserError(f"mesh: {e}") from e
 
 
-def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
-  """The policy with float32 parameters on the mesh; it must bring a tokenizer."""
-  loaded = load_policy(c.model.path, dtype="float32", mesh=mesh)
+def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Policy:
+  """The policy with float32 parameters on the mesh; it must bring a tokenizer, stop tokens that it knows, and
+  positions for the longest row.
+
+  training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
+  """
+  longest = longest_row(c, training, not training or c.data.eval != "")
+  loaded = load_policy(c.model.path, dtype="float32", mesh=mesh, longest=longest)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
+  check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")
   return loaded
+
+
+def longest_row(c: ConfigDict, training: bool, held_out: bool) -> int:
+  """Tokens of a prompt with its response, at most."""
+  return c.rollout.max_prompt + max(c.rollout.max_new * training, (c.eval.max_new or c.rollout.max_new) * held_out)
 
 
 def grader(c: ConfigDict) -> Grader:
   r = c.reward
-  return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function)
+  return Grader(r.workers, r.pattern, r.timeout, r.memory, r.function, r.success)
+
+
+def grading(c: ConfigDict, loaded: Policy, grader: Grader) -> Grading:
+  """What turns the policy's responses into rewards."""
+  return Grading(loaded.tokenizer, grader, c.reward.pattern, c.reward.success, c.reward.function)
 
 
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[Prompt]:
@@ -71,6 +88,8 @@ def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
   problems = hosts.together(lambda: sources.load_problems(path, split, c.data.folder, c.data.tfds_dir))[:limit or None]
   out, skipped = encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
                                      c.data.system, c.data.thinking, spread=hosts.spread)
+  for one in (p for p in out if p.tokens.max() >= loaded.config.vocab):
+    check_ids(f"{path}, problem {one.problem.id!r}", loaded.tokenizer, one.tokens, loaded.config.vocab, "its prompt holds")
   if skipped:
     hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
               "(rollout.max_prompt)")
@@ -82,6 +101,22 @@ def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]
   problems, tokens = digests(train)
   return {"problems": problems, "tokens": tokens, "weights": digest(loaded.params),
           "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts]))}
+
+
+def warn(loaded: Policy, prompts: list[Prompt]) -> None:
+  """A line for each thing about the tokenizer that trains or evaluates something else than is meant, and what to set."""
+  stops, bos, text = loaded.eos_ids, getattr(loaded.tokenizer, "bos_token_id", None), loaded.tokenizer.convert_ids_to_tokens
+  if not stops:
+    hosts.warn("the model's files name no stop token, so every response goes on to max_new: set eos_token_id in "
+               "generation_config.json, or eos_token in tokenizer_config.json")
+  ended = [p for p in prompts if p.tokens[-1] in stops]
+  if ended:
+    hosts.warn(f"{len(ended)} of {len(prompts)} prompts end with the stop token {text(int(ended[0].tokens[-1]))!r}, after which "
+               "there is nothing to say: set add_eos_token to false in tokenizer_config.json, or take it out of data.template")
+  twice = sum(len(p.tokens) > 1 and p.tokens[0] == p.tokens[1] == bos for p in prompts)
+  if twice:
+    hosts.warn(f"{twice} of {len(prompts)} prompts begin with {text(bos)!r} twice, as the tokenizer or the chat template writes "
+               "one too: take it out of data.template and the problems, or set add_bos_token to false in tokenizer_config.json")
 
 
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,
@@ -112,9 +147,8 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
-    grading = Grading(loaded.tokenizer, grader, c.reward.pattern)
     asked = Asked(c.eval.samples, c.eval.temperature)
-    return measure(engine, prompts, asked, key(c, EVAL), how, grading, voters, lambda _: bar.update())[0]
+    return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters, lambda _: bar.update())[0]
 
 
 def pools(c: ConfigDict, head: dict | None) -> bool:

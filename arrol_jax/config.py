@@ -215,65 +215,94 @@ def _check_files(c: ConfigDict) -> None:
 
 
 def _check(c: ConfigDict) -> None:
-  _check_counts(c)
+  _check_ranges(c)
   _check_prune(c)
-  _need(c.rollout.group_size >= 2, f"rollout.group_size is {c.rollout.group_size}; advantages are taken within a group, so it "
-        "must be at least 2")
-  _need(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}; it must be above 0")
   r = c.rollout
-  _need(r.slots is None or r.slots >= 1, f"rollout.slots is {r.slots}; it must be at least 1")
   _need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
   _need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
-  _need(r.top_k is None or r.top_k >= 1, f"rollout.top_k is {r.top_k}; it must be at least 1")
-  for name in ("top_p", "min_p"):
-    _need(r[name] is None or 0 < r[name] <= 1, f"rollout.{name} is {r[name]}; it must lie in (0, 1]")
   _check_quality(c)
-  _check_rates(c)
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
     _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
   for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
-    value = functools.reduce(getattr, name.split("."), c)
+    value = _value(c, name)
     _need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
-  _need(c.loss.correction_cap > 0, f"loss.correction_cap is {c.loss.correction_cap}; it must be above 0")
-  _need(c.loss.overlong is None or 0 <= c.loss.overlong <= 1, f"loss.overlong is {c.loss.overlong}; it is a share of max_new")
   _need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
 
 
-def _check_rates(c: ConfigDict) -> None:
+_WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
+# Every numeric key's smallest and largest value (_ABOVE: the smallest is too small itself). NaN lies in no range.
+_RANGES = [
+  (1, _WHOLE, "steps rollout.prompts rollout.candidates rollout.max_prompt rollout.max_new rollout.slots rollout.top_k "
+              "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
+              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window mesh.data "
+              "mesh.fsdp mesh.tensor"),
+  (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new log.rollouts"),
+  (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
+  (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
+  (0, 1, "rollout.explore prune.target prune.holdout loss.overlong eval.stop_below"),
+  (0, _REAL, "optim.lr optim.head_lr optim.weight_decay quality.weight_decay loss.clip_low loss.clip_high loss.kl_weight "
+             "loss.head_weight"),
+  (0, 1 - 1e-5, "optim.b1 optim.b2"),  # nearer to 1 is 1 in float32, and divides by 0
+  (-1e6, 1e6, "prune.strength"), (0, 100, "eval.temperature"),
+  (-_REAL, _REAL, "reward.success prune.keep prune.p_min prune.p_max"),  # _check_prune says more of the last
+]
+_ABOVE = [
+  (0, 1, "rollout.top_p rollout.min_p learn.keep"), (0, 100, "rollout.temperature"),
+  (0, 86400, "reward.timeout"),
+  (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm"),
+]
+_MAY_BE_NONE = """rollout.candidates rollout.slots rollout.top_k rollout.top_p rollout.min_p prune.half_life quality.half_life
+  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.stop_below""".split()
+
+
+def _check_ranges(c: ConfigDict) -> None:
   """Numbers that would train the wrong way, or not at all, without a word."""
-  at_least_0 = ("optim.lr", "optim.head_lr", "optim.weight_decay", "loss.clip_low", "loss.clip_high", "loss.kl_weight",
-                "loss.head_weight")
-  for name in at_least_0:
-    value = functools.reduce(getattr, name.split("."), c)
-    _need(value is None or 0 <= value < math.inf, f"{name} is {value}; it must be a number from 0 on")
-  o = c.optim
-  _need(0 < o.clip_norm < math.inf, f"optim.clip_norm is {o.clip_norm}; it must be above 0")
-  for name in ("b1", "b2"):
-    _need(0 <= o[name] < 1, f"optim.{name} is {o[name]}; it must lie in [0, 1)")
+  _in_range(c, "rollout.group_size", 2, 4096, False)  # advantages are taken within a group
+  for table, above in ((_RANGES, False), (_ABOVE, True)):
+    for least, most, names in table:
+      for name in names.split():
+        _in_range(c, name, least, most, above)
+  for name in ("rollout.temperature", "eval.temperature"):  # logits are divided by it
+    _need(_value(c, name) == 0 or _value(c, name) >= 1e-4, f"{name} is {_value(c, name)}; it must be at least 0.0001")
+  r = c.reward
+  _need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
+        "1, so it must lie above 0 and be at most 1")
+
+
+def _value(c: ConfigDict, name: str):
+  return functools.reduce(getattr, name.split("."), c)
+
+
+def _in_range(c: ConfigDict, name: str, least: float, most: float, above: bool) -> None:
+  value = _value(c, name)
+  if value is None and name in _MAY_BE_NONE:
+    return
+  number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  fits = number and (least < value if above else least <= value) and value <= most
+  high = most < _WHOLE or number and value > most
+  ends = [f"{'above' if above else 'at least'} {least}"] * (least > -_REAL) + [f"at most {most}"] * high
+  _need(fits, f"{name} is {value}; it must be a finite number {' and '.join(ends)}".rstrip())
 
 
 def _check_quality(c: ConfigDict) -> None:
-  q, e = c.quality, c.eval
+  q = c.quality
   _need(q.short in ("skip", "last"), f"quality.short is {q.short!r}; it must be 'skip' or 'last'")
   _need(q.fit in ("adam", "ridge"), f"quality.fit is {q.fit!r}; it must be 'adam' or 'ridge'")
   _need(len(q.inputs) > 0, "quality.inputs is empty; a head must read something")
-  if q.fit == "ridge":
+  read = [("rollout.candidate_layer", (f"prompt@{c.rollout.candidate_layer}",))]
+  read += [("quality.inputs", tuple(q.inputs))] * (q.fit == "ridge")
+  for name, inputs in read:
     try:
-      features.parse(tuple(q.inputs), 1000)
+      features.parse(inputs, 1000)
     except ValueError as e:
-      raise UserError(f"quality.inputs: {e}") from e
-  else:
+      raise UserError(f"{name}: {e}") from e
+  if q.fit != "ridge":
     _need(set(q.inputs) <= set(INPUTS),
           f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
-  _need(0 < q.strength < math.inf, f"quality.strength is {q.strength}; it must be above 0")
-  _need(q.half_life is None or q.half_life > 0, f"quality.half_life is {q.half_life}; it is a number of rollouts, or None")
-  _need(0 < c.learn.keep <= 1, f"learn.keep is {c.learn.keep}; it must lie in (0, 1]")
-  _need(q.buffer is None or q.buffer >= 1, f"quality.buffer is {q.buffer}; it is a number of rollouts, or None")
-  _need(e.stop_below is None or 0 <= e.stop_below <= 1, f"eval.stop_below is {e.stop_below}; it is a probability, or None")
 
 
 def _check_data(c: ConfigDict) -> None:
@@ -287,28 +316,11 @@ def _check_data(c: ConfigDict) -> None:
   _need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 
-def _check_counts(c: ConfigDict) -> None:
-  """Numbers that have a smallest value."""
-  at_least_1 = ("steps", "rollout.prompts", "rollout.max_prompt", "rollout.max_new", "rollout.segment", "rollout.resampling",
-                "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
-                "optim.chunk_tokens", "optim.length_buckets", "optim.epochs",
-                "optim.minibatches", "reward.workers", "reward.memory", "checkpoint.every",
-                "checkpoint.keep", "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
-  at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
-  for names, least in ((at_least_1, 1), (at_least_0, 0)):
-    for name in names:
-      value = functools.reduce(getattr, name.split("."), c)
-      _need(value >= least, f"{name} is {value}; it must be at least {least}")
-  _need(c.optim.tail_sizes in (0, 1, 2), f"optim.tail_sizes is {c.optim.tail_sizes}; it must be 0, 1 or 2")
-  _need(c.seed < 2**31, f"seed is {c.seed}; it must be below 2^31")
-
-
 def _check_prune(c: ConfigDict) -> None:
   p, r = c.prune, c.rollout
   detect = tuple(p.detect)
   _need(r.candidates is None or r.candidates >= r.prompts,
         f"rollout.candidates is {r.candidates}; it must be at least rollout.prompts ({r.prompts}), or None")
-  _need(0 <= r.explore <= 1, f"rollout.explore is {r.explore}; it is a share between 0 and 1")
   if detect[:1] == (0,):  # the choice of prompts, before any token
     detect = detect[1:]
   _need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
@@ -320,10 +332,6 @@ def _check_prune(c: ConfigDict) -> None:
   _need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
   _need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   _need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
-  _need(0 <= p.target <= 1, f"prune.target is {p.target}; it is a share between 0 and 1")
-  _need(math.isfinite(p.strength), f"prune.strength is {p.strength}; it must be a finite number")
-  _need(0 <= p.holdout <= 1, f"prune.holdout is {p.holdout}; it is a share between 0 and 1")
   _need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
   _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
         f"({p.p_max}), and these in (0, 1]")
-  _need(p.half_life is None or p.half_life > 0, f"prune.half_life is {p.half_life}; it is a number of rollouts, or None")

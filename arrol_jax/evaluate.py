@@ -31,7 +31,7 @@ def main():
   for path in paths:
     sources.check(path, "test", c.data.folder)
   mesh = assemble.make_mesh(c)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), assemble.grader(c) as grader:  # before a model is loaded for nothing
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
     if flags["workdir"].present:
@@ -45,11 +45,11 @@ def main():
       assemble.check_tables(c, loaded)
     # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
+    assemble.warn(loaded, [prompt for prompts in prompts_of.values() for prompt in prompts])
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
-    with assemble.grader(c) as grader:
-      for path, prompts in prompts_of.items():
-        result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
-        hosts.say(json.dumps(finite({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result)))
+    for path, prompts in prompts_of.items():
+      result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
+      hosts.say(json.dumps(finite({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result)))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from arrol_jax import config as configuration
+from arrol_jax import assemble, config as configuration
 from arrol_jax.models import sharding
 from arrol_jax.models.files import gguf as gguf_files, hf_config
+from arrol_jax.models.files.weights import check_positions
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.models.zoo import ZOO
 from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
@@ -126,6 +127,7 @@ def main():
   if not flags.topology:
     raise UserError("no --topology=CHIP:SHAPE given, such as v5e:16x16")
   model, source = model_shape(c.model.path, flags.shape)
+  check_positions(model, source, assemble.longest_row(c, True, c.data.eval != ""))
   try:
     effort = float(flags.effort) if flags.effort else None
     flags.json and Path(flags.json).touch()  # found out before the compiler has worked for minutes

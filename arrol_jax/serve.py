@@ -102,6 +102,7 @@ def load(c, workdir: str | None, queue_size: int) -> tuple[Service, Limits]:
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)
+    assemble.warn(loaded, [])
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
   how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,

@@ -46,7 +46,7 @@ class StepConfig:
   short: str = "skip"          # what rollouts that ended before detection teach the head
   half_life: float | None = None
   strength: float | None = None  # of a linear head's ridge, rollouts a feature; None: the head is the published one
-  head_half_life: float | None = None  # rollouts after which its examples weigh half
+  head_half_life: float | None = None  # rollouts started after which its examples weigh half
   explore: float = 0.0         # share of the chosen prompts that is drawn at random
   prompt_strength: float = 8.0  # of the ridge behind the choice
   learn_keep: float = 1.0      # share of a group's survivors that is learned from, those whose rewards vary most (PODS)
@@ -141,7 +141,8 @@ class TrainingStep:
     state = state.replace(calibration=calibration)
     if c.strength is not None:
       taught = batching.linear_examples(rolled.rollouts, len(c.rule.detect), state.params["head"]["mean"].shape[1], c.weigh)
-      head, sums = head_training.fit_linear(state.recent, *taught, np.float32(c.strength), c.head_half_life)
+      head, sums = head_training.fit_linear(state.recent, *taught, np.float32(c.strength), c.head_half_life,
+                                            np.float32(len(rolled.rollouts)))
       state = state.replace(params=state.params | {"head": head}, recent=sums)
     if c.head_optimizer:
       state = head_training.refit_head(state, examples, passes=c.passes, optimizer=c.head_optimizer)

@@ -125,7 +125,7 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
     pad = 1 << max(0, started - 1).bit_length()
     grown = [np.zeros((*x.shape[:a], pad, *x.shape[a + 1:]), x.dtype) for x, a in zip(features, (1, 0, 1, 0), strict=True)]
     out += [Program("fit", head_training.fit_linear, lambda out: (
-      state.recent, *grown, np.float32(c.strength), c.head_half_life), {}, small=True)]
+      state.recent, *grown, np.float32(c.strength), c.head_half_life, np.float32(0)), {}, small=True)]
   if c.head_optimizer:
     out += [Program("refit", head_training.refit, lambda out: (
       state.params["head"], state.recent, *head_training.latest(state, taught)),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from arrol_jax import assemble, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
-from arrol_jax.learning.generation import Asked, Grading
+from arrol_jax.learning.generation import Asked
 from arrol_jax.models.files import folders
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
@@ -58,10 +58,11 @@ def main():
   with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
     hosts.together(lambda: check_can_go_on(workdir))
     stop = stack.enter_context(hosts.Watch())
-    loaded = hosts.together(lambda: assemble.load(c, mesh))
+    loaded = hosts.together(lambda: assemble.load(c, mesh, training=True))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in benchmark_names(c.data.eval).items()}
+    assemble.warn(loaded, train_prompts)
     config = assemble.step_config(c, loaded)
     if c.checkpoint.export:  # not found out when all is done
       hosts.together(lambda: folders.check_replaceable(Path(workdir) / "policy", loaded.tokenizer))
@@ -101,7 +102,7 @@ def main():
         asked = Asked(c.rollout.group_size, c.rollout.temperature)
         done, seconds = generation.generate(
           engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,
-          assemble.key(c, assemble.TRAIN, step), config.sampling, Grading(loaded.tokenizer, grader), decide)
+          assemble.key(c, assemble.TRAIN, step), config.sampling, assemble.grading(c, loaded, grader), decide)
         waited.append(seconds)
         return done
 

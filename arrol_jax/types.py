@@ -8,6 +8,7 @@ Rows are contiguous and right-padded: prompt, then response, then padding.
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -34,19 +35,20 @@ class Batch:
   old_logprobs: jax.Array      # f32[B,S]  the same under the policy that the batch's first step starts from, where it has several
   ref_logprobs: jax.Array      # f32[B,S]  the same under the reference policy (0 where the KL weight is 0)
   advantages: jax.Array        # f32[B]
+  weights: jax.Array           # f32[B]    1, or 1 / keep probability at mean 1 (prune.weigh); advantages have it in them
 
 
 @flax.struct.dataclass
 class Examples:
   """What a step's graded survivors teach the quality head: features as the engine took them, one example a decision."""
   features: tuple              # pruning.head.Features, f32[M,...] each
-  reward: jax.Array            # f32[M]  in {0, 1}
+  reward: jax.Array            # f32[M]  in {0, 1}: Rollout.success
   weight: jax.Array            # f32[M]  in the head's loss; 0 for padding
 
 
 @flax.struct.dataclass
 class Calibration:
-  """Counts of past rollouts by score bin and reward (appendix on online calibration).
+  """Counts of past rollouts by score bin and success (here: reward 1 or 0) (appendix on online calibration).
 
   `Calibration()` is the empty table of 128 bins. The fields count rollouts with reward 1 and 0, or sum their
   weights where `update` is given weights. In float32 a bin stops growing by ones at 2^24 (16.7 million).
@@ -94,9 +96,18 @@ class Rollout:
   rule_probability: float = 1.0              # the same by the rule, where a held-out rollout's survival is 1
   holdout: bool = False             # kept whatever the rule said
   final: float = float("nan")       # the head's logit at its last token, where a head was given
-  reward: float = float("nan")      # NaN where pruned
+  reward: float = float("nan")      # any finite number; NaN where pruned
+  success_at: float = 1.0           # reward.success: the least reward of a success
   reason: str = ""             # what the grader said
   text: str = ""
+
+  @property
+  def success(self) -> float:
+    """The label of head, tables, votes and accuracy: 1.0 where the reward is at least reward.success, else 0.0, as where it could
+    not be graded; NaN where there is no reward. Advantages, and what is reported as a reward, take the reward itself."""
+    if math.isnan(self.reward):
+      return self.reward
+    return float(self.reward >= self.success_at and self.reason not in FAILED)
 
   @property
   def decided(self) -> bool:

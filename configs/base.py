@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
   c.prune.floor = 0            # survivors of a group that decides together, at least
   c.prune.holdout = 0.0        # share of rollouts that are never pruned: unbiased false-prune rate
   c.prune.weigh = ()           # where survivors count 1 / keep probability times (METHOD 9.1): any of "table", "head", "policy"
-  c.prune.half_life = config_dict.placeholder(float)  # rollouts after which a count weighs half; None: never forget (open)
+  c.prune.half_life = config_dict.placeholder(float)  # rollouts started until a count weighs half; None: never (open)
 
   c.quality = ConfigDict()
   c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
                                # (METHOD 10.3). It also reads "mean@2/3", "last@3/4", "prompt@2/3", "windows", "siblings"
   c.quality.strength = 8.0     # of the ridge's prior: rollouts a feature
   c.quality.center = True      # the ridge ranks by a fit within prompts, and takes a prompt's level from another
-  c.quality.half_life = config_dict.placeholder(float)  # rollouts after which the ridge's examples weigh half; None: never
+  c.quality.half_life = config_dict.placeholder(float)  # rollouts started until the ridge's examples weigh half; None: never
   c.quality.balance = False    # right and wrong rollouts weigh alike in the head's loss; their shares are the table's to know
   c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
   c.quality.buffer = config_dict.placeholder(int)  # scored rollouts kept for more passes of the head alone; None: no passes
@@ -121,8 +121,10 @@ def get_config() -> ConfigDict:
   c.reward = ConfigDict()
   c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":
                                # after "####"; or a regular expression with one group, whose last match counts
-  c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> reward in [0, 1]; None:
-                               # math equality. arrol_jax.rewards.gym.score for reasoning_gym:
+  c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> any finite number; None:
+                               # math equality, 1 or 0. arrol_jax.rewards.gym.score for reasoning_gym:
+  c.reward.success = 1.0       # least reward of a success: what head, tables, votes and accuracy take for right (advantages take
+                               # the reward as it is)
   c.reward.workers = 2         # processes: for a function, and for answers that are not numbers
   c.reward.timeout = 5.0       # seconds an answer may take there
   c.reward.memory = 2048       # MiB a process may add

@@ -60,7 +60,7 @@ def show_pruning(c, problems: int) -> None:
   prompts, rollouts = sample(c, problems, True, lambda r: print(line(r), flush=True))
   for p, prompt in enumerate(prompts):
     group = [r for r in rollouts if r.prompt == p]
-    kept = [r.reward for r in group if not r.pruned]
+    kept = [r.success for r in group if not r.pruned]
     right = f"{np.mean(kept):.2f} of them right" if kept else "none left to grade"
     print(f"{prompt.problem.problem!r} = {prompt.problem.answer}: {len(kept)} of {len(group)} kept, {right}")
 
@@ -73,7 +73,7 @@ def show_vote(c, problems: int) -> None:
     answers, scores = [extract_answer(r.text, c.reward.pattern) for r in group], np.array([r.final for r in group])
     print(f"{prompt.problem.problem!r} = {prompt.problem.answer}")
     for answer, score, r in sorted(zip(answers, scores, group, strict=True), key=lambda x: -x[1]):
-      print(f"  score {score:+.2f}  {'right' if r.reward > 0.5 else 'wrong'}  {answer}")
+      print(f"  score {score:+.2f}  {'right' if r.success else 'wrong'}  {answer}")
     for rule in ("majority", "rank"):
       print(f"  {rule}: {voting.vote(answers, scores, rule)}")
 

@@ -90,7 +90,7 @@ def batch_of(*bins, shape=WHOLE):
     assert all(filled[-1].takes(b, rollouts[b]) for b in rows)
     seated = [b for members in filled[-1].groups.values() for b in members]
     order += seated + [-1] * (shape.rows - len(seated))
-  batch = batching._micro_batch(rollouts, TABLE.advantages, filled, shape, len(bins))
+  batch = batching._micro_batch(rollouts, np.stack([TABLE.advantages, np.ones(ROWS)]), filled, shape, len(bins))
   by_row = lambda x: np.pad(x, ((0, 1), (0, 0)))[order, :shape.length]
   return batch.replace(old_logprobs=by_row(TABLE.old_logprobs), ref_logprobs=by_row(TABLE.ref_logprobs)), np.array(order)
 

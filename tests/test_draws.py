@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from arrol_jax import prune
+from arrol_jax.pruning import decision
+from arrol_jax.pruning.rule import PruneRule
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -156,3 +158,24 @@ def test_lifted_systematic_draws_keep_the_floor_and_the_size():
 def test_unknown_method():
   with pytest.raises(ValueError, match="method"):
     prune.draw(jax.random.key(0), jnp.full(4, 0.5), method="poisson")
+
+
+@pytest.mark.parametrize("floor", [0, 1, 2, 5])
+def test_a_threshold_with_a_floor_says_who_goes_on_for_sure(floor):
+  """Nothing is drawn: whoever goes on does so with probability 1, whoever is stopped with 0, and never NaN."""
+  posterior = jnp.array([0.9, 0.1, 0.3, 0.2, 0.1, 0.2])
+  group, decided = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True] * 5 + [False])
+  rule = PruneRule((8,), keep=0.5, kind="threshold", floor=floor)
+  keep, p = decision._draw(rule, jax.random.split(jax.random.key(0), 6), (posterior >= 0.5).astype(jnp.float32), posterior, group,
+                           decided)
+  np.testing.assert_array_equal(p[:5], keep[:5].astype(np.float32))
+  want = {0: [1, 0, 0, 0, 0], 1: [1, 0, 0, 1, 0], 2: [1, 0, 1, 1, 1], 5: [1] * 5}[floor]
+  assert keep[:5].astype(int).tolist() == want and bool(keep[5])
+
+
+def test_a_probability_of_0_with_a_floor_is_no_nan():
+  """Rows of probability 0 come last and survive only where the floor has room for them."""
+  p, u = jnp.array([0.0, 0.5, 0.0, 1.0]), jnp.array([0.0, 0.9, 0.3, 0.2])
+  group, decided = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
+  for floor, want in ((1, [0, 0.5, 0, 1]), (2, [0, 1, 0, 1]), (3, [1, 1, 0, 1]), (4, [1, 1, 1, 1])):
+    np.testing.assert_allclose(prune.survival_with_floor(floor, u, p, group, decided), want)

@@ -11,7 +11,7 @@ from test_rollout import KEY, SAMPLING, Words, engine, plain_hidden, prompts, ro
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.learning import evaluation
-from arrol_jax.learning.evaluation import Voters, measure, voted_reward
+from arrol_jax.learning.evaluation import Voters, measure, voted_right
 from arrol_jax.learning.generation import Grading
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import Features, quality_logit
@@ -105,5 +105,5 @@ def test_hopeless_traces_end_and_a_problems_best_goes_on(mesh, head):
 
 def test_best_of_n_takes_the_highest_score_among_answers():
   rewards, answers = np.array([0.0, 1.0, 0.0]), ["7", "5", None]
-  assert voted_reward(rewards, answers, np.array([0.1, 0.2, 0.9]), "best") == 1.0
-  assert voted_reward(rewards, [None] * 3, np.zeros(3), "best") == 0.0
+  assert voted_right(rewards, answers, np.array([0.1, 0.2, 0.9]), "best") == 1.0
+  assert voted_right(rewards, [None] * 3, np.zeros(3), "best") == 0.0

@@ -68,6 +68,15 @@ def test_each_way_is_plain_attention(run, head_dim):
   assert np.all(np.isfinite(got[0]))
 
 
+@pytest.mark.parametrize("group, splits", [(16, 1), (17, 1), (24, 2), (40, 1)])
+def test_the_kernel_has_room_for_any_number_of_query_heads_a_kv_head(group, splits):
+  """More than the 16 rows of its smallest product: every head is plain attention, the last ones too."""
+  _, k, v, columns = inputs("float32", head_dim=64)
+  q = jnp.asarray(np.random.default_rng(1).normal(size=(B, M * group, 64)), jnp.float32)
+  want = np.asarray(decode_attention.attend_xla(q, columns, LENGTH))
+  np.testing.assert_allclose(np.asarray(run_triton(splits)(q, columns, LENGTH))[1:], want[1:], atol=2e-6)
+
+
 def test_the_tpu_kernel_is_plain_attention_in_bfloat16():
   q, k, v, columns = inputs("bfloat16")
   got = np.asarray(decode_attention.attend_tpu(q, columns, LENGTH, interpret=True), np.float32)

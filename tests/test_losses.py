@@ -250,3 +250,17 @@ def test_corrections_by_hand():
   np.testing.assert_allclose(weights("truncate") * mask, [[0.5, 2.0, 1.0], [2.0, 2.0, 0.0]], rtol=1e-5)
   np.testing.assert_allclose(weights("mask"), [[1.5] * 3, [0.0] * 3], rtol=1e-5)
   np.testing.assert_array_equal(weights("none"), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("rewards", [[1.5, 1.0, 0.5, 0.0], [-1, -1, 1, 1], [0, 100, 0, 0], [1e8, 1e8 + 1, 1e8, 1e8],
+                                     [3e38, 0, 0, 0],
+                                     [-3e-3, 2e-3, 0, 0]])
+def test_rewards_of_any_size_are_taken_as_they_are(rewards):
+  """(R - mean) / (std + 1e-6) in double precision; not clipped to [0, 1]."""
+  rewards = np.array(rewards, float)
+  want = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+  np.testing.assert_allclose(group_advantages(rewards, np.zeros(4, int)), want, rtol=1e-6)
+
+
+def test_rewards_that_differ_by_rounding_alone_have_no_variance():
+  np.testing.assert_array_equal(group_advantages([0.1 + 0.2, 0.3, 0.3], np.zeros(3, int)), 0.0)

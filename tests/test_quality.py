@@ -164,6 +164,30 @@ def test_balanced_weights_give_right_and_wrong_half_each():
   assert head_weights([], (), True).shape == (0,)
 
 
+def test_two_decisions_are_each_balanced():
+  """Three right of nine reach the first decision, one of seven the second: at each, right and wrong weigh alike, and a decision
+  as much as without balance."""
+  one, states = np.zeros(1, np.int32), lambda n: tuple(Features(np.full(C.width, c, np.float32)) for c in range(n))
+  make = lambda reward, n, p=1.0: Rollout(0, 0, one, one, np.zeros(1), reward=reward, keep_probability=p, features=states(n))
+  some = [make(1.0, 1), make(1.0, 1, 0.5), make(1.0, 2), *(make(0.0, 2) for _ in range(6))]
+  head = init_head(C.width, 8, jax.random.key(1))
+  for weigh, total in (((), (9, 7)), (("head",), (10, 7))):
+    e = head_examples(some, head, C.width, weigh, balance=True, decisions=2)
+    place = np.asarray(e.features.last[:, 0])
+    for c in (0, 1):
+      weight = [e.weight[(place == c) & (e.weight > 0) & (e.reward == kind)].sum() for kind in (0.0, 1.0)]
+      np.testing.assert_allclose(weight, [total[c] / 2] * 2, rtol=1e-6)
+
+
+def test_a_decision_that_only_wrong_ones_reach_does_not_tip_the_balance():
+  """Right answers are short and end before the second decision: overall, too, right and wrong weigh 1:1."""
+  one, states = np.zeros(1, np.int32), lambda n: tuple(Features(np.full(C.width, c, np.float32)) for c in range(n))
+  some = [Rollout(0, 0, one, one, np.zeros(1), reward=float(n == 1), features=states(n)) for n in (1, 1, 2, 2, 2, 2)]
+  e = head_examples(some, init_head(C.width, 8, jax.random.key(1)), C.width, (), balance=True, decisions=2)
+  right, wrong = (float(e.weight[e.reward == kind].sum()) for kind in (1.0, 0.0))
+  assert right == pytest.approx(wrong) and right == pytest.approx(3.0)
+
+
 def test_a_balanced_head_learns_ranks_where_the_other_still_learns_the_share():
   """One in ten is right and the state tells which: after ten steps of Adam the plain loss has moved the bias only."""
   optimizer, n = optax.adam(1e-3), 512

@@ -113,13 +113,15 @@ def rewards_module(tmp_path, monkeypatch):
 def test_reward_function_under_limits(rewards_module, tmp_path, capfd):
   kinds = [("fine", "correct"), ("sleep 60", "timeout"), ("die", "crashed"), ("memory", "crashed"),
            (f"die_once {tmp_path}/died", "correct"), ("exit", "error"), ("raise", "error"),
-           ("number nan", "error"), ("number 2", "error"), ("number 0.5", "wrong"), ("number 0", "wrong"),
+           ("number nan", "error"), ("number 2", "correct"), ("number 0.5", "wrong"), ("number -1", "wrong"),
+           ("number 0", "wrong"),
            ("modules", "correct"), ("pattern hashes", "correct"), ("fine", "correct")]
   with Grader(1, "hashes", timeout_s=2.0, memory_mb=1024, reward_fn=rewards_module) as grader:
     grades = grader.grade_all([(kind, "x+1") for kind, _ in kinds])
     assert [(kind, graded.reason) for (kind, _), graded in zip(kinds, grades, strict=True)] == kinds
     assert [graded.reward for graded in grades] == [
-      0.5 if kind == "number 0.5" else float(reason == "correct") for kind, reason in kinds]
+      float(kind.split()[1]) if kind in ("number 2", "number 0.5", "number -1") else float(reason == "correct")
+      for kind, reason in kinds]
     assert grader.counts == {reason: [r for _, r in kinds].count(reason) for _, reason in kinds}
   out, err = capfd.readouterr()
   assert out == "" and err.count("some_rewards.behave: SystemExit") == 1

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from arrol_jax.rewards import Graded, Grader, extract_answer, pool
+from arrol_jax.rewards import Graded, Grader, extract_answer, pool, worker
 
 REWARDS = """
   import os, signal, sys, threading
@@ -50,9 +50,9 @@ def test_without_proc_there_is_no_limit_and_no_failure(monkeypatch):
   def no_proc(path):
     raise FileNotFoundError(path)
 
-  monkeypatch.setattr(pool, "open", no_proc, raising=False)
+  monkeypatch.setattr(worker, "open", no_proc, raising=False)
   before = resource.getrlimit(resource.RLIMIT_AS)
-  pool._limit_memory(1)
+  worker.limit_memory(1)
   assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from arrol_jax.engine.kv_cache import Columns, SharedPrefix
 from arrol_jax.models.layers import Rotary
 
-_QUERIES = 16   # rows of the smallest matrix product on a tensor core; query heads of a group are padded to it
+_QUERIES = 16   # rows of the smallest matrix product on a tensor core; query heads of a group are padded to it (`_padded`)
 _PROGRAMS = 512  # a row is split over several programs until there are about so many
 
 
@@ -61,7 +61,7 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rot
   first = len(jax.tree.leaves(inputs))
   columns, value, partial = pl.pallas_call(
     functools.partial(_program, group=group, tiling=tiling._replace(splits=splits), eps=rotary.eps), grid=(b, m, splits),
-    in_specs=_in_specs(inputs, columns), out_specs=_out_specs(columns, h, len(partial)),
+    in_specs=_in_specs(inputs, columns), out_specs=_out_specs(columns, group, h, len(partial)),
     out_shape=(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), columns), value, partial),
     input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(columns)))}, name="decode_attention",
     interpret=interpret, compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages))(inputs, columns)
@@ -72,22 +72,27 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rot
   return columns, value.astype(dtype).reshape(b, m * group, h)
 
 
+def _padded(group: int) -> int:
+  """Rows of a program's products for `group` query heads a KV head, a power of two."""
+  return max(_QUERIES, 1 << (group - 1).bit_length())
+
+
 def _in_specs(inputs: _Inputs, columns: Columns) -> tuple[_Inputs, Columns]:
   """A program's view of what it reads: its row, its head of its row, all rows of its head of the cache."""
   by_row = lambda *shape: pl.BlockSpec((None, *shape), lambda i, j, t: (i,) + (0,) * len(shape))
   whole_head = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda i, j, t: (j,) + (0,) * (x.ndim - 1))
   h, whole = inputs.qkv.shape[3], lambda x: None if x is None else pl.BlockSpec((x.size,), lambda i, j, t: (0,))
-  qkv = pl.BlockSpec((None, None, _QUERIES + 2, h), lambda i, j, t: (i, j, 0, 0))
+  qkv = pl.BlockSpec((None, None, _padded(inputs.qkv.shape[2] - 2) + 2, h), lambda i, j, t: (i, j, 0, 0))
   scales = whole(inputs.q_scale), whole(inputs.k_scale)
   return (_Inputs(by_row(), SharedPrefix(by_row(), by_row()), qkv, by_row(h // 2), by_row(h // 2), *scales),
           jax.tree.map(whole_head, columns))
 
 
-def _out_specs(columns: Columns, h: int, partial: int) -> tuple:
+def _out_specs(columns: Columns, group: int, h: int, partial: int) -> tuple:
   """A program's view of what it writes: its head and row of the cache, its part of the value, and of `partial` sums."""
   own_row = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, t: (j, i) + (0,) * (x.ndim - 2))
   part = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda i, j, t: (i, j, t) + (0,) * len(shape))
-  return jax.tree.map(own_row, columns), part(_QUERIES, h), (part(_QUERIES),) * partial
+  return jax.tree.map(own_row, columns), part(_padded(group), h), (part(_padded(group)),) * partial
 
 
 # ---- a program; what it is given are references
@@ -99,10 +104,11 @@ def _program(inputs: _Inputs, cache: Columns, stored: Columns, out, partial: tup
   from jax.experimental.pallas import triton as plt
   qkv, h, dtype, (splits, block, *_) = inputs.qkv, inputs.qkv.shape[1], inputs.qkv.dtype, tiling
   own_row, split, position = pl.program_id(0), pl.program_id(2), inputs.length[...] - 1  # -1: an idle row
-  real = jnp.arange(_QUERIES) < group
-  wide = lambda width: jnp.broadcast_to(real[:, None], (_QUERIES, width))
+  queries = _padded(group)
+  real = jnp.arange(queries) < group
+  wide = lambda width: jnp.broadcast_to(real[:, None], (queries, width))
   turned = functools.partial(_turned, cos=inputs.cos[...], sin=inputs.sin[...], eps=eps, dtype=dtype)
-  read = lambda half: plt.load(qkv.at[pl.ds(0, _QUERIES), half], mask=wide(h // 2), other=0.0)
+  read = lambda half: plt.load(qkv.at[pl.ds(0, queries), half], mask=wide(h // 2), other=0.0)
   q = turned([read(half).astype(jnp.float32) for half in _halves(h)], inputs.q_scale)
   k = turned([qkv[group, half].astype(jnp.float32)[None, :] for half in _halves(h)], inputs.k_scale)
   mine = (split == 0) & (position >= 0)  # the program that has the new column

@@ -71,16 +71,18 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
   "rows_trained"} that are in.
 
   Advantages are taken over a group's survivors, from rewards with the loss's overlong penalty. weigh holding "policy": a
-  survivor counts 1 / keep probability times (METHOD 9.1), in group means, advantages and what means are over. Old and reference
-  log-probs are the update's to fill.
+  survivor counts 1 / keep probability times (METHOD 9.1), scaled to mean 1, in group means, in the loss with its KL term, and in
+  the tokens and rows that means are over: each mean is sum w x / sum w. Old and reference log-probs are the update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
-  weights = np.array([1.0 / r.keep_probability for r in kept]) if "policy" in weigh else None
-  shaped = np.array([r.reward for r in kept], np.float32)
+  weights = np.array([1.0 / r.keep_probability if "policy" in weigh else 1.0 for r in kept])
+  weights = weights / weights.mean() if kept else weights
+  shaped = np.array([r.reward for r in kept], float)
   shaped = shaped + overlong_penalty(np.array([len(r.tokens) for r in kept]), loss.longest, loss.overlong)
   advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), loss.normalize_std, weights=weights)
   rows = [i for i in range(len(kept)) if advantages[i] or loss.kl_weight]
-  totals = {"tokens": sum(len(r.tokens) for r in kept), "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows),
+  counted = float(sum(w * len(r.tokens) for w, r in zip(weights, kept, strict=True)))
+  totals = {"tokens": counted, "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows),
             "rows_trained": len(rows)}
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   batches = []
@@ -89,7 +91,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
       part = bins[start:start + unit]
       fits = next(s for s in shape.bins(unit, part[0].shape.length)
                   if all(b.tokens <= s.tokens and b.rows <= s.rows for b in part))
-      batches.append(_micro_batch(kept, advantages, part, fits, unit))
+      batches.append(_micro_batch(kept, np.stack([advantages, weights]), part, fits, unit))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches], totals
 
 
@@ -108,12 +110,12 @@ def _bins(kept: list[Rollout], rows: list[int], shape: PackShape, unit: int) -> 
   return out
 
 
-def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int) -> Batch:
-  """`unit` bins, those that are missing empty."""
+def _micro_batch(kept: list[Rollout], numbers: np.ndarray, bins: list[_Bin], shape: BinShape, unit: int) -> Batch:
+  """`unit` bins, those that are missing empty; numbers f[2,B]: each rollout's advantage and its weight."""
   u, r, s = shape
   tokens, positions, back, count = (np.full((unit, u), x, np.int32) for x in (0, 0, -1, 0))
   take, read = np.full((2, unit, r, s), -1, np.int32)
-  (mask, sampled), advantage = np.zeros((2, unit, r, s), np.float32), np.zeros((unit, r), np.float32)
+  (mask, sampled), number = np.zeros((2, unit, r, s), np.float32), np.zeros((2, unit, r), np.float32)
   for b, one in enumerate(bins):
     at = row = 0
     for members in one.groups.values():
@@ -123,7 +125,7 @@ def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], 
         pieces.append((np.concatenate([text[-1:], kept[i].tokens]), len(text) - 1, row))
         start, end = len(text), len(text) + len(kept[i].tokens)
         take[b, row, :start - 1] = at + np.arange(start - 1)
-        advantage[b, row] = advantages[i]
+        number[:, b, row] = numbers[:, i]
         mask[b, row, start:end], sampled[b, row, start:end] = 1.0, kept[i].logprobs
         row += 1
       for n, (values, position, where) in enumerate(pieces):
@@ -136,7 +138,8 @@ def _micro_batch(kept: list[Rollout], advantages: np.ndarray, bins: list[_Bin], 
   nothing = np.zeros((unit * r, s), np.float32)
   used = np.array([one.tokens for one in bins] + [0] * (unit - len(bins)), np.int32)
   return Batch(tokens=tokens, positions=positions, used=used, layout=Layout(take, read, back, count), response_mask=flat(mask),
-               sampler_logprobs=flat(sampled), old_logprobs=nothing, ref_logprobs=nothing, advantages=flat(advantage))
+               sampler_logprobs=flat(sampled), old_logprobs=nothing, ref_logprobs=nothing, advantages=flat(number[0]),
+               weights=flat(number[1]))
 
 
 def _up(n: int, unit: int) -> int:
@@ -147,7 +150,7 @@ def empty_batches(shape: PackShape, mesh) -> list[Batch]:
   """A micro-batch of each size with no rollout in it: for compiling ahead."""
   unit = mesh.shape["data"] * mesh.shape["fsdp"]
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
-  return [sharding.put(_micro_batch([], np.zeros(0), [], size, unit), sharding.rows(mesh)) for size in sizes]
+  return [sharding.put(_micro_batch([], np.zeros((2, 0)), [], size, unit), sharding.rows(mesh)) for size in sizes]
 
 
 def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
@@ -155,20 +158,20 @@ def abstract_batches(shape: PackShape, mesh: Mesh) -> list[Batch]:
   unit, by_row = mesh.shape["data"] * mesh.shape["fsdp"], sharding.rows(mesh)
   sizes = dict.fromkeys(size for length in shape.lengths() for size in shape.bins(unit, length))
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
-  return [jax.tree.map(place, _micro_batch([], np.zeros(0), [], size, unit)) for size in sizes]
+  return [jax.tree.map(place, _micro_batch([], np.zeros((2, 0)), [], size, unit)) for size in sizes]
 
 
 def linear_examples(rollouts: list[Rollout], decisions: int, width: int, weigh: tuple[str, ...] = ()) -> tuple:
   """What all graded survivors teach a linear head at each decision and at their last token (METHOD 10.4), C = decisions + 1.
 
-  Returns features f32[C,M,F], reward f32[M], weight f32[C,M] (0 where a rollout did not get there) and prompt i32[M]; M is the
-  rollouts' number up to a power of two.
+  Returns features f32[C,M,F], reward f32[M] (success, 0 or 1), weight f32[C,M] (0 where a rollout did not get there)
+  and prompt i32[M]; M is the rollouts' number up to a power of two.
   """
   size = 1 << max(0, len(rollouts) - 1).bit_length()
   features, weight = np.zeros((decisions + 1, size, width), np.float32), np.zeros((decisions + 1, size), np.float32)
   reward, prompt = np.zeros(size, np.float32), np.full(size, -1, np.int32)
   for i, r in enumerate(r for r in rollouts if not r.pruned):
-    reward[i], prompt[i] = r.reward, r.prompt
+    reward[i], prompt[i] = r.success, r.prompt
     share = 1.0 / r.keep_probability if "head" in weigh else 1.0
     for c, seen in [*enumerate(r.features), *([(decisions, r.final_features)] if r.final_features is not None else [])]:
       features[c, i], weight[c, i] = seen, share
@@ -195,30 +198,40 @@ def head_examples(rollouts: list[Rollout], head: dict, width: int, weigh: tuple[
   if is_linear(head):
     return empty_examples(head, width, 0)
   for r in rollouts:
-    if not r.pruned:
+    if not r.pruned:  # a rollout that ended before the first decision stands for it
       seen = r.features or ((r.final_features,) if short == "last" and r.final_features is not None else ())
-      taught += [(features, r) for features in seen]
+      taught += [(features, r, c) for c, features in enumerate(seen)]
   out = empty_examples(head, width, max(len(taught), len(rollouts) * decisions))
   if taught:
-    jax.tree.map(lambda out, *x: np.stack(x, out=out[:len(x)], casting="same_kind"), out.features, *(x for x, _ in taught))
-    out.reward[:len(taught)] = [r.reward for _, r in taught]
-    out.weight[:len(taught)] = head_weights([r for _, r in taught], weigh, balance)
+    jax.tree.map(lambda out, *x: np.stack(x, out=out[:len(x)], casting="same_kind"), out.features, *(x for x, _, _ in taught))
+    out.reward[:len(taught)] = [r.success for _, r, _ in taught]
+    out.weight[:len(taught)] = head_weights([r for _, r, _ in taught], weigh, balance, [c for _, _, c in taught])
   return out
 
 
-def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool) -> np.ndarray:
-  """What each rollout counts in the head's loss, f32[N].
+def head_weights(rollouts: list[Rollout], weigh: tuple[str, ...], balance: bool,
+                 decisions: list[int] | None = None) -> np.ndarray:
+  """What each example counts in the head's loss, f32[N]: its rollout, and the decision where it was seen (None: all at one).
 
-  weigh holding "head": 1 / keep probability times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of
-  the whole each, so the head learns what tells them apart and leaves their shares to the table's prior; without it Adam's
-  first steps, each as large as any, go into the shares alone.
+  weigh holding "head": 1 / keep probability times as much (METHOD 9.1). balance: right and wrong rollouts then weigh half of a
+  decision's whole each, so the head learns what tells them apart and leaves their shares to the table's prior; without it
+  Adam's first steps, each as large as any, go into the shares alone. A decision that saw one kind alone has nothing to tell
+  apart and counts nothing beside decisions that saw both; where none did, that kind keeps its half.
   """
   weight = np.array([1.0 / r.keep_probability if "head" in weigh else 1.0 for r in rollouts], np.float32)
-  if balance:
-    right = np.array([r.reward for r in rollouts], np.float32)
-    half = lambda share: share / max(float(np.sum(weight * share)), 1e-6)
-    weight = weight * np.sum(weight) / 2 * (half(right) + half(1.0 - right))
-  return weight
+  if not balance:
+    return weight
+  right, place = np.array([r.success for r in rollouts], bool), np.zeros(len(rollouts), int)
+  if decisions is not None:
+    place = np.array(decisions, int)
+  both = {c for c in set(place) if len(set(right[place == c])) == 2}
+  out = np.zeros_like(weight)
+  for c in both or set(place):
+    for kind in (right, ~right):
+      rows = kind & (place == c)
+      if rows.any():
+        out[rows] = weight[rows] / weight[rows].sum() * weight[place == c].sum() / 2
+  return out
 
 
 def minibatches(rollouts: list[Rollout], count: int, seed: tuple[int, ...]) -> list[list[Rollout]]:

@@ -1,7 +1,8 @@
 """Which prompts are rolled out: those whose own states promise most signal (METHOD 10.2).
 
-A ridge of a group's mean reward on the state of its prompt's last token, from running sums as the head's (ridge.py). More prompts
-are prefilled than are rolled out; compare GRESO and SPEED-RL, which choose per prompt outside the engine.
+A ridge of a group's share of successes (reward.success) on the state of its prompt's last token, from running sums as the
+head's (ridge.py). More prompts are prefilled than are rolled out; compare GRESO and SPEED-RL, which choose per prompt outside
+the engine.
 """
 
 import flax.struct
@@ -53,5 +54,5 @@ def learn(model: PromptModel, rollouts: list[Rollout], states: np.ndarray, stren
   for r in rollouts:
     if not r.pruned:
       total[place[r.prompt]] += 1.0 / r.keep_probability
-      right[place[r.prompt]] += r.reward / r.keep_probability
+      right[place[r.prompt]] += r.success / r.keep_probability
   return _learn(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength))

@@ -40,10 +40,11 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
             voters: Voters = Voters(), progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts: metrics and the rollouts behind them.
 
-  accuracy: mean reward over all samples that finished (avg@k); ci95: half-width of its normal interval over problems; pass:
-  share of problems with at least one right answer; truncated: share that hit the length limit; tokens: response tokens a problem,
-  stopped: share of traces that were ended as hopeless. With several samples also the votes of `vote_accuracies` and, where all
-  traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
+  accuracy: share of successes (reward.success) among all samples that finished (avg@k); reward: their mean reward, where it is
+  another; ci95: half-width of accuracy's normal interval over problems; pass: share of problems with at least one right answer;
+  truncated: share that hit the length limit; tokens: response tokens a problem, stopped: share of traces that were ended as
+  hopeless. With several samples also the votes of `vote_accuracies` and, where all traces finished, pass@k for k = 1, 2, 4, ...
+  (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
   """
   v, samples = voters, asked.samples if isinstance(asked, Asked) else asked
   decide = None
@@ -53,31 +54,33 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
       v.detect, keep=v.stop, kind="threshold", floor=1, inputs=v.inputs)
     decide = make_decide(v.head, tables, rule, v.stop is not None)
   rollouts, _ = generate(engine, dict(enumerate(prompts)), asked, key, sampling, grading, decide, progress)
-  rewards = np.array([r.reward for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped
-  by_problem = np.nanmean(rewards, axis=1)
+  right = np.array([r.success for r in rollouts]).reshape(len(prompts), samples)  # NaN where stopped
+  by_problem = np.nanmean(right, axis=1)
   out = {"accuracy": float(by_problem.mean()),
          "ci95": float(1.96 * by_problem.std(ddof=1) / np.sqrt(len(prompts))) if len(prompts) > 1 else float("nan"),
-         "problems": len(prompts), "samples": samples, "pass": float((np.nanmax(rewards, axis=1) > 0).mean()),
+         "problems": len(prompts), "samples": samples, "pass": float((np.nanmax(right, axis=1) > 0).mean()),
          "response_len": float(np.mean([len(r.tokens) for r in rollouts])),
          "truncated": float(np.mean([not r.stopped for r in rollouts if not r.pruned])),
          "tokens": sum(len(r.tokens) for r in rollouts) / len(prompts), "stopped": float(np.mean([r.pruned for r in rollouts]))}
+  if any(r.reward != r.success for r in rollouts if not r.pruned):
+    out["reward"] = float(np.nanmean([r.reward for r in rollouts]))
   if samples > 1:
     per_problem = {} if out["stopped"] else {
-      f"pass@{k}": [pass_at_k(row, k) for row in rewards] for k in (2**i for i in range(samples.bit_length())) if k <= samples}
-    votes = vote_accuracies(rollouts, rewards, v, sampling.confidence is not None, grading.pattern)
+      f"pass@{k}": [pass_at_k(row, k) for row in right] for k in (2**i for i in range(samples.bit_length())) if k <= samples}
+    votes = vote_accuracies(rollouts, right, v, sampling.confidence is not None, grading.pattern)
     for name, values in (per_problem | votes).items():
       out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
   return out, rollouts
 
 
-def vote_accuracies(rollouts: list[Rollout], rewards: np.ndarray, voters: Voters, confident: bool,
+def vote_accuracies(rollouts: list[Rollout], right: np.ndarray, voters: Voters, confident: bool,
                     pattern: str | None) -> dict[str, list[float]]:
-  """By rule, the reward of each problem's voted answer; rewards f[P,k], rollouts its P * k traces.
+  """By rule, whether each problem's voted answer is right, 1.0 or 0.0; right f[P,k], rollouts its P * k traces.
 
   maj@k; with a head rank@k (the paper's rule), posterior@k (the last table's posterior of the last score), best@k (the answer
   with the highest last score); with token confidences deepconf_mean@k, deepconf_bottom10@k, deepconf_lowest@k, deepconf_tail@k.
   """
-  samples = rewards.shape[1]
+  samples = right.shape[1]
   answers = [None if r.pruned else extract_answer(r.text, pattern) for r in rollouts]
   scores = {"maj": ("majority", np.zeros(len(rollouts)))}
   if voters.head is not None:
@@ -89,15 +92,15 @@ def vote_accuracies(rollouts: list[Rollout], rewards: np.ndarray, voters: Voters
     scores |= {f"deepconf_{kind}": ("deepconf", np.array([voting.summarize_confidence(r.confidences, voters.window, kind)
                                                           for r in rollouts])) for kind in voting.CONFIDENCES}
   said = [answers[i:i + samples] for i in range(0, len(answers), samples)]
-  return {f"{name}@{samples}": [voted_reward(*row, rule) for row in zip(rewards, said, score.reshape(-1, samples), strict=True)]
+  return {f"{name}@{samples}": [voted_right(*row, rule) for row in zip(right, said, score.reshape(-1, samples), strict=True)]
           for name, (rule, score) in scores.items()}
 
 
-def voted_reward(rewards: np.ndarray, answers: list[str | None], scores: np.ndarray, rule: str) -> float:
-  """Reward of the answer that one problem's traces vote for; math-equal answers pool their votes, no answer is wrong. Rule
+def voted_right(right: np.ndarray, answers: list[str | None], scores: np.ndarray, rule: str) -> float:
+  """Whether the answer is right that one problem's traces vote for; math-equal answers pool their votes, no answer is wrong. Rule
   "best" takes the answer with the highest score."""
   if rule == "best":
     voting_traces = [i for i, answer in enumerate(answers) if answer is not None]
-    return float(rewards[max(voting_traces, key=lambda i: scores[i])]) if voting_traces else 0.0
+    return float(right[max(voting_traces, key=lambda i: scores[i])]) if voting_traces else 0.0
   winner = voting.vote(answers, scores, rule, equal=lambda a, b: grade(f"\\boxed{{{b}}}", a) > 0)
-  return 0.0 if winner is None else float(rewards[answers.index(winner)])
+  return 0.0 if winner is None else float(right[answers.index(winner)])

@@ -13,16 +13,19 @@ import jax
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.running import hosts
-from arrol_jax.types import FAILED, Rollout
+from arrol_jax.types import FAILED, Rollout, UserError
 
 _log = logging.getLogger(__name__)
 
 
 class Grading(NamedTuple):
-  """What turns a response into a reward; pattern: the grader's, to read answers that are voted on."""
+  """What turns a response into a reward; pattern: the grader's, to read answers that are voted on. success: the least reward of a
+  success. function: the reward function's name, which must not fail on all answers; None: answers are compared."""
   tokenizer: object
   grader: object
   pattern: str | None = None
+  success: float = 1.0
+  function: str | None = None
 
 
 class Asked(NamedTuple):
@@ -39,7 +42,7 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   last token. Prompts are numbered without a gap. progress(rollout) is called for each that ends. With several
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
-  tokenizer, grader, _ = grading
+  tokenizer, grader = grading[:2]
   samples, temperature = asked if isinstance(asked, Asked) else Asked(asked)
   requests = [Request(p * samples + g, p, prompt.tokens, engine.max_new, temperature)
               for p, prompt in prompts.items() for g in range(samples)]
@@ -56,12 +59,25 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   waited = time.perf_counter()
   for rollout, waiting in pending:
     rollout.reward, rollout.reason = waiting.result()[0]
-  failed = Counter(r.reason for r, _ in pending if r.reason in FAILED)
-  if 2 * failed.total() > len(pending):  # now and then it is a hostile answer; this must not pass for a policy that knows nothing
-    _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
-                 "reward.memory, reward.workers", failed.total(), len(pending),
-                 ", ".join(f"{count} {reason}" for reason, count in failed.items()))
   parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
   for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
     r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
+    r.success_at = grading.success
+  _tell_failures(grading, [r.reason for r in rollouts if not r.pruned])
   return rollouts, time.perf_counter() - waited
+
+
+def _tell_failures(grading: Grading, reasons: list[str]) -> None:
+  """A warning where most answers could not be graded; UserError where a reward function failed on all of them.
+
+  Now and then it is a hostile answer; but this must not pass for a policy that knows nothing. One late answer alone ends nothing.
+  """
+  failed = Counter(reason for reason in reasons if reason in FAILED)
+  counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
+  if grading.function and failed and failed.total() == len(reasons) and (len(reasons) > 1 or failed["error"]):
+    problem = grading.grader.first_problem
+    raise UserError(f"reward.function={grading.function} failed on all {len(reasons)} answers of a step ({counts}"
+                    f"{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and reward.memory")
+  if 2 * failed.total() > len(reasons):
+    _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
+                 "reward.memory, reward.workers", failed.total(), len(reasons), counts)

@@ -1,7 +1,8 @@
 """What a step's graded survivors teach the calibration tables and the quality head.
 
-Tables count scores and rewards (METHOD section 3). `Recent` holds the last features whose rewards are known, for further passes
-of the head alone. The head's part in the training step's loss is update.py's.
+Tables count scores and rewards (METHOD section 3). A reward is 0 or 1 in all of this file: Rollout.success. `Recent` holds the
+last features whose rewards are known, for further passes of the head alone. The head's part in the training step's loss is
+update.py's.
 """
 
 import functools
@@ -43,7 +44,7 @@ def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tu
   score, weight = np.zeros((2, count, size), np.float32)
   reward = np.zeros(size, np.float32)
   for i, r in enumerate(kept):
-    score[:len(r.scores), i], reward[i] = r.scores, r.reward
+    score[:len(r.scores), i], reward[i] = r.scores, r.success
     share = 1.0 / r.keep_probability if "table" in weigh else 1.0
     weight[:len(r.scores), i] = share
     if count > decisions and r.final == r.final:  # a table for the last token
@@ -80,10 +81,13 @@ def no_linear(width: int, decisions: int, center: bool) -> tuple[dict, ridge.Rid
 
 @functools.partial(jax.jit, donate_argnames=("sums",), static_argnames=("half_life",))
 def fit_linear(sums: ridge.Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array, prompt: jax.Array,
-               strength: jax.Array, half_life: float | None) -> tuple[dict, ridge.Ridge]:
-  """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3)."""
+               strength: jax.Array, half_life: float | None, started: jax.Array) -> tuple[dict, ridge.Ridge]:
+  """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3).
+
+  half_life: in rollouts started, of which this step had `started` f32[].
+  """
   def one(x):
-    new = ridge.add(x[0], x[1], reward, x[2], prompt, half_life)
+    new = ridge.add(x[0], x[1], reward, x[2], prompt, half_life, started)
     return new, ridge.solve(new, strength)
 
   sums, head = jax.lax.map(one, (sums, features, weight))

@@ -58,21 +58,21 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
                      weights: np.ndarray | None = None) -> np.ndarray:
   """A_i = (R_i - mean R) / (std R + eps) within each group (METHOD section 1), over the rollouts given: the survivors.
 
-  rewards f[B], groups i[B] -> f32[B]. A group of one, or without variance, gets 0. The standard deviation is the
-  population's (divides by the group size). NumPy: it runs once a step on the host, where groups are ragged.
+  rewards f[B], any finite numbers, groups i[B] -> f32[B]. A group of one, or without variance but for rounding, gets 0. The
+  standard deviation is the population's (divides by the group size). NumPy in double precision: it runs once a step on the host,
+  where groups are ragged, and rewards may be of any size.
   weights f[B]: how many rollouts each stands for (1 / keep probability): in a group's mean and deviation, and as a factor of its
   advantage, scaled to mean 1 over the batch, so that the policy gradient estimates that of all rollouts started.
   """
-  rewards, out = np.asarray(rewards, np.float32), np.zeros(len(rewards), np.float32)
-  share = np.ones(len(rewards), np.float32) if weights is None else np.asarray(weights, np.float32)
+  rewards, out = np.asarray(rewards, float), np.zeros(len(rewards), np.float32)
+  share = np.ones(len(rewards)) if weights is None else np.asarray(weights, float)
   for g in np.unique(groups):
     rows = np.flatnonzero(groups == g)
-    w = share[rows] / share[rows].sum()
-    centred = rewards[rows] - np.sum(w * rewards[rows])
-    out[rows] = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
-    if np.all(rewards[rows] == rewards[rows[0]]):
-      out[rows] = 0.0
-  return out if weights is None or not len(out) else out * share / share.mean()
+    own, w = rewards[rows], share[rows] / share[rows].sum()
+    if np.ptp(own) > 1e-9 * np.abs(own).max():
+      centred = own - np.sum(w * own)
+      out[rows] = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
+  return out if weights is None or not len(out) else (out * (share / share.mean())).astype(np.float32)
 
 
 def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *,

@@ -1,7 +1,8 @@
 """What a step's rollouts say about pruning: balance, keep ratio, how good and how calibrated the head is.
 
-NumPy on host records; every figure is defined in README.md and named in metrics.jsonl as here. NaN where it is undefined (no
-mixed group, no scored rollout), written as null.
+NumPy on host records; every figure is defined in docs/metrics.md and named in metrics.jsonl as here. NaN where it is undefined
+(no mixed group, no scored rollout), written as null. What concerns the head, and shares of right ones, takes a rollout's
+success (reward.success); means and variances of rewards, and what is mixed, take rewards as they are.
 """
 
 import math
@@ -38,10 +39,10 @@ def spearman(score: np.ndarray, label: np.ndarray) -> float:
   return float(np.corrcoef(rankdata(score), rankdata(label))[0, 1])
 
 
-def pass_at_k(rewards: np.ndarray, k: int) -> float:
+def pass_at_k(right: np.ndarray, k: int) -> float:
   """Chance that k of these n samples, drawn without putting back, hold a right one: 1 - C(n - c, k) / C(n, k)."""
-  wrong = int(np.sum(np.asarray(rewards) <= 0))
-  return 1.0 - math.comb(wrong, k) / math.comb(len(rewards), k)
+  wrong = int(np.sum(np.asarray(right) <= 0))
+  return 1.0 - math.comb(wrong, k) / math.comb(len(right), k)
 
 
 def bootstrap_interval(values, resamples: int = 2000, seed: int = 0) -> list[float]:
@@ -65,9 +66,9 @@ def head_metrics(kept: list[Rollout], detect: tuple[int, ...]) -> dict:
   for name, scored in places.items():
     groups = {}
     for score, r in scored:
-      groups.setdefault(r.prompt, []).append((score, r.reward))
+      groups.setdefault(r.prompt, []).append((score, r.success))
     within = [auc(*zip(*group, strict=True)) for group in groups.values()]
-    out |= {f"head_auc@{name}": auc([s for s, _ in scored], [r.reward for _, r in scored]),
+    out |= {f"head_auc@{name}": auc([s for s, _ in scored], [r.success for _, r in scored]),
             f"head_auc_within@{name}": mean(a for a in within if not np.isnan(a))}
   return out
 
@@ -106,10 +107,10 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   for r in kept:
     groups.setdefault(r.prompt, []).append(r)
   survivors = [len(groups.get(p, ())) for p in {r.prompt for r in rollouts}]
-  ratios = [mean(r.reward for r in g) for g in groups.values()]
+  ratios = [mean(r.success for r in g) for g in groups.values()]
   scored = [r for r in kept if r.decided]
-  within = [auc([r.score for r in g if r.decided], [r.reward for r in g if r.decided]) for g in groups.values()]
-  score, reward = [r.score for r in scored], [r.reward for r in scored]
+  within = [auc([r.score for r in g if r.decided], [r.success for r in g if r.decided]) for g in groups.values()]
+  score, right = [r.score for r in scored], [r.success for r in scored]
   # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
   controls = [r for r in scored if r.holdout]
   by_place = head_metrics(kept, detect) if detect else {}
@@ -132,10 +133,10 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "tokens_saved": sum(len(r.tokens) / r.keep_probability for r in kept) - sum(len(r.tokens) for r in rollouts),
     "ungraded": mean(r.reason in FAILED for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
-    "head_auc": auc(score, reward), "head_auc_within": mean(a for a in within if not np.isnan(a)),
-    "head_ece": calibration_error([r.posterior for r in scored], reward),
-    "head_brier": mean((r.posterior - r.reward)**2 for r in scored),
-    "head_spearman": spearman(score, reward),
-    "false_prune": mean(1 - r.rule_probability for r in controls if r.reward > 0),
+    "head_auc": auc(score, right), "head_auc_within": mean(a for a in within if not np.isnan(a)),
+    "head_ece": calibration_error([r.posterior for r in scored], right),
+    "head_brier": mean((r.posterior - r.success)**2 for r in scored),
+    "head_spearman": spearman(score, [r.reward for r in scored]),
+    "false_prune": mean(1 - r.rule_probability for r in controls if r.success > 0),
     "survivors_fewest": min(survivors), "survivors_histogram": np.bincount(survivors).tolist(),  # groups by survivors
   }

@@ -9,7 +9,7 @@ from arrol_jax.types import Rollout
 
 
 def mixed_groups(rollouts: list[Rollout]) -> list[int]:
-  """Prompts whose survivors' raw rewards are not all alike, ascending."""
+  """Prompts whose survivors' raw rewards are not all alike, whatever counts as a success, ascending."""
   rewards = {}
   for r in rollouts:
     if not r.pruned:

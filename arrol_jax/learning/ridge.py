@@ -1,8 +1,8 @@
 """The closed-form head: ridge regression of the reward on features, from running sums with forgetting (METHOD 10.3).
 
-`add` takes in a step's graded survivors, `solve` gives the head (pruning/linear_head.py) with one factorisation; there is no
-learning rate, and nothing to warm up. One `Ridge` per boundary: with a leading axis [C] under jax.vmap, or jax.lax.map where F is
-large.
+The reward here is 0 or 1: Rollout.success. `add` takes in a step's graded survivors, `solve` gives the head
+(pruning/linear_head.py) with one factorisation; there is no learning rate, and nothing to warm up. One `Ridge` per boundary:
+with a leading axis [C] under jax.vmap, or jax.lax.map where F is large.
 
 Numbers. Hidden states have dimensions whose mean is a thousand times their deviation: sums of raw products would lose the latter
 in float32. Kept are therefore the means and the products of differences from them, merged with a step's own by the formula of
@@ -53,19 +53,21 @@ def empty(width: int, center: bool = True) -> Ridge:
 
 @functools.partial(jax.jit, static_argnames=("half_life",))
 def add(ridge: Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array, group: jax.Array,
-        half_life: float | None = None) -> Ridge:
+        half_life: float | None = None, started: jax.Array | None = None) -> Ridge:
   """The ridge with M more rollouts.
 
   Args:
     features: [M,F], any float dtype; reward f32[M]; group i32[M], the prompt in this step.
     weight: f32[M] >= 0. Rows with 0 (padding, whatever they hold) leave no trace, nor do rows with a NaN.
-    half_life: in rollouts, as in table.update: what is there first counts 0.5 ** (n / half_life), n the rows added.
+    half_life: in rollouts: what is there first counts 0.5 ** (n / half_life), n the rollouts `started` f32[], pruned ones among
+      them (None: the rows added).
   """
   counted = (weight > 0) & ~jnp.isnan(reward) & jnp.all(jnp.isfinite(features), axis=1)
   w = jnp.where(counted, weight, 0.0)
   x = jnp.where(counted[:, None], features.astype(jnp.float32), 0.0)
   y = jnp.where(counted, reward, 0.0).astype(jnp.float32)
-  decay = 1.0 if half_life is None else jnp.exp2(-jnp.sum(counted, dtype=jnp.float32) / half_life)
+  passed = jnp.sum(counted, dtype=jnp.float32) if started is None else started
+  decay = 1.0 if half_life is None else jnp.exp2(-passed / half_life)
 
   here, before = jnp.sum(w), decay * ridge.weight
   total = here + before

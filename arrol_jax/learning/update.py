@@ -103,7 +103,8 @@ def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature".
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Rows
+  weigh alike in both terms: advantages have batch.weights in them, the KL term takes them here.
   """
   loss, mask = u.loss, batch.response_mask
   logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
@@ -118,7 +119,7 @@ def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tu
   gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
   metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl), "entropy": jnp.sum(per_token * entropy),
              "clip_frac": jnp.sum(per_token * clipped), "logprob_gap": jnp.sum(per_token * gap)}
-  return policy_loss + loss.kl_weight * jnp.sum(weight * kl), metrics
+  return policy_loss + loss.kl_weight * jnp.sum(weight * batch.weights[:, None] * kl), metrics
 
 
 SCALARS = ("tokens", "rows", "trained", "temperature")

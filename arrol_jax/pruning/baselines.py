@@ -12,7 +12,8 @@ from arrol_jax.types import Rollout
 
 
 def down_sample(rollouts: list[Rollout], keep: float) -> list[Rollout]:
-  """PODS (arXiv 2504.13818): of each group's finished rollouts the share `keep` whose raw rewards vary most."""
+  """PODS (arXiv 2504.13818): of each group's finished rollouts the share `keep` whose raw rewards vary most, whatever counts as a
+  success."""
   groups, out = {}, []
   for r in rollouts:
     if not r.pruned:

@@ -15,11 +15,11 @@ Sums are in fixed point: integers add up to the same whatever the order, so the 
 many devices hold them, and equal losses are equal. Left out: looking ahead (a group's last two rows are worth something only
 together; how far greedy is from the best set: tests/test_budget.py), and what a posterior is worth (table.py).
 
-Shared arguments. q f32[B]: P(reward 1), or the reward itself, in [0, 1]. group i32[B]: labels, whichever. decided bool[B]: rows
-that stand at a boundary. settled bool[B]: other rows of a group that count and are never dropped: finished, or between
-boundaries. Rows that are neither do not exist. identity i32[B]: what breaks ties within a group, lowest dropped first (the index
-if None; give the request's number and the choice is independent of slots). floor: how many rows of each group stay at least,
-settled ones included. Axes: B rows, P prompts, R a ring of past losses.
+Shared arguments. q f32[B]: P(reward 1), reward 1 being a success (reward.success), or that label itself, in [0, 1]. group
+i32[B]: labels, whichever. decided bool[B]: rows that stand at a boundary. settled bool[B]: other rows of a group that count and
+are never dropped: finished, or between boundaries. Rows that are neither do not exist. identity i32[B]: what breaks ties within
+a group, lowest dropped first (the index if None; give the request's number and the choice is independent of slots). floor: how
+many rows of each group stay at least, settled ones included. Axes: B rows, P prompts, R a ring of past losses.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ from arrol_jax.pruning.budget import budget_probability
 from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
-from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, solve_delta, survival, survival_with_floor
+from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, nearness, solve_delta, survival, survival_with_floor
 from arrol_jax.pruning.table import Calibration
 
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
@@ -131,5 +131,8 @@ def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: ja
   keep = (u < probability) | ~decided
   if not rule.floor:
     return keep, probability
-  keep |= at_least(rule.floor, -posterior if rule.kind == "threshold" else u / probability, group, decided)
+  if rule.kind == "threshold":  # nothing is drawn: who goes on does so for sure
+    keep |= at_least(rule.floor, -posterior, group, decided)
+    return keep, jnp.where(decided, keep.astype(jnp.float32), probability)
+  keep |= at_least(rule.floor, nearness(u, probability), group, decided)
   return keep, survival_with_floor(rule.floor, u, probability, group, decided)

@@ -154,7 +154,7 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
 
 
 def at_least(floor, order, group, decided):
-  """The `floor` decided rows of each group that come first by `order` f32[B] (u / p: who was nearest to surviving): bool[B]."""
+  """The `floor` decided rows of each group that come first by `order` f32[B] (`nearness` to surviving): bool[B]."""
   ahead = comes_before(order) & (group[:, None] == group[None, :]) & decided[None, :]
   return decided & (jnp.sum(ahead, axis=1) < floor)
 
@@ -165,12 +165,18 @@ def survival_with_floor(floor, u, p, group, decided):
   A row survives if its u / p is below 1 or below the floor-th lowest of the others, which does not depend on its own u: what
   is weighed 1 / keep probability stays unbiased. p f32[B] where not decided.
   """
-  order = u / p
+  order = nearness(u, p)
   same = (group[:, None] == group[None, :]) & decided[None, :]
   rank = jnp.sum(comes_before(order) & same, axis=1)
   wanted = jnp.where(rank < floor, floor, floor - 1)  # the others' floor-th lowest, by its rank among all
   bar = jnp.min(jnp.where(same & (rank[None, :] == wanted[:, None]), order[None, :], jnp.inf), axis=1)
-  return jnp.where(decided, jnp.minimum(1.0, p * jnp.maximum(1.0, bar)), p)
+  lifted = jnp.where(p > 0, jnp.minimum(1.0, p * jnp.maximum(1.0, bar)), (rank < floor).astype(p.dtype))
+  return jnp.where(decided, lifted, p)
+
+
+def nearness(u, p):
+  """u / p f32[B], lowest for who is nearest to surviving a draw u of probability p; inf, which loses every tie, where p is 0."""
+  return jnp.where(p > 0, u / jnp.where(p > 0, p, 1.0), jnp.inf)
 
 
 def lift(floor, p, group, decided):

@@ -32,7 +32,7 @@ def update(table, score, reward, weight=1.0, *, half_life=None):
   Args:
     table: Calibration with Q bins.
     score: f32[B] or f32[], raw logits (the sigmoid is inside).
-    reward: [B] or scalar, 0 or 1, any dtype.
+    reward: [B] or scalar, 0 or 1 (Rollout.success), any dtype.
     weight: [B] or scalar, >= 0. 1 counts rollouts as published; 1 / p_i over the survivors makes the counts
       an unbiased estimate over all rollouts that were started (inverse propensity, not in the paper).
     half_life: in rollouts: existing counts are first multiplied by 0.5 ** (n / half_life), n the number of

@@ -40,7 +40,8 @@ MAX_NESTING = 20
 
 
 class Graded(NamedTuple):
-  """A reward in [0, 1] and its reason: correct, wrong, no_answer, too_long, timeout, crashed or error."""
+  """A reward (0 or 1 here, a reward function's own number else) and its reason: correct, wrong, no_answer, too_long, timeout,
+  crashed or error."""
 
   reward: float
   reason: str

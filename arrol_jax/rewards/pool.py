@@ -2,7 +2,7 @@
 
 `Grader` settles most answers inline and hands the rest, and every call of a custom reward function, to
 workers. Each worker has one item at a time, a deadline and a memory limit; one that is late or dead is killed
-and replaced. Workers are started on first need, as fresh interpreters that import this package's rewards and
+and replaced. Workers (worker.py) are started on first need, as fresh interpreters that import this package's rewards and
 nothing else: not the caller's __main__ (so a script needs no guard and a notebook works), not JAX, not the
 trainer. They are a guard against mistakes and hostile text, not a sandbox against hostile code. Unix only; memory is
 limited on Linux only.
@@ -14,15 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 import contextlib
-from importlib import import_module
-import inspect
 import logging
-import math
 from multiprocessing.connection import Connection, Pipe
 import os
 import queue
-import resource
-import signal
 import socket
 import struct
 import subprocess
@@ -30,99 +25,21 @@ import sys
 import threading
 import weakref
 
+from arrol_jax.rewards import worker as worker_process
 from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.rewards.grade import Graded, judge, settle
 
 START_SECONDS = 120.0  # for a worker's imports on a busy machine; not part of an item's time
 START_ATTEMPTS = 5  # for one item: a busy machine is slow to start one, and something may kill it meanwhile
-_START = "import sys; from arrol_jax.rewards import pool; pool.work(int(sys.argv[1]))"
+_START = "import sys; from arrol_jax.rewards import worker; worker.work(int(sys.argv[1]))"
 
 _log = logging.getLogger(__name__)
-_inside_worker = False
-
-
-def work(descriptor: int) -> None:
-  """A worker's life: settings, imports, then items from the socket `descriptor` until the parent is gone."""
-  global _inside_worker
-  _inside_worker = True
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the socket
-  signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  with contextlib.suppress(OSError):
-    os.dup2(2, 1)  # what a reward function prints is not the run's output
-  connection = Connection(descriptor)
-  try:
-    parent, timeout_s, memory_mb, reward_fn, pattern = connection.recv()
-    run = _reward_runner(reward_fn, pattern) if reward_fn else settle
-    # Imports math-verify and builds its parser before a deadline runs. A reward function may grade too, or do without.
-    with contextlib.suppress(ImportError) if reward_fn else contextlib.nullcontext():
-      settle("\\frac{x^{2}}{2}+\\sqrt{3}\\sin(2x)", "\\sin(2\\cdot x)\\cdot\\sqrt{3}+0.5x^{2}")
-    _limit_memory(memory_mb)
-    connection.send("")
-  except BaseException as error:
-    with contextlib.suppress(OSError):
-      connection.send(f"{type(error).__name__}: {error}")
-    return
-  told = False
-  while True:
-    try:
-      while not connection.poll(5.0):
-        if os.getppid() != parent:  # gone, but a child it forked holds the other end of the socket
-          return
-      item = connection.recv()
-    except (EOFError, OSError):
-      return
-    # The parent kills a late worker. If the parent is gone, the signal's default action ends even C code.
-    signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-    try:
-      graded = run(*item)
-    except MemoryError:
-      graded = Graded(0.0, "crashed")
-    except BaseException as error:  # TimeoutException of math-verify and SystemExit are no Exceptions
-      graded = Graded(0.0, "error")
-      if reward_fn and not told:  # a function that fails each time must not look like a policy that knows nothing
-        told = True
-        print(f"reward function {reward_fn}: {type(error).__name__}: {error}; reward 0", file=sys.stderr, flush=True)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    try:
-      connection.send(tuple(graded))
-    except OSError:
-      return
-
-
-def _reward_runner(path: str, pattern: str | None) -> Callable[[str, str], Graded]:
-  """`path` is "package.module.function" or "package.module:function"; see `Grader`."""
-  module, _, name = path.replace(":", ".").rpartition(".")
-  function = getattr(import_module(module), name)
-  more = (pattern,) if len(inspect.signature(function).parameters) > 2 else ()
-
-  def run(response: str, answer: str) -> Graded:
-    reward = float(function(response, answer, *more))
-    if not (math.isfinite(reward) and 0 <= reward <= 1):
-      return Graded(0.0, "error")
-    return Graded(reward, "correct" if reward == 1 else "wrong")
-
-  return run
-
-
-def _limit_memory(memory_mb: int) -> None:
-  """Lets this process's address space grow by `memory_mb` MiB from here; the imports are not counted."""
-  try:
-    with open("/proc/self/statm") as statm:
-      used = int(statm.read().split()[0]) * resource.getpagesize()
-  except FileNotFoundError:  # no Linux: there is no such limit to set
-    return
-  _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  limit = used + memory_mb * 2**20 if hard == resource.RLIM_INFINITY else min(used + memory_mb * 2**20, hard)
-  resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 class _Worker:
   """The parent's side of one worker process. One thread asks; any thread may close."""
 
-  def __init__(self, timeout_s: float, memory_mb: int, reward_fn: str | None, pattern: str | None):
-    self.settings = timeout_s, memory_mb, reward_fn, pattern
-    self.timeout_s = timeout_s
+  def __init__(self, settings: tuple, tell: Callable[[str], None]):
+    """settings: seconds, MiB, reward function, pattern, least reward of a success. tell(text): what went wrong with an item."""
+    self.settings, self.timeout_s, self.tell = settings, settings[0], tell
     self.process: subprocess.Popen | None = None
     self.connection: Connection | None = None
     self.closed = False
@@ -177,10 +94,13 @@ class _Worker:
         if not self.connection.poll(self.timeout_s):
           self.stop()
           return Graded(0.0, "timeout")
-        graded = Graded(*self.connection.recv())
+        *graded, problem = self.connection.recv()
+        graded = Graded(*graded)
       except (OSError, EOFError):
         self.stop()  # dead, of this item or of something else: the item gets a second worker
         continue
+      if problem:
+        self.tell(problem)
       if graded.reason == "crashed":
         self.stop()  # out of memory: what is left of the process is not to be relied on
       return graded
@@ -217,8 +137,9 @@ def _limit_waiting(connection: Connection, seconds: float) -> None:
 class _Shared:
   """What a grader's threads need of it. Not the grader itself: it must be collectable while they wait."""
 
-  def __init__(self, limit: int, settings: tuple[float, int, str | None, str | None]):
+  def __init__(self, limit: int, settings: tuple[float, int, str | None, str | None, float]):
     self.limit, self.settings = limit, settings
+    self.problems: list[str] = []  # the first exception and the first result that was no number, in their order
     self.tasks: queue.SimpleQueue = queue.SimpleQueue()  # (Future, item); None: stop
     self.workers: list[_Worker] = []
     self.counts: Counter[str] = Counter()
@@ -229,6 +150,14 @@ class _Shared:
     with self.lock:
       self.counts[graded.reason] += 1
     return graded
+
+  def tell(self, problem: str) -> None:
+    """Prints the first problem of each kind: a function that fails each time must not look like a policy that knows nothing."""
+    kind = problem.startswith("it returned")
+    with self.lock:
+      if self.settings[2] and all(x.startswith("it returned") != kind for x in self.problems):
+        self.problems.append(problem)
+        print(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr, flush=True)
 
   def submit(self, item: tuple[str, str]) -> Future:
     """A worker's grade of a pair: what `judge` left open (gold, answer), or what a reward function takes."""
@@ -244,7 +173,7 @@ class _Shared:
 
   def add_worker(self) -> _Worker:
     """A worker and its thread; the process starts with the first item."""
-    worker = _Worker(*self.settings)
+    worker = _Worker(self.settings, self.tell)
     self.workers.append(worker)
     threading.Thread(target=self.serve, args=(worker,), daemon=True, name="reward").start()
     return worker
@@ -299,17 +228,19 @@ class Grader:
   pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}.
   timeout_s: seconds an item may take in a worker. A late one is reward 0, reason "timeout".
   memory_mb: MiB of address space an item may add to its worker's.
-  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> reward in [0, 1], which
+  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number, which
     then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
-    reason "error". It finds the answer by itself; a third parameter, if it has one, is `pattern`.
+    reason "error", and the first of each is printed. It finds the answer by itself; a parameter called
+    pattern gets `pattern` (worker.bind says how parameters are filled).
+  success: the least reward of reward_fn's that has the reason "correct".
   A worker that dies under an item is replaced and the item tried once more; the second death is reward 0,
   "crashed". Out of memory is "crashed" too. `counts` counts the reasons of all grades so far.
   Close it, or use it as a context manager; else the workers end with its last reference or with the process.
-  Raises UserError for a bad pattern, number or reward function.
+  Raises UserError for a bad pattern, number or reward function, one that cannot be called so among them.
   """
 
   def __init__(self, workers: int, pattern: str | None = None, timeout_s: float = 5.0, memory_mb: int = 2048,
-               reward_fn: str | None = None):
+               reward_fn: str | None = None, success: float = 1.0):
     if workers < 1 or timeout_s <= 0 or memory_mb <= 0:
       raise _user_error(
         f"rewards: workers={workers}, timeout_s={timeout_s} and memory_mb={memory_mb} must be positive")
@@ -318,13 +249,13 @@ class Grader:
     except ValueError as error:
       raise _user_error(str(error)) from None
     self._pattern, self._reward_fn = pattern, reward_fn
-    self._shared = _Shared(workers, (timeout_s, memory_mb, reward_fn, pattern))
+    self._shared = _Shared(workers, (timeout_s, memory_mb, reward_fn, pattern, success))
     self._finalizer = weakref.finalize(self, self._shared.close)
     if reward_fn is not None:  # found out now, not as a run of zero rewards
       problem = self._shared.add_worker().start()
       if problem:
         self.close()
-        raise _user_error(f"reward function {reward_fn!r} cannot be used: {problem}")
+        raise _user_error(f"reward.function: {reward_fn!r} cannot be used: {problem}")
 
   def grade_async(self, items: Iterable[tuple[str, str]]) -> Pending:
     """Starts grading (response, answer) pairs; what needs no worker is graded before this returns."""
@@ -339,6 +270,11 @@ class Grader:
     """How many grades had which reason, up to now."""
     with self._shared.lock:
       return Counter(self._shared.counts)
+
+  @property
+  def first_problem(self) -> str:
+    """What first went wrong inside the reward function; "" if nothing did."""
+    return next(iter(self._shared.problems), "")
 
   def close(self) -> None:
     """Ends the workers. Items under way, and later ones that need a worker, are reward 0, reason "error"."""
@@ -375,11 +311,11 @@ _alone_lock = threading.Lock()
 def settle_alone(gold: str, answer: str) -> Graded:
   """`settle` from any thread: directly in a worker, else in the one worker that this process keeps for it."""
   global _alone
-  if _inside_worker:
+  if worker_process.inside:
     return settle(gold, answer)
   with _alone_lock:
     if _alone is None:
-      _alone = _Shared(1, (5.0, 2048, None, None))
+      _alone = _Shared(1, (5.0, 2048, None, None, 1.0))
     future = _alone.submit((gold, answer))
   return future.result()
 

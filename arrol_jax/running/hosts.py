@@ -112,6 +112,12 @@ def say(text: str) -> None:
       sys.stdout = open(os.devnull, "w")
 
 
+def warn(text: str) -> None:
+  """Prints a warning of one line to stderr, once for all processes."""
+  if first():
+    print("warning:", text, file=sys.stderr, flush=True)
+
+
 def gather(value) -> list:
   """Every process's `value` (anything that pickles), in the order of the processes. All must call it."""
   if not several():

@@ -141,7 +141,7 @@ def _prompt_tokens(prompt, limits: Limits) -> list[int]:
   if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
     prompt = prompt[0]
   if isinstance(prompt, str):
-    return limits.tokenizer.encode(_text(prompt, "prompt"))
+    return _known(limits.tokenizer.encode(_text(prompt, "prompt")), limits, "prompt")
   if not isinstance(prompt, list) or not all(type(t) is int for t in prompt):
     raise Refused("prompt must be one text or one list of token numbers", "prompt")
   if not all(0 <= t < limits.vocab for t in prompt):
@@ -160,7 +160,16 @@ def _chat_tokens(messages, limits: Limits) -> list[int]:
     text = limits.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=limits.thinking)
   except Exception as e:  # a template is a program, and may refuse an order of roles in its own words
     raise Refused(f"the model's chat template refuses these messages: {' '.join(str(e).split())[:200]}", "messages") from None
-  return limits.tokenizer.encode(text, add_special_tokens=False)
+  return _known(limits.tokenizer.encode(text, add_special_tokens=False), limits, "messages")
+
+
+def _known(tokens: list[int], limits: Limits, field: str) -> list[int]:
+  """The tokens of a text, if the model has an embedding for all of them."""
+  strange = next((t for t in tokens if t >= limits.vocab), None)
+  if strange is not None:
+    raise Refused(f"{field} holds {limits.tokenizer.convert_ids_to_tokens(strange)!r}, which the tokenizer knows as {strange} "
+                  f"and the model, with {limits.vocab} tokens, does not", field)
+  return tokens
 
 
 def _bad_message(i: int):

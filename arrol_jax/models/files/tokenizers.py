@@ -119,3 +119,12 @@ def stop_ids(tokenizer, *declared) -> tuple[int, ...]:
   if strange:
     raise UserError(f"eos_token_id {', '.join(strange)} in the model's files is no token id")
   return tuple(dict.fromkeys(ids))
+
+
+def check_ids(where: str, tokenizer, ids, vocab: int, what: str) -> None:
+  """UserError if one of the token ids has no row in the model's embedding of `vocab` rows; `what` goes before the token."""
+  strange = next((int(i) for i in ids if not 0 <= i < vocab), None)
+  if strange is not None:
+    text = repr(tokenizer.convert_ids_to_tokens(strange)) if tokenizer is not None and strange >= 0 else "token"
+    raise UserError(f"{where}: {what} {text}, id {strange}, and the model's embedding has {vocab} rows: the tokenizer is another "
+                    "model's, or tokens were added to it and the embedding was not resized")

@@ -110,13 +110,13 @@ def _logits(c: PolicyConfig, params: dict, tokens: jax.Array, lengths: jax.Array
 
 
 def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
-                table: dict = sharding.TRAIN) -> Policy:
+                table: dict = sharding.TRAIN, longest: int = 0) -> Policy:
   """Loads a Hugging Face folder (safetensors, sharded or not), a GGUF file, or a finished run's workdir (its policy/).
 
   dtype: that of the parameters, whatever the files hold. mesh: parameters are sharded over it by `table`
-  (sharding.py); None puts them on the default device.
+  (sharding.py); None puts them on the default device. longest: tokens that a row will have, prompt and response.
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
-  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor.
+  architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`.
   """
   given, path = os.fspath(path), Path(path)
   if dtype not in DTYPES:
@@ -127,11 +127,12 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
     path = path / "policy"
   folders.check_is_model(path)
   if path.is_file():
-    return _load_gguf(path, DTYPES[dtype], mesh, table)
+    return _load_gguf(path, DTYPES[dtype], mesh, table, longest)
   file = path / "config.json"
   raw = folders.read_json(file)
   config = hf_config.config_from_json(file, raw)
   where, stored = folders.open_folder(path)
+  check_positions(config, str(file), longest)
   _check(config, where, stored)
   tokenizer = tokenizers.load_tokenizer(path)
   generation = folders.read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else None
@@ -142,8 +143,9 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
                 next(p for p in pads if p is not None), generation, *quality)
 
 
-def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
+def _load_gguf(path: Path, dtype, mesh, table: dict, longest: int) -> Policy:
   file = gguf_files.open_gguf(path)
+  check_positions(file.config, str(path), longest)
   _check(file.config, path, file.tensors)
   tokenizer = tokenizers.gguf_tokenizer(path, file.meta)
   declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
@@ -151,6 +153,13 @@ def _load_gguf(path: Path, dtype, mesh, table: dict) -> Policy:
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
   return Policy(file.config, _loaded(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
                 next(p for p in pads if p is not None))
+
+
+def check_positions(config: PolicyConfig, where: str, longest: int) -> None:
+  """UserError where rows of `longest` tokens do not fit the positions that a model was made for."""
+  if longest > config.max_length:
+    raise UserError(f"{where}: the model has {config.max_length} positions, and prompt and response may take {longest} tokens "
+                    "together: lower rollout.max_prompt, rollout.max_new or eval.max_new")
 
 
 # ---- loading -------------------------------------------------------------------------------------------------

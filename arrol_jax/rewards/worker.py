@@ -1,0 +1,179 @@
+"""What runs inside a reward worker: it imports what it needs, binds the reward function, then grades items from a socket.
+
+A worker imports this package's rewards and the reward function's module, nothing else of the caller's. pool.py starts workers and
+ends them. Left out: deadlines, which are the parent's to keep.
+"""
+
+from collections.abc import Callable
+import contextlib
+from importlib import import_module
+import inspect
+import math
+from multiprocessing.connection import Connection
+import numbers
+import os
+import resource
+import signal
+
+from arrol_jax.rewards.grade import Graded, settle
+
+LARGEST = 3.4e38  # of float32, in which advantages are
+inside = False  # whether this process is a worker
+
+
+class NoReward(Exception):
+  """What a reward function returned is no finite number."""
+
+
+def work(descriptor: int) -> None:
+  """A worker's life: settings, imports, then items from the socket `descriptor` until the parent is gone.
+
+  An item's answer is (reward, reason, what went wrong or "").
+  """
+  global inside
+  inside = True
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the socket
+  signal.signal(signal.SIGALRM, signal.SIG_DFL)
+  with contextlib.suppress(OSError):
+    os.dup2(2, 1)  # what a reward function prints is not the run's output
+  connection = Connection(descriptor)
+  try:
+    parent, timeout_s, memory_mb, reward_fn, pattern, success = connection.recv()
+    run = bind(load(reward_fn), pattern, success) if reward_fn else settle
+    # Imports math-verify and builds its parser before a deadline runs. A reward function may grade too, or do without.
+    with contextlib.suppress(ImportError) if reward_fn else contextlib.nullcontext():
+      settle("\\frac{x^{2}}{2}+\\sqrt{3}\\sin(2x)", "\\sin(2\\cdot x)\\cdot\\sqrt{3}+0.5x^{2}")
+    limit_memory(memory_mb)
+    connection.send("")
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      connection.send(f"{type(error).__name__}: {error}")
+    return
+  while True:
+    try:
+      while not connection.poll(5.0):
+        if os.getppid() != parent:  # gone, but a child it forked holds the other end of the socket
+          return
+      item = connection.recv()
+    except (EOFError, OSError):
+      return
+    # The parent kills a late worker. If the parent is gone, the signal's default action ends even C code.
+    signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
+    graded, problem = _graded(run, item)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+      connection.send((*graded, problem))
+    except OSError:
+      return
+
+
+def _graded(run: Callable, item: tuple[str, str]) -> tuple[Graded, str]:
+  """An item's grade, and what went wrong with it."""
+  try:
+    return run(*item), ""
+  except MemoryError:
+    return Graded(0.0, "crashed"), ""
+  except NoReward as problem:
+    return Graded(0.0, "error"), str(problem)
+  except BaseException as error:  # TimeoutException of math-verify and SystemExit are no Exceptions
+    return Graded(0.0, "error"), f"{type(error).__name__}: {_short(error, str)}"
+
+
+def load(path: str) -> Callable:
+  """The function that `path` names, "package.module.function" or "package.module:function"."""
+  module, _, name = path.replace(":", ".").rpartition(".")
+  return getattr(import_module(module), name)
+
+
+def bind(function: Callable, pattern: str | None, success: float = 1.0) -> Callable[[str, str], Graded]:
+  """`function` as a grader of (response, answer).
+
+  Its parameters called response, answer and pattern get what they are called; a response or an answer that no parameter is called
+  goes to the next one in order that has no default. Others keep their defaults. A reward of at least `success` is "correct".
+  Raises TypeError for what cannot be called like that; the grader raises NoReward where the result is no finite number.
+  """
+  positional, named = _places(function)
+
+  def run(response: str, answer: str) -> Graded:
+    values = {"response": response, "answer": answer, "pattern": pattern}
+    reward = as_reward(function(*(values[role] for role in positional), **{name: values[name] for name in named}))
+    return Graded(reward, "correct" if reward >= success else "wrong")
+
+  return run
+
+
+def _places(function: Callable) -> tuple[list[str], list[str]]:
+  """Which of response, answer and pattern a function takes by position, in their order, and which by name."""
+  if inspect.isclass(function) or not callable(function):
+    raise TypeError(f"it is {'a class' if inspect.isclass(function) else type(function).__name__!r}, not a function")
+  if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
+    raise TypeError("it is a coroutine or a generator; a plain function that returns a number is needed")
+  try:
+    signature = inspect.signature(function)
+  except ValueError as e:
+    raise TypeError(f"its parameters cannot be read ({e})") from e
+  parameters = signature.parameters.values()
+  wants = f"it is called with (response, answer) and takes {signature}"
+  roles = [name for name in ("response", "answer", "pattern") if name in signature.parameters
+           and signature.parameters[name].kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY,
+                                                   inspect.Parameter.POSITIONAL_ONLY)]
+  left = [name for name in ("response", "answer") if name not in roles]
+  positional, named, in_order = [], [], True  # in_order: no parameter before this one was left to its default
+  for p in parameters:
+    role = p.name if p.name in roles else None
+    if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+      if role is None and left and p.default is p.empty:
+        role = left.pop(0)
+      if role is None and p.default is p.empty:
+        raise TypeError(f"{wants}: nothing to give {p.name}")
+      if role is None:
+        in_order = False
+      elif in_order:
+        positional.append(role)
+      elif p.kind is p.POSITIONAL_ONLY or role != p.name:
+        raise TypeError(f"{wants}: {p.name} comes after a parameter with a default")
+      else:
+        named.append(role)
+    elif p.kind is p.VAR_POSITIONAL and in_order:
+      positional, left = positional + left, []
+    elif p.kind is p.KEYWORD_ONLY:
+      if role is None and p.default is p.empty:
+        raise TypeError(f"{wants}: nothing to give {p.name}")
+      named += [role] * (role is not None)
+    elif p.kind is p.VAR_KEYWORD:
+      named, left = named + left, []
+  if left:
+    raise TypeError(f"{wants}: no parameter for the {' and the '.join(left)}; call one so")
+  return positional, named
+
+
+def as_reward(value) -> float:
+  """A reward function's result as a float; NoReward unless it is one finite real number (a 0-d array and True are)."""
+  is_number = (hasattr(type(value), "__float__") and not isinstance(value, str) and getattr(value, "shape", ()) == ()
+               and not (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)))
+  reward = float(value) if is_number else math.nan
+  if not math.isfinite(reward) or abs(reward) > LARGEST:
+    raise NoReward(f"it returned {_short(value, repr)}, which is no finite number")
+  return reward
+
+
+def _short(value, say: Callable[[object], str]) -> str:
+  """One line of at most 200 characters, whatever the value is."""
+  try:
+    text = " ".join(say(value).split())
+  except Exception:
+    text = f"a {type(value).__name__}"
+  return text if len(text) <= 200 else text[:200] + "..."
+
+
+def limit_memory(memory_mb: int) -> None:
+  """Lets this process's address space grow by `memory_mb` MiB from here; the imports are not counted."""
+  try:
+    with open("/proc/self/statm") as statm:
+      used = int(statm.read().split()[0]) * resource.getpagesize()
+  except FileNotFoundError:  # no Linux: there is no such limit to set
+    return
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  limit = used + memory_mb * 2**20 if hard == resource.RLIM_INFINITY else min(used + memory_mb * 2**20, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,140 @@
+"""Rewards of any size and what counts as a success: advantages take the one, head, tables, AUC, votes and accuracy the other."""
+
+import math
+import textwrap
+
+from helpers_rollouts import rollout_of
+from helpers_train import arguments, assert_refused, command, read, run
+import numpy as np
+import pytest
+
+from arrol_jax.learning import evaluation
+from arrol_jax.learning.batching import PackShape, head_examples, linear_examples, pack
+from arrol_jax.learning.candidates import learn, nothing_known
+from arrol_jax.learning.evaluation import measure
+from arrol_jax.learning.generation import Grading
+from arrol_jax.learning.head_training import update_calibration
+from arrol_jax.learning.metrics import rollout_metrics
+from arrol_jax.learning.resampling import mixed_groups
+from arrol_jax.prune import Calibration
+from arrol_jax.pruning.baselines import down_sample
+from arrol_jax.pruning.head import Features
+
+# A right answer in good form has 1.5, in bad form 1.0; a wrong one 0.5 or 0. The fifth was pruned, the sixth could not be graded.
+REWARDS = (1.5, 1.0, 0.5, 0.0, math.nan, 0.0)
+RIGHT = (1, 1, 0, 0)
+
+
+def shaped(rewards=REWARDS, **fields):
+  state = lambda i: Features(np.full(32, i, np.float32))
+  return [rollout_of(i + 1, 0, 2, 4, reward=x, pruned=math.isnan(x), decided=True, score=float(i), features=(state(i),),
+                     final_features=state(i), posterior=0.5, reason="timeout" if i == 5 else "", **fields)
+          for i, x in enumerate(rewards)]
+
+
+def test_a_success_is_a_reward_of_at_least_the_threshold():
+  assert [r.success for r in shaped()[:4]] == list(RIGHT) and math.isnan(shaped()[4].success)
+  assert [r.success for r in shaped(success_at=0.5)[:4]] == [1, 1, 1, 0]
+  assert [r.success for r in shaped((-1.0, 1.0, 0.3), success_at=-0.5)] == [0, 1, 1]
+  assert shaped(success_at=-1.0)[5].success == 0.0  # whatever its reward of 0 is worth: nobody looked at the answer
+
+
+def test_advantages_take_rewards_as_they_are(mesh):
+  batches, _ = pack(shaped(REWARDS[:4]), PackShape(16, 64, 1), mesh)
+  rewards = np.array(REWARDS[:4])
+  want = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+  got = np.concatenate([np.asarray(b.advantages) for b in batches])
+  np.testing.assert_allclose(np.sort(got[got != 0]), np.sort(want), rtol=1e-5)
+
+
+def test_the_head_and_its_tables_learn_success(head):
+  some = shaped()
+  examples = head_examples(some, head, 32)
+  np.testing.assert_array_equal(examples.reward[:5], [*RIGHT, 0])
+  _, reward, _, _ = linear_examples(
+    [rollout_of(i, 0, 2, 4, reward=x, features=(np.ones(3, np.float32),)) for i, x in enumerate(REWARDS[:4])], 1, 3)
+  np.testing.assert_array_equal(reward[:4], RIGHT)
+  table = update_calibration(Calibration.empty(8), some, None)
+  assert (float(table.positive.sum()), float(table.negative.sum())) == (2.0, 3.0)
+
+
+def test_the_choice_of_prompts_learns_the_share_of_successes():
+  """Two of four are right, whatever their rewards add up to: the level that the model has seen is 1/2."""
+  model = learn(nothing_known(3), shaped(REWARDS[:4]), np.ones((1, 3), np.float32), 0.5)
+  assert float(model.sums.level) == pytest.approx(0.5)
+
+
+def test_metrics_of_right_ones_take_success_and_those_of_rewards_rewards():
+  out = rollout_metrics(shaped(REWARDS[:4], holdout=True, rule_probability=0.25), None, (2,))
+  assert out["reward"] == pytest.approx(0.75) and out["signal"] == pytest.approx(4 * np.var(REWARDS[:4]))
+  assert out["pos_ratio"] == 0.5 and out["pos_var"] == 0.25 and out["head_auc"] == out["head_auc@2"] == 0.0
+  assert out["head_ece"] == pytest.approx(0.0) and out["head_brier"] == pytest.approx(0.25) and out["false_prune"] == 0.75
+  assert out["head_spearman"] == pytest.approx(-1.0)
+  assert rollout_metrics(shaped((1.5, 1.0)))["groups_mixed"] == 1  # there is something to learn, though both are right
+
+
+def test_what_is_about_variance_takes_rewards_as_they_are():
+  assert mixed_groups(shaped((1.5, 1.0))) == [0] and mixed_groups(shaped((1.5, 1.5))) == []
+  assert sorted(r.reward for r in down_sample(shaped(REWARDS[:4]), 0.5)) == [0.0, 1.5]
+
+
+def test_held_out_accuracy_and_pass_count_successes(monkeypatch):
+  monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (shaped((1.5, 0.5, 0.0, 0.5)), 0.0))
+  out, _ = measure(type("NoEngine", (), {"max_new": 8}), [None] * 2, 2, None, type("S", (), {"confidence": None}),
+                   Grading(None, None))
+  assert (out["accuracy"], out["pass"], out["pass@1"], out["pass@2"]) == (0.25, 0.5, 0.25, 0.5)
+  assert out["reward"] == pytest.approx(2.5 / 4)
+
+
+# ---- whole runs
+
+FUNCTIONS = """
+  from arrol_jax.rewards import grade
+
+  def form(response, answer, weight=0.5):
+    return grade(response, answer, PATTERN) + weight * (len(response) % 2)
+
+  PATTERN = r"(?s)(.*)"
+
+  def fails(response, answer):
+    raise RuntimeError("no key\\nfor the judge")
+
+  def nothing(response, answer):
+    return None
+
+  def three(response, answer, more):
+    return 1.0
+"""
+SHORT = {"steps": 2, "data__eval": "", "rollout__max_prompt": 16, "prune__cold_start": 1, "loss__kl_weight": 0.0}
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+  (tmp_path / "shaped_rewards.py").write_text(textwrap.dedent(FUNCTIONS))
+  monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_run_with_rewards_above_1_trains_on_them(tmp_path, functions):
+  run(tmp_path / "run", **SHORT, reward__function="shaped_rewards.form")
+  lines = read(tmp_path / "run" / "metrics.jsonl")
+  seen = {x["reward"] for x in read(tmp_path / "run" / "rollouts.jsonl")}
+  assert all(x["ungraded"] == 0 for x in lines) and seen <= {0.0, 0.5, 1.0, 1.5, None}
+  assert any(x["reward"] > x["pos_ratio"] for x in lines) and any(x["grad_norm"] > 0 for x in lines)
+
+
+@pytest.mark.parametrize("name, words", [("fails", ["16 error", "RuntimeError: no key for the judge"]),
+                                         ("nothing", ["it returned None"])])
+def test_a_function_that_fails_on_every_answer_ends_the_run(tmp_path, functions, name, words):
+  result = command(*arguments(tmp_path / "run", **SHORT, reward__function=f"shaped_rewards.{name}"))
+  assert result.status == 2
+  last = [line for line in result.err.splitlines() if line.startswith("error: ")]
+  assert len(last) == 1 and "Traceback" not in result.err
+  for word in [f"shaped_rewards.{name}", "failed on all 16 answers", *words]:
+    assert word in last[0]
+
+
+def test_a_signature_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, functions, monkeypatch):
+  from arrol_jax import assemble
+  monkeypatch.setattr(assemble, "load", lambda *_: pytest.fail("the model was loaded"))
+  assert_refused(command(*arguments(tmp_path / "run", **SHORT, reward__function="shaped_rewards.three")),
+                 "shaped_rewards.three", "nothing to give more")
