@@ -4,22 +4,18 @@ import json
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
-from helpers_serve import OPTIONS, PROMPT, QUEUE, ROWS, ask, events, export
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
 import jax
 import numpy as np
 import pytest
-import uvicorn
 
-from arrol_jax import config as configuration, serve
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Request, Run
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.pruning import voting
 from arrol_jax.serving import bodies, openai_api, service, votes
 from arrol_jax.serving.calls import Call, seed_of
-from arrol_jax.serving.web import make_app
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +25,8 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(exported):
-  """A server in this process: its port, its service and its limits."""
-  c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={exported}"])
-  service, limits = serve.load(c, None, QUEUE)
-  service.warm_up()
-  ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
-  web = uvicorn.Server(uvicorn.Config(make_app(service, limits, started=ready.set), log_level="warning", lifespan="on"))
-  thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
-  thread.start()
-  assert ready.wait(60)
-  yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits)
-  web.should_exit = True
-  thread.join(60)
-  assert not thread.is_alive() and service.running == service.waiting == 0
+  with serving(exported) as out:
+    yield out
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,9 @@ class Judge(NamedTuple):
   inputs: tuple[str, ...] = ()        # what a linear head reads
 
 
+NOBODY = Judge()
+
+
 class Service:
   """Continuous batching of an open stream of calls.
 
@@ -59,7 +62,7 @@ class Service:
   PacedRun, for an engine of one row count and one length.
   """
 
-  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, judge: Judge = Judge(),  # noqa: B008
+  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, judge: Judge = NOBODY,
                steady: bool = False):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
     self.head, tables, detect, inputs = judge

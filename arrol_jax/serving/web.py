@@ -41,13 +41,17 @@ class Access:
   still: float = 60.0  # seconds without a step of the engine after which it does not count as healthy
 
 
+ANYONE = Access()
+
+
 class Web:
   """What the routes share. `under_way`: calls that were taken and not yet answered to their end."""
 
   def __init__(self, service: Service, limits: Limits, access: Access):
     self.service, self.limits, self.access = service, limits, access
     self.meters, self.bodies, self.scorer = Meters(service), Bodies(), Scorer(service)
-    self.sameness, self.late = votes.Sameness(), ThreadPoolExecutor(2, "after")  # votes and second passes, off the others' way
+    self.sameness = votes.Sameness()
+    self.voting, self.passing = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "second-pass")  # off the others' way
     self.under_way: set[str] = set()
     self.cut = 0  # calls that ended before they were done
     self.created = int(time.time())
@@ -84,7 +88,7 @@ class Web:
 
 
 def make_app(service: Service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
-             access: Access = Access()) -> Starlette:  # noqa: B008 (frozen)
+             access: Access = ANYONE) -> Starlette:
   """The server. Its lifespan runs the engine's thread; broken() is called if that dies. app.state.web is the Web."""
   web = Web(service, limits, access)
 
@@ -191,7 +195,8 @@ async def _answer(web: Web, chat: bool, request: Request) -> Response:
   try:
     if not await _unless_gone(request, call.said):
       return Response(status_code=499)
-    return JSONResponse(await asyncio.get_running_loop().run_in_executor(web.late, call.whole))
+    pool = web.voting if asked.vote else web.passing if asked.second_pass else web.bodies.short
+    return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, call.whole))
   except Cut as e:
     raise Refused(str(e), status=503) from None
   finally:
