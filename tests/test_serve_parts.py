@@ -43,14 +43,26 @@ def logprobs_of(server, tokens):
 # ---- pace ---------------------------------------------------------------------------------------------------
 
 
-def test_only_those_who_ask_for_top_p_are_sorted():
+def test_top_p_leaves_the_fewest_tokens_that_make_it_up():
+  logits = jax.random.normal(jax.random.key(0), (40, 300)) * 3
+  logits = logits.at[3, 7:90].set(1.5).at[4].set(-2.0).at[5, 1].set(60.0)  # ties, all alike, one that has it all
+  top_p = jnp.linspace(1e-6, 0.999, 40)
+  least = _least_of(logits, top_p[:, None])[:, 0]
+  for row, p, limit in zip(np.asarray(logits, np.float64), np.asarray(top_p), np.asarray(least), strict=True):
+    ranked = np.sort(row)[::-1]
+    mass = np.exp(ranked - ranked[0]) / np.exp(ranked - ranked[0]).sum()
+    assert limit == ranked[np.argmax(np.cumsum(mass) >= p - 1e-6)]
+
+
+def test_only_those_who_ask_for_top_p_pay():
   logits = jax.random.normal(jax.random.key(0), (18, 300)) * 2
   top_p = jnp.ones(18).at[jnp.array([2, 9, 17])].set(jnp.array([0.3, 0.9, 0.01]))
   least = _least_where_asked(logits, top_p)[:, 0]
   for i in range(18):
     assert least[i] == (_least_of(logits[i:i + 1], float(top_p[i]))[0, 0] if top_p[i] < 1 else -jnp.inf)
-  for eqn in jax.make_jaxpr(_least_where_asked)(logits, top_p).eqns:  # the whole is never sorted, only a few rows at a time
-    assert eqn.primitive.name != "sort" or eqn.invars[0].aval.size == 18
+  loop = [eqn for eqn in jax.make_jaxpr(_least_where_asked)(logits, top_p).eqns if eqn.primitive.name == "while"]
+  body = loop[0].params["body_jaxpr"].jaxpr  # the vocabulary is only gone over for a few rows at a time
+  assert {e.outvars[0].aval.shape for e in body.eqns if e.outvars[0].aval.size >= 300} == {(4, 300)}
 
 
 def test_others_draw_the_same_beside_one_who_asks_for_top_p():

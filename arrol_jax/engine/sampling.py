@@ -66,16 +66,24 @@ def _filtered(sampling: Sampling, logits: jax.Array, top_p: jax.Array | float | 
 
 
 def _least_of(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-  """The smallest logit that top_p (one, or f32[B,1]) leaves in f32[B,V], f32[B,1]: sorts the vocabulary."""
-  ranked = jnp.sort(logits, axis=1, descending=True)
-  before = jnp.cumsum(jax.nn.softmax(ranked, axis=1), axis=1) - jax.nn.softmax(ranked, axis=1)
-  count = jnp.sum(before < top_p, axis=1, keepdims=True)
-  return jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0), axis=1)
+  """The smallest logit that top_p (one, or f32[B,1]) leaves in f32[B,V], f32[B,1]: the smallest above which lies less than top_p
+  of the mass. By bisection over a float's bits, which is exact and costs a fraction of sorting the vocabulary."""
+  ordered = lambda bits: jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # as integers in the floats' order, and back
+  place, mass = ordered(jax.lax.bitcast_convert_type(logits, jnp.int32)), jax.nn.softmax(logits, axis=1)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low & high) + ((low ^ high) >> 1)
+    enough = jnp.sum(jnp.where(place > middle, mass, 0.0), axis=1, keepdims=True) < top_p
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  start = jnp.min(place, axis=1, keepdims=True), jnp.max(place, axis=1, keepdims=True)
+  return jax.lax.bitcast_convert_type(ordered(jax.lax.fori_loop(0, 32, halve, start)[1]), jnp.float32)
 
 
 def _least_where_asked(logits: jax.Array, top_p: jax.Array) -> jax.Array:
   """`_least_of` of the rows whose top_p f32[B] is below 1, -inf for the others: a few rows at a time, so that only those who ask
-  pay for sorting. Always as many, so that a row's result does not depend on how many ask."""
+  pay. Always as many, so that a row's result does not depend on how many ask."""
   rows, asks = logits.shape[0], top_p < 1
   few = min(rows, max(4, rows // 4))
   order = jnp.argsort(~asks)  # those who ask first
