@@ -6,6 +6,7 @@ streams end with an error event, other calls get a 503, and the process says how
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 import os
 import signal
 import socket
@@ -97,10 +98,8 @@ def _end(web: Web) -> int:
   web.sameness.close()
   if web.service.failure is not None:  # its thread has said how
     return 1
-  if web.cut:
-    print(f"stopped: {web.cut} calls under way were cut", flush=True)
-  else:
-    print("drained", flush=True)
+  with contextlib.suppress(OSError):  # nobody may be left to read it
+    print(f"stopped: {web.cut} calls under way were cut" if web.cut else "drained", flush=True)
   if engine is not None and engine.is_alive():  # in the device's hands: the interpreter would not end
     print("the engine does not answer; leaving without it", file=sys.stderr, flush=True)
     os._exit(1)
