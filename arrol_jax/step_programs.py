@@ -70,7 +70,7 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
   """What runs on slots of one shape, (rows, columns); at: behind the programs' names."""
   init, segment, decided = (name + at for name in ("init slots", "decode segment", "decide"))
   row, segments = np.zeros(shape[0], np.int32), waves * -(-e.max_new // e.segment)
-  own = SamplingParams(*np.zeros((3, shape[0]), np.float32)) if c.sampling.temperature is None else None
+  own = SamplingParams(*np.zeros((4, shape[0]), np.float32)) if c.sampling.temperature is None else None
   slots = lambda out: out.get(segment, (out[init],))[0]
   fresh = lambda: fold_all(jax.random.key(0), row)
   keys = fresh if at else lambda: jax.eval_shape(fresh)

@@ -1,11 +1,12 @@
 """Soaks a server: random calls, some cancelled, some malformed; then SIGTERM while calls are under way.
 
   python -m experiments.serve_soak [--config=configs/quickstart.py] [--calls=500] [--at_once=32] [--bad=0.05]
-                                   [--out=experiments/results/serve/soak.jsonl]
+                                   [--dtype=bfloat16 --deterministic=true] [--out=experiments/results/serve/soak.jsonl]
 
 Starts `python -m arrol_jax.serve` in a process of its own. First one caller alone hears every good call's texts (seeded, so that
 they are known); then `at_once` callers make the same calls in another order among the bad ones: half of those leave in the
-middle of their stream, half are malformed and have to get a 4xx. Counted: answers lost, answers that differ from what the call
+middle of their stream, half are malformed or hostile (long bodies, half characters, typed control) and have to get a 4xx.
+Counted: answers lost, answers that differ from what the call
 got alone, bad calls without a 4xx, the server's memory (resident, MiB) after each tenth, and traces that still run at the end.
 The drain: `at_once` streams, SIGTERM after the first token of one, and how many ended properly.
 """
@@ -26,7 +27,9 @@ import time
 
 MALFORMED = [b"\xff\xfe\x00", b"{", {"prompt": "1>", "max_tokens": -1}, {"max_tokens": 3}, {"prompt": "1+" * 500},
              {"prompt": "1>", "n": 0}, {"prompt": "1>", "max_tokens": 10**9}, {"prompt": "1>", "temperature": "hot"},
-             {"prompt": [1, 10**9]}, {"prompt": "1>", "x": 1}]
+             {"prompt": [1, 10**9]}, {"prompt": "1>", "x": 1}, {"prompt": "1+" * 1_950_000}, {"prompt": "1>", "user": "\ud83d"},
+             {"prompt": [1] * 1_000_000}, {"prompt": ["1>"] * 5000}, {"prompt": "1>", "repetition_penalty": 2}, b"[" * 10**6,
+             {"prompt": "1>", "response_format": {"type": "json_object"}}, {"prompt": " " * 3_900_000}]
 
 
 def good_calls(count: int, max_new: int) -> list[dict]:
@@ -89,13 +92,17 @@ def soak(process, port: int, args) -> dict:
   jobs = [("good", i) for i in range(len(calls))] + [("leaves" if i % 2 else "malformed", i) for i in range(bad)]
   rng.shuffle(jobs)
 
+  seconds_of = []
+
   def one(job):
     kind, i = job
     if kind == "good":
+      begun = time.monotonic()
       status, texts = post(port, calls[i])
       while status == 429:
         time.sleep(0.1)
         status, texts = post(port, calls[i])
+      seconds_of.append(time.monotonic() - begun)
       return "lost" if texts is None else "right" if texts == alone[i] else "another's"
     if kind == "leaves":
       post(port, calls[i] | {"stream": True, "n": 4, "max_tokens": args.max_new}, hang_up=True)
@@ -110,7 +117,9 @@ def soak(process, port: int, args) -> dict:
         memory.append(resident(process.pid))
   seconds = time.monotonic() - start
   time.sleep(1)
-  return {"calls": len(jobs), "at_once": args.at_once, "seconds": round(seconds, 1), "traces": sum(c["n"] for c in calls),
+  return {"calls": len(jobs), "at_once": args.at_once, "seconds": round(seconds, 1),
+          "median_s": round(sorted(seconds_of)[len(seconds_of) // 2], 3),
+          "p99_s": round(sorted(seconds_of)[len(seconds_of) * 99 // 100], 3), "traces": sum(c["n"] for c in calls),
           **{name: outcomes.count(name) for name in ("right", "another's", "lost", "refused", "not refused", "left")},
           "alone_lost": alone.count(None), "memory_mib": [round(m) for m in memory],
           **{name: n for name, n in health(port).items() if name in ("running", "waiting")}}
@@ -139,10 +148,12 @@ def main():
   parser.add_argument("--bad", type=float, default=0.05)
   parser.add_argument("--slots", type=int, default=32)
   parser.add_argument("--max_new", type=int, default=48)
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--deterministic", default="false")
   parser.add_argument("--out", default="experiments/results/serve/soak.jsonl")
   args = parser.parse_args()
   command = [sys.executable, "-m", "arrol_jax.serve", f"--config={args.config}", f"--config.rollout.slots={args.slots}",
-             "--port=0"]
+             f"--config.model.dtype={args.dtype}", f"--deterministic={args.deterministic}", "--port=0"]
   machine = {"device": f"{os.cpu_count()} CPU cores, Python {platform.python_version()}",
              "command": " ".join(["python -m experiments.serve_soak", *sys.argv[1:]])}
   out = Path(args.out)

@@ -1,15 +1,22 @@
 """A small model to serve, and requests to a server."""
 
+import contextlib
 import http.client
 import json
 from pathlib import Path
+import socket
+import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import uvicorn
 
+from arrol_jax import config as configuration, serve
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
+from arrol_jax.serving.web import ANYONE, Access, make_app
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "5+5-7-9+1>"
@@ -32,10 +39,28 @@ def export(folder) -> str:
   return str(path)
 
 
-def ask(port, body, path="/v1/completions", method="POST"):
+@contextlib.contextmanager
+def serving(path: str, *options: str, steady: bool = False, access: Access = ANYONE):
+  """A server in this process: its port, its service and its limits."""
+  c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={path}", *options])
+  service, limits = serve.load(c, None, QUEUE, steady)
+  service.warm_up()
+  ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+  app = make_app(service, limits, started=ready.set, access=access)
+  web = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+  thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
+  thread.start()
+  assert ready.wait(60)
+  yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits, web=app.state.web)
+  web.should_exit = True
+  thread.join(60)
+  assert not thread.is_alive() and service.running == service.waiting == 0
+
+
+def ask(port, body, path="/v1/completions", method="POST", headers=None):
   """(status, JSON) of a plain HTTP request; body: bytes, or what becomes JSON."""
   connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-  connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body))
+  connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), headers or {})
   answer = connection.getresponse()
   raw = answer.read()
   connection.close()

@@ -17,8 +17,9 @@ from test_gguf_files import write
 from arrol_jax import config, evaluate, plan, serve
 from arrol_jax.models.files.tokenizers import load_tokenizer
 from arrol_jax.models.files.weights import load_policy
-from arrol_jax.serving import openai_api
-from arrol_jax.serving.openai_api import Limits, Refused
+from arrol_jax.serving import prompts
+from arrol_jax.serving.fields import Refused
+from arrol_jax.serving.openai_api import Limits
 from arrol_jax.types import UserError
 
 SIGNS = ROOT / "experiments/arithmetic/signs"  # 64 positions, 19 tokens: <pad> 16, <bos> 17, <eos> 18
@@ -111,9 +112,9 @@ def test_a_call_with_such_a_token_is_refused(tmp_path):
   tokenizer = load_tokenizer(with_token(tmp_path))
   tokenizer.chat_template = "{{ messages[0]['content'] }}"
   limits = Limits("m", 16, 8, 4, 19, tokenizer, None, 8, False, False)
-  assert openai_api._prompt_tokens("1+2", limits) == [1, 10, 2]
-  for ask in (lambda: openai_api._prompt_tokens("1+?", limits),
-              lambda: openai_api._chat_tokens([{"role": "user", "content": "?"}], limits)):
+  assert prompts.prompts("1+2", limits) == [[1, 10, 2]]
+  for ask in (lambda: prompts.prompts("1+?", limits),
+              lambda: prompts.chat([{"role": "user", "content": "?"}], limits)):
     with pytest.raises(Refused, match="holds '\\?', which the tokenizer knows as 19") as e:
       ask()
     assert e.value.status == 400

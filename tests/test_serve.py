@@ -4,21 +4,18 @@ import json
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
-from helpers_serve import OPTIONS, PROMPT, QUEUE, ROWS, ask, events, export
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
 import jax
 import numpy as np
 import pytest
-import uvicorn
 
-from arrol_jax import config as configuration, serve
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Request, Run
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.pruning import voting
-from arrol_jax.serving import openai_api, service
-from arrol_jax.serving.service import Call
+from arrol_jax.serving import bodies, openai_api, service, votes
+from arrol_jax.serving.calls import Call, seed_of
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +25,8 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(exported):
-  """A server in this process: its port, its service and its limits."""
-  c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={exported}"])
-  service, limits = serve.load(c, None, QUEUE)
-  service.warm_up()
-  ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
-  web = uvicorn.Server(uvicorn.Config(serve.make_app(service, limits, started=ready.set), log_level="warning", lifespan="on"))
-  thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
-  thread.start()
-  assert ready.wait(60)
-  yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits)
-  web.should_exit = True
-  thread.join(60)
-  assert not thread.is_alive() and service.running == service.waiting == 0
+  with serving(exported) as out:
+    yield out
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +37,7 @@ def alone(server):
     sampling = Sampling(temperature, s.sampling.stop_ids, "float32", top_p=None if top_p == 1.0 else top_p)
     tokens = np.array(s.tokenizer.encode(prompt), np.int32)
     with jax.set_mesh(s.engine.mesh):
-      requests = [Request(service.seed_of(seed, i), 0, tokens, max_tokens) for i in range(n)]
+      requests = [Request(seed_of(seed, i), 0, tokens, max_tokens) for i in range(n)]
       out = s.engine.run(requests, jax.random.key(0), sampling)
     return [s.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in out]
   return run
@@ -67,7 +53,7 @@ def test_requests_come_and_go_and_the_others_never_notice(server, alone):
   expected = alone(n=24)
   with jax.set_mesh(s.engine.mesh):
     run = Run(s.engine, jax.random.key(0), s.sampling)
-    add = lambda i: run.add(Request(service.seed_of(0, i), i, tokens, 48))
+    add = lambda i: run.add(Request(seed_of(0, i), i, tokens, 48))
     sequences = [add(0), add(1)]
     assert run.advance() and run.advance()
     sequences += [add(i) for i in range(2, 24)]
@@ -81,7 +67,7 @@ def test_requests_come_and_go_and_the_others_never_notice(server, alone):
     done = {r.request: r for r in run.take_finished()}
   assert len(done) == 21
   for i in set(range(24)) - {1, 3, 23}:
-    assert s.tokenizer.decode(done[service.seed_of(0, i)].tokens, skip_special_tokens=True) == expected[i]
+    assert s.tokenizer.decode(done[seed_of(0, i)].tokens, skip_special_tokens=True) == expected[i]
 
 
 @pytest.mark.parametrize("body", [
@@ -152,7 +138,7 @@ def test_chat(server, alone):
 # ---- votes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", list(service.VOTES))
+@pytest.mark.parametrize("word", list(votes.RULES))
 def test_a_vote_is_that_of_its_traces(server, alone, word):
   body = {"prompt": "9-7+8-6+5>", "n": 8, "seed": 2, "temperature": 1.5, "vote": word}
   status, answer = ask(server.port, body)
@@ -162,7 +148,7 @@ def test_a_vote_is_that_of_its_traces(server, alone, word):
   assert [t["text"] for t in traces] == alone(**body)
   answers, scores = [t["answer"] for t in traces], [t["score"] for t in traces]
   assert len(set(answers)) > 1
-  assert vote["answer"] == voting.vote(answers, None if word == "majority" else scores, service.VOTES[word])
+  assert vote["answer"] == voting.vote(answers, None if word == "majority" else scores, votes.RULES[word])
   assert len(answer["choices"]) == 1 and answer["choices"][0]["text"] == traces[vote["trace"]]["text"]
   assert traces[vote["trace"]]["answer"] == vote["answer"]
   mine = sum(t["weight"] for t in traces if t["answer"] == vote["answer"])
@@ -196,14 +182,15 @@ def test_hopeless_traces_are_stopped_and_have_no_vote(server):
 @pytest.mark.parametrize("change, word", [
   ({"prompt": None}, "prompt"), ({"prompt": ""}, "tokens"), ({"prompt": "1+" * 20 + ">"}, "41 tokens"),
   ({"prompt": 7}, "prompt"), ({"prompt": [1, 2, 99999]}, "token number"), ({"prompt": [1, -2]}, "token number"),
-  ({"prompt": ["1>", "2>"]}, "one text"), ({"prompt": "\ud800"}, "half a character"), ({"max_tokens": 0}, "max_tokens"),
+  ({"prompt": ["1>", 2]}, "one text"), ({"prompt": []}, "one text"), ({"prompt": "\ud800"}, "half a character"),
+  ({"max_tokens": 0}, "max_tokens"),
   ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 49}, "1 to 48"), ({"max_tokens": 1.5}, "integer"),
   ({"max_tokens": True}, "integer"), ({"n": 0}, "n must"), ({"n": 10**30}, "n must"), ({"n": "2"}, "n must"),
   ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e300}, "temperature"),
   ({"temperature": 10**400}, "temperature"), ({"top_p": -10**400}, "top_p"),
   ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 2}, "top_p"), ({"seed": -1}, "seed"),
   ({"seed": 2**64}, "seed"), ({"seed": 0.5}, "seed"), ({"stop": ["x"] * 9}, "stop"), ({"stop": [""]}, "stop"),
-  ({"stop": 3}, "stop"), ({"stream": "yes"}, "stream"), ({"logprobs": 5}, "chosen"), ({"echo": True}, "echo"),
+  ({"stop": 3}, "stop"), ({"stream": "yes"}, "stream"), ({"logprobs": 21}, "logprobs"), ({"echo": True, "stream": True}, "echo"),
   ({"tools": [{}]}, "tools"), ({"frequency_penalty": 1}, "frequency_penalty"), ({"model": "gpt-4"}, "'run'"),
   ({"temprature": 1}, "'temprature'"), ({"vote": "best", "n": 2}, "vote"), ({"vote": "quality"}, "at least 2"),
   ({"vote": [1], "n": 2}, "vote"), ({"vote": "quality", "n": 2, "stream": True}, "stream"), ({"stop_below": 1.5}, "stop_below"),
@@ -229,7 +216,7 @@ def test_other_paths_and_long_bodies(server):
   assert ask(server.port, None, "/v1/models", "GET")[1]["data"][0]["id"] == "run"
   assert ask(server.port, None, "/v1/models/run", "GET")[0] == 200 and ask(server.port, None, "/v1/models/x", "GET")[0] == 404
   assert ask(server.port, None, "/v2", "GET")[0] == 404 and ask(server.port, None, "/v1/completions", "GET")[0] == 405
-  status, answer = ask(server.port, b" " * (serve.MAX_BODY + 1))
+  status, answer = ask(server.port, b" " * (bodies.MAX_BODY + 1))
   assert status == 413 and "longer" in answer["error"]["message"]
 
 

@@ -17,8 +17,9 @@ import pytest
 from arrol_jax import assemble, config as configuration, serve
 from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.serving import service
-from arrol_jax.serving.service import Call, Piece
+from arrol_jax.serving import votes
+from arrol_jax.serving.calls import Call, Piece
+from arrol_jax.serving.trace import Trace
 from arrol_jax.types import Rollout
 
 
@@ -54,7 +55,7 @@ def test_half_characters_and_halves_of_stop_strings_wait():
   said = "aé#b##c€".encode()
   for stop, wanted in [((), "aé#b##c€"), (("##",), "aé#b")]:
     sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
-    trace = service._Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
+    trace = Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
     texts, piece = [], None
     for i, byte in enumerate(said):
       for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
@@ -71,10 +72,12 @@ def test_half_characters_and_halves_of_stop_strings_wait():
 def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
   pieces = [Piece(i, "", [1], [-1.0], finish, Rollout(0, 0, None, None, None, final=score))
             for i, (finish, score) in enumerate([("length", 0.1), ("length", 0.5), ("hopeless", 2.0)])]
-  vote = service.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
+  vote = votes.tally("quality", ["no", "no", r"\boxed{3}"], pieces, None, 8)
   assert vote.answer is None and vote.chosen == 1 and vote.weights == [0, 0, 0]
   ended = [piece._replace(finish="stop") for piece in pieces]
-  vote = service.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8)
+  sameness = votes.Sameness()
+  vote = votes.tally("majority", [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}"], ended, None, 8, sameness.ask)
+  sameness.close()
   assert vote.answer == "1/2" and vote.chosen == 0 and abs(vote.weight - 2 / 3) < 1e-9
 
 

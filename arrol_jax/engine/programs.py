@@ -73,7 +73,7 @@ def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> S
                taps=tuple(jnp.zeros((rows, c.width), jnp.float32 if kind == "mean" else sampling.dtype)
                           for kind, _ in sampling.taps.states),
                counts=jnp.zeros((rows, BUCKETS if sampling.taps.counts else 0), jnp.float32),
-               sampling_params=SamplingParams(sums(), sums(), sums()) if sampling.temperature is None else None)
+               sampling_params=SamplingParams(sums(), sums(), sums(), sums()) if sampling.temperature is None else None)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "sampling"))
@@ -151,14 +151,17 @@ def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> S
   return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
 
 
-def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
-  """Up to `steps` tokens for every active row; ends early when no row is active.
+def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling,
+                     most: jax.Array | None = None):
+  """Up to `steps` tokens for every active row; ends early when no row is active. most i32[]: no more than so many, one program
+  for any number of them (which asks after every step whether to go on).
 
   Returns (slots, tokens i32[B,steps], logprobs f32[B,steps], confidences f32[B,steps]); a row's new tokens come first, as
   many as its `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
-  return segment_program()(c, params, slots, steps=steps, sampling=sampling)
+  more = () if most is None else (most,)
+  return segment_program()(c, params, slots, *more, steps=steps, sampling=sampling)
 
 
 def segment_program():
@@ -178,9 +181,14 @@ def _recent(s: Slots, logprob: jax.Array) -> jax.Array:
   return jnp.stack([average, lowest, s.recent[:, 2] + (logprob < _UNLIKELY)], axis=1)
 
 
-def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling):
+def _ends(sampling: Sampling, token: jax.Array, chosen: SamplingParams | None) -> jax.Array:
+  """bool[B]: whether token i32[B] is a stop token that its row heeds."""
+  stops = jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)[None, :], axis=1)
+  return stops if chosen is None or chosen.ignore_stop is None else stops & (chosen.ignore_stop == 0)
+
+
+def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | None = None, *, steps: int, sampling: Sampling):
   rows = slots.token.shape[0]
-  stop_ids = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
   mesh = jax.sharding.get_abstract_mesh()
   kernel = decode_attention.resolve(sampling.attention, c.head_dim, sampling.cache_dtype) == "triton"
   fused = kernel and (mesh.empty or mesh.size == 1)
@@ -205,7 +213,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     with jax.named_scope("sample"):
       token, logprob, confidence = sample(sampling, key, transformer.unembed(params, hidden), chosen)
     generated = s.generated + s.active.astype(jnp.int32)
-    stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (generated >= s.max_tokens)
+    stopped = _ends(sampling, token, chosen) | (generated >= s.max_tokens)
     live = lambda new, old: jnp.where(s.active if new.ndim == 1 else s.active[:, None], new, old)
     s = s.replace(cache=tuple(cache), token=live(token, s.token), position=live(s.position + 1, s.position),
                   generated=generated, active=s.active & ~stopped, hidden=live(hidden, s.hidden),
@@ -221,10 +229,10 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampli
     return i + 1, s, tuple(map(put, said, (token, logprob, confidence)))
 
   # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
-  stride = math.gcd(steps, STRIDE)
+  stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
   said = tuple(jnp.zeros((rows, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
   _, slots, said = jax.lax.while_loop(
-    lambda x: (x[0] < steps) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x),
+    lambda x: (x[0] < end) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x),
     (jnp.int32(0), slots, said))
   return slots, *said
 

@@ -35,9 +35,10 @@ class Request(NamedTuple):
   prompt: int
   tokens: np.ndarray   # i32[L]
   max_tokens: int      # response tokens at most
-  temperature: float = 1.0  # these three where Sampling.temperature is None, see sampling.SamplingParams
+  temperature: float = 1.0  # these four where Sampling.temperature is None, see sampling.SamplingParams
   top_p: float = 1.0
   keep: float = 0.0
+  ignore_stop: bool = False
 
 
 class Decision(NamedTuple):
@@ -318,10 +319,10 @@ class Run:
     """What the requests of `batch`, (slot, sequence), choose for themselves, by slot."""
     if self.slots.sampling_params is None:
       return None
-    params = SamplingParams(*(np.zeros(len(self.slot_to_request), np.float32) for _ in range(3)))
+    params = SamplingParams(*(np.zeros(len(self.slot_to_request), np.float32) for _ in range(4)))
     for slot, sequence in batch:
-      request = sequence.request
-      params.temperature[slot], params.top_p[slot], params.keep[slot] = request.temperature, request.top_p, request.keep
+      for name, column in vars(params).items():
+        column[slot] = getattr(sequence.request, name)
     return params
 
   def _prefill(self, new: list[Sequence]) -> None:
@@ -336,13 +337,11 @@ class Run:
     prefix = programs.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
-  def start_segment(self, decide: Callable | None) -> None:
-    """Starts the next segment and the decision after it, without waiting for either."""
+  def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
+    """Starts the next segment (of `most` steps, i32[], if given) and the decision after it, without waiting for either."""
     self.slots, *said = programs.generate_segment(
-      self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling)
-    decision = None
-    if decide:
-      self.slots, decision = decide(self.slots)
+      self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling, most=most)
+    self.slots, decision = decide(self.slots) if decide else (self.slots, None)
     # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,
     # so that each process sees the same and does the same next (hosts.py).
     results = (*said, self.slots.generated, self.slots.active, decision)
@@ -377,7 +376,7 @@ class Run:
           out.final_features = _row(decision.features, i)
         said = sequence.tokens, sequence.logprobs, sequence.confidences
         out.tokens, out.logprobs, out.confidences = map(np.concatenate, said)
-        out.stopped = not out.pruned and int(out.tokens[-1]) in self.sampling.stop_ids
+        out.stopped = not (out.pruned or sequence.request.ignore_stop) and int(out.tokens[-1]) in self.sampling.stop_ids
         self.finished.append(out)
         ended.add(id(sequence))
     self.slot_to_request = [None if sequence and id(sequence) in ended else sequence for sequence in self.slot_to_request]

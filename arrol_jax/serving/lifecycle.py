@@ -1,0 +1,106 @@
+"""From a listening socket to the end: connections that hold on without asking are closed, a signal drains, a second one cuts.
+
+The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
+streams end with an error event, other calls get a 503, and the process says how many they were.
+"""
+
+import asyncio
+from collections.abc import Callable
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from arrol_jax.serving.web import Web
+
+HEAD_SECONDS = 15.0  # for a request's head to come whole
+GRACE = 2.0          # seconds that calls which were cut get to tell their clients
+
+
+class Patient(H11Protocol):
+  """A connection that is closed where the head of a request does not come in time."""
+
+  def connection_made(self, transport):
+    super().connection_made(transport)
+    self.late = self.loop.call_later(max(HEAD_SECONDS, self.timeout_keep_alive), self._close_if_idle)
+
+  def connection_lost(self, exc):
+    self.late.cancel()
+    super().connection_lost(exc)
+
+  def data_received(self, data):
+    super().data_received(data)
+    if not self._idle():
+      self.late.cancel()
+    elif self.late.cancelled():  # the head of another request has begun
+      self.late = self.loop.call_later(HEAD_SECONDS, self._close_if_idle)
+
+  def _idle(self) -> bool:
+    return self.cycle is None or self.cycle.response_complete
+
+  def _close_if_idle(self):
+    if self._idle():
+      self.transport.close()
+
+
+class Server(uvicorn.Server):
+  """drain: seconds that calls under way get after the first signal."""
+
+  def __init__(self, app, drain: float, keep_alive: int):
+    super().__init__(uvicorn.Config(app, log_level="error", access_log=False, lifespan="on", http=Patient, ws="none",
+                                    timeout_keep_alive=keep_alive, timeout_graceful_shutdown=int(drain + 2 * GRACE) + 1))
+    self.web: Web = app.state.web
+    self.drain = drain
+
+  async def startup(self, sockets=None):
+    self.loop = asyncio.get_running_loop()
+    await super().startup(sockets)
+
+  def handle_exit(self, sig, frame):
+    """A signal came."""
+    first, self.should_exit = not self.should_exit, True
+    self.loop.call_soon_threadsafe(self._begin_drain if first else self._cut)
+
+  def _begin_drain(self):
+    self.web.stop_taking()
+    self.loop.call_later(self.drain, self._cut)
+
+  def _cut(self):
+    if self.web.under_way:
+      self.web.cut_off()
+    self.loop.call_later(GRACE, setattr, self, "force_exit", True)
+
+
+def listen(make: Callable, listener: socket.socket, drain: float, keep_alive: int) -> int:
+  """Serves the app that make(started, broken) gives until a signal or a failure of the engine; the exit status: 0 only where
+  every call that was taken got its answer."""
+  url = "http://{}:{}".format(*listener.getsockname()[:2])
+  app = make(lambda: print(f"serving {app.state.web.limits.model} at {url}", flush=True),
+             lambda: setattr(server, "should_exit", True))
+  server, web = Server(app, drain, keep_alive), app.state.web
+  for name in (signal.SIGTERM, signal.SIGINT):  # the server takes them, and raises them again at its end: to nothing
+    signal.signal(name, lambda *_: None)
+  server.run(sockets=[listener])
+  return _end(web)
+
+
+def _end(web: Web) -> int:
+  """Waits for the engine's thread and says how it ended."""
+  web.service.cut()
+  engine = next((t for t in threading.enumerate() if t.name == "engine"), None)
+  if engine is not None:
+    engine.join(10 * GRACE)
+  web.sameness.close()
+  if web.service.failure is not None:  # its thread has said how
+    return 1
+  with contextlib.suppress(OSError):  # nobody may be left to read it
+    print(f"stopped: {web.cut} calls under way were cut" if web.cut else "drained", flush=True)
+  if engine is not None and engine.is_alive():  # in the device's hands: the interpreter would not end
+    print("the engine does not answer; leaving without it", file=sys.stderr, flush=True)
+    os._exit(1)
+  return 1 if web.cut else 0

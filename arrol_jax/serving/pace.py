@@ -1,0 +1,132 @@
+"""The engine's run at a server's pace: the first token soon, little padding, progress while compiling.
+
+A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
+- while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
+- a prompt is prefilled at the smallest of a few widths that holds it, alone where it is alone.
+Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
+(engine/programs.py).
+"""
+
+from collections.abc import Callable
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrol_jax.engine import programs
+from arrol_jax.engine.programs import Prefix
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine, Request, Run, Sequence
+from arrol_jax.models import sharding
+
+FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
+SOME, MIDDLE = 16, 8  # and so many, or while someone waits for the first token, of these
+
+
+class PacedRun(Run):
+  """detect: response lengths at which rows are decided, multiples of the engine's segment; on_seat(Sequence) is called when a
+  request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends on
+  what else is being served."""
+
+  def __init__(self, engine: Engine, sampling: Sampling, detect: tuple[int, ...] = (), on_seat: Callable | None = None,
+               steady: bool = False):
+    super().__init__(engine, jax.random.key(0), sampling)
+    self.detect, self.on_seat, self.steady = detect, on_seat, steady
+    self.started: dict[Sequence, int] = {}  # steps started, of those in slots
+    self.widths = widths(engine.max_prompt)
+
+  # ---- segments
+
+  def steps(self, live: list[Sequence]) -> int:
+    """Steps of the next segment."""
+    fresh = any(sequence not in self.started for sequence in live)
+    most = SHORT if len(live) <= FEW else MIDDLE if fresh or len(live) <= SOME else self.e.segment
+    due = [length - self.started.get(sequence, 0) for sequence in live for length in self.detect]
+    return min([self.e.segment, most, *(n for n in due if n > 0)])
+
+  def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
+    live = [sequence for sequence in self.slot_to_request if sequence]
+    steps = self.steps(live)
+    super().start_segment(decide, self.limit(steps) if most is None else most)
+    self.started = {sequence: self.started.get(sequence, 0) + steps for sequence in live}
+
+  def limit(self, steps: int) -> np.ndarray | None:
+    """How many steps the segment's program is told to take; None: it is the one that takes a whole segment."""
+    one_program = self.steady or sharding.platform() == "cpu"  # where asking after each step costs nothing
+    return None if steps == self.e.segment and not one_program else np.int32(steps)
+
+  # ---- prompts
+
+  def assign(self, new: list[Sequence]) -> None:
+    for sequence in new:
+      self.on_seat and self.on_seat(sequence)
+    super().assign(sorted(new, key=lambda sequence: self.width(sequence)))  # stable: a prompt's traces stay together
+
+  def width(self, sequence: Sequence) -> int:
+    return next(n for n in self.widths if n >= len(sequence.request.tokens))
+
+  def _prefill(self, new: list[Sequence]) -> None:
+    """Prefills the next prompt, and those after it that have the same width."""
+    width, prompts = self.width(new[0]), {}
+    for sequence in [*new, *self.waiting]:
+      if self.width(sequence) != width or (len(prompts) == self.most_prompts and sequence.request.prompt not in prompts):
+        break
+      prompts[sequence.request.prompt] = sequence.request.tokens
+    self.prefixes = ({}, None)  # before the next one is made
+    prefix = self.prefill(list(prompts.values()), width)
+    self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
+
+  @property
+  def most_prompts(self) -> int:
+    return 1 if self.steady else self.e.prefill_rows
+
+  def prefill(self, prompts: list[np.ndarray], width: int) -> Prefix:
+    """Prompts of at most `width` tokens; the result has always the same shape."""
+    rows = self.shards if len(prompts) == 1 else self.e.prefill_rows  # a row a shard of the mesh
+    tokens, length = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    for i, prompt in enumerate(prompts):
+      tokens[i, :len(prompt)], length[i] = prompt, len(prompt)
+    tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
+    return _prefill(self.e.config, self.e.params, tokens, length, rows=self.e.prefill_rows, width=self.e.max_prompt,
+                    sampling=self.sampling)
+
+
+def widths(max_prompt: int) -> list[int]:
+  """Tokens that prompts are padded to, ascending: an eighth, a quarter, a half and all of the most."""
+  return sorted({min(max_prompt, -(-max_prompt // 2**i // 16) * 16) for i in range(4)})
+
+
+@functools.partial(jax.jit, static_argnames=("c", "rows", "width", "sampling"))
+def _prefill(c, params: dict, tokens: jax.Array, length: jax.Array, *, rows: int, width: int, sampling: Sampling) -> Prefix:
+  """programs.prefill, its result padded to `rows` prompts of `width` columns: what takes it in is compiled once."""
+  out = programs.prefill(c, params, tokens, length, sampling=sampling)
+  missing, columns = rows - tokens.shape[0], width - tokens.shape[1]
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, missing), (0, columns)] + [(0, 0)] * (x.ndim - 3))
+  more = lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  return Prefix(jax.tree.map(pad, out.cache), more(out.last_token), more(out.length), more(out.state))
+
+
+def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callable[[str], None]) -> None:
+  """Compiles all that serving needs, on idle slots, and says how far it is. make() gives a fresh run."""
+  run, start = make(), time.monotonic()
+  shapes = [(rows, length) for length in run.lengths for rows in reversed(run.counts)]
+  prompt_shapes = [(count, width) for width in run.widths for count in sorted({1, run.most_prompts})]
+  for i, (count, width) in enumerate(prompt_shapes):
+    tell(f"compiling prompts of {width} tokens, {count} at once ({i + 1} of {len(prompt_shapes) + len(shapes)}, "
+         f"{time.monotonic() - start:.0f} s so far)")
+    jax.block_until_ready(run.prefill([np.zeros(width, np.int32)] * count, width))
+  for i, (rows, length) in enumerate(shapes):
+    tell(f"compiling {rows} rows of {length} tokens ({len(prompt_shapes) + i + 1} of {len(prompt_shapes) + len(shapes)}, "
+         f"{time.monotonic() - start:.0f} s so far)")
+    state = make()
+    state.add(Request(0, 0, np.zeros(1, np.int32), 1))
+    state.slots = programs.init_slots(state.e.config, rows, length, state.sampling)
+    state.slot_to_request, state.length = [None] * rows, length
+    for steps in (SHORT, state.e.segment):
+      Run.start_segment(state, decide, state.limit(steps))
+    state.assign(list(state.waiting))
+    if rows > run.counts[0]:
+      state.take([], run.counts[run.counts.index(rows) - 1], length)
+    jax.block_until_ready(state.slots)

@@ -1,0 +1,62 @@
+"""One trace under way: tokens become text, stop strings end it, and only what can no longer change is handed out."""
+
+import numpy as np
+
+from arrol_jax.engine.scheduler import Sequence
+from arrol_jax.serving.calls import HOPELESS, Piece, Ticket
+
+
+class Trace:
+  """What of a sequence's tokens was read, and how much of their text was handed out. detect: lengths of the decisions."""
+
+  def __init__(self, ticket: Ticket, number: int, sequence: Sequence, detect: tuple[int, ...] = ()):
+    self.ticket, self.number, self.sequence, self.detect = ticket, number, sequence, detect
+    self.pieces, self.sent = 0, 0
+    self.tokens: list[int] = []
+    self.logprobs: list[float] = []
+    self.posteriors: list[float] = []  # one a decision
+
+  def read(self, tokenizer, ended: bool) -> Piece | None:
+    """What is new since the last call; None if nothing is."""
+    pieces = self.sequence.tokens[self.pieces:]
+    if not pieces and not ended:
+      return None
+    before = len(self.tokens)
+    self.tokens += np.concatenate([*pieces, np.zeros(0, np.int32)]).astype(int).tolist()
+    self.logprobs += np.concatenate([*self.sequence.logprobs[self.pieces:], np.zeros(0)]).tolist()
+    self.pieces += len(pieces)
+    rollout = self.sequence.rollout
+    self.posteriors += [rollout.posterior] * (len(rollout.scores) - len(self.posteriors))
+    text, finish = tokenizer.decode(self.tokens, skip_special_tokens=True), None
+    if ended:
+      finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
+    stop, cut = self.ticket.call.stop, False
+    if any(text.find(s, self.sent) >= 0 for s in stop):
+      text, cut, finish = *self._stop(tokenizer, before), "stop"
+    end = len(text) if finish else len(text) - held(text, stop)
+    new, self.sent = text[self.sent:end], max(self.sent, end)
+    return Piece(self.number, new, self.tokens[before:], self.logprobs[before:], finish, rollout if finish else None, cut)
+
+  def _stop(self, tokenizer, before: int) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether tokens after it had been drawn: they, and what was made of them, go."""
+    stop, drawn, rollout = self.ticket.call.stop, len(self.tokens), self.sequence.rollout
+    decode = lambda count: tokenizer.decode(self.tokens[:count], skip_special_tokens=True)
+    last = next(n for n in range(before, drawn + 1) if any(decode(n).find(s, self.sent) >= 0 for s in stop))
+    text = decode(last)
+    del self.tokens[last:], self.logprobs[last:]
+    rollout.tokens = np.asarray(self.tokens, np.int32)
+    rollout.confidences = np.concatenate(self.sequence.confidences)[:last]
+    decided = sum(length <= last for length in self.detect)
+    if len(rollout.scores) > decided:
+      rollout.scores = rollout.scores[:decided]
+      rollout.posterior = self.posteriors[decided - 1] if decided else float("nan")
+    if last < drawn:
+      rollout.final = float("nan")
+    return text[:min(i for i in (text.find(s, self.sent) for s in stop) if i >= 0)], last < drawn
+
+
+def held(text: str, stop: tuple[str, ...]) -> int:
+  """Characters at the end of an unfinished text that may still change: half a character, or the start of a stop string."""
+  whole = text.rstrip("\ufffd")
+  begun = max((n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
+  return len(text) - len(whole) + begun

@@ -1,0 +1,342 @@
+"""The HTTP side: routes, who may call, answers whole and streamed. What the JSON means is openai_api.py's and answers.py's."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import dataclasses
+import functools
+import hmac
+import json
+import secrets
+import threading
+import time
+import traceback
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from arrol_jax.serving import openai_api, votes
+from arrol_jax.serving.answers import Answer, nothing_said, refusal
+from arrol_jax.serving.bodies import Bodies
+from arrol_jax.serving.calls import Cut, Full, Piece
+from arrol_jax.serving.fields import Refused
+from arrol_jax.serving.meters import Meters
+from arrol_jax.serving.openai_api import Asked, Limits
+from arrol_jax.serving.scoring import Scorer
+from arrol_jax.serving.service import Service
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+  """Who may call: host names that may be asked for, web pages' origins, the key (None: anyone). "*" in a list: all."""
+  hosts: tuple[str, ...] = ("*",)
+  origins: tuple[str, ...] = ()
+  key: str | None = None
+  still: float = 60.0  # seconds without a step of the engine after which it does not count as healthy
+
+
+ANYONE = Access()
+
+
+class Web:
+  """What the routes share. `under_way`: calls that were taken and not yet answered to their end."""
+
+  def __init__(self, service: Service, limits: Limits, access: Access):
+    self.service, self.limits, self.access = service, limits, access
+    self.meters, self.bodies, self.scorer = Meters(service), Bodies(), Scorer(service)
+    self.sameness = votes.Sameness()
+    self.voting, self.passing = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "second-pass")  # off the others' way
+    self.under_way: set[str] = set()
+    self.cut = 0  # calls that ended before they were done
+    self.created = int(time.time())
+
+  @property
+  def model(self) -> dict:
+    l = self.limits
+    return {"id": l.model, "object": "model", "created": self.created, "owned_by": "arrol_jax",
+            "max_prompt_tokens": l.max_prompt, "max_tokens": l.max_new, "max_model_len": l.max_prompt + l.max_new}
+
+  def stop_taking(self) -> None:
+    self.bodies.closing.set()
+
+  def cut_off(self) -> None:
+    """Ends the calls that are under way."""
+    self.stop_taking()
+    self.cut += len(self.under_way)
+    self.service.cut()
+
+  def error(self, text: str, status: int, field: str | None = None) -> JSONResponse:
+    self.meters.answers.labels(status).inc()
+    more = {"Retry-After": "1"} if status in (429, 503) else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if status in (408, 413, 503):  # the rest of the body may be on its way
+      more["Connection"] = "close"
+    return JSONResponse(refusal(text, status, field), status, more)
+
+  def health(self) -> tuple[str, bool]:
+    """How the server is, and whether it is alive."""
+    if self.service.failure is not None:
+      return "broken", False
+    if self.service.still > self.access.still:
+      return "standing still", False
+    return ("stopping" if self.bodies.closing.is_set() else "ok"), True
+
+
+def make_app(service: Service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
+             access: Access = ANYONE) -> Starlette:
+  """The server. Its lifespan runs the engine's thread; broken() is called if that dies. app.state.web is the Web."""
+  web = Web(service, limits, access)
+
+  async def health(ready: bool, request):
+    status, alive = web.health()
+    fine = alive and not (ready and status != "ok")
+    return JSONResponse({"status": status, "running": service.running, "waiting": service.waiting,
+                         "still_seconds": round(service.still, 3)}, 200 if fine else 503)
+
+  async def one_model(request):
+    if request.path_params["name"] != limits.model:
+      raise Refused(f"this server has the model {limits.model!r} only", "model", 404)
+    return JSONResponse(web.model)
+
+  async def metrics(request):
+    text, kind = web.meters.text(request.headers.get("accept", ""))
+    return Response(text, media_type=kind)
+
+  async def refused(request, e: Refused):
+    return web.error(str(e), e.status, e.field)
+
+  async def unknown(request, e: HTTPException):
+    return web.error(f"{request.method} {request.url.path}: {e.detail}", e.status_code)
+
+  async def failed(request, e: Exception):
+    return web.error("the server failed; its log says why", 500)
+
+  routes = [Route("/v1/models", lambda request: JSONResponse({"object": "list", "data": [web.model]})),
+            Route("/v1/models/{name:path}", one_model), Route("/metrics", metrics),
+            Route("/health", functools.partial(health, False)), Route("/ready", functools.partial(health, True)),
+            Route("/v1/completions", functools.partial(_answer, web, False), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(_answer, web, True), methods=["POST"])]
+  cors = [Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])]
+  app = Starlette(routes=routes, lifespan=_lifespan(web, started, broken),
+                  middleware=[*(cors if access.origins else []), Middleware(Guard, web=web)],
+                  exception_handlers={Refused: refused, HTTPException: unknown, Exception: failed})
+  app.state.web = web
+  return app
+
+
+class Guard:
+  """Refuses calls for another host (a web page may have its name resolved to this machine) and calls without the key."""
+
+  def __init__(self, app, web: Web):
+    self.app, self.web = app, web
+
+  async def __call__(self, scope, receive, send):
+    why = self._why_not(scope) if scope["type"] == "http" else None
+    await (self.app if why is None else self.web.error(*why))(scope, receive, send)
+
+  def _why_not(self, scope) -> tuple[str, int] | None:
+    access, headers = self.web.access, {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host = headers.get(b"host", "").lower()
+    name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+    if "*" not in access.hosts and name not in access.hosts:
+      return "this server is not called by that host name; its --allowed_hosts lists those that are", 403
+    if access.key is None or scope["path"] in ("/health", "/ready"):
+      return None
+    scheme, _, key = headers.get(b"authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), access.key.encode()):
+      return "this server wants its API key: send it as Authorization: Bearer KEY", 401
+    return None
+
+
+def _lifespan(web: Web, started: Callable | None, broken: Callable | None) -> Callable:
+  """The engine's thread, from the server's start to its end."""
+  def engine_thread():
+    try:
+      web.service.serve()
+    except Exception:
+      traceback.print_exc()
+      broken and broken()
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app):
+    thread = threading.Thread(target=engine_thread, name="engine", daemon=True)
+    thread.start()
+    web.sameness.start()
+    started and started()
+    yield
+    web.service.close()
+    await asyncio.to_thread(thread.join, 20.0)
+    web.sameness.close()
+
+  return lifespan
+
+
+# ---- calls --------------------------------------------------------------------------------------------------
+
+
+async def _answer(web: Web, chat: bool, request: Request) -> Response:
+  """One call of either kind, whole or streamed."""
+  start = time.monotonic()
+  if web.bodies.closing.is_set():
+    raise Refused("the server is stopping and takes no new calls", status=503)
+  try:
+    asked = await web.bodies.parsed(request, lambda raw: openai_api.read(raw, chat, web.limits))
+  except ClientDisconnect:
+    return Response(status_code=499)
+  call = Running(web, asked, start)
+  call.begin()
+  if asked.stream:
+    return _Stream(_events(call), call.over)
+  try:
+    if not await _unless_gone(request, call.said):
+      return Response(status_code=499)
+    pool = web.voting if asked.vote else web.passing if asked.second_pass else web.bodies.short
+    return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, call.whole))
+  except Cut as e:
+    raise Refused(str(e), status=503) from None
+  finally:
+    call.over()
+
+
+class Running:
+  """A call under way."""
+
+  def __init__(self, web: Web, asked: Asked, start: float):
+    self.web, self.asked, self.start = web, asked, start
+    self.number, self.loop, self.pieces = secrets.token_hex(12), asyncio.get_running_loop(), asyncio.Queue()
+    self.answer = Answer(asked, web.limits, self.number)
+    self.tickets, self.first = [], [None] * asked.traces  # first: when each trace's first token came, and how many with it
+    self.failed = False
+
+  def begin(self) -> None:
+    """Hands the calls in. Raises Refused where the server is full."""
+    if self.asked.calls[0].max_tokens == 0:
+      for trace in range(self.asked.traces):
+        self.pieces.put_nowait(nothing_said(trace))
+    else:
+      told = [functools.partial(self._tell, i * call.n) for i, call in enumerate(self.asked.calls)]
+      try:
+        self.tickets = self.web.service.submit_all(list(self.asked.calls), told)
+      except Full as e:
+        raise Refused(f"the server is full: {e}; try again later", status=429) from None
+    self.web.under_way.add(self.number)
+
+  def _tell(self, first: int, piece: Piece | BaseException) -> None:
+    """From the engine's thread: what is new of a call whose traces are numbered from `first` on."""
+    moved = piece._replace(trace=first + piece.trace) if isinstance(piece, Piece) else piece
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+      self.loop.call_soon_threadsafe(self.pieces.put_nowait, moved)
+
+  async def said(self):
+    """The call's pieces until it is done."""
+    answer, meters = self.answer, self.web.meters
+    while not answer.done:
+      piece = await self.pieces.get()
+      if isinstance(piece, BaseException):
+        self.failed = True
+        raise piece
+      now = time.monotonic()
+      if piece.tokens and self.first[piece.trace] is None:
+        if not any(self.first):
+          meters.first.observe(now - self.start)
+        self.first[piece.trace] = now, len(piece.tokens)
+      answer.add(piece)
+      later = len(answer.tokens[piece.trace]) - self.first[piece.trace][1] if self.first[piece.trace] else 0
+      if piece.finish and later > 0:
+        meters.token.observe((now - self.first[piece.trace][0]) / later)
+      yield piece
+    meters.total.observe(time.monotonic() - self.start)
+    meters.answers.labels(200).inc()
+
+  def over(self) -> None:
+    """A client that left earlier cancels its call."""
+    self.web.under_way.discard(self.number)
+    if not self.answer.done:
+      for ticket in self.tickets:
+        self.web.service.cancel(ticket)
+      if not self.failed:
+        self.web.meters.answers.labels(499).inc()
+
+  def whole(self) -> dict:
+    """The answer to a call that is done, with what is known only then; takes its time."""
+    asked, answer, limits, scorer = self.asked, self.answer, self.web.limits, self.web.scorer
+    if asked.second_pass:
+      for i, tokens in enumerate(answer.tokens):
+        call = asked.call_of(i)
+        answer.likelihoods[i] = scorer.likelihoods(call.tokens, tokens, call.temperature)
+    if asked.vote is None:
+      return answer.whole()
+    start = time.monotonic()
+    if asked.vote == "quality":
+      for i, piece in enumerate(answer.last):
+        if piece.cut:
+          siblings = [tokens for j, tokens in enumerate(answer.tokens) if j != i]
+          piece.rollout.final = scorer.final(asked.calls[0].tokens, answer.tokens[i], answer.logprobs[i], siblings)
+    vote = votes.tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window, self.web.sameness.ask,
+                       start + votes.SECONDS)
+    self.web.meters.vote.observe(time.monotonic() - start)
+    return answer.whole(vote)
+
+
+class _Stream(StreamingResponse):
+  """Server-sent events; over() is called at the end, also where the client left before the first."""
+
+  def __init__(self, events, over: Callable):
+    super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    self.over = over
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self.over()
+
+
+async def _events(call: Running):
+  """Server-sent events: a chunk a piece, the usage if it was asked for, and the end."""
+  event = lambda x: f"data: {json.dumps(x, ensure_ascii=False)}\n\n"
+  answer, begun = call.answer, set()
+  async with contextlib.aclosing(call.said()) as pieces:
+    try:
+      async for piece in pieces:
+        if piece.text or piece.finish or answer.asked.logprobs:
+          yield event(answer.chunk(piece, piece.trace not in begun))
+          begun.add(piece.trace)
+    except Cut as e:  # the status is out already
+      yield event(refusal(str(e), 503))
+      return
+    except Exception:
+      yield event(refusal("the server failed; its log says why", 500))
+      return
+  if answer.asked.usage:
+    yield event(answer.closing())
+  yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, said: Callable) -> bool:
+  """Waits for all pieces; False if the client left before."""
+  async def everything():
+    async with contextlib.aclosing(said()) as pieces:
+      async for _ in pieces:
+        pass
+
+  async def leaving():
+    while (await request.receive())["type"] != "http.disconnect":
+      pass
+
+  work, left = asyncio.ensure_future(everything()), asyncio.ensure_future(leaving())
+  try:
+    await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+    if not work.done():
+      return False
+    work.result()  # raises what it raised
+    return True
+  finally:
+    for task in (work, left):
+      task.cancel()
+    await asyncio.gather(work, left, return_exceptions=True)

@@ -1,0 +1,170 @@
+"""The serving command from its start to its end: what it needs, what it says, and that no end loses a call without a word."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from helpers_serve import PROMPT, ROOT, ask, export
+import pytest
+
+from arrol_jax import config as configuration, serve
+from arrol_jax.types import UserError
+
+MODEL = "--config.model.path=experiments/arithmetic/signs"
+# A config whose training data are not here, and answers that take their time.
+LONG = ["--config=configs/gsm8k_qwen05b.py", MODEL, "--config.model.dtype=float32", "--config.rollout.max_prompt=16",
+        "--config.rollout.max_new=20000", "--config.rollout.slots=2", "--config.rollout.row_buckets=1",
+        "--config.rollout.length_buckets=1"]
+FOREVER = {"prompt": PROMPT, "ignore_eos": True, "stream": True}
+
+
+@contextlib.contextmanager
+def command(*options):
+  """A server in a process of its own: (process, port)."""
+  process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *LONG, "--port=0", *options], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": ""})
+  try:
+    line = process.stdout.readline()
+    assert line.startswith("serving "), line + process.stderr.read()
+    yield process, int(line.rsplit(":", 1)[1])
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def begun(port, body=FOREVER):
+  """A connection whose stream has begun, and its answer."""
+  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+  connection.request("POST", "/v1/completions", json.dumps(body))
+  answer = connection.getresponse()
+  assert answer.status == 200 and answer.readline().startswith(b"data: ")
+  return connection, answer
+
+
+def ended(process, within):
+  """(exit status, stdout, stderr) of a process that has to end in time."""
+  out, err = process.communicate(timeout=within)
+  assert "Traceback" not in err, err
+  return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_a_drain_that_runs_out_says_what_it_cut():
+  with command("--drain=1", "--name=mine") as (process, port):
+    assert ask(port, None, "/v1/models", "GET")[1]["data"][0]["id"] == "mine"
+    streams = [begun(port) for _ in range(2)]
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(ask(port, FOREVER | {"stream": False})))
+    waiting.start()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    for connection, answer in streams:
+      last = answer.read().decode().strip().split("\n\n")[-1]
+      assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503  # and no [DONE]
+      connection.close()
+    waiting.join()
+    assert got[0][0] == 503 and "stopped" in got[0][1]["error"]["message"]
+    status, out, _ = ended(process, 20)
+    assert (status, out) == (1, "stopped: 3 calls under way were cut\n") and 0.9 < time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once_and_half_a_body_holds_up_nothing():
+  with command("--api-key=k") as (process, port):
+    headers = {"Authorization": "Bearer k"}
+    assert ask(port, None, "/v1/models", "GET")[0] == 401
+    assert ask(port, None, "/v1/models", "GET", headers)[1]["data"][0]["id"] == "signs"  # the folder's
+    assert ask(port, None, "/health", "GET", {"Host": "evil.example"})[0] == 403
+    half = socket.create_connection(("127.0.0.1", port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\nContent-Length: 99\r\n\r\n{")
+    head = socket.create_connection(("127.0.0.1", port))
+    head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(FOREVER), headers)
+    answer = connection.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    process.send_signal(signal.SIGINT)
+    half.settimeout(10)
+    assert half.recv(1000).startswith(b"HTTP/1.1 503")  # it was not under way
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    assert b"stopped" in answer.read()
+    status, out, _ = ended(process, 20)
+    assert (status, out) == (1, "stopped: 1 calls under way were cut\n") and time.monotonic() - start < 8
+    for x in (half, head, connection):
+      x.close()
+
+
+@pytest.mark.slow
+def test_half_a_body_and_sigterm_end_cleanly_and_a_port_is_taken_before_a_model_is_loaded():
+  with command() as (process, port):
+    start = time.monotonic()
+    second = subprocess.run([sys.executable, "-m", "arrol_jax.serve", *LONG, f"--port={port}"], cwd=ROOT, capture_output=True,
+                            text=True, env=os.environ | {"XLA_FLAGS": ""})
+    assert second.returncode == 2 and "cannot listen" in second.stderr and len(second.stderr.splitlines()) == 1
+    assert "loaded" not in second.stderr and time.monotonic() - start < 30
+    half = socket.create_connection(("127.0.0.1", port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    status, out, err = ended(process, 20)
+    assert (status, out) == (0, "drained\n") and time.monotonic() - start < 5
+    said = err.splitlines()
+    assert said[0].startswith("loaded signs: 2 slots") and all("compiling" in line for line in said[1:]) and len(said) > 1
+    half.close()
+
+
+def test_a_port_is_taken_as_soon_as_it_is_bound():
+  first = serve._bind("127.0.0.1", 0)
+  with first, pytest.raises(UserError, match="cannot listen"):
+    serve._bind("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_body_that_does_not_come_gets_408(monkeypatch, tmp_path):
+  from helpers_serve import serving
+
+  from arrol_jax.serving import bodies
+  monkeypatch.setattr(bodies, "SECONDS", 0.5)
+  with serving(export(tmp_path)) as server, socket.create_connection(("127.0.0.1", server.port)) as half:
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    half.settimeout(10)
+    said = b""
+    while part := half.recv(1000):  # and the connection is closed
+      said += part
+    assert said.startswith(b"HTTP/1.1 408") and b"0.5 seconds" in said and server.web.bodies.held == 0
+
+
+@pytest.mark.parametrize("path, name", [
+  ("run/policy", "run"), ("models/qwen/model.gguf", "qwen"), ("models/qwen-q8.gguf", "qwen-q8"), ("hub/smollm", "smollm")])
+def test_a_model_is_called_as_its_folder(tmp_path, path, name):
+  there = tmp_path / path
+  there.parent.mkdir(parents=True, exist_ok=True)
+  there.write_text("") if path.endswith("gguf") else there.mkdir()
+  assert serve.model_name(str(there)) == name
+
+
+def test_a_cpu_has_few_slots_where_none_are_asked_for_and_data_need_not_be_there():
+  c, _ = configuration.parse(["prog", "--config=configs/gsm8k_qwen05b.py", MODEL])
+  serve._check(c)
+  assert not os.path.exists(c.data.train) and c.rollout.slots is None
+  serve._fit(c, steady=False)
+  assert c.rollout.slots == serve.CPU_SLOTS <= 32
+  c.model.path = "nowhere"
+  with pytest.raises(UserError, match="nowhere"):
+    serve._check(c)
+
+
+def test_flags_are_spelt_with_either_dash():
+  assert serve._underscored(["p", "--api-key=a-b", "--keep-alive", "5", "--config.x=a-b", "--other-flag=1"]) == [
+    "p", "--api_key=a-b", "--keep_alive", "5", "--config.x=a-b", "--other-flag=1"]
