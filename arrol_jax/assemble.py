@@ -26,6 +26,7 @@ from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
+from arrol_jax.models.files import hub
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head, inputs_of, is_linear
@@ -53,7 +54,7 @@ def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
 
 def load(c: ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
   """The policy with float32 parameters on the mesh; it must bring a tokenizer."""
-  loaded = load_policy(c.model.path, dtype="float32", mesh=mesh)
+  loaded = load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
   return loaded

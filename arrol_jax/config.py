@@ -15,16 +15,18 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
+from arrol_jax import usage
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
+from arrol_jax.models.files import hub
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts
+from arrol_jax.running import hosts, shipped
 from arrol_jax.running.workdir import RENAMED
 from arrol_jax.types import UserError
 
@@ -63,24 +65,22 @@ def keep_compilations(folder: str | None) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
-  """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
+def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -> tuple[ConfigDict, flags.FlagValues]:
+  """The locked config that `--config=NAME-OR-FILE --config.KEY=VALUE` asks for, and the other flags.
+
+  own: the command's own flags, name -> (default, what it does). doc: its docstring, the head of what --help prints.
+  """
+  own = {"workdir": (None, "folder of the run; runs/NAME if not given"),
+         "compilation_cache": ("", "folder that keeps compiled programs; none: keep none; empty: the user's cache")} | (own or {})
   values, argv = flags.FlagValues(), _with_new_names(argv)
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
-  flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
-  flags.DEFINE_string("compilation_cache", "", "folder that keeps compiled programs; none: keep none", flag_values=values)
-  for name, default in (defaults or {}).items():
-    flags.DEFINE_string(name, default, "see README.md", flag_values=values)
-  if {"--help", "-h"} & set(argv[1:]):
-    print("usage: --config=configs/NAME.py [--workdir=DIR] [--config.KEY=VALUE ...]\nconfigs/base.py says what every key means")
+  if {"--help", "-help", "-h"} & set(argv[1:]):
+    config_flag = ("config", "NAME|FILE", f"a run that is shipped ({', '.join(shipped.names())}), or a file")
+    print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
-  given = [a.partition("=")[2] if "=" in a else after for a, after in zip(argv, [*argv[1:], ""], strict=True)
-           if a.partition("=")[0] == "--config"]
-  if not given:
-    raise UserError("no --config=configs/NAME.py given; configs/ lists the runs")
-  path = given[-1]
-  if not os.path.isfile(path):
-    raise UserError(f"{path}: no such config file")
+  argv, path = _config_of(argv)
+  config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
+  for name, (default, what) in own.items():
+    flags.DEFINE_string(name, default, what, flag_values=values)
   try:
     rest = values(argv)
     config = values.config
@@ -95,6 +95,26 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
     # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
     values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
   return config, values
+
+
+def _config_of(argv: list[str]) -> tuple[list[str], str]:
+  """The command line with the file of the config that it names (by the last of several --config), and that file."""
+  rest, name = argv[:1], None
+  words = iter(argv[1:])
+  for word in words:
+    flag, equals, value = word.partition("=")
+    if flag in ("--config", "-config"):
+      name = value if equals else next(words, "")
+    else:
+      rest.append(word)
+  known = f"shipped ones: {', '.join(shipped.names())}"
+  if name is None:
+    raise UserError(f"no --config=NAME or --config=FILE given; {known}")
+  path = shipped.config_file(name)
+  if not os.path.isfile(path):
+    raise UserError(f"{name}: no such config file; {known}")
+  shipped.import_configs()
+  return [rest[0], f"--config={path}", *rest[1:]], path
 
 
 def _key_of(e: Exception) -> str:
@@ -124,6 +144,8 @@ def run(main: Callable[[], None]) -> None:
 
   One of several processes that fails leaves at once, whatever the others are doing: they notice and end too.
   """
+  if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
+    sys.path.append(os.getcwd())
   try:
     main()
   except hosts.Preempted:
@@ -186,8 +208,9 @@ def _need(ok: bool, text: str) -> None:
 
 
 def _check_files(c: ConfigDict) -> None:
-  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
-  _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist")
+  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
+  path = hub.here(c.model.path)
+  _need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
   _check_data(c)
 
 

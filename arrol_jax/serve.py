@@ -1,10 +1,8 @@
 """An OpenAI-compatible HTTP endpoint over the engine, with the head's votes; from a model, a checkpoint or an exported policy.
 
-  python -m arrol_jax.serve --config=configs/NAME.py --port=8000                    # the config's model
-  python -m arrol_jax.serve --config=configs/NAME.py --workdir=DIR --port=8000      # DIR's newest checkpoint of that run
-  python -m arrol_jax.serve --config=configs/NAME.py --config.model.path=DIR/policy # a run's exported policy and head
-Further: --host=127.0.0.1, --queue=256 (traces that may wait beyond rollout.slots; more: 429), --drain=600 (seconds that calls
-under way get after SIGTERM or SIGINT; no new ones are taken).
+  arrol-serve --config=quickstart --port=8000                      # the config's model
+  arrol-serve --config=quickstart --workdir=DIR --port=8000        # DIR's newest checkpoint of that run
+  arrol-serve --config=quickstart --config.model.path=DIR/policy   # a run's exported policy and head
 Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics (Prometheus). openai_api.py says which fields are
 taken.
 """
@@ -41,12 +39,15 @@ from arrol_jax.serving.openai_api import Answer, Asked, Limits, Refused, refusal
 from arrol_jax.serving.service import Service
 from arrol_jax.types import UserError
 
+FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any free one"),
+         "queue": ("256", "traces that may wait beyond rollout.slots; more: 429"),
+         "drain": ("600", "seconds that calls under way get after SIGTERM or SIGINT; no new ones are taken")}
 MAX_BODY = 4 << 20  # bytes
 PREFILL_ROWS = 4    # calls arrive one by one: a prefill of many rows would be mostly padding
 
 
 def main():
-  c, flags = configuration.parse(sys.argv, {"host": "127.0.0.1", "port": "8000", "queue": "256", "drain": "600"})
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c)
   number = {name: _number(name, flags[name].value, most) for name, most in (("port", 65535), ("queue", 10**6), ("drain", 10**6))}
   workdir = flags.workdir if flags["workdir"].present else None
@@ -317,5 +318,7 @@ async def _unless_gone(request: Request, said: Callable) -> bool:
     await asyncio.gather(work, left, return_exceptions=True)
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -1,5 +1,8 @@
-"""Trains a policy with online rollout pruning: python -m arrol_jax.train --config=configs/NAME.py [--workdir=DIR]
+"""Trains a policy with online rollout pruning; `arrol-train` and `python -m arrol_jax.train` are the same.
 
+  arrol-train --config=quickstart                                # a shipped config, into runs/quickstart
+  arrol-train --config=my/run.py --workdir=DIR                   # a config of one's own; again: goes on exactly
+  arrol-train --config=gsm8k_qwen3_06b --config.model.path=DIR --config.prune.keep=0.4 --config.steps=50
 step.py tells what a step does; here are its prompts and rewards, evaluation, checkpoints and logs. Everything random is a
 function of (seed, step), so a checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it
 stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM saves and ends with
@@ -29,7 +32,7 @@ from arrol_jax.types import UserError
 
 
 def main():
-  c, flags = configuration.parse(sys.argv)
+  c, flags = configuration.parse(sys.argv, doc=__doc__)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
   for remark in configuration.remarks(c):
@@ -182,5 +185,7 @@ def summary_line(result: dict) -> str:
   return ", ".join(f"{k} {100 * v['accuracy']:.1f}% ({v['problems']} problems)" for k, v in result.items())
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -24,6 +24,7 @@ import sys
 from arrol_jax.data.problems import Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.rewards.extract import check_pattern
+from arrol_jax.running import shipped
 from arrol_jax.types import UserError
 
 # name -> (file to train on, file to evaluate on), without ending
@@ -102,16 +103,18 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
 def _file(name: str, split: str, folder: str) -> str:
   """The JSONL file that a source without prefix means."""
   if os.sep in name or name.endswith((".jsonl", ".jsonl.gz")):
-    if not os.path.exists(name):
+    path = shipped.find(os.path.expanduser(name))
+    if not os.path.exists(path):
       raise UserError(f"data: {name} does not exist")
-    return name
+    return path
   if not folder:
     raise UserError(f"data: {name} is no .jsonl file; if it is a benchmark's name, say in data.folder where its file is")
   file = BENCHMARKS.get(name, (name, name))[split == "test"]
-  for ending in (".jsonl", ".jsonl.gz"):
-    path = os.path.join(folder, file + ending)
-    if os.path.exists(path):
-      return path
+  for one in (file, name):  # arrol-get's dapo_math_17k is called by its name
+    for ending in (".jsonl", ".jsonl.gz"):
+      path = os.path.join(folder, one + ending)
+      if os.path.exists(path):
+        return path
   raise UserError(f"data: {os.path.join(folder, file)}.jsonl does not exist (data.folder, benchmark {name!r}; known: "
                   f"{', '.join(BENCHMARKS)})")
 
