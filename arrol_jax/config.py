@@ -26,8 +26,8 @@ from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts, shipped
-from arrol_jax.running.workdir import RENAMED
+from arrol_jax.running import hosts, loggers, shipped
+from arrol_jax.running.workdir import RENAMED, VALUES
 from arrol_jax.types import UserError
 
 
@@ -38,11 +38,12 @@ class Section(ConfigDict):
     new = _LAST_NAMES.get(name) if name not in self else None
     if new in self:
       hosts.say(f"config: {name} is called {new} now")
-      name = new
+      name, value = new, _NEW_VALUES.get(name, lambda x: x)(value)
     super().__setattr__(name, value)
 
 
 _LAST_NAMES = {old.split(".")[1]: new.split(".")[1] for old, new in RENAMED.items()}
+_NEW_VALUES = {old.split(".")[1]: change for old, change in VALUES.items()}
 
 
 def _with_new_names(argv: list[str]) -> list[str]:
@@ -51,7 +52,8 @@ def _with_new_names(argv: list[str]) -> list[str]:
     for i, text in enumerate(argv):
       if text.partition("=")[0] == f"--config.{old}":
         hosts.say(f"config: {old} is called {new} now")
-        argv = [*argv[:i], text.replace(old, new, 1), *argv[i + 1:]]
+        value = VALUES.get(old, lambda x: x)(text.partition("=")[2])
+        argv = [*argv[:i], f"--config.{new}={value}", *argv[i + 1:]]
   return argv
 
 
@@ -188,6 +190,7 @@ def check(c: ConfigDict, files: bool = True) -> None:
     if files:
       _check_files(c)
     _check(c)
+    loggers.names(c.log.backends)
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
 
@@ -273,6 +276,7 @@ def _check_quality(c: ConfigDict) -> None:
   _need(q.half_life is None or q.half_life > 0, f"quality.half_life is {q.half_life}; it is a number of rollouts, or None")
   _need(0 < c.learn.keep <= 1, f"learn.keep is {c.learn.keep}; it must lie in (0, 1]")
   _need(q.buffer is None or q.buffer >= 1, f"quality.buffer is {q.buffer}; it is a number of rollouts, or None")
+  _need(e.every is None or e.every >= 1, f"eval.every is {e.every}; it is a number of steps, or None")
   _need(e.stop_below is None or 0 <= e.stop_below <= 1, f"eval.stop_below is {e.stop_below}; it is a probability, or None")
 
 
@@ -284,6 +288,7 @@ def _check_data(c: ConfigDict) -> None:
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
     _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
           f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
+  _need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
   _need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 
@@ -293,7 +298,8 @@ def _check_counts(c: ConfigDict) -> None:
                 "rollout.row_buckets", "rollout.length_buckets", "prune.bins", "quality.hidden", "optim.micro_tokens",
                 "optim.chunk_tokens", "optim.length_buckets", "optim.epochs",
                 "optim.minibatches", "reward.workers", "reward.memory", "checkpoint.every",
-                "checkpoint.keep", "eval.samples", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp", "mesh.tensor")
+                "checkpoint.keep", "eval.samples", "eval.subset", "eval.window", "quality.passes", "mesh.data", "mesh.fsdp",
+                "mesh.tensor")
   at_least_0 = ("seed", "prune.cold_start", "optim.warmup", "eval.problems", "eval.temperature", "eval.max_new", "log.rollouts")
   for names, least in ((at_least_1, 1), (at_least_0, 0)):
     for name in names:

@@ -24,7 +24,7 @@ from arrol_jax import assemble, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.generation import Asked, Grading
-from arrol_jax.running import hosts
+from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import Logs, check_workdir, claim, read_json, write_json
 from arrol_jax.step import RolledOut, TrainingStep
@@ -58,7 +58,8 @@ def main():
 
     compiling = hosts.Compiling()
 
-    def evaluate(state, name: str) -> dict:
+    def evaluate(state, name: str, most: int | None = None) -> dict:
+      """Results by source of data.eval, on `most` problems of each; kept in NAME.json."""
       path = f"{workdir}/{name}.json"
       if not eval_prompts:
         return {}
@@ -67,8 +68,8 @@ def main():
         held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
         held_out.load(state.params["policy"], c.model.dtype)
-        results = {benchmark: assemble.accuracy(c, loaded, held_out, prompts, grader, name.replace("_", " "),
-                                                state.params["head"], state.calibration)
+        results = {benchmark: assemble.accuracy(c, loaded, held_out, problems.spaced(prompts, most), grader,
+                                                name.replace("_", " "), state.params["head"], state.calibration)
                    for benchmark, prompts in eval_prompts.items()}
         if hosts.first():
           write_json(path, results)
@@ -122,7 +123,8 @@ def main():
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
-    logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard))) if hosts.first() else None
+    backends = loggers.start(c.log.backends, workdir, start, c.to_dict()) if hosts.first() else []
+    logs = stack.enter_context(closing(Logs(workdir, start, backends))) if hosts.first() else None
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
                               if logs else None)
@@ -142,9 +144,14 @@ def main():
       state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
       line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds()}
       since_saved.append(line["reward_ipw"])
-      if logs:
-        logs.write(line, rolled.rollouts, c.log.rollouts)
-      if not all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm")):
+      finite = all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm"))
+      try:
+        if finite and c.eval.every and (step + 1) % c.eval.every == 0:
+          line |= held_out_line(evaluate(state, f"eval_{step + 1:04d}", c.eval.subset))
+      finally:  # a run that is told to stop in the middle of it has made this step all the same
+        if logs:
+          logs.write(line, rolled.rollouts, c.log.rollouts)
+      if not finite:
         checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
@@ -179,6 +186,13 @@ def benchmark_names(listed: str) -> dict[str, str]:
   paths = sources.split_list(listed)
   names = [os.path.basename(path).partition(".")[0] for path in paths]
   return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
+
+
+def held_out_line(results: dict) -> dict:
+  """What a step's line says of its evaluation: accuracy over all problems, and by source where there are several."""
+  count = sum(x["problems"] for x in results.values())
+  out = {"held_out_accuracy": sum(x["accuracy"] * x["problems"] for x in results.values()) / count}
+  return out | ({f"held_out_accuracy/{name}": x["accuracy"] for name, x in results.items()} if len(results) > 1 else {})
 
 
 def summary_line(result: dict) -> str:

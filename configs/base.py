@@ -136,6 +136,9 @@ def get_config() -> ConfigDict:
   c.eval = ConfigDict()
   c.eval.benchmarks = ""       # more sources for `evaluate`, separated by commas
   c.eval.problems = 0          # first so many problems; 0: all
+  c.eval.every = config_dict.placeholder(int)  # steps after which a part of data.eval is evaluated during training; None: only
+                               # all of it, before and after
+  c.eval.subset = 256          # problems of each source then, evenly spaced
   c.eval.samples = 1           # responses a problem
   c.eval.temperature = 0.0     # 0: greedy
   c.eval.max_new = 0           # 0: as rollout.max_new
@@ -143,9 +146,10 @@ def get_config() -> ConfigDict:
   c.eval.window = 2048         # (DeepConf)
   c.eval.stop_below = config_dict.placeholder(float)  # ends traces of lower posterior at prune.detect; a problem's best goes on
 
-  c.log = ConfigDict()
+  c.log = Section()
   c.log.rollouts = 4           # texts a step written to rollouts.jsonl
-  c.log.tensorboard = True
+  c.log.backends = "jsonl,tensorboard"  # where figures go: "tensorboard", "wandb", "trackio", beside metrics.jsonl ("jsonl"),
+                               # which is always written
 
   c.mesh = ConfigDict()
   c.mesh.data = 1
