@@ -26,7 +26,7 @@ from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts, loggers, shipped
+from arrol_jax.running import hosts, shipped
 from arrol_jax.running.workdir import RENAMED, VALUES
 from arrol_jax.types import UserError
 
@@ -190,7 +190,6 @@ def check(c: ConfigDict, files: bool = True) -> None:
     if files:
       _check_files(c)
     _check(c)
-    loggers.names(c.log.backends)
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
 

@@ -35,6 +35,7 @@ def main():
   c, flags = configuration.parse(sys.argv, doc=__doc__)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
+  hosts.together(lambda: loggers.names(c.log.backends))
   for remark in configuration.remarks(c):
     hosts.say(f"config: {remark}")
   workdir, started = flags.workdir, time.time()

@@ -15,14 +15,14 @@ def get_config() -> ConfigDict:
   c.seed = 0
 
   c.model = ConfigDict()
-  c.model.path = ""            # Hugging Face folder or .gguf file
+  c.model.path = ""            # Hugging Face folder, .gguf file, or an id on the hub: Qwen/Qwen3-0.6B
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
   c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
 
   c.data = ConfigDict()
-  c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/sources.py says
-                               # all); several, separated by commas
+  c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/data/sources.py
+                               # says all); several, separated by commas
   c.data.eval = ""             # held-out problems, same forms; "" = no evaluation
   c.data.folder = ""           # where benchmarks' files are looked up by name
   c.data.tfds_dir = config_dict.placeholder(str)  # where tfds: keeps its copies; None: TFDS's own place
