@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: quickstart test lint
 
@@ -16,9 +17,14 @@ test: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 
+# An environment that is not whole, from an earlier Python or a call that was stopped (.venv/unfinished), is made anew.
 $(VENV)/run: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -r requirements.txt
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2> /dev/null || { echo "error: Python 3.11 or later is needed and PYTHON=$(PYTHON) is not; \
+	give one: make PYTHON=python3.11" >&2; exit 2; }
+	@if [ -e $(VENV)/unfinished ] || ! $(BIN)/python -c '$(NEW_ENOUGH)' 2> /dev/null; then \
+	  rm -rf $(VENV); mkdir $(VENV) && touch $(VENV)/unfinished && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; fi
+	@$(BIN)/python -m pip install -q -r requirements.txt || { [ ! -e $(VENV)/unfinished ] || rm -rf $(VENV); exit 1; }
+	@rm -f $(VENV)/unfinished
 	@touch $@
 
 $(VENV)/test: $(VENV)/run pyproject.toml

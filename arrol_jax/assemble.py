@@ -26,6 +26,7 @@ from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
+from arrol_jax.models.files import hub
 from arrol_jax.models.files.tokenizers import check_ids
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning import features
@@ -60,7 +61,7 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Poli
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
   longest = longest_row(c, training, not training or c.data.eval != "")
-  loaded = load_policy(c.model.path, dtype="float32", mesh=mesh, longest=longest)
+  loaded = load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh, longest=longest)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
   check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")

@@ -1,16 +1,17 @@
 """Measures the engine, the update and a whole step on random weights: one JSON line a case.
 
-  python -m arrol_jax.bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
-  python -m arrol_jax.bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
-  python -m arrol_jax.bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
-  python -m arrol_jax.bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
-  python -m arrol_jax.bench gather --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
+  arrol-bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
+  arrol-bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
+  arrol-bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
+  arrol-bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
+  arrol-bench gather --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
 Compiles and warms up first, waits for results, reports the median of --runs with minimum and maximum. The floor is what this
 device's own measured read bandwidth and matrix rate allow; `floor` in the output says what was measured to get it.
 --profile=DIR writes a JAX trace of the last run (of `decode`: two segments).
 """
 
 import argparse
+import functools
 import json
 import sys
 
@@ -30,25 +31,35 @@ from arrol_jax.types import UserError
 
 CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention, "gather": bench_gather}
 
+COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "max_new": (128, "response tokens at most"),
+          "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
+          "runs": (3, "measured ones; their median is reported"), "row_buckets": (4, "compiled row counts"),
+          "length_buckets": (6, "compiled cache lengths"), "micro_tokens": (16384, "tokens a micro-batch"),
+          "chunk_tokens": (4096, "tokens whose logits exist at once")}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+  """Defaults, and examples as they are written."""
+
 
 def main():
   hosts.check_devices()
-  p = argparse.ArgumentParser(prog="python -m arrol_jax.bench", description=__doc__.partition("\n")[0])
-  p.add_argument("case", choices=CASES)
-  p.add_argument("--shape", default="tiny")
+  p = argparse.ArgumentParser(prog="arrol-bench", description=__doc__, formatter_class=Help)
+  p.add_argument("case", choices=CASES, help="what to measure")
+  p.add_argument("--shape", default="tiny", help=f"the model's: {', '.join(ZOO)}")
   p.add_argument("--rows", default="64", help="rollouts; for `attention` several row counts, separated by commas")
   p.add_argument("--detect", default="64", help="detection lengths of `step`, separated by commas")
-  for name, default in dict(group=16, prompt=64, max_new=128, slots=0, segment=32, runs=3, row_buckets=4, length_buckets=6,
-                            micro_tokens=16384, chunk_tokens=4096).items():
-    p.add_argument(f"--{name}", type=int, default=default)
-  p.add_argument("--lengths", choices=("full", "lognormal"), default="lognormal")
+  for name, (default, what) in COUNTS.items():
+    p.add_argument(f"--{name}", type=int, default=default, help=what)
+  p.add_argument("--lengths", choices=("full", "lognormal"), default="lognormal", help="of responses: --max_new, or spread")
   p.add_argument("--static", action=argparse.BooleanOptionalAction, default=True, help="`decode`: also all rows to --max_new")
-  p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
-  p.add_argument("--cache", choices=("int8",), default=None)
-  p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
-  p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto")
-  p.add_argument("--remat", choices=transformer.REMAT, default="dots")
-  p.add_argument("--profile", default=None)
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16",
+                 help="activations, decoding weights and cache")
+  p.add_argument("--cache", choices=("int8",), default=None, help="int8 halves the key-value cache")
+  p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the update's")
+  p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto", help="over the cache")
+  p.add_argument("--remat", choices=transformer.REMAT, default="dots", help="what the backward pass recomputes")
+  p.add_argument("--profile", default=None, help="folder for a trace of the last run")
   a = p.parse_args(sys.argv[1:])
   if a.shape not in ZOO:
     raise UserError(f"--shape={a.shape} is not known; there are {', '.join(ZOO)}")
@@ -76,5 +87,7 @@ def main():
                                       "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -16,18 +16,19 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
+from arrol_jax import usage
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
-from arrol_jax.models.files import folders
+from arrol_jax.models.files import hub
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts
-from arrol_jax.running.workdir import RENAMED
+from arrol_jax.running import hosts, shipped
+from arrol_jax.running.workdir import RENAMED, VALUES
 from arrol_jax.types import UserError
 
 
@@ -38,11 +39,12 @@ class Section(ConfigDict):
     new = _LAST_NAMES.get(name) if name not in self else None
     if new in self:
       hosts.say(f"config: {name} is called {new} now")
-      name = new
+      name, value = new, _NEW_VALUES.get(name, lambda x: x)(value)
     super().__setattr__(name, value)
 
 
 _LAST_NAMES = {old.split(".")[1]: new.split(".")[1] for old, new in RENAMED.items()}
+_NEW_VALUES = {old.split(".")[1]: change for old, change in VALUES.items()}
 
 
 def _with_new_names(argv: list[str]) -> list[str]:
@@ -51,7 +53,8 @@ def _with_new_names(argv: list[str]) -> list[str]:
     for i, text in enumerate(argv):
       if text.partition("=")[0] == f"--config.{old}":
         hosts.say(f"config: {old} is called {new} now")
-        argv = [*argv[:i], text.replace(old, new, 1), *argv[i + 1:]]
+        value = VALUES.get(old, lambda x: x)(text.partition("=")[2])
+        argv = [*argv[:i], f"--config.{new}={value}", *argv[i + 1:]]
   return argv
 
 
@@ -65,26 +68,24 @@ def keep_compilations(folder: str | None) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, flags.FlagValues]:
-  """The locked config that `--config=FILE --config.KEY=VALUE` asks for, and the other flags (`defaults`: name -> default)."""
+def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -> tuple[ConfigDict, flags.FlagValues]:
+  """The locked config that `--config=NAME-OR-FILE --config.KEY=VALUE` asks for, and the other flags.
+
+  own: the command's own flags, name -> (default, what it does). doc: its docstring, the head of what --help prints.
+  """
+  own = {"workdir": (None, "folder of the run; runs/NAME if not given"),
+         "compilation_cache": ("", "folder that keeps compiled programs; none: keep none; empty: the user's cache")} | (own or {})
   values, argv = flags.FlagValues(), _with_new_names(argv)
   split = [a.partition("=") for a in argv]
   argv = [name + equals + (os.path.expanduser(value) if name in _PATH_FLAGS else value) for name, equals, value in split]
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=values, sys_argv=argv)
-  flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME if not given", flag_values=values)
-  flags.DEFINE_string("compilation_cache", "", "folder that keeps compiled programs; none: keep none", flag_values=values)
-  for name, default in (defaults or {}).items():
-    flags.DEFINE_string(name, default, "see README.md", flag_values=values)
-  if {"--help", "-h"} & set(argv[1:]):
-    print("usage: --config=configs/NAME.py [--workdir=DIR] [--config.KEY=VALUE ...]\nconfigs/base.py says what every key means")
+  if {"--help", "-help", "-h"} & set(argv[1:]):
+    config_flag = ("config", "NAME|FILE", f"a run that is shipped ({', '.join(shipped.names())}), or a file")
+    print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
-  given = [a.partition("=")[2] if "=" in a else after for a, after in zip(argv, [*argv[1:], ""], strict=True)
-           if a.partition("=")[0] == "--config"]
-  if not given:
-    raise UserError("no --config=configs/NAME.py given; configs/ lists the runs")
-  path = given[-1]
-  if not os.path.isfile(path):
-    raise UserError(f"{path}: no such config file")
+  argv, path = _config_of(argv)
+  config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
+  for name, (default, what) in own.items():
+    flags.DEFINE_string(name, default, what, flag_values=values)
   try:
     rest = values(argv)
     config = values.config
@@ -106,6 +107,7 @@ def parse(argv: list[str], defaults: dict | None = None) -> tuple[ConfigDict, fl
 
 def defaults() -> ConfigDict:
   """What configs/base.py says, which every config starts from."""
+  shipped.import_configs()
   from configs import base  # it imports this module
   return base.get_config()
 
@@ -117,6 +119,26 @@ _PATHS = ("model.path", "data.train", "data.eval", "data.folder", "data.tfds_dir
 def _with_home(text: str) -> str:
   """A path, or sources separated by commas, in which ~ is the user's home as in a shell."""
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
+
+
+def _config_of(argv: list[str]) -> tuple[list[str], str]:
+  """The command line with the file of the config that it names (by the last of several --config), and that file."""
+  rest, name = argv[:1], None
+  words = iter(argv[1:])
+  for word in words:
+    flag, equals, value = word.partition("=")
+    if flag in ("--config", "-config"):
+      name = value if equals else next(words, "")
+    else:
+      rest.append(word)
+  known = f"shipped ones: {', '.join(shipped.names())}"
+  if name is None:
+    raise UserError(f"no --config=NAME or --config=FILE given; {known}")
+  path = shipped.config_file(name)
+  if not os.path.isfile(path):
+    raise UserError(f"{name}: no such config file; {known}")
+  shipped.import_configs()
+  return [rest[0], f"--config={path}", *rest[1:]], path
 
 
 def _key_of(e: Exception) -> str:
@@ -146,6 +168,8 @@ def run(main: Callable[[], None]) -> None:
 
   One of several processes that fails leaves at once, whatever the others are doing: they notice and end too.
   """
+  if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
+    sys.path.append(os.getcwd())
   try:
     main()
   except hosts.Preempted as e:
@@ -209,8 +233,9 @@ def _need(ok: bool, text: str) -> None:
 
 
 def _check_files(c: ConfigDict) -> None:
-  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder or a .gguf file")
-  _need(os.path.exists(c.model.path), f"model.path: {c.model.path} does not exist{folders.how_to_fetch(c.model.path)}")
+  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
+  path = hub.here(c.model.path)
+  _need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
   _check_data(c)
 
 
@@ -238,7 +263,7 @@ _WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
 _RANGES = [
   (1, _WHOLE, "steps rollout.prompts rollout.candidates rollout.max_prompt rollout.max_new rollout.slots rollout.top_k "
               "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
-              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window mesh.data "
+              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every eval.subset mesh.data "
               "mesh.fsdp mesh.tensor"),
   (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new log.rollouts"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
@@ -256,7 +281,7 @@ _ABOVE = [
   (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm"),
 ]
 _MAY_BE_NONE = """rollout.candidates rollout.slots rollout.top_k rollout.top_p rollout.min_p prune.half_life quality.half_life
-  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.stop_below""".split()
+  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.every eval.stop_below""".split()
 
 
 def _check_ranges(c: ConfigDict) -> None:
@@ -313,6 +338,7 @@ def _check_data(c: ConfigDict) -> None:
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
     _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
           f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
+  _need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
   _need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 

@@ -1,12 +1,13 @@
 """Accuracy on held-out problems, greedy or sampled, from a model, a run's newest checkpoint or its exported policy.
 
-  python -m arrol_jax.evaluate --config=configs/NAME.py                      # the config's model
-  python -m arrol_jax.evaluate --config=configs/NAME.py --workdir=DIR        # DIR's newest checkpoint, or --step=best, --step=40
-  python -m arrol_jax.evaluate --config=configs/NAME.py --config.model.path=DIR/policy --config.eval.samples=16 \\
-      --config.eval.temperature=1.0                                          # pass@k and votes, with the head exported there
+  arrol-evaluate --config=quickstart                    # the config's model
+  arrol-evaluate --config=quickstart --workdir=DIR      # DIR's newest checkpoint, or --step=best, --step=40
+  arrol-evaluate --config=quickstart --config.model.path=DIR/policy --config.eval.samples=16 \\
+      --config.eval.temperature=1.0                     # pass@k and votes, with the head exported there
 Problems are the sources of data.eval and eval.benchmarks; one JSON line a source on stdout, its keys as in held_out.measure.
 """
 
+import functools
 import json
 import sys
 
@@ -18,9 +19,11 @@ from arrol_jax.running import hosts
 from arrol_jax.running.workdir import finite
 from arrol_jax.types import UserError
 
+FLAGS = {"step": ("newest", "which of --workdir's checkpoints: newest, best, or a step")}
+
 
 def main():
-  c, flags = configuration.parse(sys.argv, {"step": "newest"})
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
   paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
@@ -52,5 +55,7 @@ def main():
       hosts.say(json.dumps(finite({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result)))
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -167,7 +167,7 @@ def _columns(tokens: jax.Array, valid: jax.Array, lengths: jax.Array) -> jax.Arr
 def main():
   if __debug__:
     raise UserError("JetStream's orchestrator asserts what a race makes false: run python -O -m arrol_jax.jetstream")
-  c, flags = configuration.parse(sys.argv, {"port": "9000", "samples": "1"})
+  c, flags = configuration.parse(sys.argv, {"port": ("9000", "to listen at"), "samples": ("1", "rows a prompt")}, __doc__)
   configuration.check(c)
   for name in ("port", "samples"):
     if not flags[name].value.isdigit() or not int(flags[name].value):

@@ -1,6 +1,6 @@
 """Plans a run on a TPU slice that is not there: compiles a step's programs for it, says whether they fit and what would.
 
-  python -m arrol_jax.plan --config=configs/qwen3_1b7.py --topology=v5e:16x16 [--json=FILE] [--config.KEY=VALUE]
+  arrol-plan --config=qwen3_1b7 --topology=v5e:16x16 [--json=FILE] [--config.KEY=VALUE]
 
 Every program that train.py runs in a step is lowered from shapes and shardings alone (nothing is allocated, no weights are
 read) and compiled by libtpu, which `pip install "jax[tpu]"` brings. The model's shape is that of model.path where that is there,
@@ -11,6 +11,7 @@ What runs at several shapes is compiled at the largest; programs of a few scalar
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 
 from arrol_jax import assemble, config as configuration
 from arrol_jax.models import sharding
-from arrol_jax.models.files import gguf as gguf_files, hf_config
+from arrol_jax.models.files import gguf as gguf_files, hf_config, hub
 from arrol_jax.models.files.weights import check_positions
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.models.zoo import ZOO
@@ -38,6 +39,12 @@ HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 # libtpu asks the machine it is on for a TPU's name and place; these answer for it.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+FLAGS = {"topology": (None, "the slice, such as v5e:16x16 or v5p:4x4x4"), "json": (None, "a file for the plan as JSON"),
+         "shape": (None, "the model's shape by its name in zoo.py"),
+         "effort": (None, "the compiler's; -1 is several times faster, with temporary memory that is not the real one's"),
+         "suggest": ("yes", "no: do not look for changes that would fit")}
 
 
 def table(programs: list[Program]) -> str:
@@ -105,6 +112,7 @@ def model_shape(path: str, shape: str | None) -> tuple[PolicyConfig, str]:
     if shape not in ZOO:
       raise UserError(f"--shape={shape}: no such shape; there are {names}")
     return ZOO[shape], f"{shape} of zoo.py"
+  path = hub.here(path)
   file = Path(path) / "config.json"
   if file.is_file():
     try:
@@ -122,7 +130,7 @@ def model_shape(path: str, shape: str | None) -> tuple[PolicyConfig, str]:
 def main():
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)  # it holds programs for devices that are here
-  c, flags = configuration.parse(sys.argv, dict.fromkeys(("topology", "json", "shape", "effort"), None) | {"suggest": "yes"})
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c, files=False)
   if not flags.topology:
     raise UserError("no --topology=CHIP:SHAPE given, such as v5e:16x16")
@@ -157,5 +165,7 @@ def main():
     Path(flags.json).write_text(json.dumps(out, indent=1) + "\n")
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -1,20 +1,14 @@
 """An OpenAI-compatible HTTP endpoint over the engine, with the head's votes; from a model, a checkpoint or an exported policy.
 
-  python -m arrol_jax.serve --config=configs/NAME.py --port=8000                    # the config's model
-  python -m arrol_jax.serve --config=configs/NAME.py --workdir=DIR --port=8000      # DIR's newest checkpoint of that run
-  python -m arrol_jax.serve --config=configs/NAME.py --config.model.path=DIR/policy # a run's exported policy and head
-The config's data need not be there. Further flags, - and _ alike (docs/serving.md says more):
-  --host=127.0.0.1, --name=NAME            where, and what the model is called (its folder's name if not given)
-  --queue=256                              traces that may wait beyond rollout.slots; more: 429
-  --drain=600                              seconds that calls under way get after SIGTERM or SIGINT; a second one cuts them off
-  --api_key=KEY                            who calls must send it (or ARROL_API_KEY in the environment)
-  --allowed_hosts=a,b --cors=ORIGIN,...    Host headers that are answered (on 127.0.0.1: its own); web pages that may call
-  --keep_alive=60 --still=60               seconds: of an idle connection; without a step until /health says so
-  --deterministic=true                     a text depends on nothing but its call, in bfloat16 too; costs speed
+  arrol-serve --config=quickstart --port=8000                      # the config's model
+  arrol-serve --config=quickstart --workdir=DIR --port=8000        # DIR's newest checkpoint of that run
+  arrol-serve --config=quickstart --config.model.path=DIR/policy   # a run's exported policy and head
+The config's data need not be there; flags take - and _ alike (docs/serving.md says more).
 Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metrics. openai_api.py says which fields are taken.
 """
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 import socket
@@ -33,14 +27,21 @@ from arrol_jax.types import UserError
 
 PREFILL_ROWS = 4  # calls arrive one by one: a prefill of many rows would be mostly padding
 CPU_SLOTS = 16    # where none are asked for: what a CPU decodes at once without each row being slow
-FLAGS = {"host": "127.0.0.1", "port": "8000", "queue": "256", "drain": "600", "name": "", "api_key": "", "allowed_hosts": "",
-         "cors": "", "keep_alive": "60", "still": "60", "deterministic": "false"}
+FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any free one"),
+         "queue": ("256", "traces that may wait beyond rollout.slots; more: 429"),
+         "drain": ("600", "seconds that calls under way get after SIGTERM or SIGINT; a second one cuts them off"),
+         "name": ("", "what the model is called; its folder's name if not given"),
+         "api_key": ("", "who calls must send it (or ARROL_API_KEY in the environment)"),
+         "allowed_hosts": ("", "Host headers that are answered, separated by commas (on 127.0.0.1: its own)"),
+         "cors": ("", "origins of web pages that may call, separated by commas"),
+         "keep_alive": ("60", "seconds of an idle connection"), "still": ("60", "seconds without a step until /health says so"),
+         "deterministic": ("false", "true: a text depends on nothing but its call, in bfloat16 too; costs speed")}
 MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def main():
-  c, flags = configuration.parse(_underscored(sys.argv), FLAGS)
+  c, flags = configuration.parse(_underscored(sys.argv), FLAGS, __doc__)
   _check(c)
   number = {name: _number(name, flags[name].value, most) for name, most in MOST.items()}
   steady = _boolean("deterministic", flags.deterministic)
@@ -152,5 +153,7 @@ def model_name(path: str) -> str:
   return name.parent.name if name.name == "policy" else name.name
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

@@ -1,5 +1,8 @@
-"""Trains a policy with online rollout pruning: python -m arrol_jax.train --config=configs/NAME.py [--workdir=DIR]
+"""Trains a policy with online rollout pruning; `arrol-train` and `python -m arrol_jax.train` are the same.
 
+  arrol-train --config=quickstart                                # a shipped config, into runs/quickstart
+  arrol-train --config=my/run.py --workdir=DIR                   # a config of one's own; again: goes on exactly
+  arrol-train --config=gsm8k_qwen3_06b --config.model.path=DIR --config.prune.keep=0.4 --config.steps=50
 step.py tells what a step does; here are its prompts and rewards, evaluation, checkpoints and logs. Everything random is a
 function of (seed, step), so a checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it
 stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM, Ctrl-C and SIGHUP save
@@ -23,7 +26,7 @@ from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.generation import Asked
 from arrol_jax.models.files import folders
-from arrol_jax.running import hosts
+from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
   Logs,
@@ -40,9 +43,10 @@ from arrol_jax.types import UserError
 
 
 def main():
-  c, flags = configuration.parse(sys.argv)
+  c, flags = configuration.parse(sys.argv, doc=__doc__)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
+  hosts.together(lambda: loggers.names(c.log.backends))
   for remark in configuration.remarks(c):
     hosts.say(f"config: {remark}")
   workdir, started = flags.workdir, time.time()
@@ -72,7 +76,8 @@ def main():
 
     compiling = hosts.Compiling()
 
-    def evaluate(state, name: str) -> dict:
+    def evaluate(state, name: str, most: int | None = None) -> dict:
+      """Results by source of data.eval, on `most` problems of each; kept in NAME.json."""
       path = f"{workdir}/{name}.json"
       if not eval_prompts:
         return {}
@@ -81,8 +86,8 @@ def main():
         held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
         held_out.load(state.params["policy"], c.model.dtype)
-        results = {benchmark: assemble.accuracy(c, loaded, held_out, prompts, grader, name.replace("_", " "),
-                                                state.params["head"], state.calibration)
+        results = {benchmark: assemble.accuracy(c, loaded, held_out, problems.spaced(prompts, most), grader,
+                                                name.replace("_", " "), state.params["head"], state.calibration)
                    for benchmark, prompts in eval_prompts.items()}
         if hosts.first():
           write_json(path, results)
@@ -143,7 +148,8 @@ def main():
       checkpoints.check()  # a save that has failed ends the run now, not when the next one is due
 
     engine.watch = watch
-    logs = stack.enter_context(closing(Logs(workdir, start, c.log.tensorboard))) if hosts.first() else None
+    backends = loggers.start(c.log.backends, workdir, start, c.to_dict()) if hosts.first() else []
+    logs = stack.enter_context(closing(Logs(workdir, start, backends))) if hosts.first() else None
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
                               if logs else None)
@@ -163,9 +169,14 @@ def main():
       state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
       line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds()}
       since_saved.append(line["reward_ipw"])
-      if logs:
-        logs.write(line, rolled.rollouts, c.log.rollouts)
-      if not all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm")):
+      finite = all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm"))
+      try:
+        if finite and c.eval.every and (step + 1) % c.eval.every == 0:
+          line |= held_out_line(evaluate(state, f"eval_{step + 1:04d}", c.eval.subset))
+      finally:  # a run that is told to stop in the middle of it has made this step all the same
+        if logs:
+          logs.write(line, rolled.rollouts, c.log.rollouts)
+      if not finite:
         checkpoints.wait()
         raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last "
                         f"checkpoint: step {checkpoints.latest() or 0}). Try a smaller optim.lr")
@@ -202,9 +213,18 @@ def benchmark_names(listed: str) -> dict[str, str]:
   return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
 
 
+def held_out_line(results: dict) -> dict:
+  """What a step's line says of its evaluation: accuracy over all problems, and by source where there are several."""
+  count = sum(x["problems"] for x in results.values())
+  out = {"held_out_accuracy": sum(x["accuracy"] * x["problems"] for x in results.values()) / count}
+  return out | ({f"held_out_accuracy/{name}": x["accuracy"] for name, x in results.items()} if len(results) > 1 else {})
+
+
 def summary_line(result: dict) -> str:
   return ", ".join(f"{k} {100 * v['accuracy']:.1f}% ({v['problems']} problems)" for k, v in result.items())
 
 
+command = functools.partial(configuration.run, main)
+
 if __name__ == "__main__":
-  configuration.run(main)
+  command()

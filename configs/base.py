@@ -15,14 +15,14 @@ def get_config() -> ConfigDict:
   c.seed = 0
 
   c.model = ConfigDict()
-  c.model.path = ""            # Hugging Face folder or .gguf file
+  c.model.path = ""            # Hugging Face folder, .gguf file, or an id on the hub: Qwen/Qwen3-0.6B
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
   c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
 
   c.data = ConfigDict()
-  c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/sources.py says
-                               # all); several, separated by commas
+  c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/data/sources.py
+                               # says all); several, separated by commas
   c.data.eval = ""             # held-out problems, same forms; "" = no evaluation
   c.data.folder = ""           # where benchmarks' files are looked up by name
   c.data.tfds_dir = config_dict.placeholder(str)  # where tfds: keeps its copies; None: TFDS's own place
@@ -138,6 +138,9 @@ def get_config() -> ConfigDict:
   c.eval = ConfigDict()
   c.eval.benchmarks = ""       # more sources for `evaluate`, separated by commas
   c.eval.problems = 0          # first so many problems; 0: all
+  c.eval.every = config_dict.placeholder(int)  # steps after which a part of data.eval is evaluated during training; None: only
+                               # all of it, before and after
+  c.eval.subset = 256          # problems of each source then, evenly spaced
   c.eval.samples = 1           # responses a problem
   c.eval.temperature = 0.0     # 0: greedy
   c.eval.max_new = 0           # 0: as rollout.max_new
@@ -145,9 +148,10 @@ def get_config() -> ConfigDict:
   c.eval.window = 2048         # (DeepConf)
   c.eval.stop_below = config_dict.placeholder(float)  # ends traces of lower posterior at prune.detect; a problem's best goes on
 
-  c.log = ConfigDict()
+  c.log = Section()
   c.log.rollouts = 4           # texts a step written to rollouts.jsonl
-  c.log.tensorboard = True
+  c.log.backends = "jsonl,tensorboard"  # where figures go: "tensorboard", "wandb", "trackio", beside metrics.jsonl ("jsonl"),
+                               # which is always written
 
   c.mesh = ConfigDict()
   c.mesh.data = 1

@@ -83,7 +83,7 @@ def main():
   if what is None:
     raise UserError("say what to show: python -m experiments.demo prune|vote --config=.. "
                     "--config.model.path=DIR/policy")
-  c, flags = configuration.parse(sys.argv[1:], {"problems": "2"})
+  c, flags = configuration.parse(sys.argv[1:], {"problems": ("2", "how many")}, __doc__)
   configuration.check(c)
   if not flags.problems.isdigit() or int(flags.problems) < 1:
     raise UserError(f"--problems={flags.problems}: it takes a whole number, at least 1")

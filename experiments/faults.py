@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
 SETTINGS = {"data.eval": "", "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
             "rollout.length_buckets": 1, "prune.cold_start": 2, "optim.micro_tokens": 1024, "optim.length_buckets": 1,
-            "checkpoint.every": 3, "checkpoint.export": False, "log.tensorboard": False}
+            "checkpoint.every": 3, "checkpoint.export": False, "log.backends": "jsonl"}
 # Where a kill falls: what is entered, about how long it lasts (seconds), and on which entry the timer is set.
 PHASES = {"generation": ("arrol_jax.learning.generation.generate", 0.05, 2, 6),
           "grading": ("arrol_jax.rewards.pool.Grader.grade_async", 0.002, 20, 90),

@@ -170,8 +170,12 @@ def plot(lines: list[dict], path: str) -> None:
   fig.savefig(path, dpi=110)
 
 
+FLAGS = {"lengths": ("32,64,128,192,256", "response tokens at which the head reads"), "prompts": ("640", "how many"),
+         "out": ("experiments/results/head", "folder for the results")}
+
+
 def main():
-  c, flags = configuration.parse(sys.argv, {"lengths": "32,64,128,192,256", "prompts": "640", "out": "experiments/results/head"})
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c)
   try:
     lengths, count = tuple(int(x) for x in flags.lengths.split(",")), int(flags.prompts)

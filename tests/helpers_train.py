@@ -19,7 +19,7 @@ SMALL = {"rollout.temperature": 1.1, "rollout.prompts": 4, "rollout.group_size":
          "rollout.segment": 8, "prune.detect": "(16,)", "prune.cold_start": 2, "prune.half_life": 40.0,
          "quality.hidden": 32, "loss.kl_weight": 0.05, "optim.lr": 1e-3, "optim.head_lr": 3e-3, "optim.warmup": 2,
          "optim.micro_tokens": 1024, "optim.length_buckets": 1, "eval.problems": 4, "eval.temperature": 1.1,
-         "checkpoint.every": 2, "log.tensorboard": False, "steps": STEPS}
+         "checkpoint.every": 2, "log.backends": "jsonl", "steps": STEPS}
 
 # CONTRACT: names that users' scripts rely on.
 METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_kept keep_ratio pos_ratio pos_var

@@ -61,7 +61,7 @@ def test_each_held_out_source_has_a_result_of_its_own(monkeypatch, tmp_path, cap
       "train.py", QUICKSTART, f"--workdir={tmp_path}/run", f"--config.data.eval={tmp_path}/some.jsonl,{tmp_path}/more.jsonl",
       f"--config.steps={steps}", *(f"--config.{x}" for x in (
         "rollout.prompts=4", "rollout.group_size=4", "rollout.slots=16", "rollout.row_buckets=1", "rollout.length_buckets=1",
-        "optim.micro_tokens=1024", "optim.length_buckets=1", "checkpoint.export=False", "log.tensorboard=False",
+        "optim.micro_tokens=1024", "optim.length_buckets=1", "checkpoint.export=False", "log.backends=jsonl",
         "log.rollouts=40"))])
     config.run(train.main)
 

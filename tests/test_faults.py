@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 5
 SETTINGS = {"steps": STEPS, "data.eval": "", "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16,
             "rollout.row_buckets": 1, "rollout.length_buckets": 1, "prune.cold_start": 1, "optim.micro_tokens": 1024,
-            "optim.length_buckets": 1, "checkpoint.every": 2, "checkpoint.export": False, "log.tensorboard": False}
+            "optim.length_buckets": 1, "checkpoint.every": 2, "checkpoint.export": False, "log.backends": "jsonl"}
 
 
 # Reading a damaged checkpoint leaves orbax's coroutines behind: they are collected here, not in whatever test comes next.

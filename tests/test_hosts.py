@@ -21,7 +21,7 @@ STEPS = 5
 # Shapes of the notebook in its test, whose programs this shares.
 SETTINGS = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16, "rollout.row_buckets": 1,
             "rollout.length_buckets": 1, "prune.cold_start": 2, "optim.micro_tokens": 1024, "optim.length_buckets": 1,
-            "quality.hidden": 16, "checkpoint.every": 2, "log.tensorboard": False, "eval.problems": 6}
+            "quality.hidden": 16, "checkpoint.every": 2, "log.backends": "jsonl", "eval.problems": 6}
 
 
 def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_process=None, **other) -> list[subprocess.Popen]:

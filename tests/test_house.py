@@ -13,8 +13,8 @@ PACKAGE = ROOT / "arrol_jax"
 
 # A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
 PACKAGES = "types running rewards data models engine pruning learning serving".split()
-TOP = "prune voting config step step_programs assemble planning benchmarks".split()
-ENTRY_POINTS = "train evaluate bench plan serve jetstream".split()  # nothing imports them
+TOP = "prune voting usage config step step_programs assemble planning benchmarks".split()
+ENTRY_POINTS = "train evaluate bench get plan serve jetstream".split()  # nothing imports them
 ORDER = PACKAGES + TOP
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 50, 8

@@ -235,7 +235,7 @@ def test_a_checkpoint_is_the_state_at_its_step(tmp_path):
 def unpruned(tmp_path_factory):
   folder = tmp_path_factory.mktemp("unpruned")
   run(folder, prune__enabled=False, prune__cold_start=0, steps=3, loss__name="dapo", loss__kl_weight=0.0,
-      log__tensorboard=True, data__eval="")
+      log__backends="tensorboard", data__eval="")
   return folder
 
 

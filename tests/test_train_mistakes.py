@@ -78,8 +78,8 @@ def test_a_wrong_value_is_one_line(tmp_path, override, words):
 
 
 @pytest.mark.parametrize("argv, words", [
-  ([], ["no --config=configs/NAME.py given"]),
-  (["--workdir=x"], ["no --config=configs/NAME.py given"]),
+  ([], ["no --config=NAME or --config=FILE given", "quickstart_clean"]),
+  (["--workdir=x"], ["no --config=NAME or --config=FILE given", "quickstart_clean"]),
   (["--config=configs/none.py"], ["configs/none.py: no such config file"]),
   (["--config=configs"], ["configs: no such config file"]),
   ([QUICKSTART, "--workdri=x"], ["workdri", "workdir"]),

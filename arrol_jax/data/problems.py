@@ -174,6 +174,12 @@ def digests(prompts: list[Prompt]) -> tuple[str, str]:
   return problems.hexdigest()[:16], tokens.hexdigest()[:16]
 
 
+def spaced(items: list, most: int | None) -> list:
+  """At most `most` of the items, evenly spaced, as files may be sorted by subject; None: all."""
+  count = len(items) if most is None else min(most, len(items))
+  return [items[i * len(items) // count] for i in range(count)]
+
+
 def batch_at(prompts: list[Prompt], step: int, seed: int, batch_size: int, host: int = 0, hosts: int = 1) -> list[Prompt]:
   """The prompts of 0-based `step` that are `host`'s, of `hosts`: a function of its arguments alone.
 

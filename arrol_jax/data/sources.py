@@ -25,6 +25,7 @@ import sys
 from arrol_jax.data.problems import NOT_JSONL, Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.rewards.extract import check_pattern
+from arrol_jax.running import shipped
 from arrol_jax.types import UserError
 
 # name -> (file to train on, file to evaluate on), without ending
@@ -106,20 +107,22 @@ def _file(name: str, split: str, folder: str) -> str:
   if name.endswith(_OTHER_FORMATS):
     raise UserError(f"data: {name} is no file of JSON lines; {NOT_JSONL}")
   if os.sep in name or name.endswith((".jsonl", ".jsonl.gz")):
-    if not os.path.exists(name):
+    path = shipped.find(os.path.expanduser(name))
+    if not os.path.exists(path):
       hub = f"; a data set of the Hugging Face hub is written hf:{name}" if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not (
         name.endswith((".jsonl", ".gz"))) else ""
       raise UserError(f"data: {name} does not exist{hub}")
-    if os.path.isdir(name):
+    if os.path.isdir(path):
       raise UserError(f"data: {name} is a folder; give a .jsonl file in it, or hf:{name} for a data set's folder")
-    return name
+    return path
   if not folder:
     raise UserError(f"data: {name} is no .jsonl file; if it is a benchmark's name, say in data.folder where its file is")
   file = BENCHMARKS.get(name, (name, name))[split == "test"]
-  for ending in (".jsonl", ".jsonl.gz"):
-    path = os.path.join(folder, file + ending)
-    if os.path.exists(path):
-      return path
+  for one in (file, name):  # arrol-get's dapo_math_17k is called by its name
+    for ending in (".jsonl", ".jsonl.gz"):
+      path = os.path.join(folder, one + ending)
+      if os.path.exists(path):
+        return path
   raise UserError(f"data: {os.path.join(folder, file)}.jsonl does not exist (data.folder, benchmark {name!r}; known: "
                   f"{', '.join(BENCHMARKS)})")
 

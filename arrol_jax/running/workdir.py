@@ -1,9 +1,9 @@
-"""A run's folder: config.json, inputs.json, metrics.jsonl, rollouts.jsonl, TensorBoard, summary.json.
+"""A run's folder: config.json, inputs.json, metrics.jsonl, rollouts.jsonl, summary.json.
 
 Whatever moment a run is killed at, what is in the folder can be read and the run goes on: JSON files appear whole or not at
 all, logs lose at most their last line, and lines of steps that will be made again are dropped. One run at a time writes there
 (`hold`), and it is the run that began there: same settings, problems and weights (`check_workdir`, `claim`). Checkpoints are
-checkpoint.py's.
+checkpoint.py's, other logs loggers.py's.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 
 import jax
@@ -21,30 +22,30 @@ from arrol_jax.types import UserError
 
 
 class Logs:
-  """metrics.jsonl, rollouts.jsonl, TensorBoard and summary.json of a workdir; lines past `start` steps are dropped."""
+  """metrics.jsonl, rollouts.jsonl and summary.json of a workdir; lines past `start` steps are dropped.
 
-  def __init__(self, workdir: str, start: int, tensorboard: bool):
-    self.workdir = workdir
+  backends: where else lines go (loggers.py).
+  """
+
+  def __init__(self, workdir: str, start: int, backends: list):
+    self.workdir, self.backends = workdir, backends
     self.files = {name: resumed(f"{workdir}/{name}.jsonl", start) for name in ("metrics", "rollouts")}
-    self.board = None
-    if tensorboard:
-      from tensorboardX import SummaryWriter  # only where it is wanted
-      self.board = SummaryWriter(f"{workdir}/tensorboard", purge_step=start + 1)
     self.lines = read_lines(f"{workdir}/metrics.jsonl")
 
   def write(self, line: dict, rollouts: list, texts: int) -> None:
     line = {k: finite(v) for k, v in line.items()}
     self.lines.append(line)
+    shown = []
     for i in np.linspace(0, len(rollouts) - 1, min(texts, len(rollouts)), dtype=int):
       r = rollouts[i]
-      self._append("rollouts", {"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
-                                "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
-                                "survival": finite(r.keep_probability), "reward": finite(r.reward), "reason": r.reason})
+      shown.append({"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
+                    "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
+                    "survival": finite(r.keep_probability), "reward": finite(r.reward), "reason": r.reason})
+      self._append("rollouts", shown[-1])
     self._append("metrics", line)
-    if self.board:
-      for name, value in line.items():
-        if name != "step" and isinstance(value, int | float):
-          self.board.add_scalar(name, value, line["step"])
+    figures = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+    for backend in self.backends:
+      backend.write(line["step"], figures, shown)
 
   def _append(self, name: str, record: dict) -> None:
     self.files[name].write(json.dumps(record) + "\n")
@@ -64,7 +65,7 @@ class Logs:
       "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": last["reward"]})
 
   def close(self) -> None:
-    for file in [*self.files.values(), *filter(None, [self.board])]:
+    for file in [*self.files.values(), *self.backends]:
       file.close()
 
 
@@ -155,7 +156,7 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
                     "another --workdir")
   stale = ["summary", "eval_after"]
   if stored and (stored["eval"] != config["eval"] or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
-    stale.append("eval_before")
+    stale += ["eval_before", *(name[:-len(".json")] for name in os.listdir(workdir) if re.fullmatch(r"eval_\d+\.json", name))]
   hashes = list(dict.fromkeys([*before.get("config_hashes", []), fingerprint(c)]))
   write_json(path, inputs | {"config_hashes": hashes})
   for name in stale:
@@ -242,7 +243,9 @@ def finite(x):
 # ---- what makes two runs the same
 
 # Config keys by the names that they had a release ago.
-RENAMED = {"prune.control": "prune.holdout", "rollout.rounds": "rollout.resampling"}
+RENAMED = {"prune.control": "prune.holdout", "rollout.rounds": "rollout.resampling", "log.tensorboard": "log.backends"}
+# What an old value is called now, where the name is not all that changed.
+VALUES = {"log.tensorboard": lambda x: "jsonl,tensorboard" if str(x).lower() in ("true", "1", "yes") else "jsonl"}
 
 
 def renamed(config: dict) -> dict:
@@ -251,7 +254,7 @@ def renamed(config: dict) -> dict:
   for old, new in RENAMED.items():
     section, name = old.split(".")
     if name in config.get(section, ()):
-      config[section][new.split(".")[1]] = config[section].pop(name)
+      config[section][new.split(".")[1]] = VALUES.get(old, lambda x: x)(config[section].pop(name))
   return config
 
 
