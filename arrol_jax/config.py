@@ -263,8 +263,8 @@ _WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
 _RANGES = [
   (1, _WHOLE, "steps rollout.prompts rollout.candidates rollout.max_prompt rollout.max_new rollout.slots rollout.top_k "
               "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
-              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every eval.subset mesh.data "
-              "mesh.fsdp mesh.tensor"),
+              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every "
+              "eval.subset mesh.data mesh.fsdp mesh.tensor"),
   (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new log.rollouts"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
   (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
