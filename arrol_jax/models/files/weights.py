@@ -2,16 +2,20 @@
 
 Loading checks every file's header against the shapes that config.json asks for before anything is allocated. Then each
 stacked parameter is allocated once, in its target sharding, and the tensors are written into it one after another, in
-the order of the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds one tensor
-(mapped from its file) and its copy on the way to the device. Saving goes the other way, also tensor by tensor.
+the order of the files, by a jitted update that reuses the buffer. Beyond the parameters the host holds a few tensors
+(mapped from their file, or dequantised by threads) and one's copy on the way to the device. Saving goes the other way, tensor
+by tensor.
 
 The files beside this one: safetensors.py and gguf.py (formats), folders.py (which of a folder's files count),
 hf_config.py (names, shapes, config.json), tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
 """
 
+import collections
 from collections.abc import Iterator
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,6 +38,7 @@ from arrol_jax.types import Calibration, UserError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 SHARD_BYTES = 5 * 10**9
+_READERS = 4  # threads, and tensors that are read ahead
 
 
 @dataclasses.dataclass
@@ -210,11 +215,9 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
   get = lambda tree, place: tree[place.leaf] if place.layer is None else tree["layers"][place.leaf]
   targets = None if mesh is None else sharding.shardings(logical, shapes, mesh, table)
   params = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=targets)()
-  for name, file in stored.items():
-    place = layout.get(name)
-    if place is None:
-      continue
-    view = file.read().reshape(place.view)
+  for name, read in _read_ahead({name: file for name, file in stored.items() if name in layout}):
+    place = layout[name]
+    view = read.reshape(place.view)
     if mesh is None:
       tensor = jax.device_put(view)
     else:
@@ -225,9 +228,25 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
     tree = params if place.layer is None else params["layers"]
     write = _writer(place.order, place.layer is not None, targets and get(targets, place))
     tree[place.leaf] = write(tree[place.leaf], tensor, place.layer or 0)
-    del view, tensor
+    del view, read, tensor
     jax.block_until_ready(tree[place.leaf])  # or copies of later tensors would pile up on the host
   return params
+
+
+def _read_ahead(stored: dict[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of each tensor in order. The next few are read meanwhile, by threads: dequantising takes longer than all else."""
+  names, waiting = iter(stored), collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    start = lambda: waiting.extend((name, pool.submit(stored[name].read)) for name in itertools.islice(names, 1))
+    for _ in range(_READERS):
+      start()
+    while waiting:
+      name, future = waiting.popleft()
+      array = future.result()
+      del future
+      start()
+      yield name, array
+      del array
 
 
 @functools.cache
