@@ -234,7 +234,7 @@ def _place(config: PolicyConfig, stored: dict[str, Stored], dtype, mesh, table: 
 
 
 def _read_ahead(stored: dict[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of each tensor in order. The next few are read meanwhile, by threads: dequantising takes longer than all else."""
+  """(name, array) of each tensor in order. The next few are read meanwhile, by threads: dequantising takes longest."""
   names, waiting = iter(stored), collections.deque()
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
     start = lambda: waiting.extend((name, pool.submit(stored[name].read)) for name in itertools.islice(names, 1))
