@@ -129,7 +129,7 @@ def test_the_kernel_gathers_and_sums_as_xla_does():
 # ---- several optimizer steps a batch
 
 
-def after_steps(mesh, loss, epochs=2, minibatches=2, rate=0.05):
+def after_steps(mesh, loss, epochs=2, minibatches=2, rate=0.005):
   """Policy parameters after a TrainingStep's learning from `rollouts()`, and its metrics."""
   sgd = optax.sgd(rate)
   params = jax.tree.map(jnp.copy, {"policy": PARAMS, "head": init_head(C.width, 4, jax.random.key(1))})
@@ -144,7 +144,7 @@ def after_steps(mesh, loss, epochs=2, minibatches=2, rate=0.05):
   return jax.device_get(state.params["policy"]), metrics
 
 
-def by_hand(loss, epochs=2, minibatches=2, rate=0.05):
+def by_hand(loss, epochs=2, minibatches=2, rate=0.005):
   """The same as a loop: groups dealt to minibatches by (seed, step), in an order by (seed, step, epoch); old log-probs are those
   before the first step; plain gradient descent."""
   some, params = rollouts(), PARAMS
@@ -159,7 +159,7 @@ def by_hand(loss, epochs=2, minibatches=2, rate=0.05):
   return params
 
 
-def same_tree(a, b, atol=2e-5):
+def same_tree(a, b, atol=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=2e-3), a, b)
 
 
@@ -185,4 +185,4 @@ def test_clips_and_gspo_change_the_gradient_only_after_the_first_step(mesh):
   once = [after_steps(mesh, loss, 1, 1)[0] for loss in (WIDE, TIGHT, sequence(TIGHT))]
   assert apart(once[0], once[1]) == 0.0 and apart(once[0], once[2]) < 1e-6
   twice = [after_steps(mesh, loss)[0] for loss in (WIDE, TIGHT, sequence(WIDE))]
-  assert apart(twice[0], twice[1]) > 1e-4 and apart(twice[0], twice[2]) > 1e-4
+  assert apart(twice[0], twice[1]) > 2e-5 and apart(twice[0], twice[2]) > 2e-5

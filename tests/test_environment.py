@@ -87,7 +87,7 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, words", [
-  ("model.path", "Qwen/Qwen3-1.7B", ["model.path: Qwen/Qwen3-1.7B does not exist", "hf download Qwen/Qwen3-1.7B"]),
+  ("model.path", "Qwen/Qwen3-1.7B", ["Qwen/Qwen3-1.7B is not on this machine", "arrol-get Qwen/Qwen3-1.7B"]),
   ("data.train", "openai/gsm8k", ["data: openai/gsm8k does not exist", "hf:openai/gsm8k"]),
   ("data.train", "some/train.jsonl", ["data: some/train.jsonl does not exist"]),
 ])

@@ -119,7 +119,7 @@ def test_help_tells_every_flag_its_default_and_an_example(name, capsys, monkeypa
     assert len(flags) == len(set(flags)) and text.count("(default") >= len([f for f in flags if f != "--help"])
   else:
     for flag, (default, what) in getattr(module, "FLAGS", {}).items():
-      assert f"--{flag}={default}" in text if default else f"--{flag} " in text
+      assert f"--{flag}={default}" in text if default is not None else f"--{flag} " in text
       assert " ".join(what.split()[:3]) in text
     for key, default, _ in usage.keys():
       assert f"--config.{key}={default}" in text

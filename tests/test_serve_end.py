@@ -4,20 +4,23 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
-from helpers_serve import PROMPT, ROOT, ask, export
+from helpers_serve import PROMPT, ROOT, ask, export, with_positions
 import pytest
 
 from arrol_jax import config as configuration, serve
 from arrol_jax.types import UserError
 
-MODEL = "--config.model.path=experiments/arithmetic/signs"
+FOLDER = tempfile.TemporaryDirectory()
+MODEL = "--config.model.path=" + with_positions(shutil.copytree(ROOT / "experiments/arithmetic/signs", f"{FOLDER.name}/signs"))
 # A config whose training data are not here, and answers that take their time.
 LONG = ["--config=configs/gsm8k_qwen05b.py", MODEL, "--config.model.dtype=float32", "--config.rollout.max_prompt=16",
         "--config.rollout.max_new=20000", "--config.rollout.slots=2", "--config.rollout.row_buckets=1",

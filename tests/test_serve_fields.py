@@ -150,10 +150,11 @@ def test_empty_fields_of_a_message_pass_and_developers_are_systems(limits):
   class Tokenizer:
     chat_template = "x"
     def encode(self, text, **_):
-      return list(text)
+      return list(map(ord, text))
     def apply_chat_template(self, said, **_):
       return " ".join(m["role"] + m["content"] for m in said)
-  assert "".join(prompts.chat(said, dataclasses.replace(limits, tokenizer=Tokenizer()))) == "system1 user2 assistant3"
+  tokens = prompts.chat(said, dataclasses.replace(limits, tokenizer=Tokenizer(), vocab=1000))
+  assert "".join(map(chr, tokens)) == "system1 user2 assistant3"
 
 
 def test_special_tokens_typed_into_a_message_are_text(bytewise):

@@ -77,13 +77,13 @@ def _forward(c, params: dict, tokens: jax.Array, sampling: Sampling, tap=None) -
   """States after the final norm [1,S,D]."""
   attention = causal_attention("auto")
 
-  def attend(layer, qkv, rotary):
+  def attend(_, qkv, rotary):
     q, k, v = split_qkv(qkv)
     q, k = rotary(q, k)
     return attention(q, k, v)[0], None
 
   positions = transformer.default_positions(tokens)
-  return transformer.unrolled(c, params, tokens, positions, attend, dtype=sampling.dtype, tap=tap)[0]
+  return transformer.unrolled(c, params, tokens, positions, attend, tap=tap)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("c", "sampling"))
