@@ -3,6 +3,7 @@
   arrol-bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
   arrol-bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
   arrol-bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
+  arrol-bench scale  --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512      # on 1, 2, 4, ... devices
   arrol-bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
   arrol-bench gather --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
 Compiles and warms up first, waits for results, reports the median of --runs with minimum and maximum. The floor is what this
@@ -21,6 +22,7 @@ from arrol_jax import config as configuration
 from arrol_jax.benchmarks.decoding import decode
 from arrol_jax.benchmarks.kernels import bench_attention, bench_gather
 from arrol_jax.benchmarks.measuring import peak_bytes
+from arrol_jax.benchmarks.scaling import bench_scale
 from arrol_jax.benchmarks.training import bench_step, bench_update
 from arrol_jax.engine import decode_attention
 from arrol_jax.models import sharding, transformer
@@ -29,11 +31,13 @@ from arrol_jax.models.zoo import ZOO
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 
-CASES = {"decode": decode, "update": bench_update, "step": bench_step, "attention": bench_attention, "gather": bench_gather}
+CASES = {"decode": decode, "update": bench_update, "step": bench_step, "scale": bench_scale, "attention": bench_attention,
+         "gather": bench_gather}
 
 COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "max_new": (128, "response tokens at most"),
           "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
-          "runs": (3, "measured ones; their median is reported"), "row_buckets": (4, "compiled row counts"),
+          "runs": (3, "measured ones; their median is reported"), "devices": (16, "`scale`: at most so many"),
+          "row_buckets": (4, "compiled row counts"),
           "length_buckets": (6, "compiled cache lengths"), "micro_tokens": (16384, "tokens a micro-batch"),
           "chunk_tokens": (4096, "tokens whose logits exist at once")}
 
@@ -51,6 +55,8 @@ def main():
   p.add_argument("--detect", default="64", help="detection lengths of `step`, separated by commas")
   for name, (default, what) in COUNTS.items():
     p.add_argument(f"--{name}", type=int, default=default, help=what)
+  p.add_argument("--mesh", default="1,1,1", help="devices along data, fsdp and tensor; `scale` takes its own")
+  p.add_argument("--axis", choices=("data", "fsdp", "tensor"), default="fsdp", help="along which `scale` spreads")
   p.add_argument("--lengths", choices=("full", "lognormal"), default="lognormal", help="of responses: --max_new, or spread")
   p.add_argument("--static", action=argparse.BooleanOptionalAction, default=True, help="`decode`: also all rows to --max_new")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16",
@@ -68,20 +74,27 @@ def main():
   except ValueError as e:
     raise UserError("--rows and --detect take whole numbers, separated by commas") from e
   a.rows = a.attention_rows[0]
-  for name in ("group", "prompt", "max_new", "segment", "runs", "row_buckets", "length_buckets", "micro_tokens", "chunk_tokens"):
+  for name in ("group", "prompt", "max_new", "segment", "runs", "row_buckets", "length_buckets", "micro_tokens", "chunk_tokens",
+               "devices"):
     if getattr(a, name) < 1:
       raise UserError(f"--{name} is {getattr(a, name)}; it must be at least 1")
   if min(a.attention_rows) < 1:
     raise UserError(f"--rows is {min(a.attention_rows)}; it must be at least 1")
   if a.slots < 0:
     raise UserError(f"--slots is {a.slots}; it must be at least 1, or 0 for as many as there are rows")
-  if a.case == "step" and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
+  if a.case in ("step", "scale") and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
     raise UserError(f"--detect: each must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
-  mesh = sharding.make_mesh()
+  try:
+    shape = [int(x) for x in a.mesh.split(",")]
+    mesh = sharding.make_mesh(*shape) if len(shape) == 3 and min(shape) > 0 else None
+  except ValueError as e:
+    raise UserError(f"--mesh={a.mesh}: {e}") from e
+  if mesh is None:
+    raise UserError(f"--mesh={a.mesh}: it takes three whole numbers, devices along data, fsdp and tensor, such as 1,2,1")
   with jax.set_mesh(mesh):
     results = CASES[a.case](a, ZOO[a.shape], mesh)
   line = {"case": a.case, "shape": a.shape, "rows": a.rows, "prompt": a.prompt, "max_new": a.max_new, "lengths": a.lengths,
-          "dtype": a.dtype, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+          "dtype": a.dtype, "mesh": a.mesh, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   for result in results:
     print(json.dumps(line | result | {"peak_bytes": peak_bytes(),
                                       "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)

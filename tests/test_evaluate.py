@@ -131,3 +131,20 @@ def test_bench_mistakes(monkeypatch, capsys):
   assert status == 2 and "invalid choice: 'foo'" in err
   status, _, err = call(bench, monkeypatch, capsys, "step", "--detect=65")
   assert status == 2 and "--detect: each must" in err
+
+
+def test_bench_scale_compares_with_one_device(monkeypatch, capsys):
+  options = "--rows=8 --group=4 --prompt=8 --max_new=32 --detect=16 --segment=16 --runs=1 --row_buckets=1 --length_buckets=1"
+  status, lines, _ = call(bench, monkeypatch, capsys, "scale", *options.split(), "--micro_tokens=512", "--devices=2")
+  one, weak, strong = map(json.loads, lines)
+  assert status == 0 and [(x["scaling"], x["devices"], x["rows"]) for x in (one, weak, strong)] == [
+    ("weak", 1, 8), ("weak", 2, 16), ("strong", 2, 8)]
+  assert one["share_of_linear"]["step"] == 1.0 and strong["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+  assert weak["share_of_linear"]["step"] == pytest.approx(one["sec_step"] / weak["sec_step"])
+  assert strong["share_of_linear"]["update_pruned"] == pytest.approx(one["sec_update_pruned"] / strong["sec_update_pruned"] / 2)
+
+
+@pytest.mark.parametrize("mesh, word", [("2", "three whole numbers"), ("9,9,9", "needs 729 devices"), ("1,x,1", "literal")])
+def test_a_mesh_that_cannot_be_is_refused(monkeypatch, capsys, mesh, word):
+  status, _, err = call(bench, monkeypatch, capsys, "step", f"--mesh={mesh}")
+  assert status == 2 and word in err and len(err.splitlines()) == 1
