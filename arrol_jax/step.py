@@ -155,6 +155,8 @@ class TrainingStep:
     sums = {k: sum(counts[k] for _, counts in parts) for k in ("trained", "rows_trained")}
     taken, norm = jax.device_get((taken, update.norm_of(state.params["head"])))
     metrics = {k: float(np.mean([one[k] for one in taken])) for k in taken[0]} | chosen
+    if not sums["rows_trained"]:  # means over nothing
+      metrics |= dict.fromkeys(("entropy", "clip_frac", "logprob_gap"), float("nan"))
     clock.lap("sec_update", state.step)
     return state, metrics | {"head_norm": float(norm), "lr": lr, "tokens_trained": sums["trained"],
                              "rows_trained": sums["rows_trained"]}

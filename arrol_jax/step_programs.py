@@ -149,11 +149,15 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
 
   waiting, running = list(programs), {}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    while waiting or running:
-      ready = [p for p in waiting if all(name in results for name in p.needs)]
-      waiting = [p for p in waiting if p not in ready]
-      running |= {pool.submit(one, p): p for p in ready}
-      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
-        results[running.pop(future).name] = future.result()
-        report and report(len(results), len(programs), time.perf_counter() - start)
+    try:
+      while waiting or running:
+        ready = [p for p in waiting if all(name in results for name in p.needs)]
+        waiting = [p for p in waiting if p not in ready]
+        running |= {pool.submit(one, p): p for p in ready}
+        for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
+          results[running.pop(future).name] = future.result()
+          report and report(len(results), len(programs), time.perf_counter() - start)
+    except BaseException:  # what report raises ends it as soon as what is being compiled is done
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
   return time.perf_counter() - start

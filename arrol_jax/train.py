@@ -128,11 +128,15 @@ def main():
     train_step = TrainingStep(engine, config, reference)
     programs = assemble.programs(c, engine, config, state)
     bar = tqdm(total=len(programs), desc="compiling", unit="program", disable=not hosts.first())
-    took = step_programs.compile_ahead(programs, mesh, lambda *_: bar.update())
+
+    def one_more(*_):
+      bar.update()
+      if not hosts.several():  # several ask while they decode: here they may be at different programs
+        stop.check()
+
+    took = step_programs.compile_ahead(programs, mesh, one_more)
     bar.close()
     hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
-    if not hosts.several():  # several ask while they decode: what follows here is a collective of its own
-      stop.check()
     before = evaluate(state, "eval_before")
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
@@ -164,6 +168,7 @@ def main():
     # ---- loop
     bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step",
                                    disable=not hosts.first()))
+    compiling.seconds()  # what was compiled before is no step's
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
       state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)

@@ -61,7 +61,7 @@ def test_numbers_of_a_run_make_sense(whole):
 def test_nothing_is_compiled_after_the_first_step(whole):
   """By jax's own count: not when pruning starts after the second, nor for a checkpoint."""
   first, *others = [line["sec_compile"] for line in read(whole / "metrics.jsonl")]
-  assert first > 0 and others == [0.0] * (STEPS - 1)
+  assert first < 2.0 and others == [0.0] * (STEPS - 1)
 
 
 def test_head_and_table_learn_from_step_to_step(whole):

@@ -116,7 +116,7 @@ def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tu
   policy_loss = jnp.sum(weight * term)
   kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
   per_token = mask / jnp.maximum(scalars["trained"], 1.0)
-  gap = jnp.where(mask > 0, jnp.abs(logprobs - batch.sampler_logprobs), 0.0)
+  gap = jnp.where(mask > 0, jnp.abs(old - batch.sampler_logprobs), 0.0)
   metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl), "entropy": jnp.sum(per_token * entropy),
              "clip_frac": jnp.sum(per_token * clipped), "logprob_gap": jnp.sum(per_token * gap)}
   return policy_loss + loss.kl_weight * jnp.sum(weight * batch.weights[:, None] * kl), metrics
