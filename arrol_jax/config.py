@@ -293,8 +293,8 @@ def _check_ranges(c: ConfigDict) -> None:
         _in_range(c, name, least, most, above)
   for name in ("rollout.temperature", "eval.temperature"):  # logits are divided by it
     _need(_value(c, name) == 0 or _value(c, name) >= 1e-4, f"{name} is {_value(c, name)}; it must be at least 0.0001")
-  _need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, of "
-        f"which a step has rollout.prompts ({c.rollout.prompts})")
+  _need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, "
+        f"of which a step has rollout.prompts ({c.rollout.prompts})")
   r = c.reward
   _need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
         "1, so it must lie above 0 and be at most 1")
