@@ -138,7 +138,7 @@ def plot(lines: list[dict], path: str) -> None:
   style = {"marker": "o", "capsize": 3}
   axes[0].errorbar([x["length"] for x in lines], [100 * s["value"] for s in shares], 100 * np.array(bars(shares)), **style)
   axes[0].set(xlabel="response tokens of the prefix", ylabel="% of the variance of success within a prompt", ylim=(0, 100),
-              title="explained by the prefix")
+              title="explained by the prefix", xticks=[x["length"] for x in lines])
   for i, x in enumerate(lines):
     k, points = [int(k) for k in x["auc"]], list(x["auc"].values())
     aside = 1.03 ** (i - (len(lines) - 1) / 2)
@@ -146,7 +146,7 @@ def plot(lines: list[dict], path: str) -> None:
   axes[1].set_xscale("log", base=2)
   axes[1].set_xticks(k, k)
   axes[1].set(xlabel="continuations averaged", ylabel="AUC within a prompt", title="of their mean against one more")
-  axes[1].legend()
+  axes[1].legend(loc="upper left", fontsize=8)
   fig.tight_layout()
   fig.savefig(path, dpi=110)
 
