@@ -315,7 +315,7 @@ def draw_signal(axis, s: dict) -> None:
       cells = [s[str(a)][str(kappa)][rule] for a in AUCS]
       axis.errorbar(AUCS, [c["signal"] for c in cells], [2 * c["standard_error"] for c in cells], color=f"C{i}", linestyle=line,
                     marker="o", markersize=3, label=f"{rule}, {kappa:g} kept")
-  axis.set(xlabel="AUC of the score over all rollouts", ylabel="sum of (r - mean r)$^2$ a group", ylim=(0, None),
+  axis.set(xticks=AUCS, xlabel="AUC of the score over all rollouts", ylabel="sum of (r - mean r)$^2$ a group", ylim=(0, None),
            title=f"signal of survivors (all rollouts: {s['all']['signal']:.2f})")
   axis.legend(ncols=2, fontsize=7)
 
