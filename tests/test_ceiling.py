@@ -1,8 +1,11 @@
 """Estimators of what a prefix explains (experiments/ceiling.py), on made-up outcomes whose truth is known."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from configs import quickstart
 from experiments import ceiling
 
 
@@ -66,3 +69,25 @@ def test_prompts_without_a_pair_are_left_out():
   assert out["prompts"] == 1 and out["share"]["value"] == 1.0 and out["auc"]["2"]["value"] == 1.0
   with pytest.raises(ceiling.UserError, match="prefixes"):
     ceiling.ceiling(groups[:2])
+
+
+def test_greedy_continuations_end_as_the_response_did():
+  """At temperature 0 nothing is left to chance: each continuation of a prefix has the response's own outcome."""
+  c = quickstart.get_config()
+  c.rollout.temperature, c.rollout.group_size, c.rollout.slots, c.rollout.row_buckets = 0.0, 2, 32, 1
+  found = {length: np.concatenate(groups) for length, groups in ceiling.measure(c, (5, 13), 8, 2)}
+  for outcomes in found.values():
+    assert outcomes.shape[1] == 3 and len(outcomes) >= 12
+    np.testing.assert_array_equal(outcomes, np.repeat(outcomes[:, :1], 3, axis=1))
+  assert 0 < found[5].mean() < 1
+
+
+def test_mistakes_are_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(ceiling.os, "makedirs", lambda *_, **__: None)
+  for flag, word in (("--lengths=8,48", "max_new"), ("--lengths=x", "whole"), ("--prefixes=1", "prefixes"),
+                     ("--prompts=9000", "holds 2000")):
+    monkeypatch.setattr(sys, "argv", ["ceiling", "--config=configs/quickstart.py", "--lengths=8", flag])
+    with pytest.raises(SystemExit) as e:
+      ceiling.configuration.run(ceiling.main)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and word in err.splitlines()[-1] and "Traceback" not in err
