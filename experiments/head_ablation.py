@@ -1,15 +1,23 @@
-"""What the quality head should read, how early, and how often it should go over what it has seen, on a frozen policy.
+"""What the quality head should read, how early, and how it should be fitted, on a frozen policy.
 
-  python -m experiments.head_ablation --config=configs/gsm8k_qwen05b.py --lengths=32,64,128,192,256 --prompts=640 --out=DIR
+  python -m experiments.head_ablation --config=configs/gsm8k_qwen05b.py --lengths=64,128,192,256 --prompts=640 --out=DIR \\
+    --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl
 
-Rolls out `prompts` training problems once, unpruned, and keeps what a head could read at each length. Part "offline": heads
-trained on half of the prompts and asked about the other half, five splits, beside trace confidence and log-probs as plain
-scores (the paper's figure 2). Part "online": a step's rollouts are scored before the head learns from them, as in training.
-"balanced" heads learn with `quality.balance`. Writes DIR/ablation.jsonl and DIR/ablation.png; AUC within a prompt is the one
-that balance inside a group needs.
+One H100, about 10 minutes (untried). Rolls out `prompts` training problems once, unpruned, rollout.prompts at a time as in
+training, and keeps what a head could read at each length and at the last token ("end"). Writes DIR/ablation.jsonl and
+DIR/ablation.png; a line's part:
+
+offline  out of fold, five folds by prompt: mean and standard deviation over folds. The published head (score "head": full-batch
+         passes), the closed-form ridge ("ridge": `inputs`, centred or not), and plain scores: trace confidence, log-probs.
+online   a step's rollouts are scored before the head learns from them, as in training: over the steps from the third on.
+votes    a problem's traces vote, weighed by the ridge at the last token, out of fold, as in evaluation: share of problems whose
+         answer is right, and what is gained on the majority, with 95% bootstrap intervals over problems, paired. Rank, posterior:
+         as evaluate's; posteriors by a table of the other folds' scores. DeepConf: mean trace confidence.
+
+AUC within a prompt, the mean over prompts with right and wrong rollouts, is the one that balance inside a group needs. Left out:
+heads that pool the prefix with attention; a head of several boundaries at once.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -21,156 +29,160 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration
-from arrol_jax.learning import head_training
-from arrol_jax.learning.batching import head_weights
-from arrol_jax.learning.generation import Grading, generate
-from arrol_jax.learning.metrics import auc, mean, spearman
-from arrol_jax.prune import Calibration
+from arrol_jax import assemble, config as configuration, prune
+from arrol_jax.learning.evaluation import voted_right
+from arrol_jax.learning.generation import generate
+from arrol_jax.learning.metrics import bootstrap_interval
+from arrol_jax.pruning import features, linear_head
 from arrol_jax.pruning.decision import make_decide
-from arrol_jax.pruning.head import INPUTS, Features, init_head, inputs_of, quality_logit
 from arrol_jax.pruning.rule import PruneRule
-from arrol_jax.rewards import Grader
+from arrol_jax.rewards import extract_answer
 from arrol_jax.types import Rollout, UserError
+from experiments.head_fits import FOLDS, Adam, Place, adam_folds, adam_online, ridge_folds, ridge_online
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-COMBINATIONS = (("last",), ("mean",), ("logprobs",), ("last", "logprobs"), ("mean", "logprobs"), ("last", "mean", "logprobs"))
-PASSES = (25, 100, 400)
-SPLITS = 5
+READ = ("last", "last@2/3", "mean@1/3", "mean@2/3", "mean@5/6", "mean", "prompt@2/3", "logprobs", "windows", "siblings")
+STATED = ("mean@2/3", "prompt@2/3", "logprobs", "windows", "siblings")  # what configs with a ridge read
+RIDGES = (("last",), ("last@2/3",), ("mean@1/3",), ("mean@2/3",), ("mean@5/6",), ("mean",), ("logprobs", "windows"),
+          ("siblings",), ("mean@2/3", "logprobs", "windows"), ("mean@2/3", "siblings"), ("mean@2/3", "prompt@2/3"), STATED)
+ADAMS = ((("last",), False), (("last", "logprobs"), False), (("mean", "logprobs"), False), (("mean", "logprobs"), True))
+PASSES = 100  # of offline heads
+# Passes, steps that the ring keeps, balanced.
+ADAMS_ONLINE = ((("last",), 1, 1, False), (("last",), 1, 1, True), (("mean", "logprobs"), 8, 4, True))
+VOTERS = (("last",), ("mean@2/3",), STATED)
+FIRST = 2  # steps that online means leave out: a cold start
 
 
-def collect(c, lengths: tuple[int, ...], count: int) -> list[Rollout]:
-  """Graded rollouts of `count` training problems with readings of all inputs at each length."""
+def collect(c, lengths: tuple[int, ...], count: int) -> tuple[list[list[Rollout]], int]:
+  """Graded rollouts of `count` training problems by step, prompts numbered over all, with features at each length and at the last
+  token; and the model's width."""
   mesh = assemble.make_mesh(c)
-  with jax.set_mesh(mesh), Grader(c.reward.workers, c.reward.pattern, c.reward.timeout) as grader:
-    loaded = assemble.load(c, mesh)
+  with jax.set_mesh(mesh), assemble.grader(c) as grader:
+    loaded = assemble.load(c, mesh, training=True)
     prompts = assemble.prompts(c, loaded, c.data.train)
     if len(prompts) < count:
       raise UserError(f"--prompts={count}, but {c.data.train} holds {len(prompts)}")
     prompts = [prompts[i] for i in np.random.default_rng(c.seed).permutation(len(prompts))[:count]]
-    c.quality.inputs, c.prune.rule = tuple(INPUTS), "confidence"  # so that sampling keeps what these need
-    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
+    # So that sampling keeps what is read, and confidences.
+    c.quality.fit, c.quality.inputs, c.prune.rule = "ridge", READ, "confidence"
+    engine, width = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params), loaded.config.width
     engine.load(loaded.params, c.model.dtype)
-    head = init_head(loaded.config.width, 1, jax.random.key(0), tuple(INPUTS))
-    tables = jax.tree.map(lambda x: jnp.stack([x] * len(lengths)), Calibration.empty(2))
-    decide = make_decide(head, tables, PruneRule(lengths), False, features=True)
+    decide = reader(lengths, features.width(READ, width))
+    sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), assemble.grading(c, loaded, grader)
+    steps, size = [], c.rollout.prompts
     with tqdm(total=count * c.rollout.group_size, desc="rollouts", unit="response") as bar:
-      sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), Grading(loaded.tokenizer, grader)
-      return generate(engine, dict(enumerate(prompts)), c.rollout.group_size, assemble.key(c, assemble.TRAIN), sampling, grading,
-                      decide, lambda _: bar.update())[0]
+      for n in range(count // size):
+        some = dict(enumerate(prompts[n * size:(n + 1) * size]))
+        steps.append(generate(engine, some, c.rollout.group_size, assemble.key(c, assemble.TRAIN, n), sampling, grading, decide,
+                              lambda _: bar.update())[0])
+        for r in steps[-1]:
+          r.prompt += n * size
+  return steps, width
 
 
-class Examples:
-  """The rollouts that reached one length: readings (on the device), rewards, prompts and trace confidence so far."""
-
-  def __init__(self, rollouts: list[Rollout], which: int, length: int, size: int):
-    self.rollouts = there = [r for r in rollouts if len(r.features) > which]
-    pad = lambda x: np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))  # one compiled shape for all lengths
-    self.features = jax.device_put(Features(*(pad(np.stack([getattr(r.features[which], x) for r in there]).astype(np.float32))
-                                            for x in INPUTS)))
-    self.reward = np.array([r.reward for r in there], np.float32)
-    self.padded_reward = jax.device_put(pad(self.reward))
-    self.prompt = np.array([r.prompt for r in there])
-    self.confidence = np.array([r.confidences[:length].mean() for r in there])
-    self.size = size
-
-  def fit(self, head: dict, recent: head_training.Recent, mask: np.ndarray, balanced: bool,
-          **how) -> tuple[dict, head_training.Recent]:
-    """`head_training.refit` on the rows in `mask`."""
-    weight = np.zeros(self.size, np.float32)
-    weight[np.flatnonzero(mask)] = head_weights([r for r, used in zip(self.rollouts, mask, strict=True) if used], (), balanced)
-    return head_training.refit(head, recent, self.of(head), self.padded_reward, weight, **how)
-
-  def of(self, head: dict) -> Features:
-    """What `head` reads of the rows."""
-    return Features(**{x: getattr(self.features, x) for x in inputs_of(head)})
-
-  def scores(self, head: dict) -> np.ndarray:
-    return np.asarray(logits(head, self.of(head)))[:len(self.reward)]
-
-  def judged(self, score: np.ndarray, mask: np.ndarray) -> dict:
-    """How well a score tells right from wrong among the rows in `mask`."""
-    score, reward, prompt = score[mask], self.reward[mask], self.prompt[mask]
-    within = [auc(score[prompt == p], reward[prompt == p]) for p in np.unique(prompt)]
-    return {"auc": auc(score, reward), "auc_within": mean(x for x in within if not np.isnan(x)),
-            "spearman": spearman(score, reward)}
+def reader(lengths: tuple[int, ...], size: int):
+  """A decision that keeps everybody and brings home what a linear head would read."""
+  head, tables = linear_head.empty_head(size), prune.Calibration.empty(2)
+  head, tables = jax.tree.map(lambda x: jnp.stack([x] * (len(lengths) + 1)), (head, tables))
+  named = {name: getattr(head, name) for name in linear_head.NAMES}
+  return make_decide(named, tables, PruneRule(lengths, inputs=READ), False, features=True)
 
 
-def summary(results: list[dict]) -> dict:
-  """Mean and standard deviation over splits or steps."""
-  out = {}
-  for name in results[0]:
-    values = [r[name] for r in results if not np.isnan(r[name])]
-    out |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values))}
-  return out
+def places(steps: list[list[Rollout]], lengths: tuple[int, ...], width: int):
+  """(name, Place) of each length and of the last token."""
+  for which, length in enumerate(lengths):
+    read = lambda r, w=which: r.features[w] if len(r.features) > w else None
+    yield length, Place(steps, read, lambda r, n=length: r.confidences[:n].mean(), READ, width)
+  yield "end", Place(steps, lambda r: r.final_features, lambda r: r.confidences.mean(), READ, width)
 
 
-@jax.jit
-def logits(head: dict, reading: Features) -> jax.Array:
-  return quality_logit(head, reading)
-
-
-def offline(examples: Examples, width: int, hidden: int, optimizer) -> list[dict]:
-  """Heads trained on half of the prompts, judged on the other half; plain scores on the same halves."""
-  prompts, lines = np.unique(examples.prompt), []
-  halves = [np.isin(examples.prompt, np.random.default_rng(seed).permutation(prompts)[::2]) for seed in range(SPLITS)]
-  logprobs = np.asarray(examples.features.logprobs)[:len(examples.reward)]
-  plain = {"trace confidence": examples.confidence, "mean log-prob": logprobs[:, 0], "lowest log-prob": logprobs[:, 1]}
-  for name, score in plain.items():
-    lines.append({"score": name} | summary([examples.judged(score, ~half) for half in halves]))
-  for inputs in COMBINATIONS:
-    for passes, balanced in (*((n, False) for n in PASSES), (PASSES[1], True)):
-      results = []
-      for seed, half in enumerate(halves):
-        head = init_head(width, hidden, jax.random.key(seed), inputs)
-        recent = head_training.no_recent(head, width, examples.size, optimizer)
-        head, _ = examples.fit(head, recent, half, balanced, passes=passes, optimizer=optimizer)
-        results.append(examples.judged(examples.scores(head), ~half))
-      lines.append({"score": "head", "inputs": inputs, "passes": passes, "balanced": balanced} | summary(results))
+def offline(place: Place, c, optimizer) -> list[dict]:
+  """Lines of all scores out of fold."""
+  statistics = np.asarray(place.of(("logprobs",)))
+  plain = {"trace confidence": place.confidence, "mean log-prob": statistics[..., 0], "lowest log-prob": statistics[..., 1]}
+  lines = [{"score": name} | place.by_fold(score) for name, score in plain.items()]
+  for inputs, balanced in ADAMS:
+    score = adam_folds(place, inputs, c.quality.hidden, optimizer, PASSES, balanced)
+    lines.append({"score": "head", "inputs": inputs, "passes": PASSES, "balanced": balanced} | place.by_fold(score))
+  for inputs in RIDGES:
+    for center in (False, True):
+      score, _ = ridge_folds(place, inputs, center, c.quality.strength)
+      lines.append({"score": "ridge", "inputs": inputs, "center": center} | place.by_fold(score))
   return lines
 
 
-def online(examples: Examples, width: int, hidden: int, optimizer, prompts: int, group: int) -> list[dict]:
-  """Steps of `prompts` prompts, each scored before it is learned from: means over the second half of the steps."""
-  step, lines = examples.prompt // prompts, []
-  for inputs in (("last",), ("last", "logprobs"), ("mean", "logprobs")):
-    for passes, buffer, balanced in itertools.product((1, 8, 32), (1, 4), (False, True)):  # buffer: steps' worth of rollouts
-      head = init_head(width, hidden, jax.random.key(0), inputs)
-      room = buffer * prompts * group
-      recent, results = head_training.no_recent(head, width, room, optimizer), []
-      for n in range(step.max() + 1):
-        results.append(examples.judged(examples.scores(head), step == n))
-        head, recent = examples.fit(head, recent, step == n, balanced, passes=passes, optimizer=optimizer)
-      lines.append({"inputs": inputs, "passes": passes, "balanced": balanced, "buffer": room, "steps": int(step.max()) + 1}
-                   | summary(results[len(results) // 2:]))
+def online(place: Place, c, optimizer) -> list[dict]:
+  """Lines of heads that are asked before they learn."""
+  lines = []
+  for inputs, passes, kept, balanced in ADAMS_ONLINE:
+    head = Adam(place, inputs, c.quality.hidden, optimizer, kept * place.shape[1])
+    lines.append({"score": "head", "inputs": inputs, "passes": passes, "balanced": balanced, "buffer": head.room} |
+                 place.by_step(adam_online(place, head, passes, balanced), FIRST))
+  lines.append({"score": "trace confidence"} | place.by_step(place.confidence, FIRST))
+  for inputs in RIDGES:
+    for center in (False, True):
+      score = ridge_online(place, inputs, center, c.quality.strength)
+      lines.append({"score": "ridge", "inputs": inputs, "center": center} | place.by_step(score, FIRST))
   return lines
+
+
+def votes(end: Place, c) -> list[dict]:
+  """Lines of each vote; `end` holds the rollouts' last tokens, all `there`."""
+  group = c.rollout.group_size
+  said = [extract_answer(r.text, c.reward.pattern) for r in end.rollouts]
+  rows = lambda x: np.asarray(x).reshape(-1, group)
+  right, said = rows(end.reward), [said[i:i + group] for i in range(0, len(said), group)]
+  weights = [("majority", None, "majority", np.zeros(right.shape)), ("best mean confidence", None, "best", rows(end.confidence)),
+             ("deepconf", None, "deepconf", rows(end.confidence))]
+  for inputs in VOTERS:
+    _, alone = ridge_folds(end, inputs, True, c.quality.strength)
+    score, posterior = np.zeros((2, *end.shape))
+    for f in range(FOLDS):
+      mine = end.fold == f
+      table = prune.update(prune.Calibration(), alone[f][~mine], end.reward[~mine])
+      score[mine], posterior[mine] = alone[f][mine], np.asarray(prune.posterior(table, alone[f][mine]))
+    weights += [(rule, inputs, rule, rows(x)) for rule, x in (("rank", score), ("posterior", posterior), ("best", score))]
+  lines, base = [], None
+  for name, inputs, rule, scores in weights:
+    hits = np.array([voted_right(*row, rule) for row in zip(right, said, scores, strict=True)])
+    base = hits if base is None else base
+    lines.append({"part": "votes", "rule": name, "inputs": inputs, "samples": group, "problems": len(hits),
+                  "accuracy": float(hits.mean()), "accuracy_ci": bootstrap_interval(hits),
+                  "gain": float((hits - base).mean()), "gain_ci": bootstrap_interval(hits - base)})
+  return lines
+
+
+SHOWN = {"published head": ("head", ("last",), None), "ridge, its input": ("ridge", ("last",), True),
+         "ridge, mean at 2/3 depth": ("ridge", ("mean@2/3",), True),
+         "ridge, with prompt, statistics, siblings": ("ridge", STATED, True),
+         "trace confidence": ("trace confidence", None, None)}
 
 
 def plot(lines: list[dict], path: str) -> None:
-  """AUC over prefix length: all prompts together, and within a prompt."""
-  fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-  heads = {"head: last state": (("last",), False), "head: last state, log-probs": (("last", "logprobs"), False),
-           "head: mean state, log-probs, balanced": (("mean", "logprobs"), True)}
-  best = {name: lambda x, h=h: x["score"] == "head" and (tuple(x["inputs"]), x["balanced"], x["passes"]) == (*h, PASSES[1])
-          for name, h in heads.items()}
-  best |= {name: lambda x, n=name: x["score"] == n for name in ("trace confidence", "mean log-prob")}
-  for axis, key, title in zip(axes, ("auc", "auc_within"), ("all prompts together", "within a prompt"), strict=True):
-    for name, wanted in best.items():
-      mine = [x for x in lines if x["part"] == "offline" and wanted(x)]
-      axis.errorbar([x["length"] for x in mine], [x[key] for x in mine], [x[f"{key}_sd"] for x in mine], label=name, marker="o",
-                    capsize=3, linestyle="-" if name.startswith("head") else "--")
+  """AUC by place: offline of all prompts together and within a prompt, online within a prompt."""
+  fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
+  names = list(dict.fromkeys(x["length"] for x in lines if x["part"] == "offline"))
+  panels = (("offline", "auc", "offline, all prompts together"), ("offline", "auc_within", "offline, within a prompt"),
+            ("online", "auc_within", f"online, within a prompt, steps {FIRST + 1} on"))
+  for axis, (part, key, title) in zip(axes, panels, strict=True):
+    for i, (label, (score, inputs, center)) in enumerate(SHOWN.items()):
+      mine = {x["length"]: x for x in reversed(lines) if (x["part"], x.get("score")) == (part, score) and
+              (inputs is None or tuple(x["inputs"]) == inputs) and (center is None or x["center"] == center)}
+      at = [n for n, name in enumerate(names) if name in mine]
+      axis.errorbar(np.array(at) + 0.06 * (i - 2), [mine[names[n]][key] for n in at], [mine[names[n]][f"{key}_sd"] for n in at],
+                    label=label, marker="o", capsize=3, linestyle="-" if inputs else "--")
     axis.axhline(0.5, color="grey", linewidth=0.8)
-    axis.set_xlabel("response tokens read")
-    axis.set_title(title)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(xlabel="response tokens read", title=title)
   axes[0].set_ylabel("AUC of right against wrong")
-  fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=5, loc="lower center")
-  fig.tight_layout(rect=(0, 0.06, 1, 1))
+  fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncol=5, loc="lower center")
+  fig.tight_layout(rect=(0, 0.07, 1, 1))
   fig.savefig(path, dpi=110)
 
 
-FLAGS = {"lengths": ("32,64,128,192,256", "response tokens at which the head reads"), "prompts": ("640", "how many"),
+FLAGS = {"lengths": ("64,128,192,256", "response tokens at which the head reads"), "prompts": ("640", "how many"),
          "out": ("experiments/results/head", "folder for the results")}
 
 
@@ -183,22 +195,24 @@ def main():
     raise UserError("--lengths and --prompts take whole numbers") from e
   if any(n % c.rollout.segment for n in lengths):
     raise UserError(f"--lengths: each must be a multiple of rollout.segment ({c.rollout.segment})")
+  if count % c.rollout.prompts or count < FOLDS:
+    raise UserError(f"--prompts: a multiple of rollout.prompts ({c.rollout.prompts}), {FOLDS} at least")
   os.makedirs(flags.out, exist_ok=True)
-  rollouts = collect(c, lengths, count)
+  steps, width = collect(c, lengths, count)
   optimizer = optax.adamw(c.optim.head_lr, weight_decay=c.quality.weight_decay)
-  size = len(rollouts)
-  about = {"model": os.path.basename(c.model.path), "device": jax.devices()[0].device_kind, "rollouts": size,
-           "reward": float(np.mean([r.reward for r in rollouts])), "command": "python -m experiments.head_ablation " +
+  about = {"model": os.path.basename(c.model.path), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+           "rollouts": sum(map(len, steps)), "steps": len(steps),
+           "reward": float(np.mean([r.success for step in steps for r in step])),
+           "command": "python -m experiments.head_ablation " +
            " ".join(a for a in sys.argv[1:] if "path" not in a and "data." not in a and "--out" not in a)}
   lines = []
-  for which, length in enumerate(lengths):
-    examples = Examples(rollouts, which, length, size)
-    width = examples.features.last.shape[1]
-    base = {"length": length, "examples": len(examples.reward)}
-    lines += [{"part": "offline"} | base | x for x in offline(examples, width, c.quality.hidden, optimizer)]
-    lines += [{"part": "online"} | base | x for x in online(examples, width, c.quality.hidden, optimizer, c.rollout.prompts,
-                                                                c.rollout.group_size)]
-    with open(f"{flags.out}/ablation.jsonl", "w") as f:  # after each length: what is done stays
+  for length, place in places(steps, lengths, width):
+    base = {"length": length, "examples": int(place.there.sum())}
+    lines += [{"part": "offline"} | base | x for x in offline(place, c, optimizer)]
+    if len(steps) > FIRST:
+      lines += [{"part": "online"} | base | x for x in online(place, c, optimizer)]
+    lines += votes(place, c) if length == "end" else []
+    with open(f"{flags.out}/ablation.jsonl", "w") as f:  # after each place: what is done stays
       f.writelines(json.dumps(x | about) + "\n" for x in lines)
     print(f"{length} tokens: done", flush=True)
   plot(lines, f"{flags.out}/ablation.png")

@@ -2,12 +2,13 @@
 
   python -m experiments.sim_pruning [--out=experiments/results/sim_pruning] [--rollouts=1000000] [--seed=0]
 
-Five questions, each a JSON line in OUT/results.jsonl and a panel of OUT/sim_pruning.png; about a minute on a CPU:
+Six questions, each a JSON line in OUT/results.jsonl and a panel of OUT/sim_pruning.png; about a minute on a CPU:
 theory    do Lemmas 4.1, A.1, A.2 and Theorem 4.2 hold on random groups (METHOD section 8)?
 bias      what does the published table get wrong under its own pruning, and do inverse-propensity weights mend it?
 draws     do systematic draws keep each rollout's probability at a fixed number of survivors?
 balance   E[rho_hat (1 - rho_hat)] of the survivors by rule, for hard, even and easy prompts
 lengths   tokens saved by decisions at several lengths against one at the last, at the same final keep ratio
+signal    sum of (r - mean r)^2 over the survivors of a group, by rule, AUC of the score and kept share
 A rollout's chance q* is its prompt's logit plus its own; its score is logit(q*) plus noise.
 """
 
@@ -24,6 +25,8 @@ import numpy as np
 from scipy import stats
 
 from arrol_jax import config, prune
+from arrol_jax.learning.metrics import auc
+from arrol_jax.pruning.budget import budget_probability
 
 RULE = dict(kappa=0.5, rho=0.5, lam=0.5, p_min=0.1, p_max=0.9)
 GROUP = 16
@@ -191,6 +194,78 @@ def lengths(rng, prompts: int) -> dict:
   return out
 
 
+# ---- signal
+
+
+SIGNAL_RULES = ("published", "random", "group", "budget")
+SHARES, AUCS, BATCH = (0.5, 0.35), (0.6, 0.7, 0.8), 32  # kept shares; AUCs over all rollouts; groups decided together
+# Right at 18%, 64% of groups mixed, signal 1.5: much as Qwen2.5-Coder-0.5B on GSM8K before training (17%, 64%, 1.53).
+POLICY = {"hardness": -2.9, "between": 2.3, "within": 1.2}
+
+
+def noise_for(rng, wanted: float) -> float:
+  """Standard deviation of the score's noise at which its AUC over all rollouts is `wanted`, by bisection on 3,200 groups."""
+  low, high = 0.0, 30.0
+  chance, logit, _ = rollouts(rng, 3200, noise=0.0, **POLICY)
+  unit, reward = rng.normal(size=logit.shape), rng.random(logit.shape) < chance
+  for _ in range(20):
+    middle = (low + high) / 2
+    above = auc((logit + middle * unit).reshape(-1), reward.reshape(-1)) > wanted
+    low, high = (middle, high) if above else (low, middle)
+  return middle
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "kappa"))
+def kept_of_batches(key, table, score, rule: str, kappa: float):
+  """Who survives, bool[N, BATCH * GROUP], of N batches of scores: probabilities by `rule`, systematic draws, a group's number of
+  survivors fixed; under "budget" the batch's."""
+  group, everybody = jnp.repeat(jnp.arange(BATCH, dtype=jnp.int32), GROUP), jnp.ones(BATCH * GROUP, bool)
+  limits = {"kappa": kappa, "p_min": RULE["p_min"], "p_max": RULE["p_max"]}
+  constants = limits | {"rho": RULE["rho"], "lam": RULE["lam"] if rule == "published" else 0.0}
+  delta = prune.solve_delta(table, **constants)
+
+  def one(key, score):
+    q = prune.posterior(table, score)
+    if rule == "budget":
+      p = budget_probability(q, group, everybody, ~everybody, kappa=kappa, p_min=0.02, p_max=1.0)
+    elif rule == "group":
+      p = prune.group_survival(q, group, everybody, rho=RULE["rho"], **limits)
+    else:
+      p = prune.survival(q, delta=delta, **constants)
+    return prune.draw(key, p, method="systematic", groups=jnp.zeros_like(group) if rule == "budget" else group)
+
+  return jax.lax.map(lambda x: one(*x), (jax.random.split(key, len(score)), score))
+
+
+def signal(rng, prompts: int) -> dict:
+  """Signal a group, survivors' share of mixed groups and kept share, by AUC, kept share and rule; and what all rollouts hold."""
+  count = prompts // BATCH * BATCH
+  chance, _, reward = rollouts(rng, count, **POLICY)
+  spread = lambda keep: np.sum(keep * (reward - (keep * reward).sum(1, keepdims=True) / np.maximum(
+    keep.sum(1, keepdims=True), 1))**2, axis=1)
+  whole = spread(np.ones_like(reward))
+  out = {"question": "signal", "prompts": count, "groups_a_batch": BATCH, "success": float(reward.mean()),
+         "all": {"signal": float(whole.mean()), "mixed": float((whole > 0).mean())}}
+  for wanted in AUCS:
+    noise = noise_for(rng, wanted)
+    _, past, known = rollouts(rng, 4 * count, noise=noise, **POLICY)
+    level = np.log(known.mean() / (1 - known.mean()))  # scores near 0 use the table's bins
+    table = prune.update(prune.Calibration(), jnp.asarray(past.reshape(-1) - level), jnp.asarray(known.reshape(-1)))
+    score = np.log(chance / (1 - chance)) + noise * rng.normal(size=chance.shape)
+    within = [auc(s, r) for s, r in zip(score, reward, strict=True) if 0 < r.sum() < GROUP]
+    cell = {"auc": auc(score.reshape(-1), reward.reshape(-1)), "auc_within": float(np.mean(within))}
+    batches = jnp.asarray((score - level).reshape(-1, BATCH * GROUP), jnp.float32)
+    for kappa in SHARES:
+      for rule in SIGNAL_RULES:
+        keep = np.asarray(kept_of_batches(jax.random.key(3), table, batches, rule, kappa)).reshape(reward.shape)
+        value = spread(keep)
+        cell.setdefault(str(kappa), {})[rule] = {
+          "signal": float(value.mean()), "standard_error": float(value.std() / np.sqrt(count)),
+          "rows_in_mixed": float(keep[value > 0].sum() / keep.sum()), "kept": float(keep.mean())}
+    out[str(wanted)] = cell
+  return out
+
+
 # ---- plots
 
 
@@ -199,7 +274,6 @@ def plot(results: dict, path: Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
   figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-  axes.flat[5].set_visible(False)
   axes = axes.flat
   x, y = np.array(results["theory"]["points"]).T
   axes[0].scatter(y, x, s=5, alpha=0.5)
@@ -231,7 +305,19 @@ def plot(results: dict, path: Path) -> None:
   axes[4].bar(["512", "64, 128, 256, 512"], [100 * n[k]["saved"] for k in ("one", "four")])
   axes[4].set(ylabel="tokens saved, %", xlabel="decided at so many tokens",
               title=f"one decision and four\n({n['one']['kept']:.3f} and {n['four']['kept']:.3f} of the long kept)")
+  draw_signal(axes[5], results["signal"])
   figure.savefig(path, dpi=80)
+
+
+def draw_signal(axis, s: dict) -> None:
+  for kappa, line in zip(SHARES, ("-", "--"), strict=True):
+    for i, rule in enumerate(SIGNAL_RULES):
+      cells = [s[str(a)][str(kappa)][rule] for a in AUCS]
+      axis.errorbar(AUCS, [c["signal"] for c in cells], [2 * c["standard_error"] for c in cells], color=f"C{i}", linestyle=line,
+                    marker="o", markersize=3, label=f"{rule}, {kappa:g} kept")
+  axis.set(xticks=AUCS, xlabel="AUC of the score over all rollouts", ylabel="sum of (r - mean r)$^2$ a group", ylim=(0, None),
+           title=f"signal of survivors (all rollouts: {s['all']['signal']:.2f})")
+  axis.legend(ncols=2, fontsize=7)
 
 
 def main():
@@ -244,7 +330,8 @@ def main():
   out.mkdir(parents=True, exist_ok=True)
   results = {r["question"]: r for r in (
     theory(rng, max(100, a.rollouts // 200)), bias(rng, a.rollouts), draws(rng, max(1000, a.rollouts // 25)),
-    balance(rng, max(320, a.rollouts // 250)), lengths(rng, max(320, a.rollouts // 250)))}
+    balance(rng, max(320, a.rollouts // 250)), lengths(rng, max(320, a.rollouts // 250)),
+    signal(rng, max(320, a.rollouts // 250)))}
   command = "python -m experiments.sim_pruning " + shlex.join(sys.argv[1:])
   with open(out / "results.jsonl", "w") as f:
     for r in results.values():

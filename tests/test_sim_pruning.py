@@ -41,3 +41,25 @@ def test_several_decisions_save_more_at_the_same_keep_ratio(rng):
   out = sim.lengths(rng, 640)
   assert out["four"]["saved"] > out["one"]["saved"] + 0.05
   assert abs(out["four"]["kept"] - out["one"]["kept"]) < 0.02
+
+
+def test_the_batchs_budget_keeps_more_signal(rng):
+  """At any AUC, and with 35% of the rollouts as much as random pruning with half of them, where the score knows something."""
+  out = sim.signal(rng, 640)
+  for wanted in sim.AUCS:
+    cell = out[str(wanted)]
+    assert abs(cell["auc"] - wanted) < 0.03 and 0.5 < cell["auc_within"] < cell["auc"]
+    for kappa in sim.SHARES:
+      rules = cell[str(kappa)]
+      assert all(abs(x["kept"] - kappa) < 0.02 for name, x in rules.items() if name != "published")  # whose share is its table's
+      best, error = rules["budget"], rules["budget"]["standard_error"]
+      assert all(best["signal"] > x["signal"] + error for name, x in rules.items() if name != "budget")
+      assert best["signal"] < out["all"]["signal"]
+  known = out["0.8"]
+  assert known["0.35"]["budget"]["signal"] > known["0.5"]["random"]["signal"]
+  # Eight of 16 at random have the whole group's variance in expectation, of 7 in place of 15 degrees of freedom.
+  assert abs(known["0.5"]["random"]["signal"] - out["all"]["signal"] * 7 / 15) < 0.08
+
+
+def test_noise_is_found_for_an_auc(rng):
+  assert sim.noise_for(rng, 0.6) > sim.noise_for(rng, 0.8) > 0.2
