@@ -68,7 +68,7 @@ def loop(loss: LossConfig, temperature):
     out["policy_loss"] -= weight * min(ratio * a, inside * a)
     out["clip_frac"] += (inside * a < ratio * a) / count
     out["entropy"] -= np.sum(probs * np.log(probs)) / count
-    out["logprob_gap"] += abs(logprob - TABLE.sampler_logprobs[b, s]) / count
+    out["logprob_gap"] += abs(TABLE.old_logprobs[b, s] - TABLE.sampler_logprobs[b, s]) / count
     d = TABLE.ref_logprobs[b, s] - logprob
     if loss.kl_weight:
       out["kl"] += (math.exp(d) - d - 1) / count
