@@ -142,14 +142,21 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
 
 
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt], grader, name: str,
-             head: dict | None = None, tables: Calibration | None = None, asked: Asked | None = None) -> dict:
-  """`held_out.measure` as eval.* says, with a progress bar called `name`. asked: responses a problem, None for eval's."""
-  asked = asked or Asked(c.eval.samples, c.eval.temperature)
+             head: dict | None = None, tables: Calibration | None = None) -> dict:
+  """`held_out.measure` as eval.* says, with a progress bar called `name`."""
   voters = Voters(head, tables, detect(c), c.eval.stop_below, c.eval.window, linear_inputs(c))
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
-  with tqdm(total=len(prompts) * asked.samples, desc=name, unit="response", leave=False,
+  with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
+    asked = Asked(c.eval.samples, c.eval.temperature)
     return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters, lambda _: bar.update())[0]
+
+
+def sampled(c: ConfigDict) -> ConfigDict:
+  """The config of an evaluation that draws eval.sampled responses a problem as rollouts are drawn."""
+  out = c.copy_and_resolve_references()
+  out.eval.samples, out.eval.temperature = c.eval.sampled, c.rollout.temperature
+  return out
 
 
 def pools(c: ConfigDict, head: dict | None) -> bool:

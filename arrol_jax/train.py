@@ -87,12 +87,12 @@ def main():
         held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
         held_out.load(state.params["policy"], c.model.dtype)
-        measure = lambda prompts, asked=None: assemble.accuracy(
-          c, loaded, held_out, prompts, grader, name.replace("_", " "), state.params["head"], state.calibration, asked)
-        results = {benchmark: measure(problems.spaced(prompts, most)) for benchmark, prompts in eval_prompts.items()}
+        measure = lambda c, prompts: assemble.accuracy(
+          c, loaded, held_out, prompts, grader, name.replace("_", " "), state.params["head"], state.calibration)
+        results = {benchmark: measure(c, problems.spaced(prompts, most)) for benchmark, prompts in eval_prompts.items()}
         if c.eval.sampled and most is None:
           for benchmark, prompts in eval_prompts.items():
-            results[benchmark]["sampled"] = measure(prompts, Asked(c.eval.sampled, c.rollout.temperature))
+            results[benchmark]["sampled"] = measure(assemble.sampled(c), prompts)
         if hosts.first():
           write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)

@@ -125,11 +125,11 @@ class Run:
 
   @property
   def settings(self) -> dict:
-    """All that the command sets, but for where this machine has model and data."""
+    """All that shapes the run's course and its evaluations."""
     r, arm = self.regime, self.regime.arms[self.arm]
     prompts = r.settings["rollout.prompts"]
-    out = SHARED | r.settings | {"stop_seconds": r.full, "eval.at_seconds": f"({r.half},)", "checkpoint.export": self.votes,
-                                 "seed": self.seed, "rollout.prompts": int(prompts * arm.prompts)}
+    out = SHARED | r.settings | {"stop_seconds": r.full, "eval.at_seconds": f"({r.half},)", "seed": self.seed,
+                                 "rollout.prompts": int(prompts * arm.prompts)}
     out |= {"rollout.candidates": int(prompts * arm.looked_at)} if arm.looked_at else {}
     out |= {"optim.lr": r.rates[arm.ours]} if r.rates else {}
     return out | arm.settings
@@ -137,7 +137,7 @@ class Run:
   def training(self, model: str, data: str) -> tuple[str, ...]:
     """argv of `python -m`; model, data: where they are here, "" for the config's own."""
     return ("arrol_jax.train", f"--config={self.regime.config}", f"--workdir={self.workdir}",
-            *options(self._paths(model, data) | self.settings))
+            *options(self._paths(model, data) | self.settings | {"checkpoint.export": self.votes}))
 
   def voting(self, data: str) -> tuple[str, ...]:
     """argv of the evaluation whose samples vote."""

@@ -162,8 +162,9 @@ def arms_table(results: Results) -> list[str]:
     known = lambda when, sampled=False, runs=runs: [x for x in (accuracy(r, when, sampled) for r in runs) if x is not None]
     of = lambda value, form=".2f", runs=runs: f"{mean(value(r) for r in runs):{form}}"
     average = lambda name, of=of: of(lambda r: mean(r.column(name)))
+    name = arm if len({r.version for r in runs}) == 1 else f"{arm} (of several commits)"
     rows.append([
-      arm, str(len(runs)), of(lambda r: r.about["steps"], ".0f"), of(lambda r: r.about["seconds"], ".1f"),
+      name, str(len(runs)), of(lambda r: r.about["steps"], ".0f"), of(lambda r: r.about["seconds"], ".1f"),
       of(lambda r: r.median("sec_step")), of(lambda r: 100 * r.column("sec_generate").sum() / r.column("sec_step").sum(), ".0f"),
       average("keep_ratio"), average("signal"), of(signal_rate), average("head_auc_within"),
       of(lambda r: 100 * clipped(r), ".0f"), of(lambda r: r.median("grad_norm")),
@@ -303,6 +304,7 @@ def plot(results: Results) -> Figure:
         axis.plot(x, y, lw=0.7, alpha=0.5, marker="." if axis is held_out else None, **look)
       whole = np.isfinite(lines).all(axis=0)  # where all runs of the arm have a value
       axis.plot(x, np.where(whole, np.nansum(lines, axis=0) / len(lines), np.nan), lw=2.5, label=arm, **look)
+  rewards.set_xlim(0, results.regime.full)
   rewards.set(title="Reward of all rollouts started, mean of five steps", ylabel="reward (reward_ipw)")
   held_out.set(title="Held-out accuracy, greedy", ylabel="accuracy, %", xticks=[results.regime.half, results.regime.full])
   for axis in (rewards, held_out):
