@@ -162,7 +162,7 @@ def arms_table(results: Results) -> list[str]:
     known = lambda when, sampled=False, runs=runs: [x for x in (accuracy(r, when, sampled) for r in runs) if x is not None]
     of = lambda value, form=".2f", runs=runs: f"{mean(value(r) for r in runs):{form}}"
     average = lambda name, of=of: of(lambda r: mean(r.column(name)))
-    name = arm if len({r.version for r in runs}) == 1 else f"{arm} (of several commits)"
+    name = arm if len({x.version for x in runs}) == 1 else f"{arm} (of several commits)"
     rows.append([
       name, str(len(runs)), of(lambda r: r.about["steps"], ".0f"), of(lambda r: r.about["seconds"], ".1f"),
       of(lambda r: r.median("sec_step")), of(lambda r: 100 * r.column("sec_generate").sum() / r.column("sec_step").sum(), ".0f"),
