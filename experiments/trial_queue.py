@@ -25,6 +25,7 @@ from experiments.runs import terminated
 from experiments.trial_arms import ROOT, Run, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
+VOTING = 120.0  # seconds that votes may take: they are not begun at the end of a call with less left, and cannot be cut off
 KEPT = """step pruning reward reward_ipw truncated response_len entropy grad_norm lr signal signal_per_1k_tokens keep_ratio
   groups_mixed rows_trained tokens_generated tokens_trained head_auc head_auc_within logprob_gap
   sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
@@ -68,16 +69,17 @@ def one(run: Run, deadline: float | None, version: dict, model: str, data: str) 
   workdir, begun = ROOT / run.workdir, time.monotonic()
   pieces = workdir.parent / f"{run.name}.pieces.jsonl"
   workdir.parent.mkdir(parents=True, exist_ok=True)
-  problem, said = None, ""
-  if not (workdir / "summary.json").exists():
+  problem, said, trained = None, "", (workdir / "summary.json").exists()
+  if not trained:
     problem, _ = attempt(run.training(model, data), deadline)
-  ended = (workdir / "summary.json").exists()
-  if ended and not problem and run.votes:
-    problem, said = attempt(run.voting(data), None, say=True)
-  with open(pieces, "a") as f:
-    f.write(json.dumps(version | {"step": steps(workdir), "wall_s": round(time.monotonic() - begun, 1)}) + "\n")
-  if not problem and not ended:
+    with open(pieces, "a") as f:
+      f.write(json.dumps(version | {"step": steps(workdir), "wall_s": round(time.monotonic() - begun, 1)}) + "\n")
+  if not problem and not (workdir / "summary.json").exists():
     return False
+  if not problem and run.votes:
+    if deadline and not trained and deadline - time.monotonic() < VOTING:
+      return False  # the next call begins with them
+    problem, said = attempt(run.voting(data), None, say=True)
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings),
            "pieces": [piece for piece in map(json.loads, pieces.read_text().splitlines()) if piece["step"]]}
   keep(run, about, problem, said)

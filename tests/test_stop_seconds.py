@@ -28,7 +28,7 @@ def test_the_step_that_fills_the_seconds_is_the_last(folder):
   folder, said = folder
   lines, summary = read(folder / "whole" / "metrics.jsonl"), read(folder / "whole" / "summary.json")
   assert [x["sec_total"] for x in lines] == [1.0, 2.0, 3.0, 4.0]
-  assert (summary["steps"], summary["sec_total"]) == (4, 4.0) and "4 steps done" in said["whole"]
+  assert summary["steps"] == 4 and "4 steps done" in said["whole"]
   assert "finished (4 steps)" in said["again"] and "1 steps done" in said["first"]
 
 
@@ -62,7 +62,9 @@ def test_seconds_and_ends_by_hand(tmp_path):
   assert seconds_of([]) == 0.0 and seconds_of([{"sec_step": 2.0}, {"sec_step": 3.0}]) == 5.0
   assert seconds_of([{"sec_step": 2.0, "sec_total": 1.5}, {"sec_step": 3.0, "sec_total": 4.5}]) == 4.5
   assert finished(str(tmp_path), 5, None) == 0
-  (tmp_path / "summary.json").write_text('{"steps": 4, "sec_total": 9.5}')
+  (tmp_path / "metrics.jsonl").write_text('{"step": 4, "sec_total": 9.5}\n')
+  assert finished(str(tmp_path), 4, 9.0) == 0  # its summary is not there yet
+  (tmp_path / "summary.json").write_text('{"steps": 4}')
   ends = [finished(str(tmp_path), *x) for x in ((4, None), (5, None), (5, 9.0), (5, 10.0))]
   assert ends == [4, 0, 4, 0]
 

@@ -122,6 +122,14 @@ def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
   assert queue(trained, [run]) and len(trained.began) == 2  # nothing is run twice
 
 
+def test_votes_that_time_does_not_allow_are_the_next_calls(queue):
+  trained, run = Trained(), Run(CPU, "budget", 1)
+  assert not queue(trained, [run], 1.0) and not run.folder.exists()
+  assert queue(trained, [run], 1.0) and trained.began == ["train budget_seed1", "evaluate budget_seed1/policy"]
+  about = json.loads((run.folder / "run.json").read_text())
+  assert "votes" in about and len(about["pieces"]) == 1
+
+
 def test_a_failed_run_is_noted_and_the_others_go_on(queue):
   trained, runs = Trained(plain8=RuntimeError("out of\nmemory")), list(runs_of(CPU))[:3]
   assert queue(trained, runs) and [(run.folder / "run.json").exists() for run in runs] == [True, False, True]

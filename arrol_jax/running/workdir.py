@@ -62,8 +62,7 @@ class Logs:
       "steps": last["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
       "config_hash": fingerprint(c), "eval_before": before, "eval_after": after,
       "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
-      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": last["reward"],
-      "sec_total": seconds_of(self.lines)})
+      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": last["reward"]})
 
   def close(self) -> None:
     for file in [*self.files.values(), *self.backends]:
@@ -126,7 +125,7 @@ def steps_done(workdir: str) -> int:
 def finished(workdir: str, steps: int, stop_seconds: float | None) -> int:
   """Steps of a run that ended as these settings have it, after so many steps or seconds; 0 for others."""
   done = steps_done(workdir)
-  over = done and stop_seconds is not None and read_json(f"{workdir}/summary.json").get("sec_total", 0.0) >= stop_seconds
+  over = stop_seconds is not None and seconds_of(read_lines(f"{workdir}/metrics.jsonl")) >= stop_seconds
   return done if done >= steps or over else 0
 
 
