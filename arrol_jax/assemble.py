@@ -152,6 +152,13 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
     return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters, lambda _: bar.update())[0]
 
 
+def sampled(c: ConfigDict) -> ConfigDict:
+  """The config of an evaluation that draws eval.sampled responses a problem as rollouts are drawn."""
+  out = c.copy_and_resolve_references()
+  out.eval.samples, out.eval.temperature = c.eval.sampled, c.rollout.temperature
+  return out
+
+
 def pools(c: ConfigDict, head: dict | None) -> bool:
   """Whether a head reads the mean of the states after the final norm."""
   return head is not None and "mean" in (linear_inputs(c) if is_linear(head) else inputs_of(head))

@@ -252,6 +252,10 @@ def _check(c: ConfigDict) -> None:
   for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
     value = _value(c, name)
     _need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
+  _need(c.stop_seconds is None or c.optim.schedule == "constant",
+        f"optim.schedule is {c.optim.schedule!r}; stop_seconds leaves the last step open, so it must be 'constant'")
+  _need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),
+        f"eval.at_seconds is {tuple(c.eval.at_seconds)}; it takes seconds above 0, such as (60.0,)")
   _need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
@@ -265,7 +269,7 @@ _RANGES = [
               "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
               "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every "
               "eval.subset mesh.data mesh.fsdp mesh.tensor"),
-  (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new log.rollouts"),
+  (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new eval.sampled log.rollouts"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
   (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
   (0, 1, "rollout.explore prune.target prune.holdout loss.overlong eval.stop_below"),
@@ -278,10 +282,11 @@ _RANGES = [
 _ABOVE = [
   (0, 1, "rollout.top_p rollout.min_p learn.keep"), (0, 100, "rollout.temperature"),
   (0, 86400, "reward.timeout"),
-  (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm"),
+  (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm stop_seconds"),
 ]
 _MAY_BE_NONE = """rollout.candidates rollout.slots rollout.top_k rollout.top_p rollout.min_p prune.half_life quality.half_life
-  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.every eval.stop_below""".split()
+  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.every eval.stop_below
+  stop_seconds""".split()
 
 
 def _check_ranges(c: ConfigDict) -> None:
@@ -340,6 +345,7 @@ def _check_data(c: ConfigDict) -> None:
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
     _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
           f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
+  _need(not c.eval.at_seconds or held_out != [], "eval.at_seconds evaluates data.eval during training, and data.eval is empty")
   _need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
   _need("{problem}" in c.data.template, "data.template has no {problem} in it")
 

@@ -33,9 +33,10 @@ from arrol_jax.running.workdir import (
   check_can_go_on,
   check_workdir,
   claim,
+  finished,
   hold,
   read_json,
-  steps_done,
+  seconds_of,
   write_json,
 )
 from arrol_jax.step import RolledOut, TrainingStep
@@ -52,8 +53,8 @@ def main():
   workdir, started = flags.workdir, time.time()
   defaults = configuration.defaults()
   hosts.together(lambda: check_workdir(workdir, c, defaults))
-  done = hosts.agree(hosts.together(lambda: steps_done(workdir)))
-  if done >= c.steps:
+  done = hosts.agree(hosts.together(lambda: finished(workdir, c.steps, c.stop_seconds)))
+  if done:
     hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
   lock = hosts.together(lambda: hold(workdir) if hosts.first() else nullcontext())
@@ -86,9 +87,12 @@ def main():
         held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
         held_out.watch = stop.check
         held_out.load(state.params["policy"], c.model.dtype)
-        results = {benchmark: assemble.accuracy(c, loaded, held_out, problems.spaced(prompts, most), grader,
-                                                name.replace("_", " "), state.params["head"], state.calibration)
-                   for benchmark, prompts in eval_prompts.items()}
+        measure = lambda c, prompts: assemble.accuracy(
+          c, loaded, held_out, prompts, grader, name.replace("_", " "), state.params["head"], state.calibration)
+        results = {benchmark: measure(c, problems.spaced(prompts, most)) for benchmark, prompts in eval_prompts.items()}
+        if c.eval.sampled and most is None:
+          for benchmark, prompts in eval_prompts.items():
+            results[benchmark]["sampled"] = measure(assemble.sampled(c), prompts)
         if hosts.first():
           write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)
@@ -137,7 +141,7 @@ def main():
     took = step_programs.compile_ahead(programs, mesh, one_more)
     bar.close()
     hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
-    before = evaluate(state, "eval_before")
+    before = evaluate(state, "eval_before") if c.eval.before else {}
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c), also=tuple(hashes)))
@@ -157,6 +161,11 @@ def main():
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
                               if logs else None)
+    earlier, spent = hosts.agree((seconds_of(logs.lines[:-1]), seconds_of(logs.lines)) if logs else None)
+    if passed(c, earlier, spent):  # if it was not told to stop in the middle of that evaluation, this one is there
+      evaluate(state, f"eval_all_{start:04d}")
+    timed = c.stop_seconds is not None or len(c.eval.at_seconds) > 0
+    time_is_over = lambda: c.stop_seconds is not None and spent >= c.stop_seconds
 
     @stack.push
     def save_before_leaving(kind, signal, *_):
@@ -166,17 +175,23 @@ def main():
         hosts.say(f"{workdir}: {signal}; step {int(state.step)} is saved")
 
     # ---- loop
-    bar = stack.enter_context(tqdm(range(start, c.steps), initial=start, total=c.steps, desc="train", unit="step",
-                                   disable=not hosts.first()))
+    to_do = range(start, start if time_is_over() else c.steps)
+    bar = stack.enter_context(tqdm(to_do, initial=start, total=c.steps, desc="train", unit="step", disable=not hosts.first()))
     compiling.seconds()  # what was compiled before is no step's
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
+      compiled, earlier = compiling.total, spent
       state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
-      line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds()}
+      spent += max(0.0, metrics["sec_step"] - (compiling.total - compiled))
+      spent = hosts.agree(spent) if timed else spent  # all must end at one step
+      last = step + 1 == c.steps or time_is_over()
+      line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds(), "sec_total": spent}
       since_saved.append(line["reward_ipw"])
       finite = all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm"))
       try:
-        if finite and c.eval.every and (step + 1) % c.eval.every == 0:
+        if finite and passed(c, earlier, spent):
+          line |= held_out_line(evaluate(state, f"eval_all_{step + 1:04d}"))
+        elif finite and c.eval.every and (step + 1) % c.eval.every == 0:
           line |= held_out_line(evaluate(state, f"eval_{step + 1:04d}", c.eval.subset))
       finally:  # a run that is told to stop in the middle of it has made this step all the same
         if logs:
@@ -188,11 +203,13 @@ def main():
       bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
                       tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
       checkpoints.check()
-      if (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and step + 1 == c.steps):
+      if (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and last):
         if logs:
           logs.sync()
         checkpoints.save(step + 1, state, score=sum(since_saved) / len(since_saved))
         since_saved.clear()
+      if last:
+        break
     bar.close()
 
     # ---- after
@@ -208,7 +225,7 @@ def main():
     hosts.gather(None)  # the others wait for what the first writes
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
-    hosts.say(f"{workdir}: {c.steps} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+    hosts.say(f"{workdir}: {int(state.step)} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
 
 
 def benchmark_names(listed: str) -> dict[str, str]:
@@ -223,6 +240,11 @@ def held_out_line(results: dict) -> dict:
   count = sum(x["problems"] for x in results.values())
   out = {"held_out_accuracy": sum(x["accuracy"] * x["problems"] for x in results.values()) / count}
   return out | ({f"held_out_accuracy/{name}": x["accuracy"] for name, x in results.items()} if len(results) > 1 else {})
+
+
+def passed(c, earlier: float, spent: float) -> bool:
+  """Whether one of eval.at_seconds lies between a step's begin and its end."""
+  return any(earlier < t <= spent for t in c.eval.at_seconds)
 
 
 def summary_line(result: dict) -> str:

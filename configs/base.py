@@ -12,6 +12,8 @@ from arrol_jax.config import Section
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.steps = 200                # optimizer steps
+  c.stop_seconds = config_dict.placeholder(float)  # a run ends with the step that fills so many seconds of steps, compilation
+                               # and evaluations not counted (sec_total in metrics.jsonl), or after `steps`; None: after `steps`
   c.seed = 0
 
   c.model = ConfigDict()
@@ -140,6 +142,9 @@ def get_config() -> ConfigDict:
   c.eval.problems = 0          # first so many problems; 0: all
   c.eval.every = config_dict.placeholder(int)  # steps after which a part of data.eval is evaluated during training; None: only
                                # all of it, before and after
+  c.eval.before = True         # all of data.eval before the first step too
+  c.eval.at_seconds = ()       # seconds of steps, as stop_seconds counts them, after which all of data.eval is evaluated
+  c.eval.sampled = 0           # where all of it is evaluated: so many more responses a problem, at rollout.temperature; 0: none
   c.eval.subset = 256          # problems of each source then, evenly spaced
   c.eval.samples = 1           # responses a problem
   c.eval.temperature = 0.0     # 0: greedy

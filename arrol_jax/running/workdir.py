@@ -122,6 +122,20 @@ def steps_done(workdir: str) -> int:
   return steps
 
 
+def finished(workdir: str, steps: int, stop_seconds: float | None) -> int:
+  """Steps of a run that ended as these settings have it, after so many steps or seconds; 0 for others."""
+  done = steps_done(workdir)
+  over = stop_seconds is not None and seconds_of(read_lines(f"{workdir}/metrics.jsonl")) >= stop_seconds
+  return done if done >= steps or over else 0
+
+
+def seconds_of(lines: list[dict]) -> float:
+  """Seconds of the steps in metrics.jsonl, without compilation; lines of older versions say their own alone."""
+  if not lines:
+    return 0.0
+  return lines[-1]["sec_total"] if "sec_total" in lines[-1] else sum(x["sec_step"] for x in lines)
+
+
 def check_can_go_on(workdir: str) -> None:
   """UserError where steps were done and saved, and no checkpoint of them is there: starting anew would wipe their results."""
   folder = f"{workdir}/checkpoints"
@@ -154,9 +168,9 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   if changed:
     raise UserError(f"{workdir}: {' and '.join(changed)} changed since this run began; put back what was there, or choose "
                     "another --workdir")
-  stale = ["summary", "eval_after"]
+  stale, during = ["summary", "eval_after"], re.compile(r"(eval_(?:all_)?\d+)\.json")
   if stored and (stored["eval"] != config["eval"] or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
-    stale += ["eval_before", *(name[:-len(".json")] for name in os.listdir(workdir) if re.fullmatch(r"eval_\d+\.json", name))]
+    stale += ["eval_before", *(found[1] for found in map(during.fullmatch, os.listdir(workdir)) if found)]
   hashes = list(dict.fromkeys([*before.get("config_hashes", []), fingerprint(c)]))
   write_json(path, inputs | {"config_hashes": hashes})
   for name in stale:
@@ -264,14 +278,15 @@ def to_json(c) -> str:
 
 
 # What a run may go on with whatever it began with: sections, and keys that concern only memory, machines and speed.
-_FREE_SECTIONS = ("steps", "checkpoint", "log", "eval", "mesh")
+_FREE_SECTIONS = ("steps", "stop_seconds", "checkpoint", "log", "eval", "mesh")
 FREE = """model.attention model.remat data.folder data.tfds_dir rollout.slots rollout.attention rollout.segment
   rollout.row_buckets rollout.length_buckets optim.micro_tokens optim.chunk_tokens optim.length_buckets optim.tail_sizes
   reward.workers reward.timeout reward.memory""".split()
 
 
 def lasting(c) -> dict:
-  """All that shapes a run's course; a longer `steps`, other logging or saving, another mesh or memory continue the same run."""
+  """All that shapes a run's course; a longer `steps` or `stop_seconds`, other logging or saving, another mesh or memory continue
+  the same run."""
   kept = {k: v for k, v in json.loads(to_json(c)).items() if k not in _FREE_SECTIONS}
   for section, name in (x.split(".") for x in FREE):
     if isinstance(kept.get(section), dict):

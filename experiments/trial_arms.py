@@ -1,0 +1,169 @@
+"""The trial as data: which arms, seeds, settings and budgets of step seconds each regime has, and the command of each run.
+
+Does pruning win at equal wall clock? All arms of a regime share its settings (SHARED and the regime's own): token-mean loss with
+a penalty for overlong responses, a gradient norm that clips no arm, systematic draws, a cold start of two steps. They differ in
+what ARMS says. A run ends after `full` seconds of steps, compilation and evaluations not counted, and is evaluated after `half`
+of them and at its end: greedily, and with four samples a problem. Left out: how runs are started (trial_queue.py), what they
+showed (trial_page.py).
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "experiments/results/trial"
+SKIP = 4  # first steps left out of medians and means: two of the cold start, and those that follow are the first of their kind
+
+SHARED = {
+  "steps": 100000, "loss.aggregate": "token", "loss.overlong": 0.2, "optim.clip_norm": 10.0, "prune.draw": "systematic",
+  "prune.cold_start": 2, "eval.before": False, "eval.samples": 1, "eval.temperature": 0.0, "eval.sampled": 4,
+  "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
+
+# The learning rates to choose from, on SPARE_SEED, before the other runs (regime "tuning"), and what was chosen of them: that of
+# plain GRPO for all arms but ours. Not tried yet: 3e-6 is what earlier runs had.
+RATES, SPARE_SEED = ("1e-6", "3e-6", "6e-6"), 100
+RATE, RATE_OURS = "3e-6", "3e-6"
+
+_OURS = {
+  "prune.rule": "budget", "prune.p_max": 1.0, "prune.p_min": 0.02, "prune.half_life": 4096.0, "quality.fit": "ridge",
+  "quality.inputs": "('mean@2/3','prompt@2/3','logprobs','windows','siblings')", "quality.half_life": 8192.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """what: in the page's words; ours: takes our learning rate. prompts: a step, as a share of the regime's; looked_at: the same of
+  those that prompts are chosen from."""
+  what: str
+  settings: dict
+  ours: bool = False
+  prompts: float = 1.0
+  looked_at: float | None = None
+
+
+ARMS = {
+  "plain": Arm("GRPO, 16 rollouts a prompt", {"prune.enabled": False}),
+  "plain8": Arm("GRPO, 8 rollouts a prompt", {"prune.enabled": False, "rollout.group_size": 8}),
+  "random": Arm("half dropped by chance", {"prune.rule": "random"}),
+  "published": Arm("the paper's rule and head", {"prune.rule": "published"}),
+  "budget": Arm("ours: the batch's budget, half kept", _OURS, True),
+  "budget035": Arm("ours, 0.35 kept", _OURS | {"prune.keep": 0.35}, True),
+  "max_variance": Arm("PODS: all finish, the half whose rewards vary most is learned from", {"prune.rule": "max_variance"}),
+  "budget_max_variance": Arm("ours, and of the survivors PODS' half is learned from", _OURS | {"learn.keep": 0.5}, True),
+  "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
+  "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
+# How many seeds each has (from 1 on); the pairs that the question is about have most.
+SEEDS = {"plain": 5, "plain8": 5, "budget": 5, "max_variance": 3, "random": 3, "published": 3, "budget035": 3,
+         "budget_max_variance": 3, "budget_chosen": 3, "budget_wide": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+  """scale: what it runs on. half, full: seconds of steps. seeds: their number by arm, first: the first of them. rates:
+  learning rate of all arms but ours, and of ours. train, test: files of the data's folder, "" where the config has its own.
+  votes: so many seeds of these arms also vote, as `voting` says."""
+  name: str
+  scale: str
+  what: str
+  config: str
+  half: float
+  full: float
+  settings: dict
+  seeds: dict[str, int]
+  arms: dict[str, Arm] = dataclasses.field(default_factory=lambda: ARMS)
+  first: int = 1
+  rates: tuple[str, str] | None = (RATE, RATE_OURS)
+  train: str = ""
+  test: str = ""
+  voting: dict = dataclasses.field(default_factory=dict)
+  votes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+_GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
+_VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
+# Each of two arms by learning rate: "plain@1e-6".
+_BY_RATE = {f"{name}@{rate}": dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.lr": rate})
+            for name in ("plain", "budget") for rate in RATES}
+
+REGIMES = {regime.name: regime for regime in (
+  Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
+         120.0, _GSM8K, SEEDS, train="gsm8k_train", test="gsm8k_test", voting=_VOTING, votes={"plain": 3, "budget": 3}),
+  Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 90.0, 180.0,
+         _GSM8K | {"rollout.max_new": 1024}, {"plain": 3, "plain8": 3, "budget": 3}, train="math_train", test="math500"),
+  Regime("tuning", "gpu", "GSM8K: learning rates on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
+         dict.fromkeys(_BY_RATE, 1), _BY_RATE, SPARE_SEED, None, "gsm8k_train", "gsm8k_test"),
+  Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
+         5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100}, dict.fromkeys(ARMS, 1) | {
+           "plain": 2, "plain8": 2, "budget": 2}, rates=None,
+         voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
+DEFAULT = {"gpu": ("gsm8k", "math"), "cpu": ("arithmetic",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One arm of a regime with one seed. Its results are run.json and metrics.jsonl below `folder`, or failed.json."""
+  regime: Regime
+  arm: str
+  seed: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.arm}_seed{self.seed}"
+
+  @property
+  def folder(self) -> Path:
+    return ROOT / RESULTS / self.regime.name / self.name
+
+  @property
+  def workdir(self) -> Path:
+    return Path("runs/trial") / self.regime.name / self.name
+
+  @property
+  def votes(self) -> bool:
+    return self.seed < self.regime.first + self.regime.votes.get(self.arm, 0)
+
+  @property
+  def settings(self) -> dict:
+    """All that shapes the run's course and its evaluations."""
+    r, arm = self.regime, self.regime.arms[self.arm]
+    prompts = r.settings["rollout.prompts"]
+    out = SHARED | r.settings | {"stop_seconds": r.full, "eval.at_seconds": f"({r.half},)", "seed": self.seed,
+                                 "rollout.prompts": int(prompts * arm.prompts)}
+    out |= {"rollout.candidates": int(prompts * arm.looked_at)} if arm.looked_at else {}
+    out |= {"optim.lr": r.rates[arm.ours]} if r.rates else {}
+    return out | arm.settings
+
+  def training(self, model: str, data: str) -> tuple[str, ...]:
+    """argv of `python -m`; model, data: where they are here, "" for the config's own."""
+    return ("arrol_jax.train", f"--config={self.regime.config}", f"--workdir={self.workdir}",
+            *options(self._paths(model, data) | self.settings | {"checkpoint.export": self.votes}))
+
+  def voting(self, data: str) -> tuple[str, ...]:
+    """argv of the evaluation whose samples vote."""
+    r = self.regime
+    paths = self._paths("", data) | {"model.path": f"{self.workdir}/policy"}
+    kept = {k: v for k, v in self.settings.items() if k.startswith(("rollout.max_new", "prune.detect", "quality."))}
+    return ("arrol_jax.evaluate", f"--config={r.config}", *options(paths | kept | r.voting))
+
+  def _paths(self, model: str, data: str) -> dict:
+    r, found = self.regime, {"model.path": model} if model else {}
+    if data and r.train:
+      found |= {"data.folder": data, "data.train": f"{data}/{r.train}.jsonl", "data.eval": f"{data}/{r.test}.jsonl"}
+    return found
+
+
+def options(settings: dict) -> list[str]:
+  """As a command line has them."""
+  return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def runs_of(regime: Regime) -> Iterator[Run]:
+  """Seed by seed, so that what is there at any moment is balanced over arms."""
+  for i in range(max(regime.seeds.values())):
+    yield from (Run(regime, arm, regime.first + i) for arm, count in regime.seeds.items() if i < count)
+
+
+def same(settings: dict) -> dict:
+  """Settings as they are after a way through JSON."""
+  return json.loads(json.dumps(settings))

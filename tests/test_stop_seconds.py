@@ -1,0 +1,78 @@
+"""Runs that end after so many seconds of steps (stop_seconds), evaluated on the way (eval.at_seconds, eval.sampled)."""
+
+from helpers_train import arguments, assert_refused, command, read, run, timeless
+import pytest
+
+from arrol_jax import step
+from arrol_jax.running import hosts
+from arrol_jax.running.workdir import finished, seconds_of
+
+TIMED = {"steps": 1000, "stop_seconds": 3.5, "eval__at_seconds": "(1.5,)", "eval__sampled": 2, "eval__before": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Every step takes one second: `whole` runs for 3.5, `parts` for 0.5 first, `longer` for 3.5 and then for 4.5."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(step.Clock, "total", lambda self: 1.0)
+  patch.setattr(hosts.Compiling, "_note", lambda *a, **k: None)
+  folder = tmp_path_factory.mktemp("timed")
+  said = {"whole": run(folder / "whole", **TIMED).out, "first": run(folder / "parts", **TIMED | {"stop_seconds": 0.5}).out}
+  run(folder / "parts", **TIMED)
+  said["again"] = run(folder / "whole", **TIMED).out
+  yield folder, said
+  patch.undo()
+
+
+def test_the_step_that_fills_the_seconds_is_the_last(folder):
+  folder, said = folder
+  lines, summary = read(folder / "whole" / "metrics.jsonl"), read(folder / "whole" / "summary.json")
+  assert [x["sec_total"] for x in lines] == [1.0, 2.0, 3.0, 4.0]
+  assert summary["steps"] == 4 and "4 steps done" in said["whole"]
+  assert "finished (4 steps)" in said["again"] and "1 steps done" in said["first"]
+
+
+def test_all_problems_are_evaluated_at_the_first_step_past_a_time(folder):
+  whole = folder[0] / "whole"
+  assert sorted(p.name for p in whole.glob("eval_*")) == ["eval_after.json", "eval_all_0002.json"]
+  result = read(whole / "eval_all_0002.json")["test"]
+  assert (result["problems"], result["samples"]) == (4, 1)
+  assert (result["sampled"]["problems"], result["sampled"]["samples"]) == (4, 2)
+  assert [x.get("held_out_accuracy") for x in read(whole / "metrics.jsonl")] == [None, result["accuracy"], None, None]
+  assert read(whole / "summary.json")["eval_after"]["test"]["sampled"]["samples"] == 2
+
+
+def test_a_run_in_parts_is_the_same(folder):
+  whole, parts = (folder[0] / name for name in ("whole", "parts"))
+  assert timeless(read(whole / "metrics.jsonl")) == timeless(read(parts / "metrics.jsonl"))
+  assert read(whole / "eval_all_0002.json") == read(parts / "eval_all_0002.json")
+
+
+def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(folder):
+  """As if stopped in the middle of the one after the second step: its line is there, its file is not."""
+  parts = folder[0] / "cut"
+  run(parts, **TIMED | {"stop_seconds": 1.5})
+  there = read(parts / "eval_all_0002.json")
+  (parts / "eval_all_0002.json").unlink()
+  run(parts, **TIMED)
+  assert read(parts / "eval_all_0002.json") == there == read(folder[0] / "whole" / "eval_all_0002.json")
+
+
+def test_seconds_and_ends_by_hand(tmp_path):
+  assert seconds_of([]) == 0.0 and seconds_of([{"sec_step": 2.0}, {"sec_step": 3.0}]) == 5.0
+  assert seconds_of([{"sec_step": 2.0, "sec_total": 1.5}, {"sec_step": 3.0, "sec_total": 4.5}]) == 4.5
+  assert finished(str(tmp_path), 5, None) == 0
+  (tmp_path / "metrics.jsonl").write_text('{"step": 4, "sec_total": 9.5}\n')
+  assert finished(str(tmp_path), 4, 9.0) == 0  # its summary is not there yet
+  (tmp_path / "summary.json").write_text('{"steps": 4}')
+  ends = [finished(str(tmp_path), *x) for x in ((4, None), (5, None), (5, 9.0), (5, 10.0))]
+  assert ends == [4, 0, 4, 0]
+
+
+@pytest.mark.parametrize("settings, words", [
+  ({"stop_seconds": 0.0}, ("stop_seconds is 0", "above 0")),
+  ({"stop_seconds": 9.0, "optim__schedule": "cosine"}, ("optim.schedule is 'cosine'", "stop_seconds")),
+  ({"eval__at_seconds": "(0.0,)"}, ("eval.at_seconds", "above 0")),
+  ({"eval__at_seconds": "(5.0,)", "data__eval": ""}, ("eval.at_seconds", "data.eval is empty"))])
+def test_mistakes_are_told_in_one_line(tmp_path, settings, words):
+  assert_refused(command(*arguments(tmp_path / "run", **settings)), *words)

@@ -1,0 +1,306 @@
+"""The trial: its commands, its queue with stand-ins for runs, its statistics on made-up files, and all of it at a tiny size."""
+
+import dataclasses
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from arrol_jax import config
+from arrol_jax.running import hosts
+from arrol_jax.types import UserError
+from experiments import trial, trial_arms, trial_page, trial_queue
+from experiments.trial_arms import REGIMES, Run, runs_of
+
+CPU = REGIMES["arithmetic"]
+VERSION = {"commit": "abc", "code": "123"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+  for module in (trial, trial_arms, trial_page, trial_queue):
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+  return tmp_path
+
+
+# ---- arms
+
+
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=lambda r: r.name)
+def test_every_command_is_understood_and_arms_share_their_settings(regime):
+  read = {}
+  for run in runs_of(regime):
+    c = config.parse(list(run.training("", "")))[0]
+    config.check(c, files=False)
+    assert (c.seed, c.stop_seconds, tuple(c.eval.at_seconds)) == (run.seed, regime.full, (regime.half,))
+    shared = (c.loss.aggregate, c.loss.overlong, c.prune.draw, c.prune.cold_start, c.eval.sampled, c.rollout.max_new,
+              c.optim.clip_norm)
+    assert shared[:5] == ("token", 0.2, "systematic", 2, 4) and read.setdefault("shared", shared) == shared
+    read[run.arm] = c
+    config.check(config.parse(list(run.voting("")))[0], files=False)
+  if regime.name != "tuning":
+    assert not read["plain"].prune.enabled and not read["plain8"].prune.enabled
+    assert (read["plain"].rollout.group_size, read["plain8"].rollout.group_size) == (16, 8)
+    assert read["budget"].prune.rule == "budget" and read["budget"].quality.fit == "ridge"
+  if regime.seeds.keys() >= trial_arms.ARMS.keys():
+    prompts = read["plain"].rollout.prompts
+    assert read["budget_wide"].rollout.prompts == 1.5 * prompts and read["budget_chosen"].rollout.candidates == 2 * prompts
+    assert (read["budget035"].prune.keep, read["budget_max_variance"].learn.keep) == (0.35, 0.5)
+    assert [read[arm].prune.rule for arm in ("random", "published", "max_variance")] == ["random", "published", "max_variance"]
+
+
+def test_the_queue_goes_round_by_seeds():
+  order = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k"])]
+  assert len(order) == len(set(order)) == sum(trial_arms.SEEDS.values())
+  assert [seed for _, seed in order] == sorted(seed for _, seed in order)
+  assert [arm for arm, seed in order if seed == 5] == ["plain", "plain8", "budget"]
+  assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain@1e-6", trial_arms.SPARE_SEED)
+
+
+def test_paths_are_given_and_not_kept():
+  run = Run(REGIMES["math"], "budget", 1)
+  argv = run.training("/here/model.gguf", "/here")
+  assert {"--config.model.path=/here/model.gguf", "--config.data.train=/here/math_train.jsonl",
+          "--config.data.eval=/here/math500.jsonl"} <= set(argv)
+  assert "/here" not in json.dumps(run.settings)
+
+
+# ---- the queue
+
+
+class Trained:
+  """Stands for a command: leaves what a run leaves, or does what `how` says of its arm."""
+
+  def __init__(self, **how):
+    self.how, self.began = how, []
+
+  def main(self):
+    flags = dict(a.partition("=")[::2] for a in sys.argv)
+    where = flags.get("--workdir", flags.get("--config.model.path"))
+    self.began.append(sys.argv[0].rpartition(".")[2] + " " + where.split("/", 3)[3])
+    if "evaluate" in sys.argv[0]:
+      print('{"benchmark": "/secret/test.jsonl", "samples": 16, "accuracy": 0.5, "maj@16": 0.625}')
+      return
+    folder = Path(trial_queue.ROOT, flags["--workdir"])
+    how = next((x for arm, x in self.how.items() if f"/{arm}_seed" in flags["--workdir"]), None)
+    if isinstance(how, UserError):
+      raise how
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": i, "sec_total": 6.0 * i, "reward_ipw": 0.123456789, "survivors_histogram": [1]} for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if how:
+      raise how
+    (folder / "policy").mkdir(exist_ok=True)
+    result = {"test": {"accuracy": 0.25, "truncated": 0.0, "sampled": {"accuracy": 0.125}}}
+    (folder / "eval_all_0001.json").write_text(json.dumps(result))
+    (folder / "summary.json").write_text(json.dumps({"steps": 2, "device": "1 x cpu", "eval_after": result}))
+
+
+@pytest.fixture
+def queue(elsewhere, monkeypatch):
+  def start(trained, runs, minutes=None, version=VERSION):
+    monkeypatch.setattr(trial_queue.importlib, "import_module", lambda name: trained)
+    return trial_queue.start(runs, minutes, version, "", "")
+  return start
+
+
+def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
+  trained, run = Trained(), Run(CPU, "budget", 1)
+  assert queue(trained, [run])
+  assert trained.began == ["train budget_seed1", "evaluate budget_seed1/policy"]
+  assert sorted(p.name for p in run.folder.iterdir()) == ["metrics.jsonl", "run.json"] and not (elsewhere / run.workdir).exists()
+  about = json.loads((run.folder / "run.json").read_text())
+  assert (about["commit"], about["code"], about["device"], about["steps"]) == ("abc", "123", "1 x cpu", 2)
+  assert (about["half"]["seconds"], about["half"]["accuracy"], about["full"]["sampled"]["accuracy"]) == (6.0, 0.25, 0.125)
+  assert about["votes"] == {"samples": 16, "accuracy": 0.5, "maj@16": 0.625} and about["settings"]["prune.rule"] == "budget"
+  first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+  assert first == {"step": 1, "reward_ipw": 0.1234568, "sec_total": 6.0}
+  assert queue(trained, [run]) and len(trained.began) == 2  # nothing is run twice
+
+
+def test_votes_that_time_does_not_allow_are_the_next_calls(queue):
+  trained, run = Trained(), Run(CPU, "budget", 1)
+  assert not queue(trained, [run], 1.0) and not run.folder.exists()
+  assert queue(trained, [run], 1.0) and trained.began == ["train budget_seed1", "evaluate budget_seed1/policy"]
+  about = json.loads((run.folder / "run.json").read_text())
+  assert "votes" in about and len(about["pieces"]) == 1
+
+
+def test_a_failed_run_is_noted_and_the_others_go_on(queue):
+  trained, runs = Trained(plain8=RuntimeError("out of\nmemory")), list(runs_of(CPU))[:3]
+  assert queue(trained, runs) and [(run.folder / "run.json").exists() for run in runs] == [True, False, True]
+  failed = json.loads((runs[1].folder / "failed.json").read_text())
+  assert (failed["problem"], failed["steps"], failed["commit"]) == ("RuntimeError: out of memory", 2, "abc")
+  before = len(trained.began)
+  assert queue(trained, runs) and len(trained.began) == before  # not tried again
+
+
+def test_a_wrong_path_ends_the_queue(queue):
+  with pytest.raises(UserError, match="model.path"):
+    queue(Trained(plain=UserError("model.path: no such file")), [Run(CPU, "plain", 1), Run(CPU, "plain8", 1)])
+  assert not Run(CPU, "plain", 1).folder.exists()
+
+
+def test_a_run_that_time_cuts_off_goes_on_and_remembers_both_versions(queue):
+  run = Run(CPU, "random", 1)
+  assert not queue(Trained(random=hosts.Preempted("SIGTERM")), [run], 1.0) and not run.folder.exists()
+  assert queue(Trained(), [run], 1.0, {"commit": "def", "code": "123"})
+  about = json.loads((run.folder / "run.json").read_text())
+  assert (about["commit"], about["code"], len(about["pieces"])) == ("abc+def", "123", 2)
+  assert not queue(Trained(), [Run(CPU, "published", 1)], 1e-9)
+
+
+def test_the_commit_is_that_of_the_code(elsewhere):
+  with pytest.raises(UserError, match="give --commit"):
+    trial_queue.commit_of("")
+  assert trial_queue.commit_of("0123456789abcdef") == "0123456789ab"
+  git = lambda *argv: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], cwd=elsewhere, check=True,
+                                     capture_output=True, text=True).stdout.strip()
+  git("init", "-q")
+  (elsewhere / "configs").mkdir()
+  (elsewhere / "configs" / "base.py").write_text("x = 1\n")
+  before = trial_queue.code_hash()
+  git("add", ".")
+  git("commit", "-qm", "one")
+  first = git("rev-parse", "HEAD")[:12]
+  (elsewhere / "README.md").write_text("other\n")
+  git("add", ".")
+  git("commit", "-qm", "two")
+  assert trial_queue.commit_of("") == first
+  (elsewhere / "configs" / "base.py").write_text("x = 2\n")
+  with pytest.raises(UserError, match="not committed: configs/base.py"):
+    trial_queue.commit_of("")
+  assert trial_queue.code_hash() != before
+
+
+# ---- statistics, on made-up files
+
+
+def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc", "123"), regime=CPU, **about):
+  """A run of ten steps of `seconds` each (the first ones slower), half of whose gradients are above the limit of 10."""
+  run = Run(regime, arm, seed)
+  run.folder.mkdir(parents=True)
+  steps = [{"step": i + 1, "sec_step": seconds * (9 if i < 4 else 1), "sec_generate": seconds / 4, "sec_total": seconds * (i + 1),
+            "reward_ipw": 0.1 * i, "grad_norm": 9.0 + 2 * (i % 2), "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
+           for i in range(10)]
+  (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
+  result = lambda x: {"accuracy": x, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
+  (run.folder / "run.json").write_text(json.dumps({
+    "regime": regime.name, "arm": arm, "seed": seed, "settings": trial_arms.same(run.settings), "pieces": [{}], "steps": 10,
+    "seconds": 10.0, "commit": version[0], "code": version[1], "device": device, "half": result(accuracy / 2),
+    "full": result(accuracy)} | about))
+
+
+def test_intervals_are_scipys():
+  values = [0.3, 1.9, -0.4, 2.2, 0.8]
+  mean, half = trial_page.interval(values)
+  low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+  assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+  assert trial_page.interval([2.0])[0] == 2.0 and np.isnan(trial_page.interval([2.0])[1])
+  assert np.isnan(trial_page.interval([])).all()
+  assert trial_page.text([1.0, 3.0], "+.1f") == "+2.0 ± 12.7 (2)" and trial_page.text([1.0]) == "1.0 (1)"
+
+
+def test_pairs_are_by_seed(elsewhere):
+  """Ours 30, 40; plain 28, 33 and a third seed that ours lacks: differences 2 and 7, as scipy's paired test has them."""
+  regime = dataclasses.replace(CPU, seeds={"plain": 3, "budget": 2})
+  for seed, accuracy in ((1, 0.28), (2, 0.33), (3, 0.9)):
+    made_up("plain", seed, accuracy, seconds=3.0)
+  for seed, accuracy, seconds in ((1, 0.30, 1.5), (2, 0.40, 2.0)):
+    made_up("budget", seed, accuracy, seconds)
+  results = trial_page.load(regime)
+  both = trial_page.pairs(results, "budget", "plain")
+  values = trial_page.difference(both, lambda r: trial_page.accuracy(r, "full"))
+  assert values == pytest.approx([2.0, 7.0])
+  expected = stats.ttest_rel([30, 40], [28, 33]).confidence_interval()
+  mean, half = trial_page.interval(values)
+  assert (mean - half, mean + half) == (pytest.approx(expected.low), pytest.approx(expected.high))
+  assert trial_page.difference(both, lambda r: trial_page.accuracy(r, "half", True)) == pytest.approx([0.5, 1.75])
+  assert trial_page.speedup(both) == pytest.approx([2.0, 1.5])
+  assert trial_page.clipped(both[0][0]) == 0.5
+  assert trial_page.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
+  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "plain")
+
+
+def test_runs_of_two_commits_are_not_compared(elsewhere):
+  regime = dataclasses.replace(CPU, seeds={"plain": 1, "plain8": 1, "budget": 1})
+  made_up("plain", 1, 0.3)
+  made_up("plain8", 1, 0.3, version=("abc", "999"))
+  made_up("budget", 1, 0.4, version=("def", "123"))
+  results = trial_page.load(regime)
+  for other in ("plain", "plain8"):
+    with pytest.raises(trial_page.Refused, match="several commits"):
+      trial_page.pairs(results, "budget", other)
+  with pytest.raises(trial_page.Refused):  # one name, two codes
+    trial_page.pairs(results, "plain8", "plain")
+  text = trial_page.page([regime])
+  assert "| budget - plain | refused: runs of several commits (abc (code 123), def (code 123)) |" in text
+
+
+def test_seconds_of_two_devices_are_not_compared(elsewhere):
+  made_up("plain", 1, 0.3)
+  made_up("plain", 2, 0.3)
+  made_up("budget", 1, 0.4, device="1 x H200")
+  made_up("budget", 2, 0.4)
+  results = trial_page.load(CPU)
+  assert [a.run.seed for a, _ in trial_page.pairs(results, "budget", "plain")] == [2]
+  assert any("different devices are left out" in note for note in trial_page.notes(results))
+
+
+def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
+  made_up("plain", 1, 0.3, votes={"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]})
+  made_up("budget", 1, 0.4)
+  made_up("plain8", 1, 0.35)
+  made_up("max_variance", 1, 0.31)
+  made_up("random", 1, 0.4, settings={"optim.lr": 1})
+  failed = Run(CPU, "published", 1)
+  failed.folder.mkdir(parents=True)
+  about = {"arm": "published", "seed": 1, "steps": 3, "commit": "abc", "problem": "NaN"}
+  (failed.folder / "failed.json").write_text(json.dumps(about))
+  text = trial_page.page([CPU])
+  assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
+  assert "made with other settings than the arm has now: random_seed1." in text
+  assert "Not run (7): " in text and "plain_seed2" in text
+  assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
+  assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
+  assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
+
+
+def test_a_page_of_nothing(elsewhere):
+  (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
+  assert "Not run (13)" in trial_page.page([CPU])
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("argv, words", [
+  (["--regime=gsm8k", "--run"], "scale cpu has arithmetic"), (["--arms=none", "--run"], "no arm of arithmetic"),
+  (["--scale=gpu", "--run"], "needs --model="), ([], "give --run, --table or --dry"), (["x"], "unexpected argument"),
+  (["--minutes=soon"], "minutes")])
+def test_mistakes_end_in_one_line(argv, words, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["trial.py", *argv])
+  with pytest.raises(UserError, match=words):
+    trial.main()
+
+
+@pytest.mark.slow
+def test_two_arms_run_and_make_a_page(tmp_path, monkeypatch):
+  """A few steps of a tiny size of everything: plain and ours, through the commands themselves."""
+  small = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 24, "rollout.row_buckets": 1,
+           "optim.micro_tokens": 1024, "eval.problems": 4}
+  regime = dataclasses.replace(CPU, half=0.001, full=0.5, settings=small, seeds={"plain": 1, "budget": 1}, votes={})
+  monkeypatch.setattr(trial_arms, "RESULTS", str(tmp_path / "results"))
+  monkeypatch.setattr(trial_page, "RESULTS", str(tmp_path / "results"))
+  monkeypatch.setattr(Run, "workdir", property(lambda self: tmp_path / "runs" / self.name))
+  runs = list(runs_of(regime))
+  assert trial_queue.start(runs, None, VERSION, "", "")
+  for run in runs:
+    about = json.loads((run.folder / "run.json").read_text())
+    assert about["half"]["problems"] == 4 and about["full"]["sampled"]["samples"] == 4 and about["seconds"] >= 0.5
+  text = trial_page.page([regime])
+  assert "| budget - plain | 1 |" in text and (tmp_path / "results" / "arithmetic.png").exists()
