@@ -3,7 +3,7 @@
   python -m experiments.ridge_strength
 
 Synthetic: correlated features (spectrum 1 / i^0.9), a logit linear in them with weights alike in every direction, so that the
-best possible AUC is about 0.70, near what a middle layer's mean state tells within a prompt (FINDINGS 2). Strength: rollouts a
+best possible AUC is about 0.70, near what a middle layer's mean state tells within a prompt. Strength: rollouts a
 feature (learning/ridge.py), beside the same as a share of the correlation matrix's diagonal. Three draws each, NumPy, a minute
 on a core.
 """

@@ -3,8 +3,9 @@
   python -m experiments.signal_table experiments/results/gsm8k_budget/random experiments/results/gsm8k_budget/ours ... [--skip=4]
 
 Reads DIR/metrics.jsonl alone. The first run is what the others are compared with, step by step: runs of one seed see the same
-prompts at the same step. Intervals are 95% of Student's t over blocks of ten steps, since steps that follow each other are not
-independent; they say how a figure varies within these runs, not between seeds. AUC: steps 3 to 20, as they were scored.
+prompts at the same step, unless one of them chooses its prompts (rollout.candidates): then the difference is not a paired
+one. Intervals are 95% of Student's t over blocks of ten steps, since steps that follow each other are not independent; they
+say how a figure varies within these runs, not between seeds. AUC: steps 3 to 20, as they were scored.
 """
 
 import json
@@ -36,7 +37,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def column(lines: list[dict], first: list[dict], skip: int) -> dict[str, str]:
   """A run's cell in each row of the table."""
   get = lambda run, name, part=slice(skip, None): np.array([np.nan if x.get(name) is None else x[name] for x in run[part]], float)
-  show = lambda pair, form=".2f": f"{pair[0]:{form}} ± {pair[1]:{form}}"
+  show = lambda pair, form=".2f": f"{pair[0]:{form}}" + (f" ± {pair[1]:{form}}" if np.isfinite(pair[1]) else "")
   signal, count = get(lines, "signal"), min(len(lines), len(first)) - skip
   apart = interval(signal[:count] - get(first, "signal")[:count])
   out = {"signal K rho (1 - rho) a group": show(interval(signal)),

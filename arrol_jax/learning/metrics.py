@@ -75,7 +75,8 @@ def head_metrics(kept: list[Rollout], detect: tuple[int, ...]) -> dict:
 
 def expected_signals(groups: list[list[Rollout]]) -> dict[str, float]:
   """What the posteriors promised of K rho (1 - rho), a group: of the rows that the decisions kept, and on average of as many
-  drawn at random (METHOD 10.1; in jnp: pruning/budget.py). Rows that ended before a decision count with their reward."""
+  drawn at random (METHOD 10.1; in jnp: pruning/budget.py). Rows that ended before a decision count with their success;
+  so it is of rewards 0 and 1."""
   decided = [[r for r in g if r.decided and not math.isnan(r.posterior)] for g in groups]
   total = sum(map(len, decided))
   share = sum(not r.pruned for rows in decided for r in rows) / max(total, 1)
@@ -83,7 +84,7 @@ def expected_signals(groups: list[list[Rollout]]) -> dict[str, float]:
   for group, rows in zip(groups, decided, strict=True):
     q = np.array([r.posterior for r in rows])
     stays = np.array([not r.pruned for r in rows], bool)
-    settled = np.array([r.reward for r in group if not r.decided])
+    settled = np.array([float(r.success) for r in group if not r.decided])
     both, fixed = pairs(q), pairs(settled)
     mixed, n, m = pairs(np.concatenate([q, settled])) - both - fixed, len(q), len(settled)
     kept.append(pairs(np.concatenate([q[stays], settled])) / max(stays.sum() + m, 1))

@@ -47,6 +47,7 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
   seen, score, final, settled = judge(slots, head, rule, decided, which)
   by_decision = jax.vmap(tables_.posterior, (0, None))(tables, score)  # [C,B]
+  settled = by_decision[-1] if settled is None else settled
   posterior = jnp.where(decided, jnp.take_along_axis(by_decision, which[None], axis=0)[0], settled)
   # Members of a group that decide together, at the same length.
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
@@ -66,11 +67,11 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
 
 def judge(slots: Slots, head: dict, rule: PruneRule, decided: jax.Array, which: jax.Array) -> tuple:
   """What the head reads of each row and says of it: features, the logit at the row's decision f32[B], the logit at its last token
-  f32[B], and what is to be expected of a row that is not up for a decision, f32[B] in [0, 1]."""
+  f32[B], and what is to be expected of a row that is not up for a decision, f32[B] in [0, 1] (None: what the last table says)."""
   if not is_linear(head):
     seen = features_of(slots, head)
     score = quality_logit(head, seen)
-    return seen, score, score, jnp.zeros_like(score)
+    return seen, score, score, None
   x = vector(slots, rule.inputs, len(slots.cache))
   one = lambda c: linear_head.LinearHead(**{k: v[c] for k, v in head.items() if k in linear_head.NAMES})
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)

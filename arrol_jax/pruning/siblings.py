@@ -1,7 +1,7 @@
 """Agreement with siblings: how like the rest of its group a rollout's tokens are, on the device (METHOD 10.4).
 
 The cosine between a row's hashed token counts and the sum of its siblings': shared numbers, names and steps raise it, a path of
-its own lowers it. It knows nothing of order, nor of text; a stand-in for consensus (FINDINGS 2). The counts are kept by the
+its own lowers it. It knows nothing of order, nor of text; a stand-in for consensus. The counts are kept by the
 engine (engine/token_counts.py). Axes: B rows, H buckets.
 """
 
