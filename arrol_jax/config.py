@@ -211,7 +211,8 @@ def check(c: ConfigDict, files: bool = True) -> None:
   """Raises UserError for values that cannot work together, before anything is loaded. files False: nor need they be there."""
   try:
     if files:
-      _check_files(c)
+      check_model(c)
+      _check_data(c)
     _check(c)
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
@@ -232,11 +233,11 @@ def _need(ok: bool, text: str) -> None:
     raise UserError(text)
 
 
-def _check_files(c: ConfigDict) -> None:
+def check_model(c: ConfigDict) -> None:
+  """Raises UserError unless model.path is a place on this machine, something that is shipped, or a hub id."""
   _need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
   path = hub.here(c.model.path)
   _need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
-  _check_data(c)
 
 
 def _check(c: ConfigDict) -> None:

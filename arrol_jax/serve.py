@@ -74,10 +74,7 @@ def _underscored(argv: list[str]) -> list[str]:
 def _check(c: ConfigDict) -> None:
   """Serving needs the model and no data."""
   configuration.check(c, files=False)
-  if not c.model.path:
-    raise UserError("model.path is empty; give a Hugging Face folder or a .gguf file")
-  if not os.path.exists(c.model.path):
-    raise UserError(f"model.path: {c.model.path} does not exist")
+  configuration.check_model(c)
 
 
 def _number(name: str, text: str, most: int) -> int:

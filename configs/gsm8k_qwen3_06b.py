@@ -12,25 +12,14 @@ Chosen here: 512 response tokens (without thinking, answers to these problems ar
 rollouts, a cold start of 10 steps, the learning rate of gsm8k_qwen05b; every 20 steps 256 of the 1,319 test problems.
 """
 
-from configs import base, templates
+from configs import gsm8k_qwen05b
 
 
 def get_config():
-  c = base.get_config()
-  c.steps = 100
+  c = gsm8k_qwen05b.get_config()
   c.model.path = "Qwen/Qwen3-0.6B"
-  c.data.train = "data/gsm8k_train.jsonl"
-  c.data.eval = "data/gsm8k_test.jsonl"
-  c.data.template = templates.BOXED
-  c.data.chat = True
   c.data.thinking = False
   c.rollout.max_prompt = 320
   c.rollout.max_new = 512
-  c.prune.detect = (128,)
-  c.prune.cold_start = 10
-  c.optim.lr = 3e-6
-  c.optim.warmup = 5
-  c.optim.length_buckets = 6
   c.eval.every = 20
-  c.checkpoint.every = 50
   return c

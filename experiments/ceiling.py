@@ -33,6 +33,7 @@ from arrol_jax.engine.scheduler import Request
 from arrol_jax.learning.generation import generate
 from arrol_jax.learning.metrics import auc
 from arrol_jax.types import UserError
+from experiments.head_ablation import drawn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -109,10 +110,7 @@ def measure(c, lengths: tuple[int, ...], count: int, each: int):
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:
     loaded = assemble.load(c, mesh, training=True)
-    prompts = assemble.prompts(c, loaded, c.data.train)
-    if len(prompts) < count:
-      raise UserError(f"--prompts={count}, but {c.data.train} holds {len(prompts)}")
-    prompts = [prompts[i] for i in np.random.default_rng(c.seed).permutation(len(prompts))[:count]]
+    prompts = drawn(c, loaded, count)
     answers = [p.problem.answer for p in prompts]
     # The same slots serve responses and continuations, whose prompts are longer by the prefix.
     c.rollout.max_prompt += max(lengths)

@@ -30,6 +30,7 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import assemble, config as configuration, prune
+from arrol_jax.data.problems import Prompt
 from arrol_jax.learning.evaluation import voted_right
 from arrol_jax.learning.generation import generate
 from arrol_jax.learning.metrics import bootstrap_interval
@@ -55,16 +56,21 @@ VOTERS = (("last",), ("mean@2/3",), STATED)
 FIRST = 2  # steps that online means leave out: a cold start
 
 
+def drawn(c, loaded, count: int) -> list[Prompt]:
+  """`count` prompts of data.train, by chance that the seed decides."""
+  prompts = assemble.prompts(c, loaded, c.data.train)
+  if len(prompts) < count:
+    raise UserError(f"--prompts={count}, but {c.data.train} holds {len(prompts)}")
+  return [prompts[i] for i in np.random.default_rng(c.seed).permutation(len(prompts))[:count]]
+
+
 def collect(c, lengths: tuple[int, ...], count: int) -> tuple[list[list[Rollout]], int]:
   """Graded rollouts of `count` training problems by step, prompts numbered over all, with features at each length and at the last
   token; and the model's width."""
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:
     loaded = assemble.load(c, mesh, training=True)
-    prompts = assemble.prompts(c, loaded, c.data.train)
-    if len(prompts) < count:
-      raise UserError(f"--prompts={count}, but {c.data.train} holds {len(prompts)}")
-    prompts = [prompts[i] for i in np.random.default_rng(c.seed).permutation(len(prompts))[:count]]
+    prompts = drawn(c, loaded, count)
     # So that sampling keeps what is read, and confidences.
     c.quality.fit, c.quality.inputs, c.prune.rule = "ridge", READ, "confidence"
     engine, width = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params), loaded.config.width

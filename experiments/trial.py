@@ -16,6 +16,7 @@ import matplotlib
 
 from arrol_jax.types import UserError
 from experiments import trial_page, trial_queue
+from experiments.tables import read_flags
 from experiments.trial_arms import DEFAULT, REGIMES, RESULTS, ROOT, Regime, Run, runs_of
 
 matplotlib.use("Agg")
@@ -31,15 +32,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(name, "", "see above", flag_values=values)
   for name in ("regime", "arms"):
     flags.DEFINE_list(name, [], "only these", flag_values=values)
-  if {"-h", "--help"} & set(argv):
-    print(__doc__)
-    raise SystemExit(0)
-  try:
-    rest = values(argv)
-  except flags.Error as e:
-    raise UserError(str(e)) from e
-  if rest[1:]:
-    raise UserError(f"unexpected argument {rest[1]!r}; see --help")
+  read_flags(values, argv, __doc__, "see --help")
   return values
 
 

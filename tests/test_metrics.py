@@ -118,6 +118,9 @@ def test_expected_signals_are_means_over_outcomes():
     return total
 
   out = expected_signals([group])
+  for r in group:  # another reward for a right answer promises the same
+    r.reward *= 3.0
+  assert expected_signals([group]) == out
   assert out["signal_expected"] == pytest.approx(signal([not cut for cut in pruned]))
   assert out["signal_expected_random"] == pytest.approx(np.mean([signal(s) for s in np.ndindex(2, 2, 2, 2)]))
 

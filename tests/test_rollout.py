@@ -146,6 +146,18 @@ def plain_hidden(tokens):
   return transformer.forward(C, PARAMS, tokens, transformer.default_positions(tokens), causal_attention("xla"))[0]
 
 
+def test_a_row_that_has_ended_counts_with_what_the_table_says_of_its_last_score(mesh, head, table):
+  """Under the budget; not as if it were surely wrong."""
+  generated, active = np.array([8, 8, 5, 12, 0, 8, 8, 8], np.int32), np.array([1, 1, 0, 0, 0, 1, 1, 1], bool)
+  with jax.set_mesh(mesh):
+    slots = programs.init_slots(C, 8, 16, PLAIN).replace(
+      hidden=jax.random.normal(jax.random.key(3), (8, C.width)), generated=jnp.asarray(generated), active=jnp.asarray(active))
+    _, decision = make_decide(head, table, dataclasses.replace(RULE, kind="budget"), True)(slots)
+  for i in (2, 3):
+    assert decision.posterior[i] == pytest.approx(survival_by_hand(table, RULE, float(decision.final[i]))[0], abs=1e-5)
+  assert len({float(x) for x in decision.posterior}) > 3
+
+
 def test_survival_is_the_published_rule(decided, table):
   seen = set()
   for r in decided:

@@ -168,6 +168,15 @@ def test_a_cpu_has_few_slots_where_none_are_asked_for_and_data_need_not_be_there
     serve._check(c)
 
 
+def test_a_hub_id_and_what_is_shipped_are_served_from_any_folder(tmp_path, monkeypatch):
+  """As they are trained."""
+  monkeypatch.chdir(tmp_path)
+  c, _ = configuration.parse(["prog", "--config=quickstart"])
+  serve._check(c)
+  c.model.path = "Qwen/Qwen3-0.6B"
+  serve._check(c)
+
+
 def test_flags_are_spelt_with_either_dash():
   assert serve._underscored(["p", "--api-key=a-b", "--keep-alive", "5", "--config.x=a-b", "--other-flag=1"]) == [
     "p", "--api_key=a-b", "--keep_alive", "5", "--config.x=a-b", "--other-flag=1"]

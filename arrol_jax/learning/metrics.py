@@ -99,15 +99,22 @@ def pairs(q: np.ndarray) -> float:
   return float(len(q) * q.sum() - q.sum()**2 - np.sum(q * (1 - q))) if len(q) else 0.0
 
 
+def by_prompt(rollouts: list[Rollout]) -> dict[int, list[Rollout]]:
+  """Groups, in the order in which their prompts appear."""
+  out = {}
+  for r in rollouts:
+    out.setdefault(r.prompt, []).append(r)
+  return out
+
+
 def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None, detect: tuple[int, ...] = ()) -> dict:
   """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none; learned: those that the update
   sees (None: all survivors)."""
   kept = [r for r in rollouts if not r.pruned]
   trained = [r for r in (rollouts if learned is None else learned) if not r.pruned]
-  groups = {}
-  for r in kept:
-    groups.setdefault(r.prompt, []).append(r)
-  survivors = [len(groups.get(p, ())) for p in {r.prompt for r in rollouts}]
+  started = by_prompt(rollouts)
+  groups = by_prompt(kept)
+  survivors = [len(groups.get(p, ())) for p in started]
   ratios = [mean(r.success for r in g) for g in groups.values()]
   scored = [r for r in kept if r.decided]
   within = [auc([r.score for r in g if r.decided], [r.success for r in g if r.decided]) for g in groups.values()]
@@ -116,10 +123,10 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   controls = [r for r in scored if r.holdout]
   by_place = head_metrics(kept, detect) if detect else {}
   generated = sum(len(r.tokens) for r in rollouts)
-  by_place |= expected_signals([[r for r in rollouts if r.prompt == p] for p in dict.fromkeys(r.prompt for r in rollouts)])
-  total_signal = sum(len(g) * np.var([r.reward for r in g]) for g in groups.values())
+  by_place |= expected_signals(list(started.values()))
+  total_signal = sum(len(g) * float(np.var([r.reward for r in g])) for g in groups.values())
   return by_place | {
-    "signal_per_1k_tokens": 1000.0 * float(total_signal) / max(generated, 1),
+    "signal_per_1k_tokens": 1000.0 * total_signal / max(generated, 1),
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
     "reward_ipw": sum(r.reward / r.keep_probability for r in kept) / len(rollouts),
@@ -127,7 +134,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
     "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
     # K rho (1 - rho): sum of squared centred rewards, over all groups that started
-    "signal": sum(len(g) * float(np.var([r.reward for r in g])) for g in groups.values()) / len(survivors),
+    "signal": total_signal / len(survivors),
     "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
     "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
     # What all rollouts would have been, by the same weights, less what they were
