@@ -260,36 +260,15 @@ def _embed(params: dict, tokens: jax.Array, dtype) -> jax.Array:
   return constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
 
-def whole_unembedding(params: dict) -> dict:
-  """What `unembed` reads of params, its model width whole on every device, where fsdp splits it."""
-  if "unembed" in params:
-    return {"unembed": constrain(params["unembed"], None, "vocab")}
-  return {"embed": constrain(params["embed"], "vocab", None)}
+def unembedding(params: dict) -> tuple[jax.Array, str]:
+  """The table that logits are products with, and its axes: "vd" where it is the embedding's, else "dv"."""
+  return (params["unembed"], "dv") if "unembed" in params else (params["embed"], "vd")
 
 
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
-  if "unembed" in params:
-    return _logits(hidden, params["unembed"].astype(hidden.dtype), "...d,dv->...v")
-  return _logits(hidden, params["embed"].astype(hidden.dtype), "...d,vd->...v")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _logits(hidden: jax.Array, table: jax.Array, equation: str) -> jax.Array:
-  """A product in hidden's dtype with float32 result, whose slopes are products in that dtype too (else they run in float32)."""
-  return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)
-
-
-def _logits_forward(hidden, table, equation):
-  return _logits(hidden, table, equation), (hidden, table)
-
-
-def _logits_backward(equation, saved, slope):
-  plain = lambda hidden, table: jnp.einsum(equation, hidden, table)
-  return jax.vjp(plain, *saved)[1](slope.astype(saved[0].dtype))
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
+  table, axes = unembedding(params)
+  return jnp.einsum(f"...d,{axes}->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def default_positions(tokens: jax.Array) -> jax.Array:
