@@ -206,3 +206,52 @@ def test_common_columns_are_read_in_one_row_and_change_no_bit(dtype, splits, blo
   jax.tree.map(np.testing.assert_array_equal, got_columns, want_columns)
   spoilt = jax.tree.map(lambda x: x.at[:, 2:, :70 // block * block].set(99), columns)
   np.testing.assert_array_equal(run(spoilt, shared)[1][1:], want[1:])
+
+
+@pytest.mark.parametrize("dtype, splits, block, group", [("float32", 1, 32, 3), ("float32", 2, 64, 7), ("int8", 1, 32, 2)])
+def test_stacked_queries_read_the_shared_columns_for_all_their_rows(dtype, splits, block, group):
+  """Rows 1 to 3 share 70 columns and are stacked, row 4 has a prompt of its own, row 0 is idle: plain attention for all, and of
+  the blocks that are shared nobody looks at the copies."""
+  rng = np.random.default_rng(4)
+  k, v = (jnp.asarray(rng.normal(size=(B, S, M, 64)), jnp.float32) for _ in range(2))
+  k, v = (x.at[2:4, :70].set(x[1, :70]) for x in (k, v))
+  columns, length = kv_cache.store(k, v, dtype), jnp.array([0, 71, 100, 192, 150], jnp.int32)
+  qkv = jnp.asarray(rng.normal(size=(B, M, group + 2, 64)), jnp.float32)
+  turn = turn_of(length - 1)
+  flat = turn._replace(cos=turn.cos[:, 0, 0], sin=turn.sin[:, 0, 0])
+  shared = kv_cache.shared_prefix(jnp.array([5, 5, 5, 5, 8]), length > 0, jnp.full(B, 70), stack=True)
+  np.testing.assert_array_equal(shared.stacked, [False, True, True, True, False])
+  run = lambda columns, shared: decode_kernel.step_triton(columns, qkv, length, flat, shared, interpret=True,
+                                                          tiling=Tiling(splits, block))
+  want_columns, want = run(columns, None)
+  got_columns, got = run(columns, shared)
+  np.testing.assert_allclose(got[1:], want[1:], atol=2e-6)
+  jax.tree.map(np.testing.assert_array_equal, got_columns, want_columns)
+  spoilt = jax.tree.map(lambda x: x.at[:, 2:4, :70 // block * block].set(99), columns)
+  np.testing.assert_array_equal(run(spoilt, shared)[1][1:], got[1:])
+
+
+def test_tiles_hold_each_row_that_has_siblings_once():
+  """Groups of 40, 1, 2 and 21 rows in mixed order, some idle: three tiles, none, one and two; each tile is of one group."""
+  group = np.repeat([3, 9, 4, 1], [40, 1, 2, 21])
+  order = np.random.default_rng(0).permutation(64)
+  group, active = group[order], np.random.default_rng(1).random(64) < 0.95
+  active[np.isin(group, (4, 9))] = True
+  shared = kv_cache.shared_prefix(jnp.asarray(group), jnp.asarray(active), jnp.zeros(64, jnp.int32), stack=True)
+  tiles = np.asarray(shared.tiles)
+  assert tiles.shape == (16, kv_cache.TILE)
+  members = [tile[tile >= 0] for tile in tiles if tile.max() >= 0]
+  assert sorted(np.concatenate(members)) == list(np.flatnonzero(active & (group != 9))) == list(np.flatnonzero(shared.stacked))
+  assert all(len(set(group[tile])) == 1 for tile in members) and len(members) == 6
+  with jax.set_mesh(sharding.make_mesh(2, 1, 1)):
+    halves = jax.jit(kv_cache.shared_prefix, static_argnames="stack")(jnp.asarray(group), jnp.asarray(active), jnp.zeros(64), stack=True)
+  for half in (0, 1):  # rows numbered within their shard, tiles apart
+    tiles = np.asarray(halves.tiles).reshape(2, 8, -1)[half]
+    assert sorted(tiles[tiles >= 0]) == list(np.flatnonzero(np.asarray(halves.stacked)[32 * half:32 * half + 32]))
+
+
+def test_rows_for_which_no_tile_is_left_read_for_themselves():
+  pairs = jnp.repeat(jnp.arange(8), 2)  # eight tiles wanted, four are there
+  shared = kv_cache.shared_prefix(pairs, jnp.ones(16, bool), jnp.zeros(16, jnp.int32), stack=True)
+  np.testing.assert_array_equal(shared.stacked, np.arange(16) < 8)
+  assert shared.tiles.shape == (4, kv_cache.TILE) and np.sum(np.asarray(shared.tiles) >= 0) == 8

@@ -194,7 +194,9 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   fused = kernel and (mesh.empty or mesh.size == 1)
   # Of the prompt all but the last token: that one's column is written again by each row's first step. A row that ends within
   # the segment keeps its columns till the next one.
-  shared = kv_cache.shared_prefix(slots.group, slots.active, slots.position - slots.generated) if kernel else None
+  # A server's calls (which choose their temperature) are seldom many of one prompt.
+  shared = kv_cache.shared_prefix(slots.group, slots.active, slots.position - slots.generated,
+                                  stack=sampling.temperature is not None) if kernel else None
 
   def step(carry):
     i, s, said = carry

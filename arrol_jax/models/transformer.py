@@ -140,7 +140,7 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
     rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
     if "qkv" in weights:
-      out, kept = attend(project(y, "bsd,dmgh->bsmgh", "qkv"), rotary)
+      out, kept = attend(_merged(y, w("qkv"), weights.get("qkv_bias")), rotary)
     else:
       q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
       out, kept = attend(q, k, v, rotary)
@@ -153,6 +153,14 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
     else:
       gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
     return x, jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w("down")), kept
+
+
+def _merged(y: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """y [B,S,D] times [D,M,N/M+2,H] plus bias; as matrices, so that the product's own kernel adds the bias."""
+  if bias is None:
+    return jnp.einsum("bsd,dmgh->bsmgh", y, weight)
+  out = y.reshape(-1, y.shape[2]) @ weight.reshape(y.shape[2], -1) + bias.astype(y.dtype).reshape(1, -1)
+  return out.reshape(*y.shape[:2], *weight.shape[1:])
 
 
 class Transformer(nnx.Module):
