@@ -1,9 +1,7 @@
 """Flash decoding for NVIDIA GPUs as one Pallas program a row, KV head and split.
 
-Rows of a group hold equal copies of their prompt (`kv_cache.SharedPrefix`). Where they are stacked in tiles, a program a tile and
-KV head attends from the queries of all its rows to the prompt at once, and each row's own program goes on from there: the
-result differs by the rounding of sums. Rows that are in no tile read the group's one copy, which the others find in the
-device's second-level cache instead of its memory, and nothing else changes, not a bit of the result.
+Rows of a group hold equal copies of their prompt. The kernel reads one of them for all (`kv_cache.SharedPrefix`): the others find
+it in the device's second-level cache instead of its memory, and nothing else changes, not a bit of the result.
 """
 
 import functools
@@ -14,7 +12,7 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from arrol_jax.engine.kv_cache import TILE, Columns, SharedPrefix
+from arrol_jax.engine.kv_cache import Columns, SharedPrefix
 from arrol_jax.models.layers import Rotary
 
 _QUERIES = 16   # rows of the smallest matrix product on a tensor core; query heads of a group are padded to it (`_padded`)
@@ -41,7 +39,6 @@ class _Inputs(NamedTuple):
   sin: jax.Array
   q_scale: jax.Array | None
   k_scale: jax.Array | None
-  prompt: tuple | None = None  # what the stacked queries found: value f32[B,M,G,H], top and total f32[B,M,G]
 
 
 def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rotary, shared: SharedPrefix | None = None, *,
@@ -51,17 +48,14 @@ def step_triton(columns: Columns, qkv: jax.Array, length: jax.Array, rotary: Rot
   Queries and the new key are turned (`rotary` with cos and sin [B,H/2]) in registers, in halves of the head dimension. The new
   column, number length - 1, starts the online softmax from registers and is stored in place. With few rows a row's
   columns are split over several programs, whose partial softmaxes are joined afterwards. Blocks of columns that `shared` says
-  another row has too are not read by rows that are stacked, and by others there: programs of neighbouring rows run at the same
-  time, so all but the first hit the L2 cache.
+  another row has too are read there; programs of neighbouring rows run at the same time, so all but the first hit the L2 cache.
   """
   from jax.experimental.pallas import triton as plt
   b, m, parts, h = qkv.shape
   group, dtype = parts - 2, qkv.dtype
   splits = tiling.splits or max(1, min(8, _PROGRAMS // (b * m)))
   shared = shared or SharedPrefix(jnp.arange(b, dtype=jnp.int32), jnp.zeros(b, jnp.int32))
-  inputs = _Inputs(length, shared._replace(tiles=None), qkv, *rotary[:4])
-  if shared.tiles is not None:
-    inputs = inputs._replace(prompt=_attend_stacked(columns, qkv, rotary, shared, tiling.block, interpret))
+  inputs = _Inputs(length, shared, qkv, *rotary[:4])
   value = jax.ShapeDtypeStruct((b, m, splits, group, h), dtype if splits == 1 else jnp.float32)
   partial = (jax.ShapeDtypeStruct((b, m, splits, group), jnp.float32),) * (2 * (splits > 1))
   first = len(jax.tree.leaves(inputs))
@@ -89,10 +83,8 @@ def _in_specs(inputs: _Inputs, columns: Columns) -> tuple[_Inputs, Columns]:
   whole_head = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda i, j, t: (j,) + (0,) * (x.ndim - 1))
   h, whole = inputs.qkv.shape[3], lambda x: None if x is None else pl.BlockSpec((x.size,), lambda i, j, t: (0,))
   qkv = pl.BlockSpec((None, None, _padded(inputs.qkv.shape[2] - 2) + 2, h), lambda i, j, t: (i, j, 0, 0))
-  scales, queries = (whole(inputs.q_scale), whole(inputs.k_scale)), _padded(inputs.qkv.shape[2] - 2)
-  head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, j, t: (i, j) + (0,) * len(shape))
-  stacked, prompt = (by_row(), (head(queries, h), head(queries), head(queries))) if inputs.prompt else (None, None)
-  return (_Inputs(by_row(), SharedPrefix(by_row(), by_row(), None, stacked), qkv, by_row(h // 2), by_row(h // 2), *scales, prompt),
+  scales = whole(inputs.q_scale), whole(inputs.k_scale)
+  return (_Inputs(by_row(), SharedPrefix(by_row(), by_row()), qkv, by_row(h // 2), by_row(h // 2), *scales),
           jax.tree.map(whole_head, columns))
 
 
@@ -115,7 +107,7 @@ def _program(inputs: _Inputs, cache: Columns, stored: Columns, out, partial: tup
   queries = _padded(group)
   real = jnp.arange(queries) < group
   wide = lambda width: jnp.broadcast_to(real[:, None], (queries, width))
-  turned = functools.partial(_turned, cos=inputs.cos[...][None, :], sin=inputs.sin[...][None, :], eps=eps, dtype=dtype)
+  turned = functools.partial(_turned, cos=inputs.cos[...], sin=inputs.sin[...], eps=eps, dtype=dtype)
   read = lambda half: plt.load(qkv.at[pl.ds(0, queries), half], mask=wide(h // 2), other=0.0)
   q = turned([read(half).astype(jnp.float32) for half in _halves(h)], inputs.q_scale)
   k = turned([qkv[group, half].astype(jnp.float32)[None, :] for half in _halves(h)], inputs.k_scale)
@@ -127,34 +119,19 @@ def _program(inputs: _Inputs, cache: Columns, stored: Columns, out, partial: tup
   total = jnp.where(mine, jnp.ones_like(score), 0.0)
   value = total[:, None] * new_v[None, :]
 
-  shared_row, shared_blocks, first = inputs.shared.row[...], inputs.shared.columns[...] // block, 0
-  if inputs.prompt:
-    stacked = inputs.shared.stacked[...] != 0
-    first = jnp.where(stacked, shared_blocks, 0)
-    found = [plt.load(ref.at[...], mask=mask & stacked & (split == 0), other=other)
-             for ref, mask, other in zip(inputs.prompt, (wide(h), real, real), (0.0, -1e30, 0.0), strict=True)]
-    value, top, total = _joined((value, top, total), found)
-  blocks = jnp.maximum(pl.cdiv(jnp.maximum(position, 0), block) - first, 0)
+  shared_row, shared_blocks = inputs.shared.row[...], inputs.shared.columns[...] // block
+  blocks = pl.cdiv(jnp.maximum(position, 0), block)
 
   def body(i, carry):
     row = jnp.where(i < shared_blocks, shared_row, own_row)
     return _add_block(carry, q, cache, row, i * block, block, position)
 
-  value, top, total = jax.lax.fori_loop(first + blocks * split // splits, first + blocks * (split + 1) // splits, body,
-                                        (value, top, total))
+  value, top, total = jax.lax.fori_loop(blocks * split // splits, blocks * (split + 1) // splits, body, (value, top, total))
   if splits == 1:
     value = value / jnp.maximum(total, 1e-30)[:, None]
   plt.store(out.at[...], value.astype(out.dtype), mask=wide(h))
   for ref, x in zip(partial, (top, total), strict=False):
     plt.store(ref.at[...], x, mask=real)
-
-
-def _joined(a: tuple, b: tuple) -> tuple:
-  """Two parts (value, top, total) of an online softmax as one."""
-  top = jnp.maximum(a[1], b[1])
-  shares = [jnp.exp2(x[1] - top) for x in (a, b)]
-  return (sum(x[0] * share[:, None] for x, share in zip((a, b), shares, strict=True)), top,
-          sum(x[2] * share for x, share in zip((a, b), shares, strict=True)))
 
 
 def _halves(h: int) -> tuple:
@@ -167,13 +144,13 @@ def _unit(h: int) -> float:
 
 
 def _turned(x: list, scale, cos: jax.Array, sin: jax.Array, eps: float, dtype) -> list:
-  """A pair of halves f32[Q,H/2], normed where there is a scale and turned by f32[Q or 1,H/2], rounded as the plain way does."""
+  """A pair of halves f32[..., H/2], normed where there is a scale and turned, rounded as the plain way rounds them."""
   if scale is not None:
     h = scale.shape[0]
     total = sum(jnp.sum(y * y, axis=-1, keepdims=True) for y in x)
     x = [(y * jax.lax.rsqrt(total / h + eps) * scale[half].astype(jnp.float32)[None, :]).astype(dtype).astype(jnp.float32)
          for y, half in zip(x, _halves(h), strict=True)]
-  return [y.astype(dtype) for y in (x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin)]
+  return [y.astype(dtype) for y in (x[0] * cos[None, :] - x[1] * sin[None, :], x[1] * cos[None, :] + x[0] * sin[None, :])]
 
 
 def _put_column(stored: Columns, at: jax.Array, k: list, v: jax.Array, mine: jax.Array) -> tuple[list, jax.Array]:
@@ -214,65 +191,3 @@ def _add_block(carry: tuple, q: list, cache: Columns, row, start, block: int, po
   if cache.v_scale is not None:
     prob *= cache.v_scale[row, here][None, :]
   return value * shrink[:, None] + plt.dot(prob.astype(dtype), cache.v[row, here, :].astype(dtype)), new_top, total
-
-
-# ---- the queries of a tile's rows together
-
-
-class _Stacked(NamedTuple):
-  """What a program of stacked queries reads beside the cache."""
-  tiles: jax.Array
-  shared: SharedPrefix
-  qkv: jax.Array
-  cos: jax.Array
-  sin: jax.Array
-  q_scale: jax.Array | None
-
-
-def _attend_stacked(columns: Columns, qkv: jax.Array, rotary: Rotary, shared: SharedPrefix, block: int, interpret: bool) -> tuple:
-  """Attention from the rows of each of shared.tiles to the whole blocks of columns that they share: value f32[B,M,G,H], top and
-  total f32[B,M,G] by row, for those in a tile; what stands in the others is not defined."""
-  from jax.experimental.pallas import triton as plt
-  (b, m, parts, h), count = qkv.shape, shared.tiles.shape[0]
-  inputs = _Stacked(shared.tiles, SharedPrefix(shared.row, shared.columns), qkv, rotary.cos, rotary.sin, rotary.q_scale)
-  whole = lambda x: pl.BlockSpec(x.shape, lambda i, j: (0,) * x.ndim)
-  one_head = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (j,) + (0,) * (x.ndim - 1))
-  out = [jax.ShapeDtypeStruct((b + 1, m, parts - 2, *wide), jnp.float32) for wide in ((h,), (), ())]  # the last row is nobody's
-  return tuple(pl.pallas_call(
-    functools.partial(_stacked_program, group=parts - 2, block=block, eps=rotary.eps), grid=(count, m),
-    in_specs=(jax.tree.map(whole, inputs), jax.tree.map(one_head, columns)), out_specs=[whole(x) for x in out], out_shape=out,
-    name="prompt_attention", interpret=interpret, compiler_params=plt.CompilerParams(num_warps=4, num_stages=3))(inputs, columns))
-
-
-def _stacked_program(inputs: _Stacked, cache: Columns, value_ref, top_ref, total_ref, *, group: int, block: int, eps: float):
-  """One (tile, KV head): its rows' queries over the blocks of columns that its first row shares with all."""
-  from jax.experimental.pallas import triton as plt
-  tile, head, h = pl.program_id(0), pl.program_id(1), inputs.qkv.shape[3]
-  room = 1 << (group - 1).bit_length()  # queries of a row, padded
-  at = jnp.arange(max(_QUERIES, TILE * room))
-  query = at % room
-  row = plt.load(inputs.tiles.at[jnp.full_like(at, tile), jnp.minimum(at // room, TILE - 1)])
-  real = (row >= 0) & (query < group) & (at // room < TILE)
-  into, row, query = jnp.where(real, row, inputs.qkv.shape[0]), jnp.maximum(row, 0), jnp.minimum(query, group - 1)
-  first = jnp.max(row)  # any of them: all share the same columns of the same row
-
-  def load(ref, columns, *where):
-    """f32[Q,len(columns)] of ref[*where[q], columns], 0 for queries that are none."""
-    shape = (at.size, columns.size)
-    spots = [jnp.broadcast_to(i[:, None], shape) for i in where] + [jnp.broadcast_to(columns[None, :], shape)]
-    return plt.load(ref.at[tuple(spots)], mask=jnp.broadcast_to(real[:, None], shape), other=0.0).astype(jnp.float32)
-
-  @pl.when(jnp.max(real.astype(jnp.int32)) > 0)
-  def _():
-    heads, half = jnp.full_like(at, head), jnp.arange(h // 2)
-    q = [load(inputs.qkv, half + start, row, heads, query) for start in (0, h // 2)]
-    cos, sin = (load(ref, half, row) for ref in (inputs.cos, inputs.sin))
-    q = _turned(q, inputs.q_scale, cos, sin, eps, inputs.qkv.dtype)
-    source, blocks = inputs.shared.row[first], inputs.shared.columns[first] // block
-    nothing = jnp.zeros((at.size, h), jnp.float32), jnp.full((at.size,), -1e30), jnp.zeros((at.size,), jnp.float32)
-    value, top, total = jax.lax.fori_loop(
-      0, blocks, lambda i, carry: _add_block(carry, q, cache, source, i * block, block, blocks * block), nothing)
-    wide = [jnp.broadcast_to(i, (at.size, h)) for i in (into[:, None], heads[:, None], query[:, None], jnp.arange(h)[None, :])]
-    plt.store(value_ref.at[tuple(wide)], value, mask=jnp.broadcast_to(real[:, None], value.shape))
-    for ref, x in ((top_ref, top), (total_ref, total)):
-      plt.store(ref.at[into, heads, query], x, mask=real)

@@ -27,41 +27,19 @@ class Columns:
   v_scale: jax.Array | None = None
 
 
-TILE = 16       # rows of a group whose queries are stacked
-
-
 class SharedPrefix(NamedTuple):
-  """Leading columns that a row has in common with another one of its group, bit for bit. Rows are numbered within a shard."""
-  row: jax.Array      # i32[B]  whose copy is read
+  """Leading columns that a row has in common with another one of its group, bit for bit."""
+  row: jax.Array      # i32[B]  whose copy is read (its number within the shard of the mesh)
   columns: jax.Array  # i32[B]  how many
-  tiles: jax.Array | None = None    # i32[K,TILE]  rows of one group whose queries are stacked, -1: none
-  stacked: jax.Array | None = None  # bool[B]  rows that are in a tile
 
 
-def shared_prefix(group: jax.Array, active: jax.Array, columns: jax.Array, stack: bool = False) -> SharedPrefix:
-  """What rows share with the first active row of their group i32[B] (and shard): the first `columns` i32[B], all alike.
-
-  stack: also tiles, a quarter as many as rows. Rows without an active sibling, and groups for which none is left, are in none.
-  """
+def shared_prefix(group: jax.Array, active: jax.Array, columns: jax.Array) -> SharedPrefix:
+  """What rows share with the first active row of their group i32[B] (and shard): the first `columns` i32[B], all alike."""
   rows = jnp.arange(group.shape[0], dtype=jnp.int32)
   size = rows_on_a_chip(rows.size)
   alike = active[None, :] & (group[:, None] == group[None, :]) & (rows[:, None] // size == rows[None, :] // size)
-  first = jnp.where(active, jnp.argmax(alike, axis=1).astype(jnp.int32), rows)
-  shared = SharedPrefix(first % size, columns)
-  return shared._replace(**_tiles(alike, active, first, size)) if stack else shared
-
-
-def _tiles(alike: jax.Array, active: jax.Array, first: jax.Array, size: int) -> dict:
-  """SharedPrefix.tiles and .stacked, for shards of `size` rows: alike bool[B,B], active bool[B], first i32[B]."""
-  rows = jnp.arange(active.size, dtype=jnp.int32)
-  count, rank = jnp.sum(alike, axis=1), jnp.sum(alike & (rows[None, :] < rows[:, None]), axis=1)
-  needed = jnp.where(active & (first == rows) & (count > 1), -(-count // TILE), 0).reshape(-1, size)
-  start = (jnp.cumsum(needed, axis=1) - needed).reshape(-1)  # of each group, at its first row
-  tile, many = start[first] + rank // TILE, max(1, size // 4)
-  stacked = active & (count > 1) & (tile < many)
-  place = jnp.where(stacked, rows // size * many + tile, active.size)  # past the end: dropped
-  tiles = jnp.full((active.size // size * many, TILE), -1, jnp.int32).at[place, rank % TILE].set(rows % size, mode="drop")
-  return {"tiles": tiles, "stacked": stacked}
+  first = jnp.argmax(alike, axis=1).astype(jnp.int32)
+  return SharedPrefix(jnp.where(active, first, rows) % size, columns)
 
 
 def pin(columns: Columns) -> Columns:

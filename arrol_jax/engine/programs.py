@@ -161,12 +161,7 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   position + steps <= S for every active row.
   """
   more = () if most is None else (most,)
-  return segment_program()(c, params, slots, *more, steps=steps, sampling=sampling)
-
-
-def segment_program():
-  """The jitted program behind `generate_segment` for the mesh's platform."""
-  return _segment_gpu if sharding.platform() == "gpu" else _segment
+  return segment(c, params, slots, *more, steps=steps, sampling=sampling)
 
 
 _WINDOW = 32.0          # tokens that `Slots.recent` looks back over, about
@@ -194,9 +189,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   fused = kernel and (mesh.empty or mesh.size == 1)
   # Of the prompt all but the last token: that one's column is written again by each row's first step. A row that ends within
   # the segment keeps its columns till the next one.
-  # A server's calls (which choose their temperature) are seldom many of one prompt.
-  shared = kv_cache.shared_prefix(slots.group, slots.active, slots.position - slots.generated,
-                                  stack=sampling.temperature is not None) if kernel else None
+  shared = kv_cache.shared_prefix(slots.group, slots.active, slots.position - slots.generated) if kernel else None
 
   def step(carry):
     i, s, said = carry
@@ -239,11 +232,4 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   return slots, *said
 
 
-_jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
-
-
-_segment = _jit(_generate)
-
-
-# Measured on an H100 (experiments/LOG.md): cuBLAS is faster than the kernels that XLA's autotuner takes instead.
-_segment_gpu = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": False})
+segment = jax.jit(_generate, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
