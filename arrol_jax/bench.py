@@ -3,6 +3,7 @@
   arrol-bench decode --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
   arrol-bench update --shape=qwen3-1.7b --rows=128 --prompt=256 --max_new=1024
   arrol-bench step   --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512,256
+  arrol-bench step   --preset=gsm8k                  # a real GSM8K step of a 0.5B model, on random weights of its shape
   arrol-bench scale  --shape=qwen3-1.7b --rows=512 --prompt=256 --max_new=2048 --detect=512      # on 1, 2, 4, ... devices
   arrol-bench attention --shape=qwen3-1.7b --rows=256,64 --prompt=256 --max_new=1024
   arrol-bench gather --shape=qwen3-1.7b --rows=256 --prompt=256 --max_new=1024
@@ -21,7 +22,7 @@ import jax
 from arrol_jax import config as configuration
 from arrol_jax.benchmarks.decoding import decode
 from arrol_jax.benchmarks.kernels import bench_attention, bench_gather
-from arrol_jax.benchmarks.measuring import peak_bytes
+from arrol_jax.benchmarks.measuring import PRESETS, peak_bytes
 from arrol_jax.benchmarks.scaling import bench_scale
 from arrol_jax.benchmarks.training import bench_step, bench_update
 from arrol_jax.engine import decode_attention
@@ -38,7 +39,7 @@ COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "
           "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
           "runs": (3, "measured ones; their median is reported"), "devices": (16, "`scale`: at most so many"),
           "row_buckets": (4, "compiled row counts"),
-          "length_buckets": (6, "compiled cache lengths"), "micro_tokens": (16384, "tokens a micro-batch"),
+          "length_buckets": (6, "compiled cache lengths"), "tail_sizes": (2, "smaller sizes of the last micro-batch"), "micro_tokens": (16384, "tokens a micro-batch"),
           "chunk_tokens": (4096, "tokens whose logits exist at once")}
 
 
@@ -66,7 +67,12 @@ def main():
   p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto", help="over the cache")
   p.add_argument("--remat", choices=transformer.REMAT, default="dots", help="what the backward pass recomputes")
   p.add_argument("--profile", default=None, help="folder for a trace of the last run")
+  p.add_argument("--preset", choices=PRESETS, default=None, help="`step`: settings, lengths and rewards of a step that was run")
+  if chosen := p.parse_known_args(sys.argv[1:])[0].preset:
+    p.set_defaults(**PRESETS[chosen])
   a = p.parse_args(sys.argv[1:])
+  if a.preset and (a.case != "step" or any(str(vars(a)[k]) != str(PRESETS[a.preset][k]) for k in ("rows", "group", "max_new"))):
+    raise UserError(f"--preset={a.preset} is for `step`, with the --rows, --group and --max_new that it brings")
   if a.shape not in ZOO:
     raise UserError(f"--shape={a.shape} is not known; there are {', '.join(ZOO)}")
   try:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from arrol_jax import assemble, bench, config as configuration, evaluate
-from arrol_jax.benchmarks import measuring
+from arrol_jax.benchmarks import measuring, training
+from arrol_jax.models.zoo import ZOO
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
 from arrol_jax.running.checkpoint import Checkpoints
@@ -131,6 +132,23 @@ def test_bench_mistakes(monkeypatch, capsys):
   assert status == 2 and "invalid choice: 'foo'" in err
   status, _, err = call(bench, monkeypatch, capsys, "step", "--detect=65")
   assert status == 2 and "--detect: each must" in err
+
+
+def test_the_preset_runs_each_rollout_to_its_real_length_with_its_real_reward(monkeypatch, capsys):
+  work = measuring.preset("gsm8k")
+  assert len(work.prompts) == 32 and work.responses.shape == work.rewards.shape == (512,) and work.responses.max() <= 400
+  wanted = measuring.requests(ZOO["tiny"], 16, work)
+  assert [len(r.tokens) for r in wanted[::16]] == work.prompts and [r.max_tokens for r in wanted] == work.responses.tolist()
+  small = measuring.Workload([5, 9], np.array([3, 32, 7, 20, 32, 32, 32, 32]), np.array([0, 1, 0, 1, 1, 1, 1, 1]))
+  monkeypatch.setattr(training, "preset", lambda name: small)
+  monkeypatch.setitem(measuring.PRESETS, "gsm8k", {"rows": "8", "group": 4, "prompt": 16, "max_new": 32, "detect": "16", "segment": 16,
+                                                   "row_buckets": 1, "length_buckets": 1, "tail_sizes": 0})
+  status, lines, _ = call(bench, monkeypatch, capsys, "step", "--preset=gsm8k", "--runs=1", "--micro_tokens=512")
+  line = json.loads(lines[0])
+  assert status == 0 and line["tokens_generated"] == 190 and line["rows"] == 8
+  assert line["rows_trained"] == 4  # the second group is all right
+  status, _, err = call(bench, monkeypatch, capsys, "step", "--preset=gsm8k", "--rows=16")
+  assert status == 2 and "--rows" in err and len(err.splitlines()) == 1
 
 
 def test_bench_scale_compares_with_one_device(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from arrol_jax.benchmarks.measuring import ceilings, decode_floor, make_engine, requests, spread, target_lengths, timed
+from arrol_jax.benchmarks.measuring import alike, ceilings, decode_floor, make_engine, requests, spread, target_lengths, timed
 from arrol_jax.models import transformer
 
 
@@ -21,7 +21,7 @@ def decode(a, c, mesh) -> list[dict]:
   compile_s = time.perf_counter() - start
   lengths = target_lengths("lognormal", a.rows, a.max_new, 0.4, 0.6)
   everything = np.full(a.rows, a.max_new)
-  own, full = (requests(c, a.rows, a.group, a.prompt, x) for x in (lengths, everything))
+  own, full = (requests(c, a.group, alike(a, x)) for x in (lengths, everything))
   useful, _ = timed(lambda: engine.run(own, key, sampling) and None, a.runs)
   out = {"tok_s_useful": int(lengths.sum()) / statistics.median(useful),
          "useful_floor_share": decode_floor(c, a, lengths, engine.rows, limits) / statistics.median(useful),
@@ -35,7 +35,7 @@ def decode(a, c, mesh) -> list[dict]:
     out |= {"tok_s_static": a.rows * a.max_new / seconds, "floor_share": floor / seconds, "floor_share_shared": shared / seconds,
             "floor": limits | {"tok_s_static": a.rows * a.max_new / floor, "tok_s_static_shared": a.rows * a.max_new / shared}}
   if a.profile:
-    short = requests(c, a.rows, a.group, a.prompt, np.full(a.rows, 2 * a.segment))
+    short = requests(c, a.group, alike(a, np.full(a.rows, 2 * a.segment)))
     with jax.profiler.trace(a.profile):
       engine.run(short, key, sampling)
   return [out | {"compile_s": compile_s, "cache": a.cache or a.dtype} | spread(rates)]

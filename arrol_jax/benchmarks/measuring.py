@@ -3,7 +3,10 @@
 
 import contextlib
 import heapq
+import json
+from pathlib import Path
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +61,34 @@ def peak_bytes() -> int | None:
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def requests(c: transformer.PolicyConfig, rows: int, group: int, prompt: int, lengths: np.ndarray) -> list[Request]:
-  """`rows` requests over rows / group random prompts of `prompt` tokens, each to run to its own length."""
-  tokens = np.random.default_rng(0).integers(1, c.vocab - 2, (-(-rows // group), prompt)).astype(np.int32)
-  return [Request(i, i // group, tokens[i // group], int(lengths[i])) for i in range(rows)]
+class Workload(NamedTuple):
+  """What a benchmark rolls out, by rollout: its length; by group: its prompt's length. rewards: None where none is known."""
+  prompts: list[int]
+  responses: np.ndarray
+  rewards: np.ndarray | None = None
+
+
+# A step of experiments/results/gsm8k_step/none, and the settings of configs/gsm8k_qwen05b.py on random weights of that shape.
+PRESETS = {"gsm8k": {"shape": "qwen2.5-0.5b-untied", "rows": "512", "group": 16, "prompt": 256, "max_new": 400, "detect": "128",
+                     "segment": 16, "length_buckets": 2, "tail_sizes": 1}}
+
+
+def preset(name: str) -> Workload:
+  """Real lengths and rewards of a committed step."""
+  told = json.loads(Path(__file__).with_name(f"{name}_step.json").read_text())
+  return Workload(told["prompt_tokens"], np.concatenate(told["response_tokens"]), np.concatenate(told["rewards"]))
+
+
+def alike(a, lengths: np.ndarray) -> Workload:
+  """`lengths` of responses, prompts of --prompt tokens each."""
+  return Workload([a.prompt] * -(-a.rows // a.group), lengths)
+
+
+def requests(c: transformer.PolicyConfig, group: int, work: Workload) -> list[Request]:
+  """Requests over random prompts, each to run to its own length."""
+  rng = np.random.default_rng(0)
+  tokens = [rng.integers(1, c.vocab - 2, n).astype(np.int32) for n in work.prompts]
+  return [Request(i, i // group, tokens[i // group], int(n)) for i, n in enumerate(work.responses)]
 
 
 def spread(values: list[float]) -> dict:

@@ -10,12 +10,14 @@ import numpy as np
 
 from arrol_jax import step_programs
 from arrol_jax.benchmarks.measuring import (
+  alike,
   ceilings,
   decode_floor,
   fake_rollouts,
   flops,
   fresh_state,
   make_engine,
+  preset,
   requests,
   spread,
   target_lengths,
@@ -74,7 +76,8 @@ def training_step(a, c, mesh, detect: int, params: dict, optimizer) -> TrainingS
   return TrainingStep(engine, StepConfig(
     dtype=a.dtype, sampling=sampling, temperature=1.0, rule=PruneRule((detect,)),
     update=update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)),
-    shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets), optimizer=optimizer))
+    shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets, a.tail_sizes),
+    optimizer=optimizer))
 
 
 def compile_step(one: TrainingStep, state, prompts: int, group: int) -> None:
@@ -89,7 +92,8 @@ def bench_step(a, c, mesh) -> list[dict]:
   """W3: a whole step without pruning and with it at each --detect: phases, speed-ups, and the ideal for the same rollouts."""
   limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
-  wanted = requests(c, a.rows, a.group, a.prompt, target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5))
+  work = preset(a.preset) if a.preset else alike(a, target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5))
+  wanted = requests(c, a.group, work)
   steps = {detect: training_step(a, c, mesh, detect, state.params["policy"], optimizer) for detect in a.detect}
 
   def once(detect: int | None) -> tuple[dict, list]:
@@ -100,11 +104,11 @@ def bench_step(a, c, mesh) -> list[dict]:
     def roll_out(decide) -> RolledOut:
       done = one.engine.run(wanted, jax.random.key(1), one.config.sampling, decide=decide)
       for r in done:
-        r.reward = float(r.request % 2)
+        r.reward = float(r.request % 2 if work.rewards is None else work.rewards[r.request])
       return RolledOut(done, done)
 
     state, rolled, metrics = one(state, roll_out, detect is not None)
-    return {k: metrics[f"sec_{k}"] for k in (*PHASES, "step")}, rolled.rollouts
+    return {k: metrics[f"sec_{k}"] for k in (*PHASES, "step")} | {"rows_trained": metrics["rows_trained"]}, rolled.rollouts
 
   start = time.perf_counter()
   for one in steps.values():
@@ -133,6 +137,7 @@ def step_line(a, c, detect: int, results: dict, slots: int, limits: dict) -> dic
   return {f"sec_{k}": v for k, v in base.items()} | {f"sec_{k}_pruned": v for k, v in pruned.items()} | {
     "detect": detect, "speedup": speedup, "ideal": ideal, "ideal_share": {k: speedup[k] / ideal[k] for k in ideal},
     "floor_share": decode_floor(c, a, [len(r.tokens) for r in before], slots, limits) / base["generate"],
+    "rows_trained": base_runs[0][0]["rows_trained"], "rows_trained_pruned": runs[0][0]["rows_trained"],
     "floor": limits, "slots": slots, "kept": len(kept), "tokens_generated": sum(len(r.tokens) for r in before),
     "tokens_generated_pruned": sum(len(r.tokens) for r in after),
     "tokens_trained_pruned": sum(len(r.tokens) for r in kept)} | spread([x["step"] for x, _ in runs])

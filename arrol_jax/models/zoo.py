@@ -31,6 +31,7 @@ ZOO: dict[str, PolicyConfig] = {
   "qwen3-14b": _qwen3(5120, 40, 40, 17408, tied=False),
   "qwen3-32b": _qwen3(5120, 64, 64, 25600, tied=False),
   "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 4864, tied=True),
+  "qwen2.5-0.5b-untied": _qwen25(896, 24, 14, 2, 4864, tied=False),  # as GGUF files of the Coder have it
   "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960, tied=True),
   "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, tied=False, vocab=152064),
   "llama-3.2-1b": _llama3(2048, 16, 32, 64, 8192, tied=True, factor=32.0),
