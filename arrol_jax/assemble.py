@@ -127,7 +127,7 @@ def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int,
   r = c.rollout
   most = r.prompts * r.group_size
   build = lambda rows: Engine(loaded.config, mesh, rows, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
-                              prefill_rows=min(r.prompts, 32))
+                              prefill_rows=min(r.prompts, 32), weights=r.weights)
   if r.slots is not None:
     return build(r.slots)
   fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory)

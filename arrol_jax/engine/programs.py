@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from arrol_jax.engine import decode_attention, kv_cache
 from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
 from arrol_jax.engine.token_counts import BUCKETS, count_tokens
-from arrol_jax.models import sharding, transformer
+from arrol_jax.models import int8, sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.layers import split_qkv
 from arrol_jax.models.transformer import PolicyConfig
@@ -161,12 +161,13 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   position + steps <= S for every active row.
   """
   more = () if most is None else (most,)
-  return segment_program()(c, params, slots, *more, steps=steps, sampling=sampling)
+  return segment_program(int8.is_int8(params))(c, params, slots, *more, steps=steps, sampling=sampling)
 
 
-def segment_program():
-  """The jitted program behind `generate_segment` for the mesh's platform."""
-  return _segment_gpu if sharding.platform() == "gpu" else _segment
+def segment_program(quantized: bool = False):
+  """The jitted program behind `generate_segment` for the mesh's platform. With int8 weights a GPU's compiler may write products
+  itself: cuBLAS would need the weights written out in the activations' dtype first."""
+  return _segment_gpu if sharding.platform() == "gpu" and not quantized else _segment
 
 
 _WINDOW = 32.0          # tokens that `Slots.recent` looks back over, about

@@ -21,6 +21,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from arrol_jax.models.int8 import Int8, axes_of_all, product, quantize_all, scaled_product
 from arrol_jax.models.layers import Rotary, add_norm, rms_norm
 from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling, frequencies
 from arrol_jax.models.sharding import constrain
@@ -134,8 +135,9 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
   weights (`unstack`) it is attend(qkv, rotary), qkv [B,S,M,N/M+2,H].
   """
   w = lambda name: weights[name].astype(x.dtype)
-  project = lambda y, equation, name: (keep(jnp.einsum(equation, y, w(name))) if name + "_bias" not in weights else
-                                       keep(jnp.einsum(equation, y, w(name)) + w(name + "_bias")[None, None]))
+  project = lambda y, equation, name: (
+    keep(product(equation, y, weights[name])) if name + "_bias" not in weights else
+    keep(product(equation, y, weights[name]) + w(name + "_bias")[None, None]))
   with jax.named_scope("attention"):
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
     rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
@@ -152,7 +154,7 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
       gate, up = gate[:, :, 0], up[:, :, 0]
     else:
       gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
-    return x, jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w("down")), kept
+    return x, product("bsf,fd->bsd", jax.nn.silu(gate) * up, weights["down"]), kept
 
 
 class Transformer(nnx.Module):
@@ -208,6 +210,20 @@ def _merge(w: dict) -> dict:
   return {name: x for name, x in w.items() if name not in gone} | merged
 
 
+def decoding_params(params: dict, dtype: str, weights: str | None = None) -> dict:
+  """Training parameters in the decoding layout and dtype; weights "int8": matrices are rounded from the training parameters."""
+  params = unstack(params)
+  params = quantize_all(params) if weights == "int8" else params
+  cast = lambda x: x if isinstance(x, Int8) else x.astype(dtype)
+  return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Int8))
+
+
+def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:
+  """`logical_axes` of `decoding_params`."""
+  axes = unstack_axes(logical_axes(c), c.layers)
+  return axes_of_all(axes) if weights == "int8" else axes
+
+
 def unstack_axes(axes: dict, layers: int) -> dict:
   """`logical_axes` of the decoding layout."""
   kept = {name: a[1:] for name, a in axes["layers"].items() if name in ("attn_norm", "o", "mlp_norm", "down", "q_norm", "k_norm")}
@@ -241,7 +257,7 @@ def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Ar
   """`forward` on a tuple of layers (`unstack`), in their dtype. `attend(state, qkv, rotary)` gets a layer's own of `states`
   (None: there are none), and queries and keys still to be turned (layers.Rotary); what it keeps comes back as a list. fused:
   layers.add_norm's kernel, forward only. tap(n, x) sees the residual stream x [B,S,D] after n layers."""
-  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, params["embed"].dtype), [], None
+  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, params["final_norm"].dtype), [], None
 
   @jax.jit  # all layers are one function to trace and to lower, which the compiler puts back in line
   def one(weights, state, x, delta):
@@ -257,6 +273,9 @@ def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Ar
 
 def _embed(params: dict, tokens: jax.Array, dtype) -> jax.Array:
   """The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows."""
+  if isinstance(params["embed"], Int8):
+    values, scale = params["embed"].values[tokens], params["embed"].scale[tokens][..., None]
+    return constrain((values.astype(jnp.float32) * scale).astype(dtype), "batch", None, None)
   return constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
 
@@ -269,9 +288,10 @@ def whole_unembedding(params: dict) -> dict:
 
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
-  if "unembed" in params:
-    return _logits(hidden, params["unembed"].astype(hidden.dtype), "...d,dv->...v")
-  return _logits(hidden, params["embed"].astype(hidden.dtype), "...d,vd->...v")
+  name, equation = ("unembed", "...d,dv->...v") if "unembed" in params else ("embed", "...d,vd->...v")
+  if isinstance(params[name], Int8):
+    return scaled_product(equation, hidden, params[name])
+  return _logits(hidden, params[name].astype(hidden.dtype), equation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

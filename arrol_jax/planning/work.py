@@ -55,10 +55,10 @@ def column_bytes(c: PolicyConfig, dtype: str, tensor: int = 1) -> float:
 
 
 def decode_cost(c: PolicyConfig, dtype: str, cache: str | None, mesh: tuple[int, int, int] = (1, 1, 1),
-                shared: bool = False) -> DecodeCost:
-  """By hand, for a mesh of (data, fsdp, tensor); no collectives."""
+                shared: bool = False, weights: str | None = None) -> DecodeCost:
+  """By hand, for a mesh of (data, fsdp, tensor); no collectives. cache, weights: "int8", or None for dtype."""
   layers, unembed = product_params(c)
-  tensor, size = mesh[2], jnp.dtype(dtype).itemsize
+  tensor, size = mesh[2], jnp.dtype(weights or dtype).itemsize
   return DecodeCost((layers + unembed) * size / tensor, 2 * (layers + unembed) / tensor, _LOGIT_PASSES * 4 * c.vocab / tensor,
                     column_bytes(c, cache or dtype, tensor), c.layers, mesh[0] * mesh[1], shared=shared)
 
