@@ -170,7 +170,8 @@ def seconds_report(cases: dict[str, timing.Timed], flags, chip: str, count: int,
     f"Predicted seconds a step on {count} {chip} (lengths {flags.lengths}), not validated on any TPU:", "",
     timing.table(cases, count, price), "",
     f"Of {sheet.flops / 1e12:,.0f} TFLOP/s {s.matrix:.0%}, of {sheet.memory / 1e12:.2f} TB/s {s.memory:.0%} (cache "
-    f"{s.cache:.0%}), both as on one H100; of {sheet.link / 1e9:,.0f} GB/s to other chips {s.link:.0%}, assumed; nothing overlaps.{gain}{cost}"])
+    f"{s.cache:.0%}), both as on one H100; of {sheet.link / 1e9:,.0f} GB/s to other chips {s.link:.0%}, assumed; nothing "
+    f"overlaps.{gain}{cost}"])
 
 
 def main():
