@@ -16,8 +16,9 @@ from tqdm import tqdm
 from arrol_jax import step_programs
 from arrol_jax.data import sources
 from arrol_jax.data.problems import Prompt, digests, encode_prompts
+from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.engine.sampling import Sampling, Taps
-from arrol_jax.engine.scheduler import Engine, slots_that_fit
+from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.candidates import nothing_known
@@ -123,11 +124,11 @@ def warn(loaded: Policy, prompts: list[Prompt]) -> None:
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,
            memory: tuple[int, int] | None = None) -> Engine:
   """An engine for the policy in training, `params`; call it with all in place that stays in memory while it runs, or with
-  what `memory` a device has (engine.slots_that_fit)."""
+  what `memory` a device has (memory.slots_that_fit)."""
   r = c.rollout
   most = r.prompts * r.group_size
   build = lambda rows: Engine(loaded.config, mesh, rows, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
-                              prefill_rows=min(r.prompts, 32))
+                              prefill_rows=min(r.prompts, 32), weights=r.weights)
   if r.slots is not None:
     return build(r.slots)
   fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory)

@@ -29,6 +29,7 @@ from arrol_jax.engine import decode_attention
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.zoo import ZOO
+from arrol_jax.planning.chips import CHIPS
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 
@@ -39,7 +40,8 @@ COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "
           "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
           "runs": (3, "measured ones; their median is reported"), "devices": (16, "`scale`: at most so many"),
           "row_buckets": (4, "compiled row counts"),
-          "length_buckets": (6, "compiled cache lengths"), "tail_sizes": (2, "smaller sizes of the last micro-batch"), "micro_tokens": (16384, "tokens a micro-batch"),
+          "length_buckets": (6, "compiled cache lengths"), "tail_sizes": (2, "smaller sizes of the last micro-batch"),
+          "micro_tokens": (16384, "tokens a micro-batch"),
           "chunk_tokens": (4096, "tokens whose logits exist at once")}
 
 
@@ -58,11 +60,13 @@ def main():
     p.add_argument(f"--{name}", type=int, default=default, help=what)
   p.add_argument("--mesh", default="1,1,1", help="devices along data, fsdp and tensor; `scale` takes its own")
   p.add_argument("--axis", choices=("data", "fsdp", "tensor"), default="fsdp", help="along which `scale` spreads")
+  p.add_argument("--chip", choices=CHIPS, default=None, help="`scale` predicts for it; the one at hand if not given")
   p.add_argument("--lengths", choices=("full", "lognormal"), default="lognormal", help="of responses: --max_new, or spread")
   p.add_argument("--static", action=argparse.BooleanOptionalAction, default=True, help="`decode`: also all rows to --max_new")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16",
                  help="activations, decoding weights and cache")
   p.add_argument("--cache", choices=("int8",), default=None, help="int8 halves the key-value cache")
+  p.add_argument("--weights", choices=("int8",), default=None, help="int8: what `decode`, `step` and `scale` read is half")
   p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the update's")
   p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto", help="over the cache")
   p.add_argument("--remat", choices=transformer.REMAT, default="dots", help="what the backward pass recomputes")
@@ -86,6 +90,8 @@ def main():
       raise UserError(f"--{name} is {getattr(a, name)}; it must be at least 1")
   if min(a.attention_rows) < 1:
     raise UserError(f"--rows is {min(a.attention_rows)}; it must be at least 1")
+  if a.weights and a.case not in ("decode", "step", "scale"):
+    raise UserError(f"--weights={a.weights} is for `decode`, `step` and `scale`; `{a.case}` does not decode with them")
   if a.slots < 0:
     raise UserError(f"--slots is {a.slots}; it must be at least 1, or 0 for as many as there are rows")
   if a.case in ("step", "scale") and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):

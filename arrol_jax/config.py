@@ -245,6 +245,7 @@ def _check(c: ConfigDict) -> None:
   _check_prune(c)
   r = c.rollout
   _need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
+  _need(r.weights in (None, "int8"), f"rollout.weights is {r.weights!r}; it must be 'int8' or left out")
   _need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
   _check_quality(c)
   _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")

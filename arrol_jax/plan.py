@@ -8,6 +8,11 @@ else of zoo.py: --shape=NAME, or the name that model.path's folder begins with. 
 temporary memory that is not the real one's. --suggest=no looks for no change that would fit.
 
 What runs at several shapes is compiled at the largest; programs of a few scalars, evaluation and host memory are left out.
+
+Where all fit, seconds a step by phase are predicted, with and without pruning, for responses as long as --lengths says: work and
+collectives of the compiled programs at the rates that a chip reaches (arrol_jax/planning/chips.py). The shares of the peaks come
+from one H100, where predicted steps are within 30% of measured ones (python -m experiments.plan_check); for TPUs nothing is
+validated. All survivors are taken to be learned from, and their responses to be like the others.
 """
 
 import dataclasses
@@ -23,6 +28,7 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
+import numpy as np
 
 from arrol_jax import assemble, config as configuration
 from arrol_jax.models import sharding
@@ -30,6 +36,7 @@ from arrol_jax.models.files import gguf as gguf_files, hf_config, hub
 from arrol_jax.models.files.weights import check_positions
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.models.zoo import ZOO
+from arrol_jax.planning import chips, rollout, timing
 from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
 from arrol_jax.planning.suggesting import as_flags, what_fits
 from arrol_jax.types import UserError
@@ -44,7 +51,11 @@ ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 FLAGS = {"topology": (None, "the slice, such as v5e:16x16 or v5p:4x4x4"), "json": (None, "a file for the plan as JSON"),
          "shape": (None, "the model's shape by its name in zoo.py"),
          "effort": (None, "the compiler's; -1 is several times faster, with temporary memory that is not the real one's"),
-         "suggest": ("yes", "no: do not look for changes that would fit")}
+         "suggest": ("yes", "no: do not look for changes that would fit"),
+         "lengths": (rollout.LENGTHS, "responses: lognormal:CENTRE:SPREAD (median as a share of rollout.max_new, spread of the "
+                                      "logarithm), or a file of whole numbers"),
+         "prompt": (None, "tokens of a prompt; as many as rollout.max_prompt if not given"),
+         "price": (None, "dollars a chip and hour, for dollars a step")}
 
 
 def table(programs: list[Program]) -> str:
@@ -127,6 +138,42 @@ def model_shape(path: str, shape: str | None) -> tuple[PolicyConfig, str]:
   return ZOO[found], f"{found} of zoo.py ({path} is not here)"
 
 
+def number(flags, name: str, whole: bool = False) -> float | None:
+  """A flag's number, above 0; None where it was not given."""
+  text = flags[name].value
+  if text is None:
+    return None
+  try:
+    value = int(text) if whole else float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < math.inf:
+    raise UserError(f"--{name}={text}: it takes a {'whole ' if whole else ''}number above 0")
+  return value
+
+
+def predicted(step: Step, lengths: np.ndarray, prompt: int) -> dict[str, timing.Timed]:
+  """A step without pruning and, where the config prunes, one with it."""
+  cases = {"nothing pruned": timing.of_step(step, lengths, prompt, False)}
+  if step.c.prune.enabled and step.c.prune.keep < 1:
+    cases["pruned"] = timing.of_step(step, lengths, prompt, True)
+  return cases
+
+
+def seconds_report(cases: dict[str, timing.Timed], flags, chip: str, count: int, price: float | None) -> str:
+  """Predicted seconds as Markdown, with what they rest on."""
+  times = [t.total for t in cases.values()]
+  gain = f" Pruning makes a step {times[0] / times[1]:.2f}x faster." if len(times) > 1 else ""
+  s, sheet = chips.FITTED, chips.CHIPS[chip]
+  cost = f" Dollars: {price} a chip and hour." if price is not None else ""
+  return "\n".join([
+    f"Predicted seconds a step on {count} {chip} (lengths {flags.lengths}), not validated on any TPU:", "",
+    timing.table(cases, count, price), "",
+    f"Of {sheet.flops / 1e12:,.0f} TFLOP/s {s.matrix:.0%}, of {sheet.memory / 1e12:.2f} TB/s {s.memory:.0%} (cache "
+    f"{s.cache:.0%}), both as on one H100; of {sheet.link / 1e9:,.0f} GB/s to other chips {s.link:.0%}, assumed; nothing "
+    f"overlaps.{gain}{cost}"])
+
+
 def main():
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)  # it holds programs for devices that are here
@@ -142,9 +189,15 @@ def main():
   except (ValueError, OSError) as e:
     raise UserError(f"{e}; --effort takes a number, --json a file in a folder that is there") from e
 
+  price, prompt = number(flags, "price"), number(flags, "prompt", whole=True) or c.rollout.max_prompt
+  if prompt > c.rollout.max_prompt:
+    raise UserError(f"--prompt={prompt}: prompts have at most rollout.max_prompt ({c.rollout.max_prompt}) tokens")
+  lengths = rollout.parse_lengths(flags.lengths, c.rollout.prompts * c.rollout.group_size, c.rollout.max_new)
+  chip = flags.topology.partition(":")[0]
+
   def compile_with(c: ConfigDict, phases: tuple[str, ...] = PHASES, stop: bool = True) -> Step:
     mesh, limit = topology_mesh(flags.topology, c)
-    return Step(c, model, mesh, limit, effort, stop).run(phases)
+    return Step(c, model, mesh, limit, effort, stop, chips.rates(chip)).run(phases)
 
   step = compile_with(c, stop=False)
   fits = all(p.fits for p in step.programs)
@@ -156,11 +209,17 @@ def main():
     lines += [f"It fits with {' '.join(as_flags(fix[0]))}: compiled, {most:.2f} GiB at most in what did not fit."]
   elif not fits and flags.suggest != "no":
     lines += ["None of the changes tried makes it fit; take a larger topology."]
+  cases = predicted(step, lengths, prompt) if fits else {}
+  if cases:
+    lines += ["", seconds_report(cases, flags, chip, step.mesh.size, price)]
   print("\n".join(lines))
   if flags.json:
     out = {"fits": fits, "topology": flags.topology, "mesh": c.mesh.to_dict(), "model": source, "shapes": step.shapes,
            "held": step.sizes, "programs": [dataclasses.asdict(p) | {"fits": p.fits} for p in step.programs],
-           "fits_with": fix and fix[0],
+           "fits_with": fix and fix[0], "time": cases and {
+             "chip": chip, "peaks": chips.CHIPS[chip]._asdict(), "shares": chips.FITTED._asdict(), "lengths": flags.lengths,
+             "prompt": prompt, "price": price,
+             "steps": {name: t.as_dict(step.mesh.size, price) for name, t in cases.items()}},
            "jax": jax.__version__, "command": " ".join(["python -m arrol_jax.plan", *sys.argv[1:]])}
     Path(flags.json).write_text(json.dumps(out, indent=1) + "\n")
 

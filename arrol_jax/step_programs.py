@@ -86,7 +86,7 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
     Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",)),
     Program("insert" + at, decoding.insert, lambda out: (out[init], out["prefill"], row, keys(), row, row, own), {},
             (init, "prefill"), waves),
-    Program(segment, decoding.segment, lambda out: (e.config, out["reshard"], out[init]),
+    Program(segment, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], out[init]),
             {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
             1 if decoding.asks_nobody(c.sampling) else e.segment // math.gcd(e.segment, decoding.STRIDE)),
     Program(decided, decision.decide, judged, {}, (init,), segments)]

@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
   c.rollout.max_new = 2048     # response tokens at most (open in the paper)
   c.rollout.slots = config_dict.placeholder(int)  # rows that decode at once; None: as many as free memory holds
   c.rollout.cache = config_dict.placeholder(str)  # "int8" halves the key-value cache; None: model.dtype
+  c.rollout.weights = config_dict.placeholder(str)  # "int8" halves the weights that are read to decode (a scale an output
+                               # channel; evaluation and serving too); None: model.dtype. See logprob_gap, loss.correction
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
   c.rollout.resampling = 1         # above 1: DAPO's dynamic sampling in at most so many rounds, later ones as large as needed
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
@@ -102,7 +104,7 @@ def get_config() -> ConfigDict:
   c.loss.normalize_std = config_dict.placeholder(bool)
   c.loss.head_weight = config_dict.placeholder(float)
   c.loss.correction = "none"   # what sampler and trainer differ by: "truncate" weighs each token by min(ratio, cap), "mask"
-  c.loss.correction_cap = 2.0  # each row by its whole ratio, not at all above the cap; for rollout.cache = "int8"
+  c.loss.correction_cap = 2.0  # each row by its whole ratio, not at all above the cap; for "int8" of rollout
 
   c.optim = ConfigDict()
   c.optim.lr = 1e-6            # policy (paper)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PLANS = Path(__file__).parent / "results" / "plan"
 COLUMNS = ("plan", "topology", "mesh", "slots", "held always", "cache", "decode segment", "update", "fullest program", "of HBM",
-           "verdict")
+           "verdict", "seconds a step", "pruned", "tokens/s, pruned")
 
 
 def row(name: str, plan: dict) -> tuple:
@@ -19,10 +19,13 @@ def row(name: str, plan: dict) -> tuple:
   mesh, held = "x".join(str(plan["mesh"][axis]) for axis in ("data", "fsdp", "tensor")), plan["held"]
   remedy = " ".join(f"{k}={v}" for k, v in (plan["fits_with"] or {}).items())
   verdict = "fits" if plan["fits"] else "does not fit" + (f"; does with {remedy}" if remedy else "")
+  steps = (plan.get("time") or {}).get("steps", {})
+  said = lambda case, key, form: f"{steps[case][key]:{form}}" if case in steps else ""
   return (name, plan["topology"], mesh, plan["shapes"].get("slots", "none"), gib(held["parameters, optimizer, head"]),
           gib(held.get("cache and slots", 0)), gib(by_name["decode segment"]["in_step"]), gib(by_name["update"]["in_step"]),
           f"{fullest['name']} {gib(fullest['in_step'])}",
-          f"{fullest['in_step'] / fullest['limit']:.0%} of {gib(fullest['limit'])}", verdict)
+          f"{fullest['in_step'] / fullest['limit']:.0%} of {gib(fullest['limit'])}", verdict,
+          said("nothing pruned", "sec_step", ".1f"), said("pruned", "sec_step", ".1f"), said("pruned", "tokens_s", ",.0f"))
 
 
 def main():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.engine import scheduler
+from arrol_jax.engine import memory
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Decision, Engine, Request
 from arrol_jax.models import sharding, transformer
@@ -222,7 +222,7 @@ def test_a_real_rule_keeps_about_kappa(mesh):
 def free_memory(mesh, limit, used=0, cache=None, params=PARAMS, **other):
   """Slots of an engine whose device says that it has so many bytes."""
   e = Engine(C, mesh, rows=64, max_prompt=8, max_new=20, segment=4, prefill_rows=4, **other)
-  return scheduler._slots_in(e, Sampling(dtype="float32", cache=cache), 4, params, limit - used, limit)
+  return memory._slots_in(e, Sampling(dtype="float32", cache=cache), 4, params, limit - used, limit)
 
 
 def test_slots_fill_the_free_memory_and_no_more(mesh):

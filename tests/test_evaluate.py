@@ -130,6 +130,8 @@ def test_bench_mistakes(monkeypatch, capsys):
     assert status == 2 and not out and err.startswith(f"error: {wrong.partition('=')[0]} is ") and len(err.splitlines()) == 1
   status, _, err = call(bench, monkeypatch, capsys, "update", "--attention=foo")
   assert status == 2 and "invalid choice: 'foo'" in err
+  status, _, err = call(bench, monkeypatch, capsys, "update", "--weights=int8")
+  assert status == 2 and "`update` does not decode" in err
   status, _, err = call(bench, monkeypatch, capsys, "step", "--detect=65")
   assert status == 2 and "--detect: each must" in err
 
@@ -141,8 +143,8 @@ def test_the_preset_runs_each_rollout_to_its_real_length_with_its_real_reward(mo
   assert [len(r.tokens) for r in wanted[::16]] == work.prompts and [r.max_tokens for r in wanted] == work.responses.tolist()
   small = measuring.Workload([5, 9], np.array([3, 32, 7, 20, 32, 32, 32, 32]), np.array([0, 1, 0, 1, 1, 1, 1, 1]))
   monkeypatch.setattr(training, "preset", lambda name: small)
-  monkeypatch.setitem(measuring.PRESETS, "gsm8k", {"rows": "8", "group": 4, "prompt": 16, "max_new": 32, "detect": "16", "segment": 16,
-                                                   "row_buckets": 1, "length_buckets": 1, "tail_sizes": 0})
+  monkeypatch.setitem(measuring.PRESETS, "gsm8k", {"rows": "8", "group": 4, "prompt": 16, "max_new": 32, "detect": "16",
+                                                   "segment": 16, "row_buckets": 1, "length_buckets": 1, "tail_sizes": 0})
   status, lines, _ = call(bench, monkeypatch, capsys, "step", "--preset=gsm8k", "--runs=1", "--micro_tokens=512")
   line = json.loads(lines[0])
   assert status == 0 and line["tokens_generated"] == 190 and line["rows"] == 8
@@ -153,12 +155,17 @@ def test_the_preset_runs_each_rollout_to_its_real_length_with_its_real_reward(mo
 
 def test_bench_scale_compares_with_one_device(monkeypatch, capsys):
   options = "--rows=8 --group=4 --prompt=8 --max_new=32 --detect=16 --segment=16 --runs=1 --row_buckets=1 --length_buckets=1"
-  status, lines, _ = call(bench, monkeypatch, capsys, "scale", *options.split(), "--micro_tokens=512", "--devices=2")
+  options += " --micro_tokens=512 --devices=2 --chip=h100 --weights=int8"
+  status, lines, _ = call(bench, monkeypatch, capsys, "scale", *options.split())
   one, weak, strong = map(json.loads, lines)
   assert status == 0 and [(x["scaling"], x["devices"], x["rows"]) for x in (one, weak, strong)] == [
     ("weak", 1, 8), ("weak", 2, 16), ("strong", 2, 8)]
   assert one["share_of_linear"]["step"] == 1.0 and strong["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
   assert weak["share_of_linear"]["step"] == pytest.approx(one["sec_step"] / weak["sec_step"])
+  assert one["bytes_moved"] == 0 < strong["bytes_moved_pruned"] < weak["bytes_moved"] and weak["weights"] == "int8"
+  phases = ("generate", "logprob", "update", "rest")
+  assert weak["prediction"]["sec_step"] == pytest.approx(sum(weak["prediction"][f"sec_{k}"] for k in phases))
+  assert weak["prediction"]["chip"] == "h100" and 0 < strong["prediction"]["sec_step"] < weak["prediction"]["sec_step"]
   assert strong["share_of_linear"]["update_pruned"] == pytest.approx(one["sec_update_pruned"] / strong["sec_update_pruned"] / 2)
 
 

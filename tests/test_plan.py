@@ -13,13 +13,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from arrol_jax import assemble, plan
 from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import load_policy
-from arrol_jax.planning import compiling, hlo, suggesting
+from arrol_jax.planning import chips, compiling, hlo, suggesting, timing
 from arrol_jax.types import UserError
 from configs import base
 
@@ -145,7 +146,7 @@ def test_a_module_of_a_tpu():
 
 @pytest.fixture(scope="module")
 def step():
-  return compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), BIG).run()
+  return compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), BIG, rates=chips.rates("h100")).run()
 
 
 def test_every_program_of_a_step_is_there(step):
@@ -242,6 +243,26 @@ def over_in(name):
   step.programs = [compiling.Program(name, 1000, in_step=1100)]
   step.sizes["cache and slots"], step.shapes = 500, {"slots": 64, "micro-batch tokens": 512}
   return step
+
+
+def test_a_compiled_step_is_timed(step):
+  """Phases add up programs as often as they run; what is pruned is neither decoded on nor learned from."""
+  lengths = np.full(16, 48)
+  whole, pruned = (timing.of_step(step, lengths, 16, x) for x in (False, True))
+  p = {x.name: timing.program_seconds(x, step.rates) for x in step.programs}
+  assert (whole.tokens_generated, whole.tokens_trained, whole.kept) == (16 * 48, 16 * 48, 16)
+  assert (pruned.tokens_generated, pruned.kept) == (8 * 16 + 8 * 48, 8) and pruned.tokens_trained == 8 * 48
+  # 4 groups' prompts, and once more for each of 768 / 128 bins: 10 * 15 + 16 + 768 = 934 tokens in micro-batches of 512, the
+  # second nearly full; log-probs for the reference alone.
+  assert whole.seconds["update"] == pytest.approx(2 * p["update"] + p["optimizer"])
+  assert whole.seconds["logprob"] == pytest.approx(2 * p["log-probs"]) and not step.kernels
+  launched = 48 * SHAPE.layers * step.rates.layer
+  assert whole.decode_steps == 48 and whole.seconds["generate"] > p["reshard"] + p["prefill"] + launched
+  assert pruned.total < whole.total and 0 < pruned.moved < whole.moved
+  with pytest.raises(ValueError, match="decode segment"):
+    broken = over(step, BIG)
+    broken.rates, broken.programs = step.rates, [compiling.Program("decode segment", BIG, error="too large")]
+    timing.of_step(broken, lengths, 16, False)
 
 
 # ---- mistakes and the compiler's words

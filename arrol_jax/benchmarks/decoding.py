@@ -38,4 +38,4 @@ def decode(a, c, mesh) -> list[dict]:
     short = requests(c, a.group, alike(a, np.full(a.rows, 2 * a.segment)))
     with jax.profiler.trace(a.profile):
       engine.run(short, key, sampling)
-  return [out | {"compile_s": compile_s, "cache": a.cache or a.dtype} | spread(rates)]
+  return [out | {"compile_s": compile_s, "cache": a.cache or a.dtype, "weights": a.weights or a.dtype} | spread(rates)]

@@ -17,6 +17,7 @@ from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning import update
 from arrol_jax.models import sharding, transformer
+from arrol_jax.planning.rollout import lognormal_lengths
 from arrol_jax.pruning.head import init_head
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.types import Rollout, TrainState
@@ -48,13 +49,8 @@ def ceilings() -> dict:
 
 
 def target_lengths(kind: str, rows: int, max_new: int, centre: float, spread: float) -> np.ndarray:
-  """Response lengths i64[rows]: all max_new ("full"), or clip(lognormal(ln(centre N), spread), N/16, N), the first N."""
-  if kind == "full":
-    return np.full(rows, max_new)
-  lengths = np.random.default_rng(0).lognormal(np.log(max_new * centre), spread, rows)
-  lengths = np.clip(lengths, max_new // 16, max_new).astype(int)
-  lengths[0] = max_new
-  return lengths
+  """Response lengths i64[rows]: all max_new ("full"), or as rollout.lognormal_lengths draws them."""
+  return np.full(rows, max_new) if kind == "full" else lognormal_lengths(rows, max_new, centre, spread)
 
 
 def peak_bytes() -> int | None:
@@ -113,12 +109,12 @@ def decode_floor(c, a, lengths, slots: int, limits: dict, shared: bool = False) 
   groups = [lengths[i:i + a.group] for i in range(0, len(lengths), a.group)]
   prompts = sum(max(group) if shared else sum(group) for group in groups) * a.prompt
   context = prompts + np.sum(lengths * (lengths + 1) / 2)
-  weights = c.num_params() * jnp.dtype(a.dtype).itemsize
+  weights = c.num_params() * jnp.dtype(a.weights or a.dtype).itemsize
   return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]
 
 
 def make_engine(a, c, mesh, slots: int) -> tuple[Engine, Sampling]:
-  return (Engine(c, mesh, slots, a.prompt, a.max_new, a.segment, a.row_buckets),
+  return (Engine(c, mesh, slots, a.prompt, a.max_new, a.segment, a.row_buckets, weights=a.weights),
           Sampling(1.0, (), a.dtype, a.cache, a.decode_attention))
 
 

@@ -23,7 +23,7 @@ from arrol_jax.benchmarks.measuring import (
   target_lengths,
   timed,
 )
-from arrol_jax.engine.scheduler import slots_that_fit
+from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.learning import batching, update
 from arrol_jax.learning.losses import GRPO
 from arrol_jax.pruning.rule import PruneRule
@@ -88,8 +88,11 @@ def compile_step(one: TrainingStep, state, prompts: int, group: int) -> None:
   step_programs.compile_ahead(programs, mesh)
 
 
-def bench_step(a, c, mesh) -> list[dict]:
-  """W3: a whole step without pruning and with it at each --detect: phases, speed-ups, and the ideal for the same rollouts."""
+def bench_step(a, c, mesh, inspect=None) -> list[dict]:
+  """W3: a whole step without pruning and with it at each --detect: phases, speed-ups, and the ideal for the same rollouts.
+
+  inspect(compiled TrainingStep, its state) -> fields for the lines.
+  """
   limits = ceilings()
   state, optimizer = fresh_state(c, mesh)
   work = preset(a.preset) if a.preset else alike(a, target_lengths(a.lengths, a.rows, a.max_new, 0.6, 0.5))
@@ -114,6 +117,7 @@ def bench_step(a, c, mesh) -> list[dict]:
   for one in steps.values():
     compile_step(one, state, a.rows // a.group, a.group)
   compile_s = time.perf_counter() - start
+  more = inspect(steps[a.detect[0]], state) if inspect else {}
   results = {}
   for detect in (None, *a.detect):
     trace = jax.profiler.trace(a.profile) if a.profile and detect else contextlib.nullcontext()
@@ -121,7 +125,8 @@ def bench_step(a, c, mesh) -> list[dict]:
       runs = [once(detect) for _ in range(a.runs)]
     results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in (*PHASES, "step")}, runs
   slots = steps[a.detect[0]].engine.rows
-  return [step_line(a, c, detect, results, slots, limits) | {"compile_s": compile_s, "cache": a.cache or a.dtype}
+  return [step_line(a, c, detect, results, slots, limits) | more | {"compile_s": compile_s, "cache": a.cache or a.dtype,
+                                                                       "weights": a.weights or a.dtype}
           for detect in a.detect]
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from arrol_jax.engine import decode_attention, kv_cache
 from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
 from arrol_jax.engine.token_counts import BUCKETS, count_tokens
-from arrol_jax.models import sharding, transformer
+from arrol_jax.models import int8, sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.layers import split_qkv
 from arrol_jax.models.transformer import PolicyConfig
@@ -153,20 +153,26 @@ def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> S
 
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling,
                      most: jax.Array | None = None):
-  """Up to `steps` tokens for every active row; ends early when no row is active (but see `asks_nobody`). most i32[]: no more than so many, one program
-  for any number of them (which asks after every step whether to go on).
+  """Up to `steps` tokens for every active row; ends early when no row is active (but see `asks_nobody`). most i32[]: no more than
+  so many, one program for any number of them (which asks after every step whether to go on).
 
   Returns (slots, tokens i32[B,steps], logprobs f32[B,steps], confidences f32[B,steps]); a row's new tokens come first, as
   many as its `generated` grew. A row stops after a stop token (which counts) or at its limit. The cache must have room:
   position + steps <= S for every active row.
   """
   more = () if most is None else (most,)
-  return segment(c, params, slots, *more, steps=steps, sampling=sampling)
+  return segment_program(int8.is_int8(params))(c, params, slots, *more, steps=steps, sampling=sampling)
+
+
+def segment_program(quantized: bool = False):
+  """The jitted program behind `generate_segment`. With int8 weights a GPU's compiler may write products itself: the vendor's
+  library would need the weights written out in the activations' dtype first."""
+  return _segment_int8 if sharding.platform() == "gpu" and quantized else segment
 
 
 def asks_nobody(sampling: Sampling) -> bool:
-  """Whether a segment takes all its steps whoever is left. A GPU's loop of unknown length asks the host, which then cannot run a
-  segment ahead; a server's (which leaves the temperature to its calls) ends early all the same, so that a lone call is answered."""
+  """Whether a segment takes all its steps whoever is left. A GPU's loop of unknown length asks the host, which then cannot run
+  a segment ahead; a server's (it leaves the temperature to its calls) ends early all the same, so a lone call is answered."""
   return sharding.platform() == "gpu" and sampling.temperature is not None
 
 
@@ -240,4 +246,6 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   return slots, *said
 
 
-segment = jax.jit(_generate, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
+_jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
+segment = _jit(_generate)
+_segment_int8 = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": True})

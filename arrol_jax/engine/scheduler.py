@@ -13,7 +13,6 @@ import collections
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -25,8 +24,7 @@ from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import Sampling, SamplingParams
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.running import hosts
-from arrol_jax.types import Rollout, UserError
+from arrol_jax.types import Rollout
 
 
 class Request(NamedTuple):
@@ -70,6 +68,7 @@ class Engine:
   row_buckets: int = 4        # rows, rows/2, rows/4, ...
   length_buckets: int = 4     # cache lengths, evenly spaced up to max_prompt + max_new (one where a kernel reads own lengths)
   prefill_rows: int = 16      # prompts a prefill program takes
+  weights: str | None = None  # "int8": matrices to decode with (models/int8.py); None: in the dtype that load() is given
   params: dict | None = None  # set by load()
   watch: Callable | None = None  # called at each boundary; what it raises ends the run there
 
@@ -96,15 +95,14 @@ class Engine:
     return sorted({_up(room * (i + 1) // self.length_buckets, 16) for i in range(self.length_buckets)})
 
   def load(self, params: dict, dtype: str) -> None:
-    """Takes the training parameters: cast, unstacked and resharded for decoding in one program."""
+    """Takes the training parameters: cast (or quantised), unstacked and resharded for decoding in one program."""
     self.params = self.loader(params, dtype)(params)
 
   def loader(self, params: dict, dtype: str):
     """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
-    axes = transformer.unstack_axes(transformer.logical_axes(self.config), self.config.layers)
-    shapes = jax.eval_shape(transformer.unstack, params)
-    out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
-    return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
+    shapes = jax.eval_shape(lambda params: transformer.decoding_params(params, dtype, self.weights), params)
+    out = sharding.shardings(transformer.decoding_axes(self.config, self.weights), shapes, self.mesh, sharding.DECODE)
+    return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype, self.weights)
 
   def prompt_states(self, prompts: list[np.ndarray], sampling: Sampling) -> np.ndarray:
     """The states that Sampling.taps.prompt names of so many prompts' last tokens, f32[P,D]; runs the prefill program alone."""
@@ -162,48 +160,10 @@ class Engine:
     return rollouts
 
 
-def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
-                   memory: tuple[int, int] | None = None) -> int | None:
-  """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
-
-  Call it with all that stays in memory (parameters, optimizer state) in place, or give a device's `memory`: bytes free and
-  bytes in all. Raises UserError where not even one group of `group_size` rollouts fits, with what would.
-  """
-  if memory:
-    return _slots_in(engine, sampling, group_size, params, *memory)
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if "bytes_limit" not in stats:
-    return None
-  free, limit = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
-  return _slots_in(engine, sampling, group_size, params, free, limit)
-
-
-def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict, free: int, limit: int) -> int:
-  c, mesh = engine.config, engine.mesh
-  size = jnp.dtype(sampling.dtype).itemsize
-  shards = mesh.shape["tensor"] if c.kv_heads % mesh.shape["tensor"] == 0 else 1
-  batch = mesh.shape["data"] * mesh.shape["fsdp"]
-  token = kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, sampling.cache_dtype) // shards
-  weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * size // mesh.shape["tensor"]
-  prefix = engine.prefill_rows * engine.max_prompt // batch * (token + 8 * max(c.ffn, c.width) * size)
-  room = free - weights - prefix - limit // 32
-  row = engine.lengths(sampling)[-1] * token + 3 * 4 * c.vocab  # its columns; logits and what sampling makes of them
-  per_device = max(0, room) // row
-  per_device -= per_device % 16 if per_device > 16 else 0  # shapes that matrix units like
-  if per_device * batch < group_size:
-    fits = max(0, room) * batch // group_size // token - engine.max_prompt - kv_cache.BLOCK
-    raise UserError(
-      f"one group of {group_size} rollouts needs {group_size * row / batch / 1e9:.2f} GB of cache on a device and "
-      f"{max(0, room) / 1e9:.2f} GB are free beside the weights; " +
-      (f"rollout.max_new={fits} would fit, " if fits > 0 else "") + "a smaller rollout.group_size, a wider mesh" +
-      ("" if sampling.cache_dtype == "int8" else " or rollout.cache=int8") + " would need less")
-  return per_device * batch
-
-
 @functools.lru_cache(maxsize=8)
-def _to_decode(treedef, leaves: tuple, dtype: str):
+def _to_decode(treedef, leaves: tuple, dtype: str, weights: str | None):
   out = jax.tree.unflatten(treedef, leaves)
-  return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), transformer.unstack(p)), out_shardings=out)
+  return jax.jit(lambda params: transformer.decoding_params(params, dtype, weights), out_shardings=out)
 
 
 @dataclasses.dataclass(eq=False)  # two of them are never the same one

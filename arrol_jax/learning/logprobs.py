@@ -69,7 +69,7 @@ def _forward(axes, table, hidden, tokens, live, temperature):
 
 
 def _backward(axes, saved, slopes):
-  """d log p_t / d logit_v = [v = t] - p_v. What a shard's tokens add to the table's stays on its device until the loop is over."""
+  """d log p_t / d logit_v = [v = t] - p_v. What a shard's tokens add to the table's stays there until the loop is over."""
   wide, hidden, tokens, live, temperature, norm = saved
   table, logits_of = _product(axes, wide, hidden, temperature)
   shards = hidden.shape[1] // rows_on_a_chip(hidden.shape[1])

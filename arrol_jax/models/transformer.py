@@ -21,6 +21,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from arrol_jax.models.int8 import Int8, axes_of_all, product, quantize_all, scaled_product
 from arrol_jax.models.layers import Rotary, add_norm, rms_norm
 from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling, frequencies
 from arrol_jax.models.sharding import constrain
@@ -134,13 +135,14 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
   weights (`unstack`) it is attend(qkv, rotary), qkv [B,S,M,N/M+2,H].
   """
   w = lambda name: weights[name].astype(x.dtype)
-  project = lambda y, equation, name: (keep(jnp.einsum(equation, y, w(name))) if name + "_bias" not in weights else
-                                       keep(jnp.einsum(equation, y, w(name)) + w(name + "_bias")[None, None]))
+  project = lambda y, equation, name: (
+    keep(product(equation, y, weights[name])) if name + "_bias" not in weights else
+    keep(product(equation, y, weights[name]) + w(name + "_bias")[None, None]))
   with jax.named_scope("attention"):
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
     rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
     if "qkv" in weights:
-      out, kept = attend(_merged(y, w("qkv"), weights.get("qkv_bias")), rotary)
+      out, kept = attend(_merged(y, weights["qkv"], weights.get("qkv_bias")), rotary)
     else:
       q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
       out, kept = attend(q, k, v, rotary)
@@ -152,13 +154,15 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
       gate, up = gate[:, :, 0], up[:, :, 0]
     else:
       gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
-    return x, jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w("down")), kept
+    return x, product("bsf,fd->bsd", jax.nn.silu(gate) * up, weights["down"]), kept
 
 
-def _merged(y: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _merged(y: jax.Array, weight: jax.Array | Int8, bias: jax.Array | None) -> jax.Array:
   """y [B,S,D] times [D,M,N/M+2,H] plus bias; as matrices, so that the product's own kernel adds the bias."""
-  if bias is None:
-    return jnp.einsum("bsd,dmgh->bsmgh", y, weight)
+  if bias is None or isinstance(weight, Int8):
+    out = product("bsd,dmgh->bsmgh", y, weight)
+    return out if bias is None else out + bias.astype(y.dtype)[None, None]
+  weight = weight.astype(y.dtype)
   out = y.reshape(-1, y.shape[2]) @ weight.reshape(y.shape[2], -1) + bias.astype(y.dtype).reshape(1, -1)
   return out.reshape(*y.shape[:2], *weight.shape[1:])
 
@@ -216,6 +220,20 @@ def _merge(w: dict) -> dict:
   return {name: x for name, x in w.items() if name not in gone} | merged
 
 
+def decoding_params(params: dict, dtype: str, weights: str | None = None) -> dict:
+  """Training parameters in the decoding layout and dtype; weights "int8": matrices are rounded from the training parameters."""
+  params = unstack(params)
+  params = quantize_all(params) if weights == "int8" else params
+  cast = lambda x: x if isinstance(x, Int8) else x.astype(dtype)
+  return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Int8))
+
+
+def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:
+  """`logical_axes` of `decoding_params`."""
+  axes = unstack_axes(logical_axes(c), c.layers)
+  return axes_of_all(axes) if weights == "int8" else axes
+
+
 def unstack_axes(axes: dict, layers: int) -> dict:
   """`logical_axes` of the decoding layout."""
   kept = {name: a[1:] for name, a in axes["layers"].items() if name in ("attn_norm", "o", "mlp_norm", "down", "q_norm", "k_norm")}
@@ -249,7 +267,7 @@ def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Ar
   """`forward` on a tuple of layers (`unstack`), in their dtype. `attend(state, qkv, rotary)` gets a layer's own of `states`
   (None: there are none), and queries and keys still to be turned (layers.Rotary); what it keeps comes back as a list. fused:
   layers.add_norm's kernel, forward only. tap(n, x) sees the residual stream x [B,S,D] after n layers."""
-  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, params["embed"].dtype), [], None
+  rope, x, kept, delta = rope_tables(c, positions), _embed(params, tokens, params["final_norm"].dtype), [], None
 
   @jax.jit  # all layers are one function to trace and to lower, which the compiler puts back in line
   def one(weights, state, x, delta):
@@ -265,6 +283,9 @@ def unrolled(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Ar
 
 def _embed(params: dict, tokens: jax.Array, dtype) -> jax.Array:
   """The table's columns, which fsdp splits, come together first; else the partitioner would replicate all looked-up rows."""
+  if isinstance(params["embed"], Int8):
+    values, scale = params["embed"].values[tokens], params["embed"].scale[tokens][..., None]
+    return constrain((values.astype(jnp.float32) * scale).astype(dtype), "batch", None, None)
   return constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
 
@@ -276,7 +297,10 @@ def unembedding(params: dict) -> tuple[jax.Array, str]:
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
   table, axes = unembedding(params)
-  return jnp.einsum(f"...d,{axes}->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  equation = f"...d,{axes}->...v"
+  if isinstance(table, Int8):
+    return scaled_product(equation, hidden, table)
+  return jnp.einsum(equation, hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def default_positions(tokens: jax.Array) -> jax.Array:

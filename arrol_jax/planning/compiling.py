@@ -19,6 +19,7 @@ from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.planning import hlo
+from arrol_jax.planning.chips import Rates
 from arrol_jax.types import TrainState, UserError
 
 PHASES = "generation", "training"
@@ -46,6 +47,7 @@ class Program:
   flops_once: float = 0.0    # cost_analysis: a loop's body once
   traffic_once: float = 0.0
   collectives: dict = dataclasses.field(default_factory=dict)  # kind: [times, bytes], loops by their trips
+  seconds: float = 0.0  # operations one after another at the chip's rates (hlo.roofline), collectives left out
   error: str = ""
 
   @property
@@ -88,8 +90,8 @@ def out_of_memory(message: str) -> tuple[int, str]:
   return int(float(used) * 1024 ** " KMGT".index(unit or " ")), f"the compiler needs {used}{unit} of {limit}"
 
 
-def measure(program: Program, compiled, unknown_trips: int) -> None:
-  """Fills in what the compiler says of the program and what its text adds up to."""
+def measure(program: Program, compiled, unknown_trips: int, rates: Rates | None = None) -> None:
+  """Fills in what the compiler says of the program and what its text adds up to, seconds where a chip's rates are given."""
   memory, cost, module = compiled.memory_analysis(), compiled.cost_analysis(), hlo.parse(compiled.as_text())
   program.argument, program.output = memory.argument_size_in_bytes, memory.output_size_in_bytes
   program.alias, program.temp = memory.alias_size_in_bytes, memory.temp_size_in_bytes
@@ -99,6 +101,7 @@ def measure(program: Program, compiled, unknown_trips: int) -> None:
   program.flops, program.traffic = hlo.flops(module, count), hlo.traffic(module, count)
   program.flops_once, program.traffic_once = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
   program.collectives = hlo.collective_counts(module, count)
+  program.seconds = hlo.roofline(module, count, rates.flops, rates.memory) if rates else 0.0
 
 
 class DoesNotFit(Exception):
@@ -108,18 +111,20 @@ class DoesNotFit(Exception):
 class Step:
   """The programs of one step, compiled one after another; `held` is what lies on each chip between them.
 
-  stop: `run` raises DoesNotFit at the first program that does not fit.
+  stop: `run` raises DoesNotFit at the first program that does not fit. rates: the chip's, for programs' seconds.
   """
 
   def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
-               stop: bool = False):
-    self.c, self.mesh, self.limit, self.stop = c, mesh, limit, stop
+               stop: bool = False, rates: Rates | None = None):
+    self.c, self.mesh, self.limit, self.stop, self.rates = c, mesh, limit, stop, rates
     self.loaded = Policy(model, transformer.abstract_params(model), None, (model.vocab - 1,), 0)
     self.options = None if effort is None else {"exec_time_optimization_effort": effort}
     self.programs: list[Program] = []
     self.held: dict[str, int] = {}
     self.sizes: dict[str, int] = {}  # everything that was ever held
     self.shapes: dict[str, int] = {}
+    self.row_counts: list[int] = []  # that the engine compiles
+    self.kernels = mesh.devices.flat[0].platform == "tpu" and c.model.attention in ("auto", "splash")
 
   def hold(self, name: str, size: int) -> None:
     self.held[name] = self.sizes[name] = size
@@ -138,7 +143,7 @@ class Step:
       program.peak, program.error = out_of_memory(str(e))
       program.in_step = program.peak + max(0, program.held - program.argument)
       return self.check()
-    measure(program, compiled, listed.unknown_trips)
+    measure(program, compiled, listed.unknown_trips, self.rates)
     print(f"{name}: {program.in_step / GIB:.2f} GiB in the step", file=sys.stderr, flush=True)
     self.check()
     results[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info,
@@ -183,6 +188,7 @@ class Step:
       self.skip(*GENERATION)
       next(p for p in self.programs if p.name == "init slots").error = str(e)
       return self.check()
+    self.row_counts = engine.row_counts(config.sampling)
     self.shapes |= {"slots": engine.rows, "cache columns": engine.lengths(config.sampling)[-1]}
     self.compile_all(step_programs.generation_programs(engine, config, state, c.rollout.prompts, c.rollout.group_size))
 

@@ -172,6 +172,20 @@ def traffic(module: Module, count: dict[str, int]) -> float:
                    for name, times in count.items() if name not in fused))
 
 
+def roofline(module: Module, count: dict[str, int], flops_s: float, bytes_s: float) -> float:
+  """Seconds of all operations one after another, each the longer of its products at flops_s and its traffic at bytes_s; what
+  happens inside kernels takes their traffic alone, and collectives nothing."""
+  fused = {c for body in module.values() for i in body.values() if i.opcode == "fusion" for c in _called(i)}
+
+  def products(name: str, i: Instruction) -> float:
+    inside = [products(c, j) for c in _called(i) for j in module[c].values()] if i.opcode == "fusion" else []
+    return _flops(module[name], i) + sum(inside)
+
+  moves = lambda i: i.opcode.removesuffix("-start") in COLLECTIVES
+  return sum(times * max(products(name, i) / flops_s, _traffic(module, name, i) / bytes_s)
+             for name, times in count.items() if name not in fused for i in module[name].values() if not moves(i))
+
+
 def _traffic(module: Module, name: str, i: Instruction) -> int:
   if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or i.opcode == "async-start":
     return 0
@@ -224,7 +238,8 @@ def collective_counts(module: Module, count: dict[str, int]) -> dict[str, list[i
       kind = i.opcode.removesuffix("-start")
       if kind in COLLECTIVES:
         operands = sum(size(module[name][o].type) for o in i.operands if o in module[name])
-        moved = operands if i.opcode != kind else max(operands, size(i.type))
+        result = size(i.type) - (operands if i.opcode != kind and i.type.startswith("(") else 0)  # a start names both
+        moved = max(operands, result)
         key = (kind, i.attribute("channel_id") or f"{name}/{i.name}", times)
         seen[key] = max(seen.get(key, 0), moved)
   out: dict[str, list[int]] = {}

@@ -39,6 +39,8 @@ def changes(c: ConfigDict, step: Step) -> Iterator[dict]:
       yield {"mesh.data": 1, "mesh.fsdp": unit // wider, "mesh.tensor": mesh.tensor * wider}
   if "generation" in over and c.rollout.cache is None:
     yield {"rollout.cache": "int8"}
+  if "generation" in over and c.rollout.weights is None:
+    yield {"rollout.weights": "int8"}
 
 
 def helps(change: dict) -> set[str]:
