@@ -103,13 +103,12 @@ def main():
     raise UserError(f"--mesh={a.mesh}: {e}") from e
   if mesh is None:
     raise UserError(f"--mesh={a.mesh}: it takes three whole numbers, devices along data, fsdp and tensor, such as 1,2,1")
-  with jax.set_mesh(mesh):
-    results = CASES[a.case](a, ZOO[a.shape], mesh)
   line = {"case": a.case, "shape": a.shape, "rows": a.rows, "prompt": a.prompt, "max_new": a.max_new, "lengths": a.lengths,
           "dtype": a.dtype, "mesh": a.mesh, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-  for result in results:
-    print(json.dumps(line | result | {"peak_bytes": peak_bytes(),
-                                      "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)
+  with jax.set_mesh(mesh):
+    for result in CASES[a.case](a, ZOO[a.shape], mesh):  # each line as soon as it is known
+      print(json.dumps(line | result | {"peak_bytes": peak_bytes(),
+                                        "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)
 
 
 command = functools.partial(configuration.run, main)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from arrol_jax import config as configuration
-from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.memory import _slots_in
+from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning import batching, update
 from arrol_jax.learning.losses import GRPO

@@ -1,6 +1,7 @@
 """How a step scales over devices: W3 on 1, 2, 4, ... of them, with as many rollouts a device (weak) or in all (strong), and what
 the plan predicts for the same meshes."""
 
+from collections.abc import Iterator
 import copy
 import functools
 
@@ -17,8 +18,8 @@ from arrol_jax.planning.rollout import Decoding
 KEEP = 0.5  # of the rule that bench_step prunes with
 
 
-def bench_scale(a, c, mesh) -> list[dict]:
-  """Lines of `step` with the first --detect, by mesh and kind of scaling; --rows are one device's.
+def bench_scale(a, c, mesh) -> Iterator[dict]:
+  """Lines of `step` with the first --detect, by mesh and kind of scaling; --rows and --micro_tokens are one device's.
 
   share_of_linear, by phase: weak, one device's seconds over n devices' for n times the rollouts; strong, one device's over n
   times n devices' for the same. With pruning: keys ending in _pruned. bytes_moved: by a step's collectives on one device.
@@ -27,12 +28,12 @@ def bench_scale(a, c, mesh) -> list[dict]:
   median counts.
   """
   counts = [n for n in (1, 2, 4, 8, 16) if n <= min(len(jax.devices()), a.devices)]
-  out, alone = [], None
+  alone = None
   for n in counts:
     shape = {"data": 1, "fsdp": 1, "tensor": 1} | {a.axis: n}
     for kind in ("weak", "strong") if n > 1 else ("weak",):
       one = copy.copy(a)
-      one.rows, one.detect = a.rows * (n if kind == "weak" else 1), a.detect[:1]
+      one.rows, one.detect, one.micro_tokens = a.rows * (n if kind == "weak" else 1), a.detect[:1], a.micro_tokens * n
       part = sharding.make_mesh(**shape)
       with jax.set_mesh(part):
         line = bench_step(one, c, part, functools.partial(planned, one, c, shape))[0]
@@ -40,8 +41,7 @@ def bench_scale(a, c, mesh) -> list[dict]:
       work = 1 if kind == "weak" else n
       names = [f"sec_{phase}{end}" for phase in (*PHASES, "step") for end in ("", "_pruned")]
       line["share_of_linear"] = {name[4:]: alone[name] / (work * line[name]) for name in names if line[name] > 1e-4}
-      out.append(line | {"scaling": kind, "devices": n, "mesh": shape, "rows": one.rows})
-  return out
+      yield line | {"scaling": kind, "devices": n, "mesh": shape, "rows": one.rows}
 
 
 def planned(a, c, shape: dict[str, int], one, state) -> dict:
