@@ -19,17 +19,6 @@ from arrol_jax.serving.calls import Call, seed_of
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-  return export(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(exported):
-  with serving(exported) as out:
-    yield out
-
-
-@pytest.fixture(scope="module")
 def alone(server):
   """alone(**body) -> the texts that Engine.run gives to that call, with temperature and top_p fixed for all rows."""
   def run(prompt=PROMPT, n=1, seed=0, max_tokens=48, temperature=1.0, top_p=1.0):

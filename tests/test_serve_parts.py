@@ -19,17 +19,6 @@ from arrol_jax.serving.web import Access
 from arrol_jax.types import Rollout
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-  return export(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(exported):
-  with serving(exported) as out:
-    yield out
-
-
 def logprobs_of(server, tokens):
   """Of each token but the first, and all tokens' at its place: one plain pass, f32[T-1], f32[T-1,V]."""
   e = server.service.engine
