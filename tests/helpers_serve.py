@@ -61,9 +61,11 @@ def serving(path: str, *options: str, steady: bool = False, access: Access = ANY
   thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
   thread.start()
   assert ready.wait(60)
-  yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits, web=app.state.web)
-  web.should_exit = True
-  thread.join(60)
+  try:
+    yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits, web=app.state.web)
+  finally:
+    web.should_exit = True
+    thread.join(60)
   assert not thread.is_alive() and service.running == service.waiting == 0
 
 
