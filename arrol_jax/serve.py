@@ -22,7 +22,7 @@ from arrol_jax.serving import prompts
 from arrol_jax.serving.lifecycle import listen
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.prefixes import PrefixCache
-from arrol_jax.serving.service import Judge, Service
+from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access, make_app
 from arrol_jax.types import UserError
 
@@ -130,8 +130,8 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     loaded.params = None
   how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,
                             pool=assemble.pools(c, loaded.head))
-  judge = Judge(loaded.head, loaded.calibration, assemble.detect(c), assemble.linear_inputs(c))
-  service = Service(engine, how, loaded.tokenizer, queue_size, judge, steady, kept)
+  voters = assemble.voters(c, loaded.head, loaded.calibration)
+  service = Service(engine, how, loaded.tokenizer, queue_size, voters, steady, kept)
   limits = Limits(name or model_name(workdir or c.model.path), engine.max_prompt, engine.max_new, service.most,
                   loaded.config.vocab, loaded.tokenizer, c.reward.pattern, c.eval.window, loaded.head is not None,
                   loaded.calibration is not None, c.data.thinking, prompts.longest_token(loaded.tokenizer))

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 
-from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events
 import jax
 import numpy as np
 import pytest

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 
-from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, serving
 import jax
 import jax.numpy as jnp
 import numpy as np

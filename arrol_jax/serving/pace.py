@@ -2,7 +2,7 @@
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
-- a prompt is prefilled at the smallest of a few widths that holds it, or what is new of it (prefixes.py), alone where it is alone.
+- a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
 Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
 (engine/programs.py).
 """

@@ -41,7 +41,7 @@ def names(tokens: bytes, size: int) -> tuple[bytes, ...]:
 
 
 class PrefixCache:
-  """At most `mib` MiB of blocks of a model's prompts; create it under the mesh. Used from one thread; its counts may be read by any.
+  """At most `mib` MiB of blocks of a model's prompts; create it under the mesh. One thread uses it; any may read its counts.
 
   Raises ValueError where not even one block fits.
   """

@@ -15,14 +15,13 @@ import dataclasses
 import queue
 import threading
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request, Sequence
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.serving import pace
@@ -45,17 +44,6 @@ class Totals:
   cancelled: int = 0
 
 
-class Judge(NamedTuple):
-  """What scores traces."""
-  head: dict | None = None            # None: nothing does
-  tables: Calibration | None = None   # [C,Q], one a length of `detect`, a linear head's also for the last token
-  detect: tuple[int, ...] = ()
-  inputs: tuple[str, ...] = ()        # what a linear head reads
-
-
-NOBODY = Judge()
-
-
 class Service:
   """Continuous batching of an open stream of calls.
 
@@ -63,14 +51,14 @@ class Service:
   PacedRun, for an engine of one row count and one length; kept: prefixes of earlier calls' prompts.
   """
 
-  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, judge: Judge = NOBODY,
+  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, voters: Voters = NO_HEAD,
                steady: bool = False, kept: PrefixCache | None = None):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
-    self.head, tables, detect, inputs = judge
+    self.head, tables = voters.head, voters.tables
     self.steady, self.kept, self.decide, self.rule, self.detect = steady, kept, None, None, ()
     if self.head is not None:
-      self.detect = tuple(detect) if tables is not None else ()
-      self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=inputs)
+      self.detect = voters.detect if tables is not None else ()
+      self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=voters.inputs)
       self.decide = make_decide(self.head, Calibration() if tables is None else tables, self.rule, tables is not None)
     self.run = self._make_run()
     self.totals, self.failure = Totals(), None
