@@ -54,7 +54,7 @@ class Service:
   def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, voters: Voters = NO_HEAD,
                steady: bool = False, kept: PrefixCache | None = None):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
-    self.head, tables = voters.head, voters.tables
+    self.voters, self.head, tables = voters, voters.head, voters.tables
     self.steady, self.kept, self.decide, self.rule, self.detect = steady, kept, None, None, ()
     if self.head is not None:
       self.detect = voters.detect if tables is not None else ()
