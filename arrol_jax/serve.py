@@ -9,6 +9,7 @@ Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metr
 
 import dataclasses
 import functools
+import ipaddress
 import os
 from pathlib import Path
 import socket
@@ -91,9 +92,16 @@ def _boolean(name: str, text: str) -> bool:
   return text.lower() == "true"
 
 
+def _is_loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:  # a name
+    return host in LOOPBACK
+
+
 def _access(flags, still: int) -> Access:
   listed = lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip())
-  hosts = listed(flags.allowed_hosts) or (LOOPBACK if flags.host in LOOPBACK else ("*",))
+  hosts = listed(flags.allowed_hosts) or ((*LOOPBACK, flags.host) if _is_loopback(flags.host) else ("*",))
   key = flags.api_key or os.environ.get("ARROL_API_KEY") or None
   return Access(hosts, listed(flags.cors), key, still)
 

@@ -1,4 +1,7 @@
-"""Three client libraries against a running server: openai, litellm, langchain-openai; those that are not installed are left out.
+"""Client libraries against a running server: openai, litellm, langchain-openai, and the calls of `vllm bench serve`.
+
+Those that are not installed are left out. Of vLLM its file of request functions is enough, which needs no CUDA:
+--vllm=FILE is vllm/benchmarks/lib/endpoint_request_func.py of an unpacked wheel; it imports aiohttp, regex and tqdm.
 
   pip install openai litellm langchain-openai
   arrol-serve --config=gsm8k_qwen05b --config.model.path=DIR/model.gguf --config.model.dtype=float32 --port=8000
@@ -84,6 +87,27 @@ def with_langchain(url: str, key: str, model: str, prompt: str):
     yield "chat, streamed", "".join(p.content for p in chat.stream(prompt))
 
 
+def with_vllm(file: str, url: str, model: str, prompt: str):
+  """What `vllm bench serve --backend=openai --ignore-eos --temperature=0 --top-k=-1` sends, 16 calls at once, by its own code."""
+  import asyncio
+  import importlib.util
+
+  import aiohttp
+  spec = importlib.util.spec_from_file_location("endpoint_request_func", file)
+  theirs = sys.modules["endpoint_request_func"] = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(theirs)
+
+  async def calls():
+    wanted = theirs.RequestFuncInput(prompt=prompt, api_url=f"{url}/completions", prompt_len=1, output_len=24, model=model,
+                                     ignore_eos=True, extra_body={"temperature": 0.0, "top_k": -1, "min_p": 0.0})
+    async with aiohttp.ClientSession() as session:
+      return await asyncio.gather(*(theirs.ASYNC_REQUEST_FUNCS["openai"](wanted, session) for _ in range(16)))
+
+  for said in asyncio.run(calls()):
+    assert said.success and said.output_tokens == 24 and said.ttft > 0, said.error
+  yield "16 calls at once", said.generated_text
+
+
 CLIENTS = {"openai": with_openai, "litellm": with_litellm, "langchain-openai": with_langchain}
 
 
@@ -93,12 +117,16 @@ def main():
   parser.add_argument("--key", default="none", help="the server's API key")
   parser.add_argument("--model", default="", help="its name; asked for if not given")
   parser.add_argument("--prompt", default="5+5-7-9+1>")
+  parser.add_argument("--vllm", default="", help="vLLM's endpoint_request_func.py")
   parser.add_argument("--out", help="a file for the lines, besides stdout")
   args = parser.parse_args()
   lines, failed = [], False
-  for name, run in CLIENTS.items():
+  clients = dict(CLIENTS)
+  if args.vllm:
+    clients["vllm's request functions"] = lambda url, key, model, prompt: with_vllm(args.vllm, url, model, prompt)
+  for name, run in clients.items():
     try:
-      client = f"{name} {importlib.metadata.version(name)}"
+      client = f"{name} {importlib.metadata.version(name)}" if name in CLIENTS else name
     except importlib.metadata.PackageNotFoundError:
       lines.append({"client": name, "skipped": "not installed"})
       continue

@@ -209,7 +209,8 @@ def main():
   failed = failures(result, drained, args) + (["tracebacks in the server's log"] if tracebacks else [])
   line = {**result, "drain": drained, "failed": failed,
           "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
-          "command": " ".join(["python -m experiments.serve_soak", *sys.argv[1:]])}
+          "command": " ".join(["python -m experiments.serve_soak",
+                               *(flag for flag in sys.argv[1:] if not flag.startswith("--out"))])}
   print(json.dumps(line), flush=True)
   if args.out:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
