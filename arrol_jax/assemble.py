@@ -22,7 +22,7 @@ from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.candidates import nothing_known
-from arrol_jax.learning.evaluation import Voters, measure
+from arrol_jax.learning.evaluation import measure
 from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
@@ -31,6 +31,7 @@ from arrol_jax.models.files import hub
 from arrol_jax.models.files.tokenizers import check_ids
 from arrol_jax.models.files.weights import Policy, load_policy
 from arrol_jax.pruning import features
+from arrol_jax.pruning.decision import Voters
 from arrol_jax.pruning.head import init_head, inputs_of, is_linear
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
@@ -142,15 +143,19 @@ def eval_engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, params: 
   return out
 
 
+def voters(c: ConfigDict, head: dict | None, tables: Calibration | None) -> Voters:
+  return Voters(head, tables, detect(c), c.eval.stop_below, c.eval.window, linear_inputs(c))
+
+
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt], grader, name: str,
              head: dict | None = None, tables: Calibration | None = None) -> dict:
   """`held_out.measure` as eval.* says, with a progress bar called `name`."""
-  voters = Voters(head, tables, detect(c), c.eval.stop_below, c.eval.window, linear_inputs(c))
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     asked = Asked(c.eval.samples, c.eval.temperature)
-    return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters, lambda _: bar.update())[0]
+    return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters(c, head, tables),
+                   lambda _: bar.update())[0]
 
 
 def sampled(c: ConfigDict) -> ConfigDict:

@@ -26,11 +26,15 @@ from arrol_jax.engine.scheduler import Engine
 from arrol_jax.models import sharding
 from arrol_jax.types import UserError
 
+FLAGS = {"port": ("9000", "to listen at"), "samples": ("1", "rows a prompt")}
+
 try:
   from jetstream.core import config_lib, server_lib
   from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 except ImportError:
   if __name__ == "__main__":
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+      configuration.parse(sys.argv, FLAGS, __doc__)  # which prints it and ends
     print("error: JetStream is not installed; experiments/results/serve/README.md says how", file=sys.stderr)
     sys.exit(2)
   raise
@@ -165,9 +169,9 @@ def _columns(tokens: jax.Array, valid: jax.Array, lengths: jax.Array) -> jax.Arr
 
 
 def main():
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   if __debug__:
     raise UserError("JetStream's orchestrator asserts what a race makes false: run python -O -m arrol_jax.jetstream")
-  c, flags = configuration.parse(sys.argv, {"port": ("9000", "to listen at"), "samples": ("1", "rows a prompt")}, __doc__)
   configuration.check(c)
   for name in ("port", "samples"):
     if not flags[name].value.isdigit() or not int(flags[name].value):

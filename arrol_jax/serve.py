@@ -9,6 +9,7 @@ Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metr
 
 import dataclasses
 import functools
+import ipaddress
 import os
 from pathlib import Path
 import socket
@@ -21,7 +22,8 @@ from arrol_jax import assemble, config as configuration
 from arrol_jax.serving import prompts
 from arrol_jax.serving.lifecycle import listen
 from arrol_jax.serving.openai_api import Limits
-from arrol_jax.serving.service import Judge, Service
+from arrol_jax.serving.prefixes import PrefixCache
+from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access, make_app
 from arrol_jax.types import UserError
 
@@ -35,8 +37,9 @@ FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any
          "allowed_hosts": ("", "Host headers that are answered, separated by commas (on 127.0.0.1: its own)"),
          "cors": ("", "origins of web pages that may call, separated by commas"),
          "keep_alive": ("60", "seconds of an idle connection"), "still": ("60", "seconds without a step until /health says so"),
+         "prefix_cache": ("0", "MiB for what prompts begin with, kept between calls; 0: off"),
          "deterministic": ("false", "true: a text depends on nothing but its call, in bfloat16 too; costs speed")}
-MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6}
+MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6, "prefix_cache": 10**6}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -48,7 +51,7 @@ def main():
   access = _access(flags, number["still"])
   workdir = flags.workdir if flags["workdir"].present else None
   with _bind(flags.host, number["port"]) as listener:  # before a model is loaded for nothing
-    service, limits = load(c, workdir, number["queue"], steady, flags.name)
+    service, limits = load(c, workdir, number["queue"], steady, flags.name, number["prefix_cache"])
     _tell(f"loaded {limits.model}: {service.engine.rows} slots, prompts of at most {limits.max_prompt} tokens")
     service.warm_up(_tell)
     status = listen(lambda started, broken: make_app(service, limits, started, broken, access), listener, number["drain"],
@@ -89,9 +92,16 @@ def _boolean(name: str, text: str) -> bool:
   return text.lower() == "true"
 
 
+def _is_loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:  # a name
+    return host in LOOPBACK
+
+
 def _access(flags, still: int) -> Access:
   listed = lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip())
-  hosts = listed(flags.allowed_hosts) or (LOOPBACK if flags.host in LOOPBACK else ("*",))
+  hosts = listed(flags.allowed_hosts) or ((*LOOPBACK, flags.host) if _is_loopback(flags.host) else ("*",))
   key = flags.api_key or os.environ.get("ARROL_API_KEY") or None
   return Access(hosts, listed(flags.cors), key, still)
 
@@ -109,8 +119,9 @@ def _bind(host: str, port: int) -> socket.socket:
   return out
 
 
-def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = False, name: str = "") -> tuple[Service, Limits]:
-  """The engine's side of a server, of the config's model or of the newest checkpoint in `workdir`."""
+def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = False, name: str = "",
+         kept_mib: int = 0) -> tuple[Service, Limits]:
+  """The engine's side of a server, of the config's model or of the newest checkpoint in `workdir`; prefixes get kept_mib MiB."""
   mesh = assemble.make_mesh(c)
   _fit(c, steady)
   with jax.set_mesh(mesh):
@@ -122,16 +133,24 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)
     assemble.warn(loaded, [])
+    kept = _prefix_cache(c, loaded, kept_mib)  # before the slots take what memory is left
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
     loaded.params = None
   how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,
                             pool=assemble.pools(c, loaded.head))
-  judge = Judge(loaded.head, loaded.calibration, assemble.detect(c), assemble.linear_inputs(c))
-  service = Service(engine, how, loaded.tokenizer, queue_size, judge, steady)
+  voters = assemble.voters(c, loaded.head, loaded.calibration)
+  service = Service(engine, how, loaded.tokenizer, queue_size, voters, steady, kept)
   limits = Limits(name or model_name(workdir or c.model.path), engine.max_prompt, engine.max_new, service.most,
                   loaded.config.vocab, loaded.tokenizer, c.reward.pattern, c.eval.window, loaded.head is not None,
                   loaded.calibration is not None, c.data.thinking, prompts.longest_token(loaded.tokenizer))
   return service, limits
+
+
+def _prefix_cache(c: ConfigDict, loaded, mib: int) -> PrefixCache | None:
+  try:
+    return PrefixCache(loaded.config, assemble.sampling(c, loaded).cache_dtype, mib) if mib else None
+  except ValueError as e:
+    raise UserError(f"--prefix_cache: {e}") from e
 
 
 def _fit(c: ConfigDict, steady: bool) -> None:

@@ -1,14 +1,16 @@
-"""Soaks a server: random calls, some cancelled, some malformed; then SIGTERM while calls are under way.
+"""Soaks a server: thousands of calls among hostile ones, then SIGTERM while calls are under way.
 
-  python -m experiments.serve_soak [--config=configs/quickstart.py] [--calls=500] [--at_once=32] [--bad=0.05]
-                                   [--dtype=bfloat16 --deterministic=true] [--out=experiments/results/serve/soak.jsonl]
+  python -m experiments.serve_soak --calls=5000 --together=64 --hostile=0.05 --minutes=20 --out=FILE
+                                   [--config=quickstart --config.model.path=... --config.model.dtype=bfloat16 --prefix_cache=64]
 
-Starts `python -m arrol_jax.serve` in a process of its own. First one caller alone hears every good call's texts (seeded, so that
-they are known); then `at_once` callers make the same calls in another order among the bad ones: half of those leave in the
-middle of their stream, half are malformed or hostile (long bodies, half characters, typed control) and have to get a 4xx.
-Counted: answers lost, answers that differ from what the call
-got alone, bad calls without a 4xx, the server's memory (resident, MiB) after each tenth, and traces that still run at the end.
-The drain: `at_once` streams, SIGTERM after the first token of one, and how many ended properly.
+Starts `python -m arrol_jax.serve` in a process of its own; what is not a flag of this command goes to it, and so does
+--deterministic=true unless told otherwise. One caller alone first hears the texts of so many different calls (--distinct). Then
+`together` callers make them again and again in random order, until --calls or --minutes are over, among hostile ones (`HOSTILE`:
+each kind has the answers that are right) and clients that leave.
+
+One JSON line: calls with the very text that the call got alone, another's, lost; hostile calls by kind that got a wrong answer;
+the times of small calls; resident memory; what was left running. Then `together` streams and SIGTERM: who ended, who was cut, how
+long it took, what the server said. "failed" lists what is wrong, and the status is 1 if anything is.
 """
 
 import argparse
@@ -21,55 +23,82 @@ import platform
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
-MALFORMED = [b"\xff\xfe\x00", b"{", {"prompt": "1>", "max_tokens": -1}, {"max_tokens": 3}, {"prompt": "1+" * 500},
-             {"prompt": "1>", "n": 0}, {"prompt": "1>", "max_tokens": 10**9}, {"prompt": "1>", "temperature": "hot"},
-             {"prompt": [1, 10**9]}, {"prompt": "1>", "x": 1}, {"prompt": "1+" * 1_950_000}, {"prompt": "1>", "user": "\ud83d"},
-             {"prompt": [1] * 1_000_000}, {"prompt": ["1>"] * 5000}, {"prompt": "1>", "repetition_penalty": 2}, b"[" * 10**6,
-             {"prompt": "1>", "response_format": {"type": "json_object"}}, {"prompt": " " * 3_900_000}]
+from experiments.serve_load import post, quantile, streamed
+
+SUM, CHAT = "1+2-3>", "/v1/chat/completions"
+BAD, FINE = range(400, 500), range(200, 201)
+# kind -> (bodies, statuses that are right); the numbers are of cases that once went wrong
+HOSTILE = {
+  "long prompts": ([{"prompt": "1+" * 1_950_000}, {"prompt": " " * 3_900_000}, {"prompt": [1] * 1_000_000},
+                    {"prompt": [SUM] * 5000}, {"messages": [{"role": "user", "content": "1" * 3_900_000}], "path": CHAT}], BAD),
+  "no JSON": ([b"\xff\xfe\x00", b"{", b"[" * 10**6, b"", b"null", b"9" * 5000, b'{"prompt": "1>", "n": 1e999}'], BAD),
+  "half characters": ([{"prompt": SUM, "user": "\ud83d"}, {"prompt": SUM, "\ud83d": 1}, {"prompt": "1\ud800>"},
+                       {"messages": [{"role": "\ud83d", "content": "1"}], "path": CHAT}], BAD),
+  "wrong values": ([{"prompt": SUM, "max_tokens": -1}, {"max_tokens": 3}, {"prompt": SUM, "n": 0},
+                    {"prompt": SUM, "max_tokens": 10**9}, {"prompt": SUM, "temperature": "hot"},
+                    {"prompt": [1, 10**9]}, {"prompt": SUM, "x": 1},
+                    {"prompt": SUM, "repetition_penalty": 2}, {"prompt": SUM, "response_format": {"type": "json_object"}}], BAD),
+  "roles and parts": ([{"messages": [{"role": role, "content": "1"}], "path": CHAT} for role in ("banana", "tool", 3)] + [
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "path": CHAT}], BAD),
+  "load testers": ([{"prompt": SUM, "max_tokens": 4, "repetition_penalty": 1.0, "ignore_eos": False, "top_k": -1, "min_p": 0,
+                     "reasoning_effort": None, "logprobs": None, "stream": True,
+                     "stream_options": {"include_usage": True, "continuous_usage_stats": True}}], FINE),
+  "votes with a stop string": ([{"prompt": SUM, "n": 8, "vote": "majority", "stop": [";"], "temperature": 2.0, "max_tokens": 8},
+                                {"prompt": SUM, "n": 16, "vote": "deepconf", "temperature": 2.0, "max_tokens": 8}], FINE),
+  "second passes": ([{"prompt": SUM, "max_tokens": 0, "echo": True, "logprobs": 5},
+                     {"prompt": SUM, "max_tokens": 4, "logprobs": 3, "top_p": 0.99}], FINE),
+}
 
 
 def good_calls(count: int, max_new: int) -> list[dict]:
-  rng = random.Random(0)
-  out = []
-  for i in range(count):
-    numbers = [str(rng.randint(1, 9)) for _ in range(rng.randint(2, 6))]
+  rng, out, seen = random.Random(0), [], set()
+  while len(out) < count:
+    numbers = [str(rng.randint(1, 9)) for _ in range(rng.randint(3, 6))]
     prompt = "".join(n + rng.choice("+-") for n in numbers)[:-1] + ">"
-    out.append({"prompt": prompt, "max_tokens": rng.randint(1, max_new), "seed": i, "n": rng.choice([1, 1, 1, 2, 4]),
+    if prompt in seen:
+      continue
+    seen.add(prompt)
+    out.append({"prompt": prompt, "max_tokens": rng.randint(8, max_new), "seed": len(out), "n": rng.choice([1, 1, 1, 2, 4]),
                 "temperature": rng.choice([0, 0.7, 1, 1.5]), "top_p": rng.choice([1, 1, 0.9]), "stream": rng.random() < 0.5})
   return out
 
 
-def post(port: int, body, hang_up: bool = False):
-  """(status, texts) of a call, texts None if it got none; hang_up: leaves after the first event."""
-  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-  try:
-    connection.request("POST", "/v1/completions", body if isinstance(body, bytes) else json.dumps(body))
-    answer = connection.getresponse()
-    if hang_up:
-      answer.readline()
-      return answer.status, None
-    raw = answer.read().decode()
-    if answer.status != 200:
-      return answer.status, None
-    if "data: " not in raw[:6]:
-      return 200, [choice["text"] for choice in json.loads(raw)["choices"]]
-    return 200, texts_of(raw, body.get("n", 1))
-  finally:
-    connection.close()
+class Hostile:
+  """Hostile calls in turn, and those that got another answer than is right."""
+
+  def __init__(self, port: int, leaves: dict):
+    self.port, self.leaves, self.asked, self.wrong = port, leaves, 0, {}
+    self.cases = [(kind, body, right) for kind, (bodies, right) in HOSTILE.items() for body in bodies]
+
+  def one(self, i: int) -> None:
+    self.asked += 1
+    if i % 3 == 0:  # a client that leaves in the middle
+      return void(post(self.port, self.leaves, hang_up=True))
+    if i % 20 == 1:  # half a body, and gone; a foreign host's name
+      with socket.create_connection(("127.0.0.1", self.port)) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+      return self.expect("foreign host", post(self.port, {"prompt": SUM}, headers={"Host": "evil.example"}).status, BAD)
+    kind, body, right = self.cases[i % len(self.cases)]
+    reply = post(self.port, body)
+    while reply.status == 429 and right is FINE:
+      time.sleep(0.05)
+      reply = post(self.port, body)
+    self.expect(kind, reply.status, right)
+
+  def expect(self, kind: str, status: int, right: range) -> None:
+    if status not in right:
+      self.wrong.setdefault(kind, []).append(status)
 
 
-def texts_of(raw: str, n: int) -> list[str] | None:
-  """The texts of a stream; None where it broke off."""
-  texts, finished = [""] * n, 0
-  for line in raw.split("\n\n")[:-2]:
-    choice = json.loads(line.removeprefix("data: "))["choices"][0]
-    texts[choice["index"]] += choice["text"]
-    finished += choice["finish_reason"] is not None
-  return texts if finished == n and raw.endswith("data: [DONE]\n\n") else None
+def void(_) -> None:
+  """Nothing is to be learned from it."""
 
 
 def resident(pid: int) -> float:
@@ -85,85 +114,108 @@ def health(port: int) -> dict:
 
 
 def soak(process, port: int, args) -> dict:
-  rng = random.Random(1)
-  bad = round(args.calls * args.bad)
-  calls = good_calls(args.calls - bad, args.max_new)
-  alone = [post(port, call)[1] for call in calls]
-  jobs = [("good", i) for i in range(len(calls))] + [("leaves" if i % 2 else "malformed", i) for i in range(bad)]
-  rng.shuffle(jobs)
+  """The calls, and what became of them."""
+  rng, calls = random.Random(1), good_calls(args.distinct, args.max_new)
+  alone = [post(port, call).texts for call in calls]
+  hostile = Hostile(port, calls[0] | {"stream": True, "n": 4, "max_tokens": args.max_new})
+  jobs = ["hostile" if rng.random() < args.hostile else rng.randrange(len(calls)) for _ in range(args.calls)]
+  outcomes, small, memory, start, lock = [], [], [resident(process.pid)], time.monotonic(), threading.Lock()
 
-  seconds_of = []
-
-  def one(job):
-    kind, i = job
-    if kind == "good":
-      begun = time.monotonic()
-      status, texts = post(port, calls[i])
-      while status == 429:
-        time.sleep(0.1)
-        status, texts = post(port, calls[i])
-      seconds_of.append(time.monotonic() - begun)
-      return "lost" if texts is None else "right" if texts == alone[i] else "another's"
-    if kind == "leaves":
-      post(port, calls[i] | {"stream": True, "n": 4, "max_tokens": args.max_new}, hang_up=True)
-      return "left"
-    return "refused" if 400 <= post(port, MALFORMED[i // 2 % len(MALFORMED)])[0] < 500 else "not refused"
-
-  memory, outcomes, start = [resident(process.pid)], [], time.monotonic()
-  with ThreadPoolExecutor(args.at_once) as pool:
-    for i, outcome in enumerate(pool.map(one, jobs)):
-      outcomes.append(outcome)
-      if (i + 1) % max(1, len(jobs) // 10) == 0:
+  def one(number: int) -> None:
+    job, begun = jobs[number], time.monotonic()
+    if begun - start > 60 * args.minutes:
+      return
+    if job == "hostile":
+      hostile.one(number)
+      return
+    reply = post(port, calls[job])
+    while reply.status == 429:
+      time.sleep(0.05)
+      reply = post(port, calls[job])
+    with lock:
+      outcomes.append("lost" if reply.texts is None else "right" if reply.texts == alone[job] else "another's")
+      if calls[job]["n"] == 1:
+        small.append(time.monotonic() - begun)
+      if len(outcomes) % max(1, args.calls // 10) == 0:
         memory.append(resident(process.pid))
+
+  with ThreadPoolExecutor(args.together) as pool:
+    list(pool.map(one, range(len(jobs))))
   seconds = time.monotonic() - start
   time.sleep(1)
-  return {"calls": len(jobs), "at_once": args.at_once, "seconds": round(seconds, 1),
-          "median_s": round(sorted(seconds_of)[len(seconds_of) // 2], 3),
-          "p99_s": round(sorted(seconds_of)[len(seconds_of) * 99 // 100], 3), "traces": sum(c["n"] for c in calls),
-          **{name: outcomes.count(name) for name in ("right", "another's", "lost", "refused", "not refused", "left")},
-          "alone_lost": alone.count(None), "memory_mib": [round(m) for m in memory],
+  memory.append(resident(process.pid))
+  return {"calls": len(outcomes) + hostile.asked, "asked_for": args.calls, "together": args.together,
+          "seconds": round(seconds, 1), **{name: outcomes.count(name) for name in ("right", "another's", "lost")},
+          "alone_lost": alone.count(None),
+          "hostile": hostile.asked, "hostile_wrong": hostile.wrong, "median_s": round(quantile(small, 0.5) or 0, 3),
+          "p99_s": round(quantile(small, 0.99) or 0, 3), "memory_mib": [round(m) for m in memory],
           **{name: n for name, n in health(port).items() if name in ("running", "waiting")}}
 
 
 def drain(process, port: int, args) -> dict:
-  """SIGTERM once each of `at_once` callers has heard something."""
-  body = {"prompt": "5+5-7-9+1>", "temperature": 0, "stream": True}
-  connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for _ in range(args.at_once)]
-  for connection in connections:
+  """SIGTERM once `together` streams have begun to be answered; every second one goes on as long as it may."""
+  connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for _ in range(args.together)]
+  for i, connection in enumerate(connections):
+    body = {"prompt": SUM, "stream": True, "max_tokens": args.max_new, "ignore_eos": bool(i % 2), "seed": i}
     connection.request("POST", "/v1/completions", json.dumps(body))
   answers = [connection.getresponse() for connection in connections]
-  heads = [answers[0].readline()]
   process.send_signal(signal.SIGTERM)
-  heads += [answer.readline() for answer in answers[1:]]
-  ended = [texts_of((head + answer.read()).decode(), 1) for head, answer in zip(heads, answers, strict=True)]
-  return {"streams": len(ended), "ended": sum(e is not None for e in ended), "texts": len({tuple(e) for e in ended if e}),
-          "status": process.wait(60)}
+  start = time.monotonic()
+  with ThreadPoolExecutor(len(answers)) as pool:
+    ended = sum(r.texts is not None for r in pool.map(lambda answer: streamed(answer, 1, start), answers))
+  said = process.stdout.read().strip()
+  return {"streams": len(answers), "ended": ended, "cut": len(answers) - ended, "said": said,
+          "told_cut": int((re.search(r"stopped: (\d+) calls", said) or [0, 0])[1]),
+          "drain_s": round(time.monotonic() - start, 1), "status": process.wait(60)}
+
+
+def failures(result: dict, drained: dict, args) -> list[str]:
+  """What is not as it should be."""
+  memory, out = result["memory_mib"], [name for name in ("lost", "another's", "alone_lost", "running", "waiting") if result[name]]
+  out += ["nothing was answered"] if not result["right"] else []
+  out += [f"hostile: {kind}" for kind in result["hostile_wrong"]]
+  out += ["p99 of small calls above 5 medians"] if result["p99_s"] > 5 * result["median_s"] else []
+  out += ["memory grows"] if memory[-1] > 1.15 * memory[len(memory) // 2] + 64 else []
+  out += ["the drain took too long"] if drained["drain_s"] > args.drain + 10 else []
+  out += ["the server did not say what it cut"] if drained["cut"] != drained["told_cut"] else []
+  out += ["exit status"] if drained["status"] != (1 if drained["cut"] else 0) else []
+  return out
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--config", default="configs/quickstart.py")
-  parser.add_argument("--calls", type=int, default=500)
-  parser.add_argument("--at_once", type=int, default=32)
-  parser.add_argument("--bad", type=float, default=0.05)
-  parser.add_argument("--slots", type=int, default=32)
-  parser.add_argument("--max_new", type=int, default=48)
-  parser.add_argument("--dtype", default="float32")
-  parser.add_argument("--deterministic", default="false")
-  parser.add_argument("--out", default="experiments/results/serve/soak.jsonl")
-  args = parser.parse_args()
-  command = [sys.executable, "-m", "arrol_jax.serve", f"--config={args.config}", f"--config.rollout.slots={args.slots}",
-             f"--config.model.dtype={args.dtype}", f"--deterministic={args.deterministic}", "--port=0"]
-  machine = {"device": f"{os.cpu_count()} CPU cores, Python {platform.python_version()}",
-             "command": " ".join(["python -m experiments.serve_soak", *sys.argv[1:]])}
-  out = Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, open(out, "w") as file:
-    port = int(process.stdout.readline().rsplit(":", 1)[1])
-    for case in (soak, drain):
-      line = {"case": case.__name__} | case(process, port, args) | machine
-      print(json.dumps(line), flush=True)
-      file.write(json.dumps(line) + "\n")
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  for name, default in {"calls": 5000, "together": 64, "distinct": 200, "max_new": 48, "drain": 20}.items():
+    parser.add_argument(f"--{name}", type=int, default=default)
+  for name, default in {"hostile": 0.05, "minutes": 60.0}.items():
+    parser.add_argument(f"--{name}", type=float, default=default)
+  parser.add_argument("--config", default="quickstart")
+  parser.add_argument("--out", help="a file for the line, besides stdout")
+  args, passed = parser.parse_known_args()
+  passed += [] if any(flag.startswith("--deterministic") for flag in passed) else ["--deterministic=true"]
+  command = [sys.executable, "-m", "arrol_jax.serve", f"--config={args.config}", "--port=0", f"--drain={args.drain}", *passed]
+  with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+    line = process.stdout.readline()
+    if not line.startswith("serving "):
+      log.seek(0)
+      sys.exit(f"error: the server did not start: {(log.read().strip().splitlines() or ['it said nothing'])[-1]}")
+    port = int(line.rsplit(":", 1)[1])
+    try:
+      result = soak(process, port, args)
+      drained = drain(process, port, args)
+    finally:
+      process.kill()
+    log.seek(0)
+    tracebacks = log.read().count("Traceback")
+  failed = failures(result, drained, args) + (["tracebacks in the server's log"] if tracebacks else [])
+  line = {**result, "drain": drained, "failed": failed,
+          "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
+          "command": " ".join(["python -m experiments.serve_soak",
+                               *(flag for flag in sys.argv[1:] if not flag.startswith("--out"))])}
+  print(json.dumps(line), flush=True)
+  if args.out:
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).write_text(json.dumps(line) + "\n")
+  sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

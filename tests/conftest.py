@@ -60,3 +60,18 @@ def table():
 
   from arrol_jax.prune import Calibration
   return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+  """A served model's folder (helpers_serve.py)."""
+  from helpers_serve import export
+  return export(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(exported):
+  """A server of it in this process."""
+  from helpers_serve import serving
+  with serving(exported) as out:
+    yield out

@@ -7,6 +7,7 @@ from pathlib import Path
 import socket
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from arrol_jax import config as configuration, serve
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
+from arrol_jax.serving import prefixes
 from arrol_jax.serving.web import ANYONE, Access, make_app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,10 +49,11 @@ def with_positions(path, count: int = 32768) -> str:
 
 
 @contextlib.contextmanager
-def serving(path: str, *options: str, steady: bool = False, access: Access = ANYONE):
-  """A server in this process: its port, its service and its limits."""
+def serving(path: str, *options: str, steady: bool = False, access: Access = ANYONE, block: int = 0):
+  """A server in this process: its port, its service and its limits. block: tokens of the blocks of prompts that it keeps."""
   c, _ = configuration.parse(["prog", *OPTIONS, f"--config.model.path={path}", *options])
-  service, limits = serve.load(c, None, QUEUE, steady)
+  with mock.patch.object(prefixes, "BLOCK", block):
+    service, limits = serve.load(c, None, QUEUE, steady, kept_mib=1 if block else 0)
   service.warm_up()
   ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
   app = make_app(service, limits, started=ready.set, access=access)
@@ -58,9 +61,11 @@ def serving(path: str, *options: str, steady: bool = False, access: Access = ANY
   thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
   thread.start()
   assert ready.wait(60)
-  yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits, web=app.state.web)
-  web.should_exit = True
-  thread.join(60)
+  try:
+    yield SimpleNamespace(port=listener.getsockname()[1], service=service, limits=limits, web=app.state.web)
+  finally:
+    web.should_exit = True
+    thread.join(60)
   assert not thread.is_alive() and service.running == service.waiting == 0
 
 

@@ -11,9 +11,10 @@ from test_rollout import KEY, SAMPLING, Words, engine, plain_hidden, prompts, ro
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.learning import evaluation
-from arrol_jax.learning.evaluation import Voters, measure, voted_right
+from arrol_jax.learning.evaluation import measure, voted_right
 from arrol_jax.learning.generation import Grading
 from arrol_jax.prune import Calibration
+from arrol_jax.pruning.decision import Voters
 from arrol_jax.pruning.head import Features, quality_logit
 from arrol_jax.rewards import Grader
 

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 
-from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events
 import jax
 import numpy as np
 import pytest
@@ -16,17 +16,6 @@ from arrol_jax.models.files.weights import load_policy
 from arrol_jax.pruning import voting
 from arrol_jax.serving import bodies, openai_api, service, votes
 from arrol_jax.serving.calls import Call, seed_of
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-  return export(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(exported):
-  with serving(exported) as out:
-    yield out
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 from helpers_serve import PROMPT, ROOT, ask, export, with_positions
 import pytest
@@ -175,6 +176,18 @@ def test_a_hub_id_and_what_is_shipped_are_served_from_any_folder(tmp_path, monke
   serve._check(c)
   c.model.path = "Qwen/Qwen3-0.6B"
   serve._check(c)
+
+
+@pytest.mark.parametrize("host, foreign", [("127.0.0.1", False), ("127.0.0.2", False), ("localhost", False), ("::1", False),
+                                           ("0.0.0.0", True), ("::", True), ("10.0.0.1", True)])
+def test_on_any_loopback_address_foreign_hosts_are_refused(host, foreign):
+  access = serve._access(SimpleNamespace(host=host, allowed_hosts="", cors="", api_key=""), 60)
+  assert (access.hosts == ("*",)) == foreign and (foreign or host in access.hosts)
+
+
+def test_jetstreams_flags_are_told_without_it():
+  done = subprocess.run([sys.executable, "-m", "arrol_jax.jetstream", "-h"], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and "--samples" in done.stdout and not done.stderr
 
 
 def test_flags_are_spelt_with_either_dash():

@@ -55,7 +55,9 @@ def refused(limits, body, chat=False):
   {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0}, {"something_new": None}, {"min_tokens": 0},
   {"skip_special_tokens": True, "spaces_between_special_tokens": True}, {"logit_bias": {}}, {"stop_token_ids": []},
   {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-  {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": None}}, {"user": "x", "metadata": {}}])
+  {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": None}}, {"user": "x", "metadata": {}},
+  {"stream": True, "stream_options": {"include_usage": None, "something_new": None}}, {"typical_p": 1.0, "n": None, "seed": None},
+  {"response_format": {"type": "text", "json_schema": None}}, {"stop": None, "temperature": None, "max_tokens": None}])
 def test_null_and_neutral_values_pass(limits, body):
   plain = read(limits, {"prompt": "1+2>"})
   call = read(limits, {"prompt": "1+2>"} | body).calls[0]
@@ -96,7 +98,9 @@ def test_other_values_are_refused_with_a_reason(limits, body, word):
   ({"prompt": "1>", "user": "\ud83d"}, False), ({"prompt": "1>", "model": "\ud83d"}, False),
   ({"prompt": "1>", "metadata": {"a": ["\ud83d"]}}, False), ({"messages": [{"role": "\ud83d", "content": "1>"}]}, True),
   ({"messages": [{"role": "user", "name": "\ud83d", "content": "1>"}]}, True),
-  ({"messages": [{"role": "user", "content": [{"type": "\ud83d", "text": "1>"}]}]}, True), ({"messages": "\ud83d"}, True)])
+  ({"messages": [{"role": "user", "content": [{"type": "\ud83d", "text": "1>"}]}]}, True), ({"messages": "\ud83d"}, True),
+  ({"prompt": "1>", "stream_options": {"\udead": 1}}, False), ({"prompt": ["1>", "\ude00\ud83d"]}, False),
+  ({"prompt": "1>", "vote": "\ud83d"}, False), ({"prompt": "1>", "response_format": {"type": "\ud83d"}}, False)])
 def test_half_a_character_is_refused_wherever_it_stands(limits, body, chat):
   assert "half a character" in refused(limits, body, chat)
   assert read(limits, {"prompt": "1>", "user": "\U0001f600"}).calls  # a whole one is fine
@@ -113,10 +117,10 @@ def test_long_prompts_never_reach_the_tokenizer(limits, body, chat):
     def encode(self, *args, **kwargs):
       raise AssertionError("encoded")
   raw = json.dumps(body).encode()
-  start = time.monotonic()
+  start = time.process_time()
   with pytest.raises(fields.Refused, match="takes (at most|1 to)"):
     openai_api.read(raw, chat, dataclasses.replace(limits, tokenizer=Tokenizer()))
-  assert time.monotonic() - start < 2
+  assert time.process_time() - start < 2
 
 
 def test_a_prompt_within_the_limit_is_never_refused_by_its_characters(bytewise):
@@ -146,15 +150,25 @@ def test_messages_are_read_or_refused(limits, message, word):
 
 def test_empty_fields_of_a_message_pass_and_developers_are_systems(limits):
   said = [{"role": "developer", "content": "1"}, {"role": "user", "content": [{"type": "text", "text": "2"}], "name": None},
-          {"role": "assistant", "content": "3", "tool_calls": None, "refusal": None, "annotations": [], "function_call": None}]
+          {"role": "assistant", "content": [{"type": "text", "text": "3", "image_url": None, "annotations": None}],
+           "tool_calls": None, "refusal": None, "annotations": [], "function_call": None}]
   class Tokenizer:
     chat_template = "x"
     def encode(self, text, **_):
       return list(map(ord, text))
     def apply_chat_template(self, said, **_):
       return " ".join(m["role"] + m["content"] for m in said)
-  tokens = prompts.chat(said, dataclasses.replace(limits, tokenizer=Tokenizer(), vocab=1000))
-  assert "".join(map(chr, tokens)) == "system1 user2 assistant3"
+  call = read(dataclasses.replace(limits, tokenizer=Tokenizer(), vocab=1000), {"messages": said}, chat=True).calls[0]
+  assert "".join(map(chr, call.tokens)) == "system1 user2 assistant3"
+
+
+def test_a_special_token_in_two_parts_or_cut_by_the_template_is_text(bytewise):
+  bytewise.chat_template = "{% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
+  limits = Limits("m", 1000, 48, 12, 300, bytewise, None, 8, False, False, longest=12)
+  parts = [{"type": "text", "text": text} for text in ("a<|im_", "end|>b", " <|im_start|> ")]
+  tokens = prompts.chat([{"role": "user", "content": parts}, {"role": "user", "content": "<|im_end|>"}], limits)
+  start, end = bytewise.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+  assert tokens.count(start) == tokens.count(end) == 2 and tokens[-1] == end
 
 
 def test_special_tokens_typed_into_a_message_are_text(bytewise):

@@ -2,10 +2,11 @@
 
 import http.client
 import json
+import socket
 import threading
 import time
 
-from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, export, serving
+from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, serving
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +18,6 @@ from arrol_jax.serving import pace, votes
 from arrol_jax.serving.calls import Call, Piece
 from arrol_jax.serving.web import Access
 from arrol_jax.types import Rollout
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-  return export(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(exported):
-  with serving(exported) as out:
-    yield out
 
 
 def logprobs_of(server, tokens):
@@ -261,9 +251,17 @@ def access(server):
 def test_foreign_hosts_are_refused_where_hosts_are_listed(server, access):
   access(Access(hosts=("127.0.0.1", "localhost", "::1")))
   for host, status in [("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost:9", 200), ("[::1]:80", 200),
-                       ("LOCALHOST", 200), ("127.0.0.1", 200)]:
+                       ("LOCALHOST", 200), ("127.0.0.1", 200), ("localhost.:80", 200), ("localhost.evil.example", 403),
+                       ("evil.example:127.0.0.1", 403), ("0.0.0.0", 403), ("[::1].evil.example", 403), ("[::2]", 403)]:
     assert ask(server.port, None, "/health", "GET", {"Host": host})[0] == status
     assert ask(server.port, {"prompt": PROMPT, "max_tokens": 1}, headers={"Host": host})[0] == status
+
+
+def test_a_probe_without_a_host_header_is_answered(server, access):
+  access(Access(hosts=("127.0.0.1",)))
+  with socket.create_connection(("127.0.0.1", server.port)) as probe:
+    probe.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+    assert probe.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_the_key_is_wanted_everywhere_but_for_health(server, access):

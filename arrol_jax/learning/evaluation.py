@@ -5,7 +5,6 @@ and the others vote without it. Left out: the rules of voting (voting.py), readi
 """
 
 from collections.abc import Callable
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +15,15 @@ from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning.generation import Asked, Grading, generate
 from arrol_jax.learning.metrics import bootstrap_interval, pass_at_k
 from arrol_jax.pruning import voting
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration, posterior
 from arrol_jax.rewards import extract_answer, grade
 from arrol_jax.types import Rollout
 
 
-@dataclasses.dataclass(frozen=True)
-class Voters:
-  """What votes are weighed by: the quality head and its tables, [C,Q], one a detection length in `detect`. stop: posterior
-  below which a trace ends there (a group's best always goes on); None lets all finish. window: tokens of DeepConf's groups.
-  inputs: what a linear head reads."""
-  head: dict | None = None
-  tables: Calibration | None = None
-  detect: tuple[int, ...] = ()
-  stop: float | None = None
-  window: int = 2048
-  inputs: tuple[str, ...] = ()
-
-
 def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
-            voters: Voters = Voters(), progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
+            voters: Voters = NO_HEAD, progress: Callable | None = None) -> tuple[dict, list[Rollout]]:
   """Accuracy on held-out prompts: metrics and the rollouts behind them.
 
   accuracy: share of successes (reward.success) among all samples that finished (avg@k); reward: their mean reward, where it is

@@ -4,6 +4,7 @@ METHOD sections 2 to 4. Pruning off, and the cold start, are the same program wi
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +24,22 @@ from arrol_jax.pruning.table import Calibration
 
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
 _DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
+
+
+@dataclasses.dataclass(frozen=True)
+class Voters:
+  """What votes are weighed by: the quality head and its tables, [C,Q], one a detection length in `detect`. stop: posterior
+  below which a trace ends there (a group's best always goes on); None lets all finish. window: tokens of DeepConf's groups.
+  inputs: what a linear head reads."""
+  head: dict | None = None
+  tables: Calibration | None = None
+  detect: tuple[int, ...] = ()
+  stop: float | None = None
+  window: int = 2048
+  inputs: tuple[str, ...] = ()
+
+
+NO_HEAD = Voters()
 
 
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:

@@ -16,7 +16,7 @@ NEUTRAL = {
   "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
   "logit_bias": ({}, []), "best_of": (1,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
   "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
-  "modalities": (["text"],), "top_k": (-1, 0), "min_p": (0,), "min_tokens": (0,), "use_beam_search": (False,),
+  "modalities": (["text"],), "top_k": (-1, 0), "min_p": (0,), "typical_p": (1,), "min_tokens": (0,), "use_beam_search": (False,),
   "early_stopping": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "detokenize": (True,),
   "include_stop_str_in_output": (False,), "stop_token_ids": ([],), "bad_words": ([],), "return_token_ids": (False,),
   "return_tokens_as_token_ids": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,),
@@ -36,9 +36,9 @@ WHY_NOT = {
 
 
 def parse(raw: bytes) -> dict:
-  """A body's JSON object, without the fields that are null."""
+  """A body's JSON object, without the fields that are null, at any depth."""
   try:
-    body = json.loads(raw.decode("utf-8"))
+    body = json.loads(raw.decode("utf-8"), object_hook=lambda fields: {k: v for k, v in fields.items() if v is not None})
     json.dumps(body, ensure_ascii=False).encode("utf-8")
   except UnicodeDecodeError:
     raise Refused("the body is not UTF-8 text; send a JSON object") from None
@@ -48,7 +48,7 @@ def parse(raw: bytes) -> dict:
     raise Refused("the body is not JSON; send a JSON object") from None
   if not isinstance(body, dict):
     raise Refused("the body is not a JSON object")
-  return {name: value for name, value in body.items() if value is not None}
+  return body
 
 
 def check_names(body: dict, known: set[str]) -> None:

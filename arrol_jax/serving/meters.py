@@ -36,6 +36,14 @@ class Meters:
     yield CounterMetricFamily("arrol_traces", "Traces finished", value=t.traces)
     yield CounterMetricFamily("arrol_traces_hopeless", "Traces that the quality head stopped", value=t.hopeless)
     yield CounterMetricFamily("arrol_traces_cancelled", "Traces whose client left", value=t.cancelled)
+    kept = s.kept
+    yield CounterMetricFamily("arrol_prefix_cache_queries", "Prompt tokens looked up", value=kept.asked if kept else 0)
+    yield CounterMetricFamily("arrol_prefix_cache_hits", "Prompt tokens that were there and not prefilled again",
+                              value=kept.found if kept else 0)
+    yield GaugeMetricFamily("arrol_prefix_cache_hit_rate", "Hits by queries since the start",
+                            value=kept.found / kept.asked if kept and kept.asked else 0.0)
+    yield GaugeMetricFamily("arrol_prefix_cache_usage", "Share of the kept blocks' places that is taken",
+                            value=len(kept.numbers) / kept.size if kept else 0.0)
 
   def text(self, accept: str) -> tuple[bytes, str]:
     """The page and its content type, in the format that a scraper accepts."""

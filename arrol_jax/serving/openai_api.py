@@ -110,7 +110,6 @@ def _asked(body: dict, calls: tuple[Call, ...], echo: bool, chat: bool, limits: 
     raise Refused("alternatives to the chosen tokens are known when a trace has ended: leave stream and vote out", "logprobs")
   if echo and (chat or stream or vote):
     raise Refused("echo is for completions without stream and vote only", "echo")
-  options = {name: value for name, value in options.items() if value is not None}
   usage, always = (stream and fields.boolean(options, name) for name in ("include_usage", "continuous_usage_stats"))
   return Asked(calls, chat, stream, usage, always and usage, logprobs, alternatives, echo, vote)
 

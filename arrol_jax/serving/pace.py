@@ -2,7 +2,7 @@
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
-- a prompt is prefilled at the smallest of a few widths that holds it, alone where it is alone.
+- a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
 Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
 (engine/programs.py).
 """
@@ -20,6 +20,7 @@ from arrol_jax.engine.programs import Prefix
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request, Run, Sequence
 from arrol_jax.models import sharding
+from arrol_jax.serving.prefixes import PrefixCache
 
 FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
 SOME, MIDDLE = 16, 8  # and so many, or while someone waits for the first token, of these
@@ -28,14 +29,15 @@ SOME, MIDDLE = 16, 8  # and so many, or while someone waits for the first token,
 class PacedRun(Run):
   """detect: response lengths at which rows are decided, multiples of the engine's segment; on_seat(Sequence) is called when a
   request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends on
-  what else is being served."""
+  what else is being served. kept: prefixes of earlier prompts."""
 
   def __init__(self, engine: Engine, sampling: Sampling, detect: tuple[int, ...] = (), on_seat: Callable | None = None,
-               steady: bool = False):
+               steady: bool = False, kept: PrefixCache | None = None):
     super().__init__(engine, jax.random.key(0), sampling)
-    self.detect, self.on_seat, self.steady = detect, on_seat, steady
+    self.detect, self.on_seat, self.steady, self.kept = detect, on_seat, steady, kept
     self.started: dict[Sequence, int] = {}  # steps started, of those in slots
-    self.widths = widths(engine.max_prompt)
+    # Kept prefixes are of whole blocks: block by block there is no telling what was kept.
+    self.widths = [kept.block] if kept and steady else widths(engine.max_prompt)
 
   # ---- segments
 
@@ -65,7 +67,8 @@ class PacedRun(Run):
     super().assign(sorted(new, key=lambda sequence: self.width(sequence)))  # stable: a prompt's traces stay together
 
   def width(self, sequence: Sequence) -> int:
-    return next(n for n in self.widths if n >= len(sequence.request.tokens))
+    tokens = sequence.request.tokens
+    return next((n for n in self.widths if n >= (self.kept.missing(tokens) if self.kept else len(tokens))), self.widths[-1])
 
   def _prefill(self, new: list[Sequence]) -> None:
     """Prefills the next prompt, and those after it that have the same width."""
@@ -83,8 +86,10 @@ class PacedRun(Run):
     return 1 if self.steady else self.e.prefill_rows
 
   def prefill(self, prompts: list[np.ndarray], width: int) -> Prefix:
-    """Prompts of at most `width` tokens; the result has always the same shape."""
+    """Prompts of at most `width` tokens that are not kept; the result has always the same shape."""
     rows = self.shards if len(prompts) == 1 else self.e.prefill_rows  # a row a shard of the mesh
+    if self.kept:
+      return self.kept.prefill(self.e, self.sampling, prompts, rows, width)
     tokens, length = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
     for i, prompt in enumerate(prompts):
       tokens[i, :len(prompt)], length[i] = prompt, len(prompt)

@@ -7,7 +7,7 @@ quality head stops a hopeless trace; the other settings of engine.Sampling are e
 
 A trace's tokens depend on its prompt, its settings and its seed. With `steady` they do not depend on its company, bit for bit;
 without, on company only as far as rounding does: other numbers of rows are other programs, which add up in another order.
-Left out: HTTP and JSON (web.py, openai_api.py), priorities, prefixes shared between calls.
+Left out: HTTP and JSON (web.py, openai_api.py), priorities.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ import dataclasses
 import queue
 import threading
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request, Sequence
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.serving import pace
 from arrol_jax.serving.calls import HOPELESS, Call, Cut, Full, Ticket, seed_of
 from arrol_jax.serving.pace import PacedRun
+from arrol_jax.serving.prefixes import PrefixCache
 from arrol_jax.serving.trace import Trace
 
 _GROUPS = 1 << 20  # numbers of calls come round again; far more than wait at once, and a decision's group fits int32
@@ -44,32 +44,21 @@ class Totals:
   cancelled: int = 0
 
 
-class Judge(NamedTuple):
-  """What scores traces."""
-  head: dict | None = None            # None: nothing does
-  tables: Calibration | None = None   # [C,Q], one a length of `detect`, a linear head's also for the last token
-  detect: tuple[int, ...] = ()
-  inputs: tuple[str, ...] = ()        # what a linear head reads
-
-
-NOBODY = Judge()
-
-
 class Service:
   """Continuous batching of an open stream of calls.
 
   engine: loaded; sampling: with temperature None; queue_size: traces that may wait beyond the engine's rows; steady: see
-  PacedRun, for an engine of one row count and one length.
+  PacedRun, for an engine of one row count and one length; kept: prefixes of earlier calls' prompts.
   """
 
-  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, judge: Judge = NOBODY,
-               steady: bool = False):
+  def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, voters: Voters = NO_HEAD,
+               steady: bool = False, kept: PrefixCache | None = None):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
-    self.head, tables, detect, inputs = judge
-    self.steady, self.decide, self.rule, self.detect = steady, None, None, ()
+    self.voters, self.head, tables = voters, voters.head, voters.tables
+    self.steady, self.kept, self.decide, self.rule, self.detect = steady, kept, None, None, ()
     if self.head is not None:
-      self.detect = tuple(detect) if tables is not None else ()
-      self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=inputs)
+      self.detect = voters.detect if tables is not None else ()
+      self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=voters.inputs)
       self.decide = make_decide(self.head, Calibration() if tables is None else tables, self.rule, tables is not None)
     self.run = self._make_run()
     self.totals, self.failure = Totals(), None
@@ -81,7 +70,7 @@ class Service:
     self._beat = time.monotonic()  # when the engine's thread last came round
 
   def _make_run(self) -> PacedRun:
-    return PacedRun(self.engine, self.sampling, self.detect, self._seated, self.steady)
+    return PacedRun(self.engine, self.sampling, self.detect, self._seated, self.steady, self.kept)
 
   # ---- called from any thread -------------------------------------------------------------------------------
 
@@ -137,6 +126,7 @@ class Service:
     """Compiles what serving needs; tell() hears how far it is."""
     with jax.set_mesh(self.engine.mesh):
       pace.warm_up(self._make_run, self.decide, tell)
+      self.kept and self.kept.clear()
 
   def serve(self) -> None:
     """Decodes until closed and empty. What the engine raises goes to every caller, into `failure`, and on."""

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hmac
 import json
+import re
 import secrets
 import threading
 import time
@@ -42,6 +43,7 @@ class Access:
 
 
 ANYONE = Access()
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*?)\.?)(?::[0-9]*)?")  # a Host header: an address or a name, and the port
 
 
 class Web:
@@ -142,8 +144,9 @@ class Guard:
   def _why_not(self, scope) -> tuple[str, int] | None:
     access, headers = self.web.access, {name: value.decode("latin-1") for name, value in scope["headers"]}
     host = headers.get(b"host", "").lower()
-    name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    if "*" not in access.hosts and name not in access.hosts:
+    found = _HOST.fullmatch(host)
+    name = (found[1] or found[2]) if found else host
+    if host and "*" not in access.hosts and name not in access.hosts:  # no browser leaves it out, but some probes do
       return "this server is not called by that host name; its --allowed_hosts lists those that are", 403
     if access.key is None or scope["path"] in ("/health", "/ready"):
       return None

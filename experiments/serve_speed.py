@@ -1,0 +1,237 @@
+"""What serving costs beside the bare engine, on one device: throughput, waiting, the deterministic mode, votes that stop early.
+
+  python -m experiments.serve_speed --config=gsm8k_qwen05b --config.model.path=DIR/model.gguf --problems=DIR/gsm8k_test.jsonl \\
+                                    [--workdir=RUN] --out=FILE            # at most five minutes on one H100
+  python -m experiments.serve_speed --config=quickstart --at_once=4,8 --calls=2 --max_tokens=16 --config.rollout.slots=8   # a CPU
+
+One process holds the model: the bare engine runs first, then the server over the same engine, whose calls come from another
+process over HTTP. Both get the same prompts, lengths (ignore_eos) and seeds in the same order, with at most --at_once of them
+running. A JSON line a case:
+  bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
+  lone             one call after another: time to the first token, and between tokens
+  deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
+  vote             N = 16 on the problems, also stopping early: accuracy, tokens, seconds (needs a quality head: --workdir)
+What --seconds leave no time for is said to be skipped. Nothing is downloaded.
+"""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import uvicorn
+
+from arrol_jax import assemble, config as configuration, grade, serve
+from arrol_jax.engine.scheduler import Request
+from arrol_jax.serving import openai_api
+from arrol_jax.serving.calls import Call, seed_of
+from arrol_jax.serving.fields import Refused
+from arrol_jax.serving.service import Service
+from arrol_jax.serving.web import make_app
+from arrol_jax.types import UserError
+from experiments.serve_load import quantile
+
+FLAGS = {"out": ("", "a file for the lines, besides stdout"), "problems": ("", "JSON lines with a problem and an answer"),
+         "at_once": ("64,256", "calls at once"), "calls": ("4", "times as many in all"),
+         "max_tokens": ("256", "of the longest text"),
+         "votes": ("64", "problems to vote on"), "stop_below": ("0.2", "posterior below which a trace ends early"),
+         "seconds": ("270", "after which no further case begins")}
+N = 16
+FEW = 16  # calls that the lone caller makes
+
+
+class Bench:
+  """A loaded model, and where the lines go."""
+
+  def __init__(self, c, flags):
+    self.c, self.flags, self.start, self.lines = c, flags, time.monotonic(), []
+    self.at_once = [int(n) for n in flags.at_once.split(",")]
+    self.service, self.limits = serve.load(c, flags.workdir if flags["workdir"].present else None, 4 * max(self.at_once))
+    self.problems = [x for x in problems(flags.problems) if self.fits(x["problem"])]
+    self.longest = min(int(flags.max_tokens), self.limits.max_new)
+
+  def tell(self, case: str, **found) -> None:
+    line = {"case": case} | {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+    line |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
+             "dtype": self.c.model.dtype, "slots": self.service.engine.rows, "at_s": round(time.monotonic() - self.start, 1)}
+    print(json.dumps(line), flush=True)
+    self.lines.append(line)
+
+  def late(self, case: str) -> bool:
+    """Whether there is no time for a case, which is said."""
+    if time.monotonic() - self.start < float(self.flags.seconds):
+      return False
+    self.tell(case, skipped="no time left")
+    return True
+
+  def asking(self, problem: str) -> dict:
+    """A body about a problem, as the config writes its problems."""
+    text, data = self.c.data.template.replace("{problem}", problem), self.c.data
+    if not data.chat:
+      return {"prompt": text}
+    system = [] if data.system is None else [{"role": "system", "content": data.system}]
+    return {"messages": [*system, {"role": "user", "content": text}]}
+
+  def read(self, body: dict) -> Call:
+    """The server's own reading."""
+    raw = json.dumps({k: v for k, v in body.items() if k != "path"}).encode()
+    return openai_api.read(raw, self.c.data.chat, self.limits).calls[0]
+
+  def fits(self, problem: str) -> bool:
+    try:
+      return bool(self.read(self.asking(problem)))
+    except Refused:
+      return False
+
+  def body(self, i: int, **more) -> dict:
+    """A call about problem i."""
+    path = "/v1/chat/completions" if self.c.data.chat else "/v1/completions"
+    return self.asking(self.problems[i % len(self.problems)]["problem"]) | {"path": path, "seed": i} | more
+
+  def bodies(self, count: int) -> list[dict]:
+    """Calls with lengths of their own, streamed."""
+    length = np.random.default_rng(0).integers(max(1, self.longest // 4), self.longest + 1, count)
+    return [self.body(i, max_tokens=int(n), ignore_eos=True, stream=True,
+                      stream_options={"include_usage": True, "continuous_usage_stats": True}) for i, n in enumerate(length)]
+
+
+def problems(path: str) -> list[dict]:
+  """Of a file; without one, sums."""
+  if not path:
+    rng = np.random.default_rng(0)
+    return [{"problem": "{}+{}-{}+{}>".format(*rng.integers(1, 10, 4))} for _ in range(1024)]
+  try:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()[:2048]]
+  except (OSError, ValueError) as e:
+    raise UserError(f"--problems={path}: {e}") from e
+
+
+def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
+  """Tokens a second of the engine alone with so many slots, all calls known from the start."""
+  s = b.service
+  engine = dataclasses.replace(s.engine, rows=at_once, prefill_rows=min(32, at_once))
+  calls = [b.read(body) for body in bodies]
+  requests = [Request(seed_of(call.seed, 0), i, call.tokens, call.max_tokens, ignore_stop=True) for i, call in enumerate(calls)]
+  with jax.set_mesh(engine.mesh):
+    engine.warm_up(s.sampling)
+    engine.run([r._replace(max_tokens=1) for r in requests[:at_once]], jax.random.key(0), s.sampling)
+    start = time.monotonic()
+    said = engine.run(requests, jax.random.key(0), s.sampling)
+  return sum(len(r.tokens) for r in said) / (time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def serving(service: Service, limits):
+  """The server over a service, in a thread: its port."""
+  service.warm_up(lambda text: print(text, file=sys.stderr, flush=True))
+  ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0), backlog=1024)
+  web = uvicorn.Server(uvicorn.Config(make_app(service, limits, started=ready.set), log_level="error", lifespan="on"))
+  thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
+  thread.start()
+  try:
+    ready.wait(60)
+    yield listener.getsockname()[1]
+  finally:
+    web.should_exit = True
+    thread.join(60)
+
+
+def ask(port: int, bodies: list[dict], at_once: int) -> tuple[list[dict], float]:
+  """The replies (serve_load.Reply as dicts) and the seconds for all of them. Raises UserError where one went wrong."""
+  lines = "".join(json.dumps(body) + "\n" for body in bodies)
+  command = [sys.executable, "-m", "experiments.serve_load", str(port), str(at_once)]
+  done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+  if done.returncode:
+    raise UserError(f"the callers failed: {(done.stderr.strip().splitlines() or ['they said nothing'])[-1]}")
+  *replies, last = [json.loads(line) for line in done.stdout.splitlines()]
+  wrong = [reply for reply in replies if reply["texts"] is None]
+  if wrong:
+    raise UserError(f"{len(wrong)} of {len(replies)} calls got no answer: {wrong[0]['status']} {wrong[0]['error']}")
+  return replies, last["seconds"]
+
+
+def waits(replies: list[dict]) -> dict:
+  """Times to the first token, and between tokens: a stream's after its first event, by how many they were."""
+  first = [reply["times"][0] for reply in replies]
+  between = [(r["times"][-1] - r["times"][0]) / (r["counts"][-1] - r["counts"][0]) for r in replies
+             if r["counts"][-1] > r["counts"][0]]
+  return {"first_token_s": quantile(first, 0.5), "first_token_p99_s": quantile(first, 0.99),
+          "between_tokens_s": quantile(between, 0.5), "between_tokens_p99_s": quantile(between, 0.99)}
+
+
+def throughput(b: Bench, port: int, case: str, at_once: int, alone: float | None = None) -> None:
+  bodies = b.bodies(at_once * int(b.flags.calls))
+  ask(port, bodies[:at_once], at_once)  # warm
+  replies, seconds = ask(port, bodies, at_once)
+  speed = sum(reply["tokens"] for reply in replies) / seconds
+  share = {"of_bare": speed / alone} if alone else {}
+  b.tell(case, at_once=at_once, calls=len(bodies), tokens_s=speed, **share, **waits(replies))
+
+
+def steady(b: Bench) -> None:
+  """The deterministic mode's price, and whether a text is the same alone and in a crowd."""
+  s, most = b.service, b.at_once[0]
+  engine = dataclasses.replace(s.engine, row_buckets=1, length_buckets=1)
+  service = Service(engine, s.sampling, s.tokenizer, 4 * max(b.at_once), s.voters, steady=True)
+  with serving(service, b.limits) as port:
+    throughput(b, port, "deterministic", most)
+    crowd = [b.body(i, max_tokens=b.longest, temperature=1.0) for i in range(max(FEW, most))]
+    alone, _ = ask(port, crowd[:FEW], 1)
+    together, _ = ask(port, crowd, len(crowd))
+    same = sum(x["texts"] == y["texts"] for x, y in zip(alone, together, strict=False))
+    b.tell("deterministic texts", alone=FEW, in_a_crowd_of=len(crowd), same=same)
+
+
+def votes(b: Bench, port: int) -> None:
+  """Votes by the quality head, with and without stopping hopeless traces."""
+  some = [x for x in b.problems[:int(b.flags.votes)] if "answer" in x]
+  if not b.limits.scored or not some:
+    return b.tell("vote", skipped="no quality head (give --workdir)" if some else "the problems have no answers")
+  for rule, stop in (("majority", 0.0), ("quality", 0.0), ("quality", float(b.flags.stop_below))):
+    name = f"vote {rule}" + (f", stopped below {stop}" if stop else "")
+    if b.late(name) or (stop and not b.limits.calibrated):
+      continue
+    bodies = [b.body(i, n=N, vote=rule, temperature=b.c.rollout.temperature, **({"stop_below": stop} if stop else {}))
+              for i in range(len(some))]
+    replies, seconds = ask(port, bodies, max(1, b.service.engine.rows // N))
+    right = [grade(f"\\boxed{{{r['vote']['answer']}}}", x["answer"]) if r["vote"]["answer"] is not None else 0.0
+             for r, x in zip(replies, some, strict=True)]
+    ended = sum(t["finish_reason"] == "hopeless" for r in replies for t in r["vote"]["traces"])
+    b.tell(name, n=N, problems=len(some), accuracy=float(np.mean(right)), seconds=seconds, stopped=ended / (N * len(some)),
+           tokens_a_problem=sum(r["tokens"] for r in replies) / len(some))
+
+
+def main():
+  c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
+  serve._check(c)
+  for name in ("calls", "max_tokens", "votes", "seconds"):
+    serve._number(name, flags[name].value, 10**6)
+  b = Bench(c, flags)
+  assemble.hosts.say(f"{b.limits.model}: {b.service.engine.rows} slots")
+  speed = {}
+  for at_once in b.at_once:
+    speed[at_once] = bare(b, b.bodies(at_once * int(flags.calls)), at_once)
+    b.tell("bare", at_once=at_once, calls=at_once * int(flags.calls), tokens_s=speed[at_once])
+  with serving(b.service, b.limits) as port:
+    replies, _ = ask(port, b.bodies(FEW), 1)
+    b.tell("lone", calls=FEW, **waits(replies[1:]))
+    for at_once in b.at_once:
+      b.late("served") or throughput(b, port, "served", at_once, speed[at_once])
+  b.late("deterministic") or steady(b)
+  if not b.late("vote"):
+    with serving(Service(b.service.engine, b.service.sampling, b.service.tokenizer, 256, b.service.voters), b.limits) as port:
+      votes(b, port)
+  if flags.out:
+    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(flags.out).write_text("".join(json.dumps(line) + "\n" for line in b.lines))
+
+
+if __name__ == "__main__":
+  configuration.run(main)
