@@ -5,7 +5,9 @@ Left out: natural-language answers ("the answer is twelve") outside a box or a m
 
 from collections import deque
 from collections.abc import Iterator
+import contextlib
 import re
+from re import _parser
 
 import regex
 
@@ -80,6 +82,41 @@ def search(response: str, pattern: str | None) -> str | None:
     if depth == 0:
       return response[box.end():brace.start()]
   return None
+
+
+def response_with(answer: str, pattern: str | None) -> str | None:
+  """A response whose final answer is `answer`; None where none could be made that `pattern` finds it in."""
+  forms = {None: "\\boxed{%s}", "boxed": "\\boxed{%s}", "answer": "Answer: %s", "hashes": "#### %s", "first_hashes": "#### %s"}
+  if pattern in forms:
+    return forms[pattern].replace("%s", answer)
+  with contextlib.suppress(re.error, IndexError):  # one that only the `regex` package reads
+    made = _example(_parser.parse(pattern), answer)
+    found = extract_answer(made, pattern)
+    return made if found is not None and found.strip() == answer.strip() else None
+  return None
+
+
+def _example(parsed: _parser.SubPattern, answer: str) -> str:
+  """A short text that a parsed pattern matches, with `answer` for its first group."""
+  out = ""
+  for kind, value in parsed:
+    match str(kind):
+      case "LITERAL":
+        out += chr(value)
+      case "SUBPATTERN":
+        out += answer if value[0] == 1 else _example(value[3], answer)
+      case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+        few = max(value[0], int(any(str(k) == "SUBPATTERN" for k, _ in value[2])))
+        out += _example(value[2], answer) * min(few, 100)
+      case "BRANCH":
+        out += _example(value[1][0], answer)
+      case "ATOMIC_GROUP":
+        out += _example(value, answer)
+      case "IN":
+        out += next((chr(v if str(k) == "LITERAL" else v[0]) for k, v in value if str(k) in ("LITERAL", "RANGE")), " ")
+      case "ANY" | "NOT_LITERAL":
+        out += "."
+  return out
 
 
 def _of_line(line: str, pattern: str) -> str:
