@@ -71,14 +71,16 @@ def test_what_cannot_be_called_is_refused(function, words):
 
 
 @pytest.mark.parametrize("value, reward", [
-  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6), (np.float32(0.25), 0.25), (np.array(3), 3.0),
+  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6),
+  (1e39, 1e39), (-1e150, -1e150), (np.float32(0.25), 0.25), (np.array(3), 3.0),
   (np.bool_(False), 0.0)])
 def test_any_finite_number_is_a_reward(value, reward):
   assert worker.as_reward(value) == reward
 
 
 @pytest.mark.parametrize("value, text", [
-  (None, "None"), (math.nan, "nan"), (math.inf, "inf"), (1e39, "1e+39"), ("1.0", "'1.0'"), ([1.0], "[1.0]"), ({}, "{}"),
+  (None, "None"), (math.nan, "nan"), (math.inf, "inf"),
+  (1e151, "1e+151, which is larger than 1e+150"), ("1.0", "'1.0'"), ([1.0], "[1.0]"), ({}, "{}"),
   (np.ones(1), "array"), (1j, "1j"), (np.complex64(1), "1"), ((1, {}), "(1, {})"), ("x" * 999, "...")])
 def test_anything_else_is_told_with_its_value(value, text):
   with pytest.raises(worker.NoReward) as e:

@@ -228,7 +228,7 @@ class Grader:
   pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}.
   timeout_s: seconds an item may take in a worker. A late one is reward 0, reason "timeout".
   memory_mb: MiB of address space an item may add to its worker's.
-  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number, which
+  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number (up to 1e150), which
     then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
     reason "error", and the first of each is printed. It finds the answer by itself; a parameter called
     pattern gets `pattern` (worker.bind says how parameters are filled).
