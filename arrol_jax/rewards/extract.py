@@ -124,9 +124,10 @@ def _of_line(line: str, pattern: str) -> str:
   parts = [part for part in _MARKERS[pattern].split(line) if part.strip()] or [""]
   text = parts[0 if pattern == "first_hashes" else -1].strip()
   text = _TRAIL.sub("", " ".join(text[:10_000].split()))  # a longer one is no answer
+  text = re.sub(r"^(?:\*\*)?([^*\s](?:[^*]*[^*\s])?)\*\*(?=[\s.,])", r"\1", text)  # **57** apples
   for _ in range(2):
-    text = text.strip().strip("*_`").strip()
-    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = re.sub(r"(?<=[*_`])[.。]$", "", text.strip()).strip("*_`").strip()
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text.removeprefix("=")
   return text
 
 
