@@ -161,7 +161,7 @@ def inputs_changed(place: Path) -> str:
   worked(train(place / "run", **settings))
   for changed in (lines[::-1], lines[:-1], [lines[0].replace('"answer": "', '"answer": "1'), *lines[1:]]):
     data.write_text("".join(changed))
-    line = refused(train(place / "run", steps=4, **settings), "the problems of data.train", "changed since this run began")
+    line = refused(train(place / "run", steps=4, **settings), "the problems of data.train changed since this run began")
   data.write_text("".join(lines))
   path = weights / "model.safetensors"
   tensors = {name: stored.read() for name, stored in safetensors.read_header(path).items()}

@@ -1,4 +1,4 @@
-"""experiments/user_cases.py: a row of the table is a line that says what was seen; one that fails is told, and the status is 1."""
+"""experiments/user_cases.py: a row is a line that says what was seen; one that fails is told, and the status is 1."""
 
 from pathlib import Path
 import re

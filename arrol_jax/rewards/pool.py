@@ -157,7 +157,10 @@ class _Shared:
     with self.lock:
       if self.settings[2] and all(x.startswith("it returned") != kind for x in self.problems):
         self.problems.append(problem)
-        print(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr, flush=True)
+        from tqdm import tqdm  # a line of its own, not behind a progress bar; workers import this module without it
+
+        tqdm.write(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr)
+        sys.stderr.flush()
 
   def submit(self, item: tuple[str, str]) -> Future:
     """A worker's grade of a pair: what `judge` left open (gold, answer), or what a reward function takes."""

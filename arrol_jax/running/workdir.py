@@ -197,10 +197,12 @@ def stored_inputs(workdir: str) -> dict | None:
 def check_inputs(workdir: str, inputs: dict) -> None:
   """UserError where an input, hashes by the names of INPUTS, is not what the folder's run began with."""
   before = stored_inputs(workdir) or {}
-  changed = [what for name, what in INPUTS.items() if before.get(name, inputs[name]) != inputs[name]]
+  changed = [name for name in INPUTS if before.get(name, inputs[name]) != inputs[name]]
   if changed:
-    raise UserError(f"{workdir}: {' and '.join(changed)} changed since this run began; put back what was there, or choose "
-                    "another --workdir")
+    if "problems" in changed and "tokens" in changed:  # other problems have other tokens
+      changed.remove("tokens")
+    raise UserError(f"{workdir}: {' and '.join(INPUTS[name] for name in changed)} changed since this run began; put back what was "
+                    "there, or choose another --workdir")
 
 
 def _older_hashes(workdir: str) -> list[str]:
