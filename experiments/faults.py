@@ -156,21 +156,25 @@ def disk(folder: Path, plain: Path, case="disk", small="size=10m", large="size=2
 def two(folder: Path, plain: Path, times=5) -> dict:
   """A second run in the folder of one that is at work; then the first is killed and the folder is free again."""
   run_folder, refused, words, seconds = folder / "two", 0, "", []
-  first = start(arguments(run_folder))
-  while not (run_folder / "config.json").exists() and first.poll() is None:
+  endless = arguments(run_folder, steps=10**6)
+  first = start(endless)
+  while not (run_folder / "metrics.jsonl").exists() and first.poll() is None:
     time.sleep(0.05)
   for _ in range(times):
     begun = time.monotonic()
-    said = run(arguments(run_folder), status=2)
+    said = run(endless, status=2)
     seconds.append(round(time.monotonic() - begun, 1))
     words = next(x for x in said.splitlines() if "error:" in x)
     refused += "another run is writing there" in words
   working = first.poll() is None
   first.kill()
   first.wait()
-  run(arguments(run_folder))
+  made = len(course(run_folder)[0])
+  run(arguments(run_folder, steps=made + 1))
+  lines = course(run_folder)[0]
   return {"case": "two", "times": times, "refused": refused, "first_still_at_work": working, "seconds": seconds,
-          "said": re.sub(r"\S*/two", "DIR", words), "finished_run_equal": course(run_folder) == course(plain)}
+          "said": re.sub(r"\S*/two", "DIR", words), "steps": made + 1,
+          "lines_equal": lines[:STEPS] == course(plain)[0][:len(lines)] and len(lines) == made + 1}
 
 
 def gone(folder: Path, plain: Path) -> dict:

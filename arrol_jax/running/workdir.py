@@ -201,8 +201,8 @@ def check_inputs(workdir: str, inputs: dict) -> None:
   if changed:
     if "problems" in changed and "tokens" in changed:  # other problems have other tokens
       changed.remove("tokens")
-    raise UserError(f"{workdir}: {' and '.join(INPUTS[name] for name in changed)} changed since this run began; put back what was "
-                    "there, or choose another --workdir")
+    raise UserError(f"{workdir}: {' and '.join(INPUTS[name] for name in changed)} changed since this run began; put back what "
+                    "was there, or choose another --workdir")
 
 
 def _older_hashes(workdir: str) -> list[str]:
