@@ -29,7 +29,7 @@ from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files import hub
 from arrol_jax.models.files.tokenizers import check_ids
-from arrol_jax.models.files.weights import Policy, load_policy
+from arrol_jax.models.files.weights import Policy, load_policy, open_policy
 from arrol_jax.pruning import features
 from arrol_jax.pruning.decision import Voters
 from arrol_jax.pruning.head import init_head, inputs_of, is_linear
@@ -62,8 +62,19 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Poli
 
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
-  longest = longest_row(c, training, not training or c.data.eval != "")
-  loaded = load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh, longest=longest)
+  return _with_tokenizer(c, load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh, longest=_longest(c, training)))
+
+
+def opened(c: ConfigDict, training: bool = False) -> Policy:
+  """`load` that reads headers alone: its parameters are shapes, of which nobody knows yet whether they are finite."""
+  return _with_tokenizer(c, open_policy(hub.local(c.model.path), _longest(c, training)))
+
+
+def _longest(c: ConfigDict, training: bool) -> int:
+  return longest_row(c, training, not training or c.data.eval != "")
+
+
+def _with_tokenizer(c: ConfigDict, loaded: Policy) -> Policy:
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
   check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")
@@ -88,15 +99,21 @@ def grading(c: ConfigDict, loaded: Policy, grader: Grader) -> Grading:
 def prompts(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> list[Prompt]:
   """Encoded problems of the sources `path`, used to "train" or to "test", each process encoding its share; says how many were
   too long and left out."""
-  problems = hosts.together(lambda: sources.load_problems(path, split, c.data.folder, c.data.tfds_dir))[:limit or None]
-  out, skipped = encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
-                                     c.data.system, c.data.thinking, spread=hosts.spread)
-  for one in (p for p in out if p.tokens.max() >= loaded.config.vocab):
-    check_ids(f"{path}, problem {one.problem.id!r}", loaded.tokenizer, one.tokens, loaded.config.vocab, "its prompt holds")
+  out, skipped = encoded(c, loaded, path, limit, split)
   if skipped:
-    hosts.say(f"{path}: skipped {skipped} of {len(problems)} prompts longer than {c.rollout.max_prompt} tokens "
+    hosts.say(f"{path}: skipped {len(skipped)} of {len(out) + len(skipped)} prompts longer than {c.rollout.max_prompt} tokens "
               "(rollout.max_prompt)")
   return out
+
+
+def encoded(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str = "test") -> tuple[list[Prompt], list[Prompt]]:
+  """`prompts` that says nothing, and those that were left out."""
+  problems = hosts.together(lambda: sources.load_problems(path, split, c.data.folder, c.data.tfds_dir))[:limit or None]
+  out, skipped = encode_prompts(problems, loaded.tokenizer, c.data.template, c.data.chat, c.rollout.max_prompt,
+                                c.data.system, c.data.thinking, spread=hosts.spread)
+  for one in (p for p in out if p.tokens.max() >= loaded.config.vocab):
+    check_ids(f"{path}, problem {one.problem.id!r}", loaded.tokenizer, one.tokens, loaded.config.vocab, "its prompt holds")
+  return out, skipped
 
 
 def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
@@ -107,19 +124,27 @@ def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]
 
 
 def warn(loaded: Policy, prompts: list[Prompt]) -> None:
+  """Prints `warnings`."""
+  for text in warnings(loaded, prompts):
+    hosts.warn(text)
+
+
+def warnings(loaded: Policy, prompts: list[Prompt]) -> list[str]:
   """A line for each thing about the tokenizer that trains or evaluates something else than is meant, and what to set."""
+  out = []
   stops, bos, text = loaded.eos_ids, getattr(loaded.tokenizer, "bos_token_id", None), loaded.tokenizer.convert_ids_to_tokens
   if not stops:
-    hosts.warn("the model's files name no stop token, so every response goes on to max_new: set eos_token_id in "
+    out.append("the model's files name no stop token, so every response goes on to max_new: set eos_token_id in "
                "generation_config.json, or eos_token in tokenizer_config.json")
   ended = [p for p in prompts if p.tokens[-1] in stops]
   if ended:
-    hosts.warn(f"{len(ended)} of {len(prompts)} prompts end with the stop token {text(int(ended[0].tokens[-1]))!r}, after which "
+    out.append(f"{len(ended)} of {len(prompts)} prompts end with the stop token {text(int(ended[0].tokens[-1]))!r}, after which "
                "there is nothing to say: set add_eos_token to false in tokenizer_config.json, or take it out of data.template")
   twice = sum(len(p.tokens) > 1 and p.tokens[0] == p.tokens[1] == bos for p in prompts)
   if twice:
-    hosts.warn(f"{twice} of {len(prompts)} prompts begin with {text(bos)!r} twice, as the tokenizer or the chat template writes "
+    out.append(f"{twice} of {len(prompts)} prompts begin with {text(bos)!r} twice, as the tokenizer or the chat template writes "
                "one too: take it out of data.template and the problems, or set add_bos_token to false in tokenizer_config.json")
+  return out
 
 
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,

@@ -46,7 +46,7 @@ class StepConfig:
   short: str = "skip"          # what rollouts that ended before detection teach the head
   half_life: float | None = None
   strength: float | None = None  # of a linear head's ridge, rollouts a feature; None: the head is the published one
-  head_half_life: float | None = None  # rollouts started after which its examples weigh half
+  head_half_life: float | None = None  # rollouts started after which its examples weigh half, and the prompts' model's
   explore: float = 0.0         # share of the chosen prompts that is drawn at random
   prompt_strength: float = 8.0  # of the ridge behind the choice
   learn_keep: float = 1.0      # share of a group's survivors that is learned from, those whose rewards vary most (PODS)
@@ -151,7 +151,7 @@ class TrainingStep:
     if self.seen:
       states, q = (np.concatenate(x) for x in zip(*self.seen, strict=True))
       chosen = {"prompt_variance": float(np.mean(q * (1 - q)))}
-      state = state.replace(prompts=candidates.learn(state.prompts, rolled.rollouts, states, c.prompt_strength))
+      state = state.replace(prompts=candidates.learn(state.prompts, rolled.rollouts, states, c.prompt_strength, c.head_half_life))
     sums = {k: sum(counts[k] for _, counts in parts) for k in ("trained", "rows_trained")}
     taken, norm = jax.device_get((taken, update.norm_of(state.params["head"])))
     metrics = {k: float(np.mean([one[k] for one in taken])) for k in taken[0]} | chosen

@@ -31,6 +31,7 @@ from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
   Logs,
   check_can_go_on,
+  check_length,
   check_workdir,
   claim,
   finished,
@@ -146,8 +147,7 @@ def main():
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c), also=tuple(hashes)))
     start, state = checkpoints.restore(state)
-    if start > c.steps:
-      raise UserError(f"{workdir} holds step {start} and steps is {c.steps}; give as many at least, or another --workdir")
+    check_length(workdir, start, c.steps)
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None

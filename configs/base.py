@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
   c.rollout.candidates = config_dict.placeholder(int)  # prompts looked at a step, of which `prompts` are rolled out: those
                                # whose own states promise most signal (METHOD 10.2); None: no choice. prune.detect=(0, ...) asks
                                # for twice as many
-  c.rollout.explore = 0.1      # share of the chosen that is drawn at random among the rest
+  c.rollout.explore = 0.1      # share of the chosen that is drawn at random among the rest, in expectation
   c.rollout.candidate_layer = "2/3"  # share of the depth whose state of a prompt is read
   c.rollout.group_size = 16    # G, rollouts a prompt (paper)
   c.rollout.temperature = 1.0  # (open in the paper)
@@ -82,7 +82,8 @@ def get_config() -> ConfigDict:
                                # (METHOD 10.3). It also reads "mean@2/3", "last@3/4", "prompt@2/3", "windows", "siblings"
   c.quality.strength = 8.0     # of the ridge's prior: rollouts a feature
   c.quality.center = True      # the ridge ranks by a fit within prompts, and takes a prompt's level from another
-  c.quality.half_life = config_dict.placeholder(float)  # rollouts started until the ridge's examples weigh half; None: never
+  c.quality.half_life = config_dict.placeholder(float)  # rollouts started until the ridge's examples weigh half, and those of the
+                               # choice of prompts; None: never
   c.quality.balance = False    # right and wrong rollouts weigh alike in the head's loss; their shares are the table's to know
   c.quality.hidden = 256       # units of the head's hidden layer (open in the paper)
   c.quality.buffer = config_dict.placeholder(int)  # scored rollouts kept for more passes of the head alone; None: no passes

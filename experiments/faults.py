@@ -1,11 +1,11 @@
 """What a run does when it is killed, told to stop, out of disk, damaged, or left by another process: counts, not assurances.
 
-  python -m experiments.faults [--only=kill,sigterm,disk,damage,lost,nan] [--kills=20] [--out=FILE.jsonl]
+  python -m experiments.faults [--only=kill,sigterm,disk,inodes,damage,lost,nan,two,gone] [--kills=20] [--out=FILE.jsonl]
 
 Small runs of the quickstart model on the CPU. Each case prints one JSON line: what was tried how often, and how often the
 finished run's metrics.jsonl and rollouts.jsonl equalled those of a run that nothing had happened to, exactly, seconds apart.
 A kill falls at a random moment inside generation, grading, update or saving: the process is started through this
-file, which sets a timer when it enters that phase (`--inside`). `disk` needs the right to mount a tmpfs.
+file, which sets a timer when it enters that phase (`--inside`). `disk` and `inodes` need the right to mount a tmpfs.
 """
 
 import argparse
@@ -108,10 +108,11 @@ def kill(folder: Path, plain: Path, kills: int) -> dict:
           "lines_equal_after_a_kill": prefixes, "steps": STEPS, "finished_run_equal": course(run_folder) == whole}
 
 
-def sigterm(folder: Path, plain: Path, times=5) -> dict:
-  """Stopped at random moments, then left to finish."""
+def stopped(folder: Path, plain: Path, times=6) -> dict:
+  """Stopped at random moments by SIGTERM, Ctrl-C and SIGHUP in turn, then left to finish."""
   run_folder, seconds, words, rng = folder / "stopped", [], 0, random.Random(1)
-  for _ in range(times):
+  numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+  for i in range(times):
     with open(folder / "log", "w") as log:
       process = start(arguments(run_folder), log=log)
       lines = lambda: (run_folder / "metrics.jsonl").read_bytes().count(b"\n") if (run_folder / "metrics.jsonl").exists() else 0
@@ -120,32 +121,76 @@ def sigterm(folder: Path, plain: Path, times=5) -> dict:
         time.sleep(0.01)
       time.sleep(rng.uniform(0, 0.5))
       begun = time.monotonic()
-      process.send_signal(signal.SIGTERM)
+      process.send_signal(numbers[i % 3])
       status = process.wait(60)
       seconds.append(round(time.monotonic() - begun, 2))
     said = (folder / "log").read_text()
-    words += status == 0 and ("is saved" in said and "stopped by SIGTERM" in said or "steps done" in said)
+    words += status == 0 and ("is saved" in said and f"stopped by {numbers[i % 3].name}" in said or "steps done" in said)
   run(arguments(run_folder))
-  return {"case": "sigterm", "times": times, "ended_with_status_0_and_a_word": words, "seconds_to_the_end": seconds,
+  return {"case": "sigterm", "signals": [x.name for x in numbers],
+          "times": times, "ended_with_status_0_and_a_word": words, "seconds_to_the_end": seconds,
           "finished_run_equal": course(run_folder) == course(plain)}
 
 
-def disk(folder: Path, plain: Path) -> dict:
-  """A tmpfs that holds one checkpoint and a half; then one that holds all."""
+def disk(folder: Path, plain: Path, case="disk", small="size=10m", large="size=200m") -> dict:
+  """A tmpfs that holds one checkpoint and a half, by its bytes or its inodes; then one that holds all."""
   place = folder / "small"
-  place.mkdir()
-  subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "none", str(place)], check=True)
+  place.mkdir(exist_ok=True)
+  subprocess.run(["mount", "-t", "tmpfs", "-o", small, "none", str(place)], check=True)
   try:
+    begun = time.monotonic()
     said = run(arguments(place / "run"), status=2)
+    seconds = round(time.monotonic() - begun, 1)
     left = sorted(x for x in os.listdir(place / "run" / "checkpoints") if x.isdigit())
-    subprocess.run(["mount", "-o", "remount,size=200m", str(place)], check=True)
+    subprocess.run(["mount", "-o", f"remount,{large}", str(place)], check=True)
     again = run(arguments(place / "run"))
     equal = course(place / "run") == course(plain)
   finally:
     subprocess.run(["umount", str(place)], check=True)
   line = next(x for x in said.splitlines() if "error:" in x)
-  return {"case": "disk", "status": 2, "said": re.sub(r"\S*/small", "DIR", line[line.index("error:"):]), "checkpoints_left": left,
+  return {"case": case, "status": 2, "seconds_in_all": seconds, "tracebacks": said.count("Traceback"),
+          "said": re.sub(r"\S*/small", "DIR", line[line.index("error:"):]), "checkpoints_left": left,
           "went_on_after_room": "going on after step" in again, "finished_run_equal": equal}
+
+
+def two(folder: Path, plain: Path, times=5) -> dict:
+  """A second run in the folder of one that is at work; then the first is killed and the folder is free again."""
+  run_folder, refused, words, seconds = folder / "two", 0, "", []
+  endless = arguments(run_folder, steps=10**6)
+  first = start(endless)
+  while not (run_folder / "metrics.jsonl").exists() and first.poll() is None:
+    time.sleep(0.05)
+  for _ in range(times):
+    begun = time.monotonic()
+    said = run(endless, status=2)
+    seconds.append(round(time.monotonic() - begun, 1))
+    words = next(x for x in said.splitlines() if "error:" in x)
+    refused += "another run is writing there" in words
+  working = first.poll() is None
+  first.kill()
+  first.wait()
+  made = len(course(run_folder)[0])
+  run(arguments(run_folder, steps=made + 1))
+  lines = course(run_folder)[0]
+  return {"case": "two", "times": times, "refused": refused, "first_still_at_work": working, "seconds": seconds,
+          "said": re.sub(r"\S*/two", "DIR", words), "steps": made + 1,
+          "lines_equal": lines[:STEPS] == course(plain)[0][:len(lines)] and len(lines) == made + 1}
+
+
+def gone(folder: Path, plain: Path) -> dict:
+  """A finished run without its checkpoints, asked for more steps; then with them."""
+  run_folder = folder / "gone"
+  shutil.copytree(plain, run_folder)
+  os.rename(run_folder / "checkpoints", folder / "kept")
+  before = {f.name: f.read_bytes() for f in run_folder.iterdir() if f.is_file() and f.name != ".lock"}
+  said = run(arguments(run_folder, steps=STEPS + 3), status=2)
+  untouched = all((run_folder / name).read_bytes() == data for name, data in before.items())
+  shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+  os.rename(folder / "kept", run_folder / "checkpoints")
+  run(arguments(run_folder, steps=STEPS + 3))
+  line = next(x for x in said.splitlines() if "error:" in x)
+  return {"case": "gone", "status": 2, "said": re.sub(r"\S*/gone", "DIR", line), "files_untouched": untouched,
+          "went_on_with_them": course(run_folder)[0][:STEPS] == course(plain)[0] and len(course(run_folder)[0]) == STEPS + 3}
 
 
 def damage(folder: Path, plain: Path, times=60) -> dict:
@@ -253,18 +298,23 @@ def main():
   if sys.argv[1:2] == ["--poisoned"]:
     return poisoned(sys.argv[2], sys.argv[3:])
   p = argparse.ArgumentParser(prog="python -m experiments.faults", description=__doc__.partition("\n")[0])
-  p.add_argument("--only", default="kill,sigterm,disk,damage,lost,nan")
+  p.add_argument("--only", default="kill,sigterm,disk,inodes,damage,lost,nan,two,gone")
   p.add_argument("--kills", type=int, default=20)
   p.add_argument("--out", default="")
   a = p.parse_args()
   only = a.only.split(",")
+  for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background, and by what is started there
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     plain = folder / "plain"
     if only != ["lost"]:
       run(arguments(plain))
-    cases = {"kill": lambda: [kill(folder, plain, a.kills)], "sigterm": lambda: [sigterm(folder, plain)],
-             "disk": lambda: [disk(folder, plain)], "damage": lambda: [damage(folder, plain)],
+    cases = {"kill": lambda: [kill(folder, plain, a.kills)], "sigterm": lambda: [stopped(folder, plain)],
+             "disk": lambda: [disk(folder, plain)],
+             "inodes": lambda: [disk(folder, plain, "inodes", *(f"size=200m,nr_inodes={n}" for n in (40, 4000)))],
+             "two": lambda: [two(folder, plain)], "gone": lambda: [gone(folder, plain)],
+             "damage": lambda: [damage(folder, plain)],
              "lost": lambda: [lost(folder, 0), lost(folder, 1)],
              "nan": lambda: [nan(folder, plain, what) for what in ("loss", "gradient", "head")]}
     for case in only:

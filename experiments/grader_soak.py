@@ -1,6 +1,6 @@
 """Soaks the grader, and asks how often it accepts a wrong answer. Needs the JSONL files of README.md's table.
 
-  python -m experiments.grader_soak --data=DIR [--case=references,pairs,mutated,soak] [--items=20000] [--pairs=10000]
+  python -m experiments.grader_soak --data=DIR [--case=references,pairs,mutated,speed,soak] [--items=20000] [--pairs=10000]
                                     [--out=experiments/results/rewards]
 
 References: every reference answer in FORMS, graded against itself: all must be right. Writes references.jsonl.
@@ -10,6 +10,7 @@ result shows as an unexpected one. Writes soak.jsonl: the soak, and the same wit
 Wrong pairs: the reference answer of one problem, boxed, graded against that of another of the same file, where the texts
 differ: `pairs` drawn from all problems, and as many from those whose answers are no integers. Writes wrong_pairs.jsonl: counts,
 then every accepted pair.
+Speed: gradings a second, and the seconds of what takes long (speed.jsonl).
 Mutated: `mutated` reference answers with one digit, sign, bracket, function or operation changed, each against itself unchanged:
 none may be right unless the change says the same (-0 for 0). Writes mutated.jsonl: counts, then every accepted pair.
 """
@@ -182,11 +183,55 @@ def mutated(golds: list[str], count: int, seed: int) -> tuple[dict, list[dict]]:
           "seconds": round(time.monotonic() - start, 1)}, accepted
 
 
+# What algebra takes long over: (response's answer, reference answer).
+SLOW = {"definite integral": (r"\int_0^1 e^{-x^2} dx", r"\int_{0}^{1} \frac{1}{e^{x^2}} dx"),
+        "sum of 20 sines": ("+".join(rf"\sin({i}x)" for i in range(1, 21)), "+".join(rf"\sin({i}x)" for i in range(20, 0, -1))),
+        "16 radicals reversed": ("+".join(rf"\sqrt{{{i}}}" for i in range(2, 18)),
+                                 "+".join(rf"\sqrt{{{i}}}" for i in range(17, 1, -1)))}
+MIXED = [(r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
+         (r"\sqrt{12}+1", r"1+2\sqrt3"), (r"\sin^2 x", r"1-\cos^2 x"), (r"(x+1)^3", "x^3+3x^2+3x+1"),
+         (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"), (r"2^{n+1}", r"2\cdot 2^n"), (r"\ln 8", r"3\ln 2"), ("x^2-1", "x^2+1")]
+
+
+def worker_seconds(grader: Grader) -> float:
+  """Seconds of a core that the workers have had; a machine shared with other work stretches all others."""
+  fields = [Path(f"/proc/{w.process.pid}/stat").read_text().rpartition(")")[2].split() for w in grader._shared.workers]
+  return sum(int(x[11]) + int(x[12]) for x in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def speed(count: int = 100_000) -> list[dict]:
+  """Gradings a second, of one core inline and of one worker, and the seconds of what takes long."""
+  rng, out = random.Random(5), []
+  integers = [(f"So \\boxed{{{rng.randrange(10**6)}}}", str(rng.randrange(10**6))) for _ in range(count)]
+  begun = time.process_time()
+  for response, gold in integers:
+    judge(response, gold)
+  out.append({"case": "speed", "of": "integers, inline", "gradings_s_of_a_core": round(count / (time.process_time() - begun))})
+  with Grader(1) as grader:
+    box = lambda pair: (f"\\boxed{{{pair[0]}}}", pair[1])
+    grader.grade_all([box(("1+x", "x+2"))])  # the worker is up
+    begun, spent = time.monotonic(), worker_seconds(grader)
+    first, = grader.grade_all([box((r"\frac{3x}{2}+y", "1.5x+y"))])
+    out.append({"case": "speed", "of": "first expression, worker up", "seconds": round(time.monotonic() - begun, 3),
+                "reason": first.reason, "cpu_seconds": round(worker_seconds(grader) - spent, 2)})
+    for name, pairs in (("sums", [(f"{i}+x+{i % 2}", f"x+{i}") for i in range(200)]), ("eight expressions", MIXED * 5)):
+      spent = worker_seconds(grader)
+      grades = grader.grade_all(map(box, pairs))
+      out.append({"case": "speed", "of": f"{name}, one worker", "reasons": dict(Counter(graded.reason for graded in grades)),
+                  "gradings_s_of_a_core": round(len(pairs) / (worker_seconds(grader) - spent), 1)})
+    for name, pair in SLOW.items():
+      begun, spent = time.monotonic(), worker_seconds(grader)
+      graded, = grader.grade_all([box(pair)])
+      out.append({"case": "speed", "of": name, "seconds": round(time.monotonic() - begun, 3), "reason": graded.reason,
+                  "cpu_seconds": round(worker_seconds(grader) - spent, 2)})
+  return out
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--data", required=True)
   parser.add_argument("--out", default="experiments/results/rewards")
-  parser.add_argument("--case", default="references,pairs,mutated,soak")
+  parser.add_argument("--case", default="references,pairs,mutated,speed,soak")
   parser.add_argument("--items", type=int, default=20_000)
   parser.add_argument("--pairs", type=int, default=10_000)
   parser.add_argument("--mutated", type=int, default=4_000)
@@ -209,6 +254,8 @@ def main():
   if "mutated" in args.case:
     line, accepted = mutated(golds, args.mutated, seed=4)
     write(out / "mutated.jsonl", [line | machine, *({"case": "mutated"} | pair for pair in accepted)])
+  if "speed" in args.case:
+    write(out / "speed.jsonl", (line | machine for line in speed()))
   if "soak" in args.case:
     write(out / "soak.jsonl", ({"name": name} | soak(golds, args.items, hostile, mean_s, workers=2, seed=0) | machine
                                for name, hostile, mean_s in (("clean", 0.0, None),

@@ -231,5 +231,20 @@ def test_prompts_of_the_largest_variance_and_some_by_chance():
   np.testing.assert_array_equal(choose(q, 4, 0.5, keys[3]), drawn[3])
 
 
+@pytest.mark.parametrize("count, explore, fewest", [(4, 0.1, 0), (4, 0.4, 1), (32, 0.1, 3), (30, 0.1, 3), (10, 0.7, 7)])
+def test_a_share_of_exploration_holds_in_expectation(count, explore, fewest):
+  """0.4 of a prompt is one in two steps of five, not none; a whole number is that number in every step."""
+  q = jnp.linspace(0.01, 0.5, 64)  # the best are the last
+  keys = jax.random.split(jax.random.key(0), 2000)
+  drawn = jax.jit(jax.vmap(budget.choose_prompts, (None, None, None, 0)))(q, count, explore, keys)
+  assert np.all(np.asarray(drawn).sum(1) == count)
+  sure = count - fewest - (count * explore > fewest + 1e-6)  # chosen whatever is drawn
+  assert np.all(np.asarray(drawn)[:, 64 - sure:])
+  among = count - np.asarray(drawn)[:, 64 - count:].sum(1)  # explored, and none of the best `count`
+  share = [n * (64 - count) / (64 - count + n) for n in (fewest, fewest + 1)]  # where n are explored
+  wanted = share[0] + (count * explore - fewest) * (share[1] - share[0])
+  assert among.mean() == pytest.approx(wanted, abs=4 * among.std() / np.sqrt(2000) + 1e-6)
+
+
 def test_equal_prompts_go_by_index():
   assert np.flatnonzero(budget.choose_prompts(jnp.full(5, 0.3), 2, 0.0, jax.random.key(1))).tolist() == [0, 1]

@@ -18,7 +18,7 @@ from arrol_jax.running import shipped
 from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = "train evaluate serve bench plan get".split()
+COMMANDS = "train evaluate serve bench plan get doctor".split()
 QUICK = ["--config=quickstart", *(f"--config.{x}" for x in (
   "steps=1", "rollout.prompts=2", "rollout.group_size=4", "rollout.slots=8", "rollout.row_buckets=1", "optim.micro_tokens=1024",
   "eval.problems=4", "checkpoint.export=False", "log.backends=jsonl"))]

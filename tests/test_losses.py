@@ -20,6 +20,7 @@ from arrol_jax.learning.losses import (
   surrogate,
   token_weights,
 )
+from arrol_jax.types import UserError
 
 ROWS, LENGTH = 3, 7
 # Prompt, response, padding: responses of 4, 1 and 3 tokens at different places.
@@ -253,13 +254,22 @@ def test_corrections_by_hand():
 
 
 @pytest.mark.parametrize("rewards", [[1.5, 1.0, 0.5, 0.0], [-1, -1, 1, 1], [0, 100, 0, 0], [1e8, 1e8 + 1, 1e8, 1e8],
-                                     [3e38, 0, 0, 0],
+                                     [3e38, 0, 0, 0], [1e39, -1e39, 1e39, 2e39], [1e150, -1e150, 0, 1e150],
+                                     [1, 1 + 1e-9, 1, 1 + 2e-10], [1e6, 1e6 + 1e-4, 1e6, 1e6],
                                      [-3e-3, 2e-3, 0, 0]])
 def test_rewards_of_any_size_are_taken_as_they_are(rewards):
   """(R - mean) / (std + 1e-6) in double precision; not clipped to [0, 1]."""
   rewards = np.array(rewards, float)
   want = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+  assert np.abs(want).max() > 1e-4
   np.testing.assert_allclose(group_advantages(rewards, np.zeros(4, int)), want, rtol=1e-6)
+
+
+def test_advantages_that_no_gradient_can_hold_are_refused():
+  """Not divided by their deviation; in the update they would be infinite."""
+  assert group_advantages([1e14, 0], np.zeros(2, int), normalize_std=False)[0] == np.float32(5e13)
+  with pytest.raises(UserError, match="rewards of one prompt lie 1e\\+39 apart, .*normalize_std=False"):
+    group_advantages([1e39, 0], np.zeros(2, int), normalize_std=False)
 
 
 def test_rewards_that_differ_by_rounding_alone_have_no_variance():

@@ -2,10 +2,12 @@
 
 import functools
 import math
+import sys
 import textwrap
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from arrol_jax.rewards import Graded, Grader, worker
 from arrol_jax.types import UserError
@@ -71,14 +73,16 @@ def test_what_cannot_be_called_is_refused(function, words):
 
 
 @pytest.mark.parametrize("value, reward", [
-  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6), (np.float32(0.25), 0.25), (np.array(3), 3.0),
+  (1, 1.0), (True, 1.0), (-2.5, -2.5), (1.5, 1.5), (1e6, 1e6),
+  (1e39, 1e39), (-1e150, -1e150), (np.float32(0.25), 0.25), (np.array(3), 3.0),
   (np.bool_(False), 0.0)])
 def test_any_finite_number_is_a_reward(value, reward):
   assert worker.as_reward(value) == reward
 
 
 @pytest.mark.parametrize("value, text", [
-  (None, "None"), (math.nan, "nan"), (math.inf, "inf"), (1e39, "1e+39"), ("1.0", "'1.0'"), ([1.0], "[1.0]"), ({}, "{}"),
+  (None, "None"), (math.nan, "nan"), (math.inf, "inf"),
+  (1e151, "1e+151, which is larger than 1e+150"), ("1.0", "'1.0'"), ([1.0], "[1.0]"), ({}, "{}"),
   (np.ones(1), "array"), (1j, "1j"), (np.complex64(1), "1"), ((1, {}), "(1, {})"), ("x" * 999, "...")])
 def test_anything_else_is_told_with_its_value(value, text):
   with pytest.raises(worker.NoReward) as e:
@@ -116,6 +120,16 @@ def test_what_is_no_number_is_counted_and_the_first_told_once(functions, capfd):
   lines = capfd.readouterr().err.splitlines()
   assert lines[0] == "reward function my_rewards.odd: it returned None, which is no finite number; reward 0"
   assert len(lines) == 2 and "OverflowError" in lines[1]
+
+
+def test_what_went_wrong_is_a_line_of_its_own_beside_a_progress_bar(functions, capfd):
+  """The bar is wiped before and drawn again after it."""
+  with Grader(1, reward_fn="my_rewards.odd") as grader, tqdm(total=2, mininterval=0, desc="train", file=sys.stderr) as bar:
+    bar.update()
+    grader.grade_all([("none", "")])
+  segments = capfd.readouterr().err.replace("\r", "\n").splitlines()
+  assert "reward function my_rewards.odd: it returned None, which is no finite number; reward 0" in segments
+  assert segments[-1].startswith("train:  50%")
 
 
 def test_a_signature_that_does_not_fit_is_one_line_at_the_start(functions):

@@ -64,6 +64,16 @@ def test_the_choice_of_prompts_learns_the_share_of_successes():
   assert float(model.sums.level) == pytest.approx(0.5)
 
 
+def test_the_choice_of_prompts_forgets_with_the_heads_half_life():
+  """Four rollouts a step and a half-life of four: a step weighs half of the next. Without one all weigh alike."""
+  states = np.ones((1, 3), np.float32)
+  for half_life, level in ((4.0, (0.5 * 1.0 + 1.0 * 0.0) / 1.5), (None, 0.5)):
+    model = learn(nothing_known(3), shaped((1.5,) * 4), states, 0.5, half_life)
+    model = learn(model, shaped((0.0,) * 4), states, 0.5, half_life)
+    assert float(model.sums.level) == pytest.approx(level)
+    assert float(model.sums.weight) == pytest.approx(6.0 if half_life else 8.0)
+
+
 def test_metrics_of_right_ones_take_success_and_those_of_rewards_rewards():
   out = rollout_metrics(shaped(REWARDS[:4], holdout=True, rule_probability=0.25), None, (2,))
   assert out["reward"] == pytest.approx(0.75) and out["signal"] == pytest.approx(4 * np.var(REWARDS[:4]))

@@ -192,7 +192,7 @@ def test_problems_that_changed_are_refused(own):
   lines = path.read_text().splitlines(True)
   for changed in (lines[::-1], lines[:-1], [lines[0].replace('"answer": "', '"answer": "1'), *lines[1:]]):
     path.write_text("".join(changed))
-    refused_and_left_alone(folder / "run", "the problems of data.train", "changed since this run began", **settings)
+    refused_and_left_alone(folder / "run", "the problems of data.train changed since this run began", **settings)
   path.write_text("".join(lines))
   run(folder / "run", **settings)
 

@@ -126,8 +126,8 @@ def _field(where: str, record: dict, name: str) -> str:
 
 def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool, max_prompt: int,
                    system: str | None = None, thinking: bool = False,
-                   spread: Callable = lambda work, items: [work(x) for x in items]) -> tuple[list[Prompt], int]:
-  """Prompts of 1 to `max_prompt` tokens, and how many problems were left out for having more (or none).
+                   spread: Callable = lambda work, items: [work(x) for x in items]) -> tuple[list[Prompt], list[Prompt]]:
+  """Prompts of 1 to `max_prompt` tokens, and those left out for having more (or none).
 
   tokenizer: `encode(text, add_special_tokens=...)`; with `chat`, `apply_chat_template` and a chat template
     too.
@@ -158,11 +158,11 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
         raise UserError(f"the chat template refuses these messages ({e}); see data.system and data.chat") from e
     return text, np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
 
-  prompts = [Prompt(problem, text, tokens) for problem, (text, tokens) in zip(problems, spread(encode, problems), strict=True)
-             if 0 < len(tokens) <= max_prompt]
+  encoded = [Prompt(problem, *made) for problem, made in zip(problems, spread(encode, problems), strict=True)]
+  prompts = [p for p in encoded if 0 < len(p.tokens) <= max_prompt]
   if not prompts:
     raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")
-  return prompts, len(problems) - len(prompts)
+  return prompts, [p for p in encoded if not 0 < len(p.tokens) <= max_prompt]
 
 
 def digests(prompts: list[Prompt]) -> tuple[str, str]:

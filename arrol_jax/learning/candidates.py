@@ -5,6 +5,8 @@ head's (ridge.py). More prompts are prefilled than are rolled out; compare GRESO
 the engine.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -39,20 +41,25 @@ def choose(model: PromptModel, states: jax.Array, count: jax.Array, explore: jax
   return choose_prompts(q, count, explore, key), q
 
 
-@jax.jit
-def _learn(model: PromptModel, states, reward, weight, strength) -> PromptModel:
-  sums = ridge.add(model.sums, states, reward, weight, jnp.arange(states.shape[0], dtype=jnp.int32))
+@functools.partial(jax.jit, static_argnames=("half_life",))
+def _learn(model: PromptModel, states, reward, weight, strength, started, half_life: float | None) -> PromptModel:
+  sums = ridge.add(model.sums, states, reward, weight, jnp.arange(states.shape[0], dtype=jnp.int32), half_life, started)
   return PromptModel(sums, ridge.solve(sums, strength))
 
 
-def learn(model: PromptModel, rollouts: list[Rollout], states: np.ndarray, strength: float) -> PromptModel:
-  """The model after a step's groups; states f32[P,D] of the prompts in their
-  order. A survivor stands for 1 / keep probability rollouts of its group, and a prompt for all of them: pruning by score must not
-  make it look easier than it is."""
+def learn(model: PromptModel, rollouts: list[Rollout], states: np.ndarray, strength: float,
+          half_life: float | None = None) -> PromptModel:
+  """The model after a step's groups; states f32[P,D] of the prompts in their order.
+
+  half_life: rollouts started after which what was seen weighs half, as the head's; None: never. A survivor stands for
+  1 / keep probability rollouts of its group, and a prompt for all of them: pruning by score must not make it look easier than
+  it is.
+  """
   place = {number: i for i, number in enumerate(sorted({r.prompt for r in rollouts}))}
   total, right = np.zeros((2, len(states)), np.float32)
   for r in rollouts:
     if not r.pruned:
       total[place[r.prompt]] += 1.0 / r.keep_probability
       right[place[r.prompt]] += r.success / r.keep_probability
-  return _learn(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength))
+  started = np.float32(len(rollouts))
+  return _learn(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength), started, half_life)

@@ -68,16 +68,26 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
 
 
 def _tell_failures(grading: Grading, reasons: list[str]) -> None:
-  """A warning where most answers could not be graded; UserError where a reward function failed on all of them.
+  """A warning where most answers could not be graded; see also `check_failures`.
 
   Now and then it is a hostile answer; but this must not pass for a policy that knows nothing. One late answer alone ends nothing.
   """
+  if grading.function:
+    check_failures(grading.function, grading.grader, reasons)
   failed = Counter(reason for reason in reasons if reason in FAILED)
-  counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
-  if grading.function and failed and failed.total() == len(reasons) and (len(reasons) > 1 or failed["error"]):
-    problem = grading.grader.first_problem
-    raise UserError(f"reward.function={grading.function} failed on all {len(reasons)} answers of a step ({counts}"
-                    f"{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and reward.memory")
   if 2 * failed.total() > len(reasons):
     _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
-                 "reward.memory, reward.workers", failed.total(), len(reasons), counts)
+                 "reward.memory, reward.workers", failed.total(), len(reasons), _counts(failed))
+
+
+def check_failures(function: str, grader, reasons: list[str]) -> None:
+  """UserError where the reward function failed on all of a step's answers, by the reasons of their grades."""
+  failed = Counter(reason for reason in reasons if reason in FAILED)
+  if failed and failed.total() == len(reasons) and (len(reasons) > 1 or failed["error"]):
+    problem = grader.first_problem
+    raise UserError(f"reward.function={function} failed on all {len(reasons)} answers ({_counts(failed)}"
+                    f"{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and reward.memory")
+
+
+def _counts(failed: Counter) -> str:
+  return ", ".join(f"{count} {reason}" for reason, count in failed.items())

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arrol_jax.types import UserError
+
+LARGEST_ADVANTAGE = 1e15  # gradients are squared and summed in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -58,20 +62,25 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
                      weights: np.ndarray | None = None) -> np.ndarray:
   """A_i = (R_i - mean R) / (std R + eps) within each group (METHOD section 1), over the rollouts given: the survivors.
 
-  rewards f[B], any finite numbers, groups i[B] -> f32[B]. A group of one, or without variance but for rounding, gets 0. The
-  standard deviation is the population's (divides by the group size). NumPy in double precision: it runs once a step on the host,
-  where groups are ragged, and rewards may be of any size.
+  rewards f[B], finite, of at most 1e150 (their squares are summed), groups i[B] -> f32[B]. A group of one, or without variance
+  but for rounding (1e-12 of its rewards), gets 0. The standard deviation is the population's (over the group size). NumPy in
+  double precision: it runs once a step on the host, where groups are ragged.
   weights f[B]: how many rollouts each stands for (1 / keep probability): in a group's mean and deviation, and as a factor of its
   advantage, scaled to mean 1 over the batch, so that the policy gradient estimates that of all rollouts started.
+  Raises UserError for advantages above LARGEST_ADVANTAGE, which only normalize_std=False can give.
   """
   rewards, out = np.asarray(rewards, float), np.zeros(len(rewards), np.float32)
   share = np.ones(len(rewards)) if weights is None else np.asarray(weights, float)
   for g in np.unique(groups):
     rows = np.flatnonzero(groups == g)
     own, w = rewards[rows], share[rows] / share[rows].sum()
-    if np.ptp(own) > 1e-9 * np.abs(own).max():
+    if np.ptp(own) > 1e-12 * np.abs(own).max():
       centred = own - np.sum(w * own)
-      out[rows] = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
+      advantage = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
+      if np.abs(advantage).max() > LARGEST_ADVANTAGE:
+        raise UserError(f"rewards of one prompt lie {np.ptp(own):.3g} apart, and loss.normalize_std=False takes that for an "
+                        "advantage, whose gradient float32 cannot hold: make the rewards smaller, or divide by their deviation")
+      out[rows] = advantage
   return out if weights is None or not len(out) else (out * (share / share.mean())).astype(np.float32)
 
 

@@ -123,10 +123,15 @@ def choose_prompts(q, count, explore, key):
   """Which of P prompts to roll out (METHOD 10.2): bool[P], `count` i32[] of them (all, where there are fewer).
 
   Those of the largest expected variance q (1 - q), q f32[P] as their own states predict it, ties by index; but a share
-  `explore` of them, rounded, is drawn with `key` among the rest, so that what the predictor thinks hopeless is looked at too.
+  `explore` of them is drawn with `key` among the rest, so that what the predictor thinks hopeless is looked at too. Where that
+  share is no whole number of prompts, `key` draws which of the two next to it, with that share as the mean.
   """
+  explored = explore * count
+  whole = jnp.floor(explored + 1e-4)  # 0.1 * 30 is not quite 3
+  explored = whole + (jax.random.uniform(jax.random.fold_in(key, 1)) < explored - whole)
+
   rank = lambda *order: jnp.zeros(q.shape, jnp.int32).at[jnp.lexsort(order)].set(jnp.arange(q.shape[0], dtype=jnp.int32))
-  best = rank(-q * (1.0 - q)) < count - jnp.round(explore * count).astype(jnp.int32)
+  best = rank(-q * (1.0 - q)) < count - explored.astype(jnp.int32)
   return rank(jax.random.bits(key, q.shape, jnp.uint32), ~best) < count
 
 

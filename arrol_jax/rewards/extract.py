@@ -5,7 +5,9 @@ Left out: natural-language answers ("the answer is twelve") outside a box or a m
 
 from collections import deque
 from collections.abc import Iterator
+import contextlib
 import re
+from re import _parser
 
 import regex
 
@@ -82,14 +84,50 @@ def search(response: str, pattern: str | None) -> str | None:
   return None
 
 
+def response_with(answer: str, pattern: str | None) -> str | None:
+  """A response whose final answer is `answer`; None where none could be made that `pattern` finds it in."""
+  forms = {None: "\\boxed{%s}", "boxed": "\\boxed{%s}", "answer": "Answer: %s", "hashes": "#### %s", "first_hashes": "#### %s"}
+  if pattern in forms:
+    return forms[pattern].replace("%s", answer)
+  with contextlib.suppress(re.error, IndexError):  # one that only the `regex` package reads
+    made = _example(_parser.parse(pattern), answer)
+    found = extract_answer(made, pattern)
+    return made if found is not None and found.strip() == answer.strip() else None
+  return None
+
+
+def _example(parsed: _parser.SubPattern, answer: str) -> str:
+  """A short text that a parsed pattern matches, with `answer` for its first group."""
+  out = ""
+  for kind, value in parsed:
+    match str(kind):
+      case "LITERAL":
+        out += chr(value)
+      case "SUBPATTERN":
+        out += answer if value[0] == 1 else _example(value[3], answer)
+      case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+        few = max(value[0], int(any(str(k) == "SUBPATTERN" for k, _ in value[2])))
+        out += _example(value[2], answer) * min(few, 100)
+      case "BRANCH":
+        out += _example(value[1][0], answer)
+      case "ATOMIC_GROUP":
+        out += _example(value, answer)
+      case "IN":
+        out += next((chr(v if str(k) == "LITERAL" else v[0]) for k, v in value if str(k) in ("LITERAL", "RANGE")), " ")
+      case "ANY" | "NOT_LITERAL":
+        out += "."
+  return out
+
+
 def _of_line(line: str, pattern: str) -> str:
   """The answer in what follows a marker: behind the last further marker (for the first, before the next), less wrapping words."""
   parts = [part for part in _MARKERS[pattern].split(line) if part.strip()] or [""]
   text = parts[0 if pattern == "first_hashes" else -1].strip()
   text = _TRAIL.sub("", " ".join(text[:10_000].split()))  # a longer one is no answer
+  text = re.sub(r"^(?:\*\*)?([^*\s](?:[^*]*[^*\s])?)\*\*(?=[\s.,])", r"\1", text)  # **57** apples
   for _ in range(2):
-    text = text.strip().strip("*_`").strip()
-    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = re.sub(r"(?<=[*_`])[.。]$", "", text.strip()).strip("*_`").strip()
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text.removeprefix("=")
   return text
 
 

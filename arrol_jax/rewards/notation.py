@@ -65,7 +65,7 @@ _BASE = "|".join(_BASES)
 _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, replacement in (
   ("\\", r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
   ("\\", r"(?<!\\)\\(?:[!,;:>/ ]|q?quad(?![A-Za-z])|enspace(?![A-Za-z])|thinspace(?![A-Za-z]))", " "),
-  ("~", "~", " "), ("&nbsp;", "&nbsp;", " "),
+  ("-}", r"(?<![\^_}\]])\{\s*-\s*\}|\\text\{\s*-\s*\}", "-"), ("~", "~", " "), ("&nbsp;", "&nbsp;", " "),
   ("\\", r"(?<!\\)\\[()\[\]]", " "), ("$", r"\\?\$", " "),  # math delimiters and currency
   ("  ", r"\s{2,}", " "),
   ("frac", r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"),
@@ -74,7 +74,7 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
     r")", r"\\\\"),
   ("\\surd", r"\\surd(?![A-Za-z])", r"\\sqrt"), ("\\sqrt", r"\\sqrt\s*([0-9]{2,})", r"\\sqrt{\1}"),
   ("\\mathbb", r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"), (":", r":=|\\coloneqq(?![A-Za-z])", "="),
-  (":", r"^\\text\{\s*([A-Za-z ]+):\s*\}(?=\s*[^\s])", r"\\text{\1}="), ("..", r"\.\s?\.\s?\.(?=\s*,)", r"\\dots "),
+  (":", r"^\\text\{\s*([A-Za-z ]+)(?::\s*\}|\}\s*:)(?=\s*[^\s])", r"\\text{\1}="), ("..", r"\.\s?\.\s?\.(?=\s*,)", r"\\dots "),
   ("to", r"(?<=[0-9])\s*(?:\\text\{\s*to\s*\}|(?<=\s)to(?=\s))\s*(?=[0-9])", ":"),
   ("{\\text", r"\^\s*\{\\text\{\s*(-?[0-9])\s*\}\}", r"^{\1}"),
   ("o", r"(?<=[0-9])\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
@@ -88,7 +88,8 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\lbr", r"\\lbrack(?![A-Za-z])", "["), ("\\rbr", r"\\rbrack(?![A-Za-z])", "]"), ("\\lbr", r"\\lbrace(?![A-Za-z])", r"\\{"),
   ("\\rbr", r"\\rbrace(?![A-Za-z])", r"\\}"), ("\\colon", r"\\colon(?![A-Za-z])", ":"), (":", r"\\mathbin:|\\text\{\s*:\s*"
     r"\}", ":"),
-  ("\\%", r"\\%", "%"), ("%", r"\\text\{\s*%\s*\}", "%"),
+  ("\\%", r"\\%", "%"), ("%", r"\\text\{\s*%\s*\}", "%"), ("% of ", r"(?<=[0-9])\s*% of [a-z ]+$", "%"),
+  ("%", r"%\s*\\text\{\s*of [a-zA-Z ]+\}$", "%"),
   ("cent", r"\\text\{\s*(?:per\s?cents?|percentage)\s*\}|\b(?:per\s?cents?|percentage)(?![A-Za-z ])", "%"),
   ("p", r"\\text\{\s*(?:pct|por ciento|prozent)\s*\}|\bpct(?![A-Za-z ])", "%"),
   ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
@@ -128,7 +129,8 @@ _GAP = re.compile(
   r"|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
 _MATRIX = r"[(\[]?\\begin\{(?:small)?matrix\}.*\\end\{(?:small)?matrix\}[)\]]?"
 _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
-  (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*)\}", r"\1"),
+  (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*%?)\}", r"\1"), (r"^([+-])\{([0-9.,/]+)\}$", r"\1\2"),
+  (r"^([+-]?[0-9]{1,3}(?: [0-9]{3}){2,})$", lambda grouped: grouped[1].replace(" ", "")),
   (r"\\text\{(?:infinity)\}", r"\\infty"), (r"\\text\{[.,;:]*\}", ""),
   (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
   (r"^\+(?![+-])", ""), (r"([(\[,])\+(?=\\infty)", r"\1"),
@@ -151,13 +153,18 @@ _ENVIRONMENTS = [(re.compile(pattern), replacement) for pattern, replacement in 
   (r"(?:\\\\\s*)+(?=\\end\{)", ""), (r"(?:\\\\|\\newline(?![A-Za-z]))\s*$", ""),
 )]
 _ROWS = re.compile(r"^\\begin\{(cases|aligned|align\*?|gathered|gather\*?|split|matrix|equation\*?)\}(.*)\\end\{\1\}$", re.DOTALL)
+# What only announces an answer, in \text or not.
+_ANNOUNCED = re.compile(r"(?i)^\s*(\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s*(?:the\s+|our\s+)?(?:final\s+|correct\s+)?"
+                        r"(?:answer|result)\s+is\b:?\s*(\})?\s*(?=[^\s}])")
 _SYSTEM = re.compile(r"^\\\{(?=\\begin\{matrix\})")
 
 
 def _rows(text: str) -> str:
   """A system of equations in an environment as a list; pieces of a function and matrices as they are, in one spelling."""
-  if "\\\\" not in text and "\\begin" not in text:
-    return text.replace("\\&", ",").replace("&", ",")
+  if "\\begin" not in text:
+    lines = [line.strip().rstrip(",;. ") for line in re.split(r"\\\\(?:\s*\[[^\[\]]*\])?", text)]
+    return ",".join(line for line in lines if line).replace("\\&", ",").replace("&", ",") if len(lines) > 1 else (
+      text.replace("\\&", ",").replace("&", ","))
   for pattern, replacement in _ENVIRONMENTS:
     text = pattern.sub(replacement, text)
   text = re.sub(r"^[(\[]\s*(\\begin\{matrix\}.*\\end\{matrix\})\s*[)\]]$", r"\1", text.strip(), flags=re.DOTALL)
@@ -225,6 +232,7 @@ def canonical(text: str) -> Canonical:
   for trigger, pattern, replacement in _NOTATION:
     if trigger in text:
       text = pattern.sub(replacement, text)
+  text = _ANNOUNCED.sub(lambda found: found[1] if found[1] and not found[2] else "", text) if " is" in text else text
   text = " ".join(text.split())
   text = re.sub(r"(?:\.\s*){3,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
   text = _typed(_rows(_unmarked(re.sub(r"\s*\\text\{[\s.,;]*\}\s*$", "", text))))

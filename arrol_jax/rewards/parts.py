@@ -12,10 +12,11 @@ _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|ma
 _NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{{1,4}}"
           rf"|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
           rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]"
-          rf"|\\(?:max|min|sup|inf|deg|det) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\|"
+          rf"|\\(?:max|min|sup|inf|deg|det|dim|#) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\|"
           rf"|\(?{_LETTER}\\circ ?{_LETTER}\)?\([^()=]*\)"
           rf"|\\frac\{{d\^?\{{?[0-9]?\}}?{_LETTER}\}}\{{d{_LETTER}(?:\^\{{[0-9]\}})?\}}"
-          rf"|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?)")
+          rf"|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?|\\l(?:floor|ceil)(?![A-Za-z])[^=]{{1,40}}\\r(?:floor|ceil)"
+          r"|(?:[PE]|\\Pr ?|\\mathbb\{[PE]\})(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]))")  # P(X=2), E[X|Y=1]
 NAME = re.compile(rf"({_NAMED}|\({_NAMED}(?:,{_NAMED})+\))(?:=|\\in(?![A-Za-z]))([^=]+)")
 _BACKWARD = re.compile(r"([^=A-Za-z]+)=([A-Za-z](?:_\{[^{}]*\})?)")  # 57=n
 _INDEXED = re.compile(r"([A-Za-z])_\{[0-9A-Za-z]\}")
@@ -49,7 +50,11 @@ def without_name(gold: str, answer: str) -> tuple[str, str] | None:
   of such.
   """
   gold, answer = forward(gold), forward(answer)
-  gold_name, answer_name = NAME.fullmatch(gold), NAME.fullmatch(answer)
+  if gold[:1] == "(" or answer[:1] == "(":
+    gold, answer = _coordinates(gold), _coordinates(answer)
+  gold_name, answer_name = _assigned(gold), _assigned(answer)
+  if gold_name and answer_name and _is_graph(gold_name[1], answer_name[1]):
+    return gold_name[2], answer_name[2]
   if gold_name and answer_name and gold_name[1] != answer_name[1] and (
       ("\\text" in gold_name[1]) == ("\\text" in answer_name[1])):
     same = "\\text" in gold_name[1] and gold_name[1].casefold() == answer_name[1].casefold()
@@ -57,6 +62,25 @@ def without_name(gold: str, answer: str) -> tuple[str, str] | None:
   if (gold_name is None and "=" in gold) or (answer_name is None and "=" in answer):
     return gold, answer  # an equation on one side: its counterpart is no assignment
   return (gold_name[2] if gold_name else gold), (answer_name[2] if answer_name else answer)
+
+
+def _assigned(text: str) -> re.Match | None:
+  """NAME's match, unless the letter that is named occurs in its own value: x=2x+1 is an equation."""
+  found = NAME.fullmatch(text)
+  own = found and len(found[1]) == 1 and text[1] == "=" and re.search(
+    rf"(?<![A-Za-z]){found[1]}(?![A-Za-z])", re.sub(r"\\[A-Za-z]+|_\{[^{}]*\}", " ", found[2]))
+  return None if own else found
+
+
+def _coordinates(text: str) -> str:
+  """A point by its name, A(1,2), as its coordinates."""
+  named = re.match(r"[A-DMO-S]\(", text) and closes_at_end(text[1:])
+  return text[1:] if named and len(cut(text[2:-1], (",",)) or ()) > 1 else text
+
+
+def _is_graph(*names: str) -> bool:
+  """Whether two names are y and a function's, f(x)."""
+  return "y" in names and any(re.fullmatch(r"[a-xzA-Z]\([a-xz]\)", name) for name in names)
 
 
 def names(elements: list[str]) -> set[str]:
@@ -68,12 +92,12 @@ def names(elements: list[str]) -> set[str]:
 
 
 def bare(text: str) -> str:
-  """`text` without brackets around the whole of a single expression: (-4), {18}."""
+  """`text` without brackets around the whole of a single expression: (-4), {18}. Braces alone are not seen: {1,2} is 1,2."""
   while text[:1] in ("(", "{") and text[-1:] == {"(": ")", "{": "}"}[text[0]] and closes_at_end(text):
     inner = cut(text[1:-1], (",", ";", "\\lor"))
-    if inner is None or len(inner) > 1 or not inner[0]:
+    if inner is None or len(inner) > 1 and text[0] == "(" or not inner[0]:
       break
-    text = inner[0]
+    text = text[1:-1].strip()
   return text
 
 

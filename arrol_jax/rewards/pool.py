@@ -157,7 +157,10 @@ class _Shared:
     with self.lock:
       if self.settings[2] and all(x.startswith("it returned") != kind for x in self.problems):
         self.problems.append(problem)
-        print(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr, flush=True)
+        from tqdm import tqdm  # a line of its own, not behind a progress bar; workers import this module without it
+
+        tqdm.write(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr)
+        sys.stderr.flush()
 
   def submit(self, item: tuple[str, str]) -> Future:
     """A worker's grade of a pair: what `judge` left open (gold, answer), or what a reward function takes."""
@@ -228,7 +231,7 @@ class Grader:
   pattern: where the answer is, as in `extract_answer`; None reads the last \\boxed{...}.
   timeout_s: seconds an item may take in a worker. A late one is reward 0, reason "timeout".
   memory_mb: MiB of address space an item may add to its worker's.
-  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number, which
+  reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number (up to 1e150), which
     then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
     reason "error", and the first of each is printed. It finds the answer by itself; a parameter called
     pattern gets `pattern` (worker.bind says how parameters are filled).

@@ -67,8 +67,8 @@ _NOT_UNITS = frozenset(
 _NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$|ill[oó]n(?:es)?$|illionen$|тысяч|миллион|миллиард|[0-9]")
 _FUNCTION_WORD = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]?$")
 _UNIT_LETTERS = frozenset("ACFJKLNVWTghmslΩ\u03a9")
-_SMALL = frozenset("of the a an in total".split())
-_JOINING = frozenset("per of a the square sq cubic cu".split())
+_SMALL = frozenset("of the a an in total old".split())
+_JOINING = frozenset("per of a the square sq cubic cu old".split())
 _GLUED = frozenset(  # a unit also directly after a number or \pi; mg, ml and ms are products there
   "cm mm km kg dm ft lb lbs oz hr hrs min mins sec secs mph kmh kph kJ kW kWh kPa Hz kHz MHz GHz mol rad deg yd yds yr yrs gal "
   "usd kmph "
@@ -76,7 +76,8 @@ _GLUED = frozenset(  # a unit also directly after a number or \pi; mg, ml and ms
   "degrees "
   "radians grams years units".split())
 # After a number in Chinese, Japanese or Korean: what changes it.
-_CHANGES = re.compile("[一二三四五六七八九十百千万亿萬億兆半或和与與及不非零点點倍折成]|分之|百分|만|억|천|백|또는|または")
+_CHANGES = re.compile("[一二三四五六七八九十百千万亿萬億兆半或和与與及不非零点點倍折成多余餘几幾左右约約以上下超]"
+                      "|分之|百分|만|억|천|백|또는|または")
 _EAST_ASIAN = re.compile(r"(?<=[0-9])\s*\(?([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,6})\)?$")
 
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
@@ -95,10 +96,13 @@ _BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]++(?:{_EXPONE
 _LONGEST = 60  # characters of a bare unit and what stands before it
 _TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
 _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
-_RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(?:\\text\{\s*)?)(?:st|nd|rd|th)\s*\}{0,2}\s+(?=[a-z]{3}|\\text\{)")  # 57th day
+_RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(\\text\{\s*)?)(?:st|nd|rd|th)\s*(\}{0,2})\s+(?=[a-z]{3}|\\text\{)")  # 57th day
+_SQUARED = re.compile(r"per\s+(seconds?|minutes?|hours?)\s+(square|cube)d(?![a-z])")
+_RATE = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([A-Za-z]{{1,3}}\s*/\s*(?:(?:s|sec|h|hr|min|L|mL|kg|mol|day)(?:{_EXPONENT})?"
+                   r"|c?m\^\{?[23]\}?))\.?")
 _TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
 _SIGN = re.compile(
-  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:pounds|textsterling"
+  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:textdollar|mathdollar|pounds|textsterling"
   r"|mathsterling)(?![A-Za-z])"
   r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB"
   r"|JPY)\b\.?)"
@@ -107,7 +111,8 @@ _SIGN_AFTER = re.compile(
   r"(?<=[0-9.}])\s*(?:\\text\{\s*)?(\\?\$|[€£¥₹₩₽₺₫₦¢]|\\cent(?:s)?(?![A-Za-z])|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|RMB|JPY"
   r"|Rs)\b\.?)\s*\}?\s*\.?$")
 _CURRENCY = {
-  "$": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro", "euro": "euro", "£": "pound", "GBP": "pound", "pounds": "pound",
+  "$": "dollar", "dollar": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro", "euro": "euro",
+  "£": "pound", "GBP": "pound", "pounds": "pound",
   "sterling": "pound", "¥": "yen", "yen": "yen", "JPY": "yen", "CNY": "yen", "RMB": "yen", "₹": "rupee",
   "Rs": "rupee", "INR": "rupee",
   "¢": "cent", "cent": "cent"}
@@ -138,7 +143,8 @@ def split_unit(text: str) -> tuple[str, str]:
   number and a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text
   too. Ordinals (57th) lose their ending.
   """
-  text = _RANKED.sub(r"\1 ", text)
+  text = _RANKED.sub(lambda rank: f"{rank[1]} {'' if rank[3] else rank[2] or ''}", text)
+  text = _SQUARED.sub(r"per \2 \1", text)
   text = _QUOTIENT.sub(r"\1/\2", _KILO_OHM.sub(lambda k: f"\\text{{{k[1] or k[2]}Ω}}", text))
   text = _MICRO.sub(lambda unit: f"\\text{{μ{unit[1] or unit[2]}}}" if unit.end() == len(text) else unit[0], text)
   scale = _SCALE.search(text)
@@ -166,6 +172,9 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def _split_bare(text: str) -> tuple[str, str]:
   """`split_unit` where no unit is in \\text."""
+  rate = _RATE.fullmatch(text)
+  if rate and measure(rate[2]):
+    return rate[1], rate[2]
   plain = _PLAIN.fullmatch(text)
   if plain:
     words = re.findall(r"[^\W\d_]+", plain[2])
@@ -199,7 +208,7 @@ def measure(unit: str) -> dict[str, int] | None:
     elif token[1]:
       if last is not None:
         powers[last] *= int(token[1])
-    elif word.lower() in ("square", "sq", "cubic", "cu"):
+    elif word.lower() in ("square", "sq", "cubic", "cu", "cube"):
       power = 2 if word.lower().startswith("s") else 3
     elif word in _COMPOUND:
       powers |= _COMPOUND[word]

@@ -17,7 +17,7 @@ import signal
 
 from arrol_jax.rewards.grade import Graded, settle
 
-LARGEST = 3.4e38  # of float32, in which advantages are
+LARGEST = 1e150  # group statistics square rewards, in double precision
 inside = False  # whether this process is a worker
 
 
@@ -148,12 +148,14 @@ def _places(function: Callable) -> tuple[list[str], list[str]]:
 
 
 def as_reward(value) -> float:
-  """A reward function's result as a float; NoReward unless it is one finite real number (a 0-d array and True are)."""
+  """A reward function's result as a float; NoReward unless it is a finite real number up to LARGEST (0-d arrays and True are)."""
   is_number = (hasattr(type(value), "__float__") and not isinstance(value, str) and getattr(value, "shape", ()) == ()
                and not (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)))
   reward = float(value) if is_number else math.nan
-  if not math.isfinite(reward) or abs(reward) > LARGEST:
+  if not math.isfinite(reward):
     raise NoReward(f"it returned {_short(value, repr)}, which is no finite number")
+  if abs(reward) > LARGEST:
+    raise NoReward(f"it returned {_short(value, repr)}, which is larger than {LARGEST:g}")
   return reward
 
 

@@ -249,7 +249,8 @@ def _quieten() -> None:
     if not record.exc_info:
       return False
     files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
-    return any("orbax" in x for x in [record.pathname, *files]) or "tensorstore" in str(record.exc_info[1]).lower()
+    said = str(record.exc_info[1]).lower()
+    return any("orbax" in x for x in [record.pathname, *files]) or "tensorstore" in said or "ocdbt" in said  # the files' format
 
   def unraisable(what) -> None:
     if what.object is not None or str(what.exc_value) != "Event loop is closed":
@@ -274,9 +275,13 @@ def _hushed() -> Iterator[None]:
 
 def _line(e: Exception) -> str:
   """What went wrong, short: for a missing key the type says more than the text."""
+  if isinstance(e, OSError) and e.strerror:
+    return e.strerror
   text = " ".join(str(e).split())
   cause = re.search(r"os_error_code='?(\d+)", text)  # of TensorStore, after a page of paths
   if cause:
     return os.strerror(int(cause[1]))
   text = text.partition(" See full TensorStore")[0]
+  if "while reading array index" in text:  # and then slices of it
+    return "one of its arrays cannot be read"
   return f"{type(e).__name__}: {text}"[:160]

@@ -77,6 +77,11 @@ def check_workdir(workdir: str, c, defaults=None) -> None:
     raise UserError(f"--workdir={workdir}: {e.strerror}") from e
   if not os.access(workdir, os.W_OK):
     raise UserError(f"--workdir={workdir}: this user may not write there")
+  check_settings(workdir, c, defaults)
+
+
+def check_settings(workdir: str, c, defaults=None) -> None:
+  """UserError where the folder's run has other settings than this config, of those that may not change."""
   stored = stored_config(workdir, defaults)
   if stored and lasting(type(c)(stored)) != lasting(c):
     names = differing(lasting(type(c)(stored)), lasting(c))
@@ -151,6 +156,12 @@ def check_can_go_on(workdir: str) -> None:
                     f"or choose another --workdir{policy}")
 
 
+def check_length(workdir: str, start: int, steps: int) -> None:
+  """UserError where the checkpoint to go on from, of step `start`, lies past the end."""
+  if start > steps:
+    raise UserError(f"{workdir} holds step {start} and steps is {steps}; give as many at least, or another --workdir")
+
+
 # What a run begins with, by its name in inputs.json.
 INPUTS = {"problems": "the problems of data.train", "weights": "the weights of model.path",
           "tokens": "what the tokenizer makes of the prompts (tokenizer, chat template)"}
@@ -163,11 +174,8 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   run's checkpoints may have. Raises UserError where an input is not what the run began with.
   """
   config, stored, path = json.loads(to_json(c)), stored_config(workdir, defaults), f"{workdir}/inputs.json"
-  before = read_json(path) if os.path.exists(path) else {"config_hashes": _older_hashes(workdir) if stored else []}
-  changed = [what for name, what in INPUTS.items() if before.get(name, inputs[name]) != inputs[name]]
-  if changed:
-    raise UserError(f"{workdir}: {' and '.join(changed)} changed since this run began; put back what was there, or choose "
-                    "another --workdir")
+  before = stored_inputs(workdir) or {"config_hashes": _older_hashes(workdir) if stored else []}
+  check_inputs(workdir, inputs)
   stale, during = ["summary", "eval_after"], re.compile(r"(eval_(?:all_)?\d+)\.json")
   if stored and (stored["eval"] != config["eval"] or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
     stale += ["eval_before", *(found[1] for found in map(during.fullmatch, os.listdir(workdir)) if found)]
@@ -178,6 +186,23 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
       os.remove(f"{workdir}/{name}.json")
   write_json(f"{workdir}/config.json", config)
   return hashes
+
+
+def stored_inputs(workdir: str) -> dict | None:
+  """inputs.json; None without one."""
+  path = f"{workdir}/inputs.json"
+  return read_json(path) if os.path.exists(path) else None
+
+
+def check_inputs(workdir: str, inputs: dict) -> None:
+  """UserError where an input, hashes by the names of INPUTS, is not what the folder's run began with."""
+  before = stored_inputs(workdir) or {}
+  changed = [name for name in INPUTS if before.get(name, inputs[name]) != inputs[name]]
+  if changed:
+    if "problems" in changed and "tokens" in changed:  # other problems have other tokens
+      changed.remove("tokens")
+    raise UserError(f"{workdir}: {' and '.join(INPUTS[name] for name in changed)} changed since this run began; put back what "
+                    "was there, or choose another --workdir")
 
 
 def _older_hashes(workdir: str) -> list[str]:
@@ -309,6 +334,14 @@ def fingerprint(c) -> str:
 
 def _hash(config: dict) -> str:
   return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+  """The leaves of nested dicts by their dotted names."""
+  out = {}
+  for key, value in config.items():
+    out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+  return out
 
 
 def differing(a: dict, b: dict, prefix: str = "") -> list[str]:

@@ -123,16 +123,28 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
   architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`.
   """
-  given, path = os.fspath(path), Path(path)
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
+  policy, stored = _opened(path, longest)
+  policy.params = _loaded(policy.config, stored, DTYPES[dtype], mesh, table)
+  return policy
+
+
+def open_policy(path: str | os.PathLike, longest: int = 0) -> Policy:
+  """`load_policy` that reads headers and the tokenizer alone: params are shapes, and only that they are finite is not checked."""
+  return _opened(path, longest)[0]
+
+
+def _opened(path: str | os.PathLike, longest: int) -> tuple[Policy, dict[str, Stored]]:
+  """A model with shapes for parameters, and the tensors of its files."""
+  given, path = os.fspath(path), Path(path)
   if not path.exists():
     raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file{folders.how_to_fetch(given)}")
   if (path / "policy" / "config.json").is_file():
     path = path / "policy"
   folders.check_is_model(path)
   if path.is_file():
-    return _load_gguf(path, DTYPES[dtype], mesh, table, longest)
+    return _opened_gguf(path, longest)
   file = path / "config.json"
   raw = folders.read_json(file)
   config = hf_config.config_from_json(file, raw)
@@ -144,11 +156,11 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   quality = _load_head(path / HEAD)
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
-  return Policy(config, _loaded(config, stored, DTYPES[dtype], mesh, table), tokenizer, eos_ids,
-                next(p for p in pads if p is not None), generation, *quality)
+  pad = next(p for p in pads if p is not None)
+  return Policy(config, transformer.abstract_params(config), tokenizer, eos_ids, pad, generation, *quality), stored
 
 
-def _load_gguf(path: Path, dtype, mesh, table: dict, longest: int) -> Policy:
+def _opened_gguf(path: Path, longest: int) -> tuple[Policy, dict[str, Stored]]:
   file = gguf_files.open_gguf(path)
   check_positions(file.config, str(path), longest)
   _check(file.config, path, file.tensors)
@@ -156,8 +168,8 @@ def _load_gguf(path: Path, dtype, mesh, table: dict, longest: int) -> Policy:
   declared = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
   eos_ids = tokenizers.stop_ids(tokenizer, *declared)
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
-  return Policy(file.config, _loaded(file.config, file.tensors, dtype, mesh, table), tokenizer, eos_ids,
-                next(p for p in pads if p is not None))
+  pad = next(p for p in pads if p is not None)
+  return Policy(file.config, transformer.abstract_params(file.config), tokenizer, eos_ids, pad), file.tensors
 
 
 def check_positions(config: PolicyConfig, where: str, longest: int) -> None:

@@ -1,0 +1,25 @@
+"""Settings that may each be given and together teach little: what config.check has no reason to refuse."""
+
+from ml_collections import ConfigDict
+
+from arrol_jax import assemble, config as configuration
+from arrol_jax.preflight.page import Page
+
+
+def settings(page: Page, c: ConfigDict) -> None:
+  page.say(f"{c.loss.name}, {c.steps} steps, seed {c.seed}, {c.model.path}")
+  page.warnings += configuration.remarks(c)
+  p, r = c.prune, c.rollout
+  left = r.group_size * p.keep
+  if p.enabled and left < 2:
+    page.warn(f"rollout.group_size {r.group_size} x prune.keep {p.keep:g}: fewer than two of a group are left, and one alone has "
+              "no advantage: a larger group, or prune.enabled=False")
+  if p.enabled and p.cold_start >= c.steps:
+    page.warn(f"prune.cold_start is {p.cold_start} and steps is {c.steps}: nothing is ever pruned")
+  if p.enabled and assemble.detect(c)[-1] > 0.9 * r.max_new:
+    page.warn(f"prune.detect is {assemble.detect(c)} and rollout.max_new is {r.max_new}: a rollout that is cut there has been "
+              "decoded almost to its end")
+  if c.optim.lr == 0:
+    page.warn("optim.lr is 0: the policy does not learn")
+  if c.optim.warmup >= c.steps * c.optim.epochs * c.optim.minibatches:
+    page.warn(f"optim.warmup is {c.optim.warmup} and steps is {c.steps}: the run ends before the learning rate is reached")
