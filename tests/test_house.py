@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arrol_jax"
 
 # A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
-PACKAGES = "types running rewards data models engine pruning learning serving".split()
+PACKAGES = "types running reporting rewards data models engine pruning learning serving".split()
 TOP = "prune voting usage config step step_programs assemble planning benchmarks".split()
-ENTRY_POINTS = "train evaluate bench get plan serve jetstream".split()  # nothing imports them
+ENTRY_POINTS = "train evaluate look chat bench get plan serve jetstream".split()  # nothing imports them
 ORDER = PACKAGES + TOP
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 50, 8
