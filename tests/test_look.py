@@ -30,7 +30,7 @@ GROUP = [
          reward=1.0, stopped=True, text="A4", reason="correct"),
   member(2, 5, reward=0.0, stopped=True, text="A5", reason="wrong"),
   member(3, 48, scores=(0.0, 0.0), posteriors=(0.5, 0.5), keep_probabilities=(1.0, 1.0), posterior=0.5, reward=0.0, text="A6")]
-CONFIG = {"steps": 5, "rollout": {"prompts": 1}, "prune": {"detect": [0, 8, 16]}, "log": {"rollouts": 4}, "reward": {"success": 1}}
+CONFIG = {"steps": 5, "rollout": {"prompts": 1}, "prune": {"detect": [0, 8, 16]}, "log": {"rollouts": 4}}
 
 
 def line(step):

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from arrol_jax.running.workdir import read_json, read_lines, records, stored_config
+from arrol_jax.running.workdir import is_run, read_json, read_lines, records, stored_config
 from arrol_jax.types import UserError
 
 MOST_ROLLOUTS = 400
@@ -49,7 +49,7 @@ def load(folder: str | os.PathLike) -> RunFolder:
     raise UserError(f"{folder}: no such folder; give that of a run")
   logs = [path / name for name in ("metrics.jsonl", "config.json", "rollouts.jsonl") if (path / name).is_file()]
   config = stored_config(str(path)) or {}
-  if not (path / "metrics.jsonl").is_file() and not isinstance(config.get("rollout"), dict):
+  if not (path / "metrics.jsonl").is_file() and not is_run(path):
     raise UserError(f"{folder} is not the folder of a run: it has neither metrics.jsonl nor a run's config.json")
   lines = {x["step"]: x for x in read_lines(str(path / "metrics.jsonl"))}
   rollouts, found = sampled(path / "rollouts.jsonl")

@@ -109,6 +109,12 @@ def stored_config(workdir: str, defaults=None) -> dict | None:
   return filled(renamed(read_json(f"{workdir}/config.json")), json.loads(to_json(defaults)) if defaults else {})
 
 
+def is_run(folder: str | os.PathLike) -> bool:
+  """Whether a run has begun there; models have a config.json too."""
+  path = os.path.join(folder, "config.json")
+  return os.path.isfile(path) and isinstance(read_json(path).get("rollout"), dict)
+
+
 def hold(workdir: str):
   """A file that is locked until it is closed, also by the end of this process however it comes. UserError where another process
   has it."""
@@ -319,6 +325,19 @@ def filled(config: dict, defaults: dict) -> dict:
   """A stored config, and what it does not name as `defaults` has it: keys that came with a later version."""
   out = defaults | config
   return out | {k: filled(out[k], v) for k, v in defaults.items() if isinstance(v, dict) and isinstance(out[k], dict)}
+
+
+def fill(c, stored: dict, prefix: str = "") -> list[str]:
+  """Sets a config's keys as a stored one has them; returns the names of those that it does not have."""
+  unknown = []
+  for name, value in stored.items():
+    if name not in c or hasattr(c[name], "items") != isinstance(value, dict):
+      unknown.append(prefix + name)
+    elif isinstance(value, dict):
+      unknown += fill(c[name], value, f"{name}.")
+    else:
+      c[name] = tuple(value) if isinstance(value, list) else value
+  return unknown
 
 
 def fingerprint(c) -> str:

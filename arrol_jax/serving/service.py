@@ -65,12 +65,13 @@ class Service:
   def __init__(self, engine: Engine, sampling: Sampling, tokenizer, queue_size: int, judge: Judge = NOBODY,
                steady: bool = False):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
-    self.head, tables, detect, inputs = judge
+    self.head, self.tables, detect, inputs = judge
     self.steady, self.decide, self.rule, self.detect = steady, None, None, ()
     if self.head is not None:
-      self.detect = tuple(detect) if tables is not None else ()
+      self.detect = tuple(detect) if self.tables is not None else ()
       self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=inputs)
-      self.decide = make_decide(self.head, Calibration() if tables is None else tables, self.rule, tables is not None)
+      known = self.tables is not None
+      self.decide = make_decide(self.head, self.tables if known else Calibration(), self.rule, known)
     self.run = self._make_run()
     self.totals, self.failure = Totals(), None
     self.on_queue: Callable[[float], None] | None = None  # told how long each trace waited for a slot, in seconds
