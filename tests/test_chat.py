@@ -18,7 +18,8 @@ from arrol_jax.running.workdir import to_json
 from arrol_jax.serving.conversation import Conversation, TooLong, printable
 from arrol_jax.serving.service import Service
 
-SMALL = ["--config.rollout.length_buckets=1", "--config.model.dtype=float32"]
+# One shape of everything: 56 tokens of prompt, 8 of a reply.
+SMALL = ["--config.rollout.length_buckets=1", "--config.model.dtype=float32", "--max_new=8", "--context=64"]
 TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %};{{ m.content }};{% endif %}{% endfor %}"
 
 
@@ -73,8 +74,8 @@ def test_a_runs_policy_answers_each_line(trained, monkeypatch, capsys):
   done = talk(monkeypatch, capsys, lines, trained, "--temperature=0", *SMALL)
   first, what, again, *rest = done.out.splitlines()
   assert done.status == 0 and first == again and what == "(there are /reset and /quit)" and len(rest) == 1
-  assert first.startswith(greedily(trained, PROMPT, 6)) and "each line is a prompt of its own" in done.err
-  assert "at most 16 tokens of conversation and 48 of a reply" in done.err  # the run's own, the model's 64 positions
+  assert first == f"{greedily(trained, PROMPT, 8)} (cut off after 8 tokens: --max_new)"
+  assert "at most 56 tokens of conversation and 8 of a reply; " in done.err and "each line is a prompt of its own" in done.err
 
 
 def test_a_run_that_has_not_ended_answers_from_its_checkpoint(trained, monkeypatch):
@@ -92,8 +93,7 @@ def test_a_conversation_goes_on_until_it_is_reset(policy, monkeypatch, capsys):
   asked = []
   submit = Service.submit
   monkeypatch.setattr(Service, "submit", lambda self, call, told: (asked.append(call), submit(self, call, told))[1])
-  done = talk(monkeypatch, capsys, "2+2>\n3+3>\n/reset\n2+2>\n" + "1+" * 60 + "1>\n", policy, "--temperature=0", "--max_new=8",
-              "--context=64", *SMALL)
+  done = talk(monkeypatch, capsys, "2+2>\n3+3>\n/reset\n2+2>\n" + "1+" * 60 + "1>\n", policy, "--temperature=0", *SMALL)
   tokenizer = load_policy(policy).tokenizer
   said = [tokenizer.decode(call.tokens) for call in asked]
   reply = done.out.splitlines()[0].removesuffix(" (cut off after 8 tokens: --max_new)")
@@ -104,8 +104,7 @@ def test_a_conversation_goes_on_until_it_is_reset(policy, monkeypatch, capsys):
 
 def test_votes_show_what_the_head_thinks(policy, monkeypatch, capsys):
   """Each trace with its score and posterior, the chosen one marked, then its text."""
-  done = talk(monkeypatch, capsys, "2+2>\n", policy, "--votes=4", "--max_new=8", "--context=64", r"--config.reward.pattern=(\d)",
-              *SMALL)
+  done = talk(monkeypatch, capsys, "2+2>\n", policy, "--votes=4", r"--config.reward.pattern=(\d)", *SMALL)
   head, *rows, told, text = done.out.splitlines()
   assert head.split() == ["answer", "score", "posterior", "weight", "tokens"] and len(rows) == 4
   (chosen,) = [row for row in rows if row[0] == "*"]
@@ -126,7 +125,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_program(policy, monkeypatch, capsys):
     return real(text)
 
   with mock.patch.object(chat, "printable", first_piece):
-    done = talk(monkeypatch, capsys, "2+2>\n/reset\n3+3>\n", policy, "--temperature=0", "--max_new=30", "--context=64", *SMALL)
+    done = talk(monkeypatch, capsys, "2+2>\n/reset\n3+3>\n", policy, "--temperature=0", *SMALL)
   stopped, reset, answered = done.out.splitlines()
   assert done.status == 0 and stopped.endswith(" (stopped)") and reset == "(a new conversation)" and "stopped" not in answered
 
@@ -140,6 +139,15 @@ def test_mistakes_are_one_line(arguments, word, policy, tmp_path, monkeypatch, c
   (tmp_path / "config.json").write_text('{"rollout": {"prompts": 1}}')
   done = talk(monkeypatch, capsys, "", *(a.format(policy=policy, empty=tmp_path) for a in arguments))
   assert done.status == 2 and word in done.err and len(done.err.splitlines()) == 1 and not done.out
+
+
+@pytest.mark.parametrize("wanted, positions, sizes", [
+  ((16, 48, 4096), 64, (16, 48)), ((512, 2048, 4096), 64, (32, 32)), ((512, 2048, 4096), 32768, (2048, 2048)),
+  ((320, 512, 4096), 2048, (1536, 512))])
+def test_a_conversation_has_the_room_that_the_model_has(wanted, positions, sizes):
+  c = SimpleNamespace(rollout=SimpleNamespace())
+  chat._resize(c, wanted, positions)
+  assert (c.rollout.max_prompt, c.rollout.max_new) == sizes
 
 
 def test_a_terminal_is_told_no_commands():
