@@ -75,6 +75,9 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
   fresh = lambda: fold_all(jax.random.key(0), row)
   keys = fresh if at else lambda: jax.eval_shape(fresh)
 
+  def judged(out, due: bool = True) -> tuple:
+    return slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due
+
   def results(out, made: bool = True) -> tuple:
     ended = out[decided]
     return ((*out[segment][1:], ended[0].generated, ended[0].active, ended[1] if made else None),)
@@ -83,13 +86,13 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
     Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",)),
     Program("insert" + at, decoding.insert, lambda out: (out[init], out["prefill"], row, keys(), row, row, own), {},
             (init, "prefill"), waves),
-    Program(segment, decoding.segment_program(), lambda out: (e.config, out["reshard"], out[init]),
+    Program(segment, decoding.segment, lambda out: (e.config, out["reshard"], out[init]),
             {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
-            e.segment // math.gcd(e.segment, decoding.STRIDE)),
-    Program(decided, decision.decide, lambda out: (
-      slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True), {}, (init,), segments)]
+            1 if decoding.asks_nobody(c.sampling) else e.segment // math.gcd(e.segment, decoding.STRIDE)),
+    Program(decided, decision.decide, judged, {}, (init,), segments)]
   if at:
-    listed += [Program("results" + at, everywhere(e.mesh), results, {}, (segment, decided)),
+    listed += [Program("score" + at, decision.decide, lambda out: judged(out, False), {}, (init,), segments),
+               Program("results" + at, everywhere(e.mesh), results, {}, (segment, decided)),
                Program("results without a decision" + at, everywhere(e.mesh), lambda out: results(out, False), {},
                        (segment, decided))]
   return listed

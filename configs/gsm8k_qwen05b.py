@@ -22,6 +22,7 @@ def get_config():
   c.data.chat = True
   c.rollout.max_prompt = 256
   c.rollout.max_new = 400
+  c.rollout.segment = 16
   c.prune.detect = (128,)
   c.prune.cold_start = 10
   c.optim.lr = 3e-6

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from arrol_jax.learning import update
+from arrol_jax.learning import logprobs as policy_logprobs
 from arrol_jax.models import transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.files.weights import Policy
@@ -88,7 +88,7 @@ def warm_up_step(c, params, opt_state, tokens, mask, optimizer):
   def loss(p):
     attend = causal_attention("xla")
     hidden = transformer.forward(c, p, tokens, transformer.default_positions(tokens), attend)[0]
-    logprobs = update.token_logprobs(p, hidden, tokens, jnp.full(ROWS, LENGTH), 1.0, ROWS * LENGTH)[0]
+    logprobs = policy_logprobs.token_logprobs(p, hidden, tokens, jnp.full(ROWS, LENGTH), 1.0, ROWS * LENGTH)[0]
     return -jnp.sum(logprobs * mask) / jnp.sum(mask)
   value, grads = jax.value_and_grad(loss)(params)
   updates, opt_state = optimizer.update(grads, opt_state, params)

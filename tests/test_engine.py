@@ -96,12 +96,38 @@ def test_done_is_reported_once_each_and_in_full(mesh, alone):
   assert sorted(seen) == [(r.request, len(r.tokens)) for r in alone]
 
 
-def cut_some(slots):
+def cut_some(slots, lengths):
   """Prunes at 8 tokens the rows whose key is odd: a decision that depends on the request alone."""
   decided = slots.active & (slots.generated == 8)
   keep = (jax.random.key_data(slots.key)[:, 1] % 2 == 0) | ~decided
   value = jnp.full(keep.shape, 0.25, jnp.float32)
   return slots.replace(active=slots.active & keep), Decision(decided, keep, value, value, value, value, ~keep & keep, value)
+
+
+def test_a_decision_is_told_every_length_at_which_a_row_may_stand(mesh, alone):
+  """In refilled slots too; a rule that looks only when it is told of 8 tokens cuts whom one that always looks cuts."""
+  told = []
+
+  def when_due(slots, lengths):
+    told.append(lengths)
+    _, decision = cut_some(slots, lengths)
+    assert not jnp.any(decision.decided) or 8 in lengths
+    return cut_some(slots, lengths) if 8 in lengths else (slots, decision)
+
+  for rows in (3, 8):
+    got, want = (run(mesh, rows, requests(), decide=decide) for decide in (when_due, cut_some))
+    assert [(r.request, r.pruned, len(r.tokens)) for r in got] == [(r.request, r.pruned, len(r.tokens)) for r in want]
+  assert any(r.pruned for r in got) and sum(8 in lengths for lengths in told) < len(told)
+
+
+def test_no_segment_starts_when_all_rows_reach_their_limit_in_those_under_way(mesh):
+  wanted = [Request(i, i, np.array([3, 4], np.int32), 8) for i in range(4)]
+  started = []
+  e = engine(mesh, 4)
+  e.watch = lambda: started.append(1)
+  with jax.set_mesh(mesh):
+    out = e.run(wanted, KEY, Sampling(1.0, (), "float32"))
+  assert all(len(r.tokens) == 8 for r in out) and len(started) == 8 // e.segment
 
 
 def test_pruned_rows_leave_and_the_others_never_notice(mesh, alone):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.learning import update
+from arrol_jax.learning import logprobs, update
 from arrol_jax.learning.batching import PackShape, abstract_batches
-from arrol_jax.models import sharding, transformer
+from arrol_jax.models import sharding, softmax, transformer
 from arrol_jax.planning import hlo
 
 
@@ -28,7 +28,7 @@ def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chu
     value = lambda params, hidden: (jnp.sum(weight * f(params, hidden)[0]), f(params, hidden))
     return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, hidden)
 
-  (_, (got, entropy)), got_slopes = slopes(lambda p, h: update.token_logprobs(p, h, tokens, used, temperature, chunk))
+  (_, (got, entropy)), got_slopes = slopes(lambda p, h: logprobs.token_logprobs(p, h, tokens, used, temperature, chunk))
   (_, (want, want_entropy)), want_slopes = slopes(lambda p, h: [x * mask for x in plain_logprobs(p, h, tokens, temperature)])
   np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=2e-6, rtol=1e-5)
@@ -37,9 +37,39 @@ def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chu
   assert np.any(np.asarray(want_slopes[0]["embed"]) != 0)
 
 
+def test_one_pass_over_the_logits_gives_the_sums_of_two():
+  """Rows of ordinary logits, of far ones (whose exponentials would overflow), all alike, and with some infinitely unlikely."""
+  x = jax.random.normal(jax.random.key(3), (4, 300)) * jnp.array([1.0, 200.0, 0.0, 3.0])[:, None] + 1000.0
+  for got, want in zip(softmax.sums(x, True, one_pass=True), softmax.sums(x, True, one_pass=False), strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+  some = x.at[3, 5:200].set(-jnp.inf)
+  for got, want in zip(softmax.sums(some, one_pass=True), softmax.sums(some, one_pass=False), strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape, tied", [((8, 1, 1), True), ((1, 8, 1), False)])
+def test_the_tables_gradient_is_summed_over_devices_once(shape, tied):
+  """Each keeps what its own rows add until the last chunk: sums over devices must not grow with the number of chunks."""
+  mesh, c = sharding.make_mesh(*shape), dataclasses.replace(C, tied=tied)
+  weights = transformer.abstract_params(c)
+  with jax.set_mesh(mesh):
+    axes = sharding.shardings(transformer.logical_axes(c), weights, mesh, sharding.TRAIN)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, axes)
+    rows = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
+
+    def summed(chunk_tokens):
+      loss = lambda p, h, t, used: jnp.sum(logprobs.token_logprobs(p, h, t, used, 1.0, chunk_tokens)[0])
+      lowered = jax.jit(jax.grad(loss), out_shardings=axes).lower(
+        params, rows((ROWS, 16, c.width), jnp.float32), rows((ROWS, 16), jnp.int32), rows((ROWS,), jnp.int32))
+      module = hlo.parse(lowered.compile().as_text())
+      return {name: n for name, n in hlo.collective_counts(module, hlo.trips(module)).items() if "reduce" in name}
+
+    assert summed(2) == summed(10**6) != {}
+
+
 def test_entropy_sends_no_gradient():
   hidden, tokens, used = jnp.ones((1, 5, C.width)), jnp.zeros((1, 5), jnp.int32), jnp.array([5])
-  slope = jax.grad(lambda h: jnp.sum(update.token_logprobs(PARAMS["policy"], h, tokens, used, 1.0, 2)[1]))(hidden)
+  slope = jax.grad(lambda h: jnp.sum(logprobs.token_logprobs(PARAMS["policy"], h, tokens, used, 1.0, 2)[1]))(hidden)
   np.testing.assert_array_equal(slope, 0.0)
 
 
@@ -88,17 +118,17 @@ def test_chunks_gather_the_unembedding_once(tied):
 
 @pytest.mark.parametrize("shape, positions", [((1, 1, 1), 2), ((1, 1, 8), 2), ((2, 2, 2), 8), ((8, 1, 1), 16)])
 def test_a_chunk_counts_the_tokens_of_a_chip(monkeypatch, shape, positions):
-  seen, real = [], transformer.unembed
-  monkeypatch.setattr(transformer, "unembed", lambda params, hidden: seen.append(hidden.shape) or real(params, hidden))
+  seen, real = [], softmax.sums
+  monkeypatch.setattr(softmax, "sums", lambda logits, **options: seen.append(logits.shape) or real(logits, **options))
   with jax.set_mesh(sharding.make_mesh(*shape)):
-    jax.eval_shape(lambda h, t, used: update.token_logprobs(PARAMS["policy"], h, t, used, 1.0, 2 * ROWS),
+    jax.eval_shape(lambda h, t, used: logprobs.token_logprobs(PARAMS["policy"], h, t, used, 1.0, 2 * ROWS),
                    jnp.zeros((ROWS, LENGTH, C.width)), TABLE.tokens, np.full(ROWS, LENGTH, np.int32))
-  assert seen == [(ROWS, positions, C.width)]
+  assert seen == [(ROWS, positions, C.vocab)]
 
 
 def test_chunks_cover_the_row_and_little_more():
   for length in (1, 7, 13, 16, 1376, 2736, 4096):
     for most in (0, 1, 2, 5, 100, 682, 2048, 10**6):
-      size, chunks = update._chunks(length, most)
+      size, chunks = logprobs.chunk_sizes(length, most)
       assert size <= max(1, most, 8) and (chunks - 1) * size < length <= chunks * size < length + max(8 * chunks, size)
-  assert update._chunks(2736, 2048) == (1368, 2) and update._chunks(1280, 341) == (256, 5)
+  assert logprobs.chunk_sizes(2736, 2048) == (1368, 2) and logprobs.chunk_sizes(1280, 341) == (256, 5)

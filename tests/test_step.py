@@ -28,10 +28,9 @@ from configs import base
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, STARTED, EXAMPLES = 5, 5 * GROUP, 32  # examples: up to the next power of two
-SEGMENT = "_segment"  # behind programs.segment_program() but on a GPU
 # Where the engine and the update look each listed program up when they run it.
 CALLED = {"init slots": (programs, "init_slots"), "prefill": (programs, "prefill"), "insert": (programs, "insert"),
-          "decode segment": (programs, SEGMENT), "decide": (decision, "decide"), "gather": (programs, "take_columns"),
+          "decode segment": (programs, "segment"), "decide": (decision, "decide"), "gather": (programs, "take_columns"),
           "log-probs": (update, "batch_logprobs"), "update": (update, "accumulate"), "optimizer": (update, "apply"),
           "zeros": (update, "zeros"), "tables": (head_training, "update_tables"), "head norm": (update, "norm_of")}
 
@@ -71,7 +70,6 @@ def test_listed_programs_are_the_objects_that_a_step_calls(listed, one_step):
   for name in CALLED:
     assert listed[name].jitted is real(name), name
   run, state = one_step
-  assert listed["decode segment"].jitted is programs.segment_program()
   assert listed["reshard"].jitted is run.engine.loader(state.params["policy"], run.config.dtype)
 
 
@@ -147,7 +145,7 @@ def test_plan_compiles_the_listed_programs():
 
 PIECES = {"accumulate", "apply", "batch_logprobs", "fill_logprobs", "pack", "head_examples", "update_calibration", "refit_head",
           "down_sample", "make_decide", "rollout_metrics"}
-GENERATION = {"init_slots", "prefill", "insert", "segment_program", "generate_segment", "take_columns", "take_rows"}
+GENERATION = {"init_slots", "prefill", "insert", "segment", "generate_segment", "take_columns", "take_rows"}
 
 
 def names(tree: ast.AST) -> set[str]:

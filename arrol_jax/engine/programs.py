@@ -153,7 +153,7 @@ def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> S
 
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling,
                      most: jax.Array | None = None):
-  """Up to `steps` tokens for every active row; ends early when no row is active. most i32[]: no more than so many, one program
+  """Up to `steps` tokens for every active row; ends early when no row is active (but see `asks_nobody`). most i32[]: no more than so many, one program
   for any number of them (which asks after every step whether to go on).
 
   Returns (slots, tokens i32[B,steps], logprobs f32[B,steps], confidences f32[B,steps]); a row's new tokens come first, as
@@ -161,12 +161,13 @@ def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int,
   position + steps <= S for every active row.
   """
   more = () if most is None else (most,)
-  return segment_program()(c, params, slots, *more, steps=steps, sampling=sampling)
+  return segment(c, params, slots, *more, steps=steps, sampling=sampling)
 
 
-def segment_program():
-  """The jitted program behind `generate_segment` for the mesh's platform."""
-  return _segment_gpu if sharding.platform() == "gpu" else _segment
+def asks_nobody(sampling: Sampling) -> bool:
+  """Whether a segment takes all its steps whoever is left. A GPU's loop of unknown length asks the host, which then cannot run a
+  segment ahead; a server's (which leaves the temperature to its calls) ends early all the same, so that a lone call is answered."""
+  return sharding.platform() == "gpu" and sampling.temperature is not None
 
 
 _WINDOW = 32.0          # tokens that `Slots.recent` looks back over, about
@@ -228,20 +229,15 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
     put = lambda out, new: jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), i))
     return i + 1, s, tuple(map(put, said, (token, logprob, confidence)))
 
-  # The host asks the device whether anyone is left only every few steps: a loop of known length needs no answer.
-  stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
   said = tuple(jnp.zeros((rows, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
-  _, slots, said = jax.lax.while_loop(
-    lambda x: (x[0] < end) & jnp.any(x[1].active), lambda x: jax.lax.fori_loop(0, stride, lambda _, y: step(y), x),
-    (jnp.int32(0), slots, said))
+  several = lambda count, x: jax.lax.fori_loop(0, count, lambda _, y: step(y), x)
+  start = jnp.int32(0), slots, said
+  if asks_nobody(sampling) and most is None:
+    _, slots, said = several(steps, start)
+    return slots, *said
+  stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
+  _, slots, said = jax.lax.while_loop(lambda x: (x[0] < end) & jnp.any(x[1].active), functools.partial(several, stride), start)
   return slots, *said
 
 
-_jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
-
-
-_segment = _jit(_generate)
-
-
-# Measured on an H100 (experiments/LOG.md): cuBLAS is faster than the kernels that XLA's autotuner takes instead.
-_segment_gpu = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": False})
+segment = jax.jit(_generate, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))

@@ -1,8 +1,8 @@
 """How a token is drawn from logits: temperature, filters, log-prob and DeepConf's token confidence.
 """
 
-
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,7 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from arrol_jax.models import softmax
+
 _LANES = 128  # tokens of a vocabulary block
+_PART = 32    # of a sum of many, see _prefix_sums
 
 
 class Taps(NamedTuple):
@@ -98,8 +101,17 @@ def _least_where_asked(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _prefix_sums(x: jax.Array) -> jax.Array:
-  """Inclusive sums along the last axis: one small product instead of a ladder of additions."""
-  return jnp.dot(x, jnp.triu(jnp.ones((x.shape[-1],) * 2, x.dtype)), precision=jax.lax.Precision.HIGHEST)
+  """Inclusive sums along the last axis of f32[B,K], by small products instead of a ladder of additions: within parts, then over
+  parts."""
+  many = x.shape[-1]
+  ones = lambda n, k=0: jnp.triu(jnp.ones((n, n), x.dtype), k)
+  product = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+  if many <= 2 * _PART:
+    return product(x, ones(many))
+  parts = jnp.pad(x, ((0, 0), (0, -many % _PART))).reshape(x.shape[0], -1, _PART)
+  inner = product(parts, ones(_PART))
+  before = product(inner[:, :, -1], ones(parts.shape[1], 1))
+  return (before[:, :, None] + inner).reshape(x.shape[0], -1)[:, :many]
 
 
 def _first_past(weight: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,36 +139,59 @@ def sample(sampling: Sampling, key: jax.Array, logits: jax.Array,
   By inversion in two levels, a block of the vocabulary and a token in it, each with a uniform number of its own: two
   random numbers a token, and the blocks' sums are the softmax's denominator.
   """
-  rows, vocab = logits.shape
   if params is not None:
     logits = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-    greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)  # instead of the maximum: the same pass
-    top = jnp.take_along_axis(logits, greedy[:, None], axis=1)
-  else:
-    logits = logits / sampling.temperature if sampling.temperature > 0 else logits
-    top = jnp.max(logits, axis=1, keepdims=True)
-  blocks = lambda x: jnp.pad(x - top, ((0, 0), (0, -vocab % _LANES)), constant_values=-jnp.inf).reshape(rows, -1, _LANES)
-  sums = lambda x: jnp.sum(jnp.exp(x), axis=2)
+  elif sampling.temperature > 0:
+    logits = logits / sampling.temperature
   u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(key)
-  kept = blocks(logits)
-  block, total = _first_past(sums(kept), u[:, 0])
+  kept = _blocks(logits)
+  tops, sums = softmax.sums(kept)
+  top, share = _of_all(tops, sums)
+  block, total = _first_past(share, u[:, 0])
   confidence = jnp.zeros_like(total)
   if sampling.confidence:  # before filtering, which would make log-probs infinite
-    confidence = jnp.log(total) - jnp.mean(_top(kept, min(sampling.confidence, vocab)), axis=1)
+    confidence = top + jnp.log(total) - jnp.mean(_top(kept, min(sampling.confidence, logits.shape[1])), axis=1)
+  greedy = lambda: _likeliest(kept, tops)
   if sampling.temperature == 0:
-    token = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    token = greedy()
   else:
     for_all = sampling.top_k is not None or sampling.top_p not in (None, 1.0) or sampling.min_p is not None
+    draw = lambda kept: _draw(kept, _first_past(_of_all(*softmax.sums(kept))[1], u[:, 0])[0], top, u[:, 1])
     if params is not None and sampling.top_p is None:
       # A row's own filter: only for those who ask for it. A branch costs a GPU a word with the host.
       everybody = lambda: _filtered(sampling, logits, None)
-      filtered = lambda: blocks(jnp.where(logits >= _least_where_asked(logits, params.top_p), everybody(), -jnp.inf))
-      kept = jax.lax.cond(jnp.any(params.top_p < 1) | for_all, filtered, lambda: kept)
-      block, _ = _first_past(sums(kept), u[:, 0])
+      filtered = lambda: draw(_blocks(jnp.where(logits >= _least_where_asked(logits, params.top_p), everybody(), -jnp.inf)))
+      token = jax.lax.cond(jnp.any(params.top_p < 1) | for_all, filtered, lambda: _draw(kept, block, top, u[:, 1]))
     elif for_all:
-      kept = blocks(_filtered(sampling, logits, None if sampling.top_p == 1.0 else sampling.top_p))
-      block, _ = _first_past(sums(kept), u[:, 0])
-    inside = jnp.take_along_axis(kept, block[:, None, None], axis=1)[:, 0]
-    token = block * _LANES + _first_past(jnp.exp(inside), u[:, 1])[0]
-    token = token if params is None else jnp.where(params.temperature > 0, token, greedy)
-  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top[:, 0] - jnp.log(total), confidence
+      token = draw(_blocks(_filtered(sampling, logits, None if sampling.top_p == 1.0 else sampling.top_p)))
+    else:
+      token = _draw(kept, block, top, u[:, 1])
+    token = token if params is None else jnp.where(params.temperature > 0, token, greedy())
+  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - top - jnp.log(total), confidence
+
+
+def _blocks(logits: jax.Array) -> jax.Array:
+  """f32[B,V] -> f32[B,V/128,128], filled up with tokens that are never drawn."""
+  return jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _LANES)), constant_values=-jnp.inf).reshape(len(logits), -1, _LANES)
+
+
+def _of_all(tops: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The largest logit f32[B] and the blocks' sums of exponentials below it f32[B,blocks], from each block's own."""
+  top = jnp.max(tops, axis=1)
+  return top, sums * jnp.exp(tops - top[:, None])
+
+
+def _inside(blocks: jax.Array, block: jax.Array) -> jax.Array:
+  """Block i32[B] of f32[B,blocks,128], f32[B,128]."""
+  return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _draw(blocks: jax.Array, block: jax.Array, top: jax.Array, u: jax.Array) -> jax.Array:
+  """Tokens i32[B] of block i32[B], each with its probability, by u f32[B]."""
+  return block * _LANES + _first_past(jnp.exp(_inside(blocks, block) - top[:, None]), u)[0]
+
+
+def _likeliest(blocks: jax.Array, tops: jax.Array) -> jax.Array:
+  """The first token i32[B] with the largest logit, from the blocks' maxima f32[B,blocks]."""
+  block = jnp.argmax(tops, axis=1).astype(jnp.int32)
+  return block * _LANES + jnp.argmax(_inside(blocks, block), axis=1).astype(jnp.int32)

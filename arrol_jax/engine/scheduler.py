@@ -6,7 +6,7 @@ reads each row's own length (kv_cache.py) the cache has its full length from the
 elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore come from two short
 lists (`row_counts`, `lengths`), and each pair is compiled once.
 
-The engine knows no quality head: `decide(slots)` is whatever the caller wants done at a boundary.
+The engine knows no quality head: `decide` is whatever the caller wants done at a boundary.
 """
 
 import collections
@@ -133,6 +133,8 @@ class Engine:
         state.slots = programs.init_slots(self.config, rows, length, sampling)
         state.slot_to_request, state.length = [None] * rows, length
         state.start_segment(decide)
+        if decide:
+          state.slots, _ = decide(state.slots, None)
         state.assign(list(state.waiting))
         if rows > counts[0]:
           state.take([], counts[counts.index(rows) - 1], length)
@@ -143,7 +145,8 @@ class Engine:
     """Generates every request; returns rollouts in the order of `requests`.
 
     key: the step's key; a request's own is fold_in(key, index), so its tokens do not depend on its slot or company.
-    decide(slots) -> (slots, Decision), called after each segment, may end rows. on_done(rollout) is called while the next
+    decide(slots, lengths) -> (slots, Decision), called after each segment, may end rows; lengths: how many tokens rows that have
+    not ended may have (None: any). on_done(rollout) is called while the next
     segment runs.
     """
     state = Run(self, key, sampling)
@@ -211,7 +214,8 @@ class Sequence:
   tokens: list = dataclasses.field(default_factory=list)
   logprobs: list = dataclasses.field(default_factory=list)
   confidences: list = dataclasses.field(default_factory=list)
-  count: int = 0
+  count: int = 0    # tokens said, as far as the host has seen
+  started: int = 0  # steps started
 
 
 class Run:
@@ -265,6 +269,9 @@ class Run:
 
   def refill_and_fit(self) -> bool:
     """Puts waiting requests into free slots and brings the batch to the smallest shape that holds it. False: nobody is left."""
+    if not self.waiting and all(x.started >= x.request.max_tokens for x in self.slot_to_request if x):
+      while self.in_flight:  # in which all end
+        self.look()
     live = [i for i, x in enumerate(self.slot_to_request) if x]
     wanted = min(len(live) + len(self.waiting), self.e.rows)
     if not wanted:
@@ -341,7 +348,11 @@ class Run:
     """Starts the next segment (of `most` steps, i32[], if given) and the decision after it, without waiting for either."""
     self.slots, *said = programs.generate_segment(
       self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling, most=most)
-    self.slots, decision = decide(self.slots) if decide else (self.slots, None)
+    for sequence in self.slot_to_request:
+      if sequence:
+        sequence.started += self.e.segment if most is None else int(most)
+    lengths = {sequence.started for sequence in self.slot_to_request if sequence}  # of the rows that have not ended
+    self.slots, decision = decide(self.slots, lengths) if decide else (self.slots, None)
     # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,
     # so that each process sees the same and does the same next (hosts.py).
     results = (*said, self.slots.generated, self.slots.active, decision)

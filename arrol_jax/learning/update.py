@@ -2,8 +2,7 @@
 
 Policy and head take one optax step together (METHOD section 2). The head learns from the features that the engine took while it
 decoded, which carry no gradient into the backbone. Micro-batches accumulate sums that already carry the whole batch's
-denominators, so how rows are cut into micro-batches does not change the step. Log-probs are computed in chunks: float32 logits of
-a whole micro-batch never exist.
+denominators, so how rows are cut into micro-batches does not change the step.
 """
 
 from collections.abc import Callable
@@ -17,9 +16,10 @@ import optax
 
 from arrol_jax.learning import losses
 from arrol_jax.learning.head_training import head_loss
+from arrol_jax.learning.logprobs import token_logprobs
 from arrol_jax.learning.losses import LossConfig
 from arrol_jax.models import transformer
-from arrol_jax.models.sharding import constrain, rows_on_a_chip
+from arrol_jax.models.sharding import constrain
 from arrol_jax.models.sharing import shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.types import Batch, Examples, TrainState
@@ -43,46 +43,6 @@ class UpdateConfig:
   loss: LossConfig = LossConfig()
   compute: Compute = Compute()
   fresh: bool = True
-
-
-def _chunks(length: int, most: int) -> tuple[int, int]:
-  """Columns of a chunk, about `most` at most, and chunks that cover `length` with few columns to spare."""
-  size = min(length, 1 << max(0, most.bit_length() - 1))
-  size = -(-length // -(-length // size))
-  size = size if size < 8 else min(length, -(-size // 8) * 8)  # a tile of a TPU has 8
-  return size, -(-length // size)
-
-
-def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, used: jax.Array, temperature: jax.Array,
-                   chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
-  """hidden [I,U,D], tokens i32[I,U] -> log-prob of tokens[i,u] given what stands before it, and the entropy there, f32[I,U].
-
-  Both 0 in column 0 and from used i32[I] on. Logits are divided by `temperature`, as the sampler did. They exist for one chunk
-  of columns at a time, and are computed again for the slopes.
-  """
-  rows, length, _ = hidden.shape
-  size, chunks = _chunks(length, chunk_tokens // rows_on_a_chip(rows))
-  table = transformer.whole_unembedding(params)  # before the loop, which would gather it anew for each chunk
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
-  split = lambda x: pad(x).reshape(rows, chunks, size, *x.shape[2:]).swapaxes(0, 1)
-  following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-
-  @jax.checkpoint
-  def chunk(h, t):
-    logits = transformer.unembed(table, h) / temperature
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    shifted = logits - top
-    total = jnp.sum(jnp.exp(shifted), axis=-1)  # and the entropy's sum in the same pass
-    mean = jnp.sum(jax.lax.stop_gradient(jnp.exp(shifted) * shifted), axis=-1) / jax.lax.stop_gradient(total)
-    chosen = jnp.take_along_axis(shifted, t[:, :, None], axis=-1)[:, :, 0] - jnp.log(total)
-    return chosen, jax.lax.stop_gradient(jnp.log(total)) - mean
-
-  nothing = lambda h, t: (jnp.zeros((rows, size), jnp.float32),) * 2
-  out = jax.lax.map(lambda x: jax.lax.cond(x[0] * size < jnp.max(used), chunk, nothing, *x[1:]),
-                    (jnp.arange(chunks, dtype=jnp.int32), split(hidden), split(following)))
-  real = jnp.arange(length, dtype=jnp.int32)[None, :] < used[:, None]
-  late = lambda x: jnp.pad(x.swapaxes(0, 1).reshape(rows, chunks * size)[:, :length - 1], ((0, 0), (1, 0)))
-  return tuple(jnp.where(real, late(x), 0.0) for x in out)
 
 
 def row_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:

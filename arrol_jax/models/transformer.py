@@ -140,7 +140,7 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
     rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
     if "qkv" in weights:
-      out, kept = attend(project(y, "bsd,dmgh->bsmgh", "qkv"), rotary)
+      out, kept = attend(_merged(y, w("qkv"), weights.get("qkv_bias")), rotary)
     else:
       q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
       out, kept = attend(q, k, v, rotary)
@@ -153,6 +153,14 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
     else:
       gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
     return x, jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w("down")), kept
+
+
+def _merged(y: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """y [B,S,D] times [D,M,N/M+2,H] plus bias; as matrices, so that the product's own kernel adds the bias."""
+  if bias is None:
+    return jnp.einsum("bsd,dmgh->bsmgh", y, weight)
+  out = y.reshape(-1, y.shape[2]) @ weight.reshape(y.shape[2], -1) + bias.astype(y.dtype).reshape(1, -1)
+  return out.reshape(*y.shape[:2], *weight.shape[1:])
 
 
 class Transformer(nnx.Module):
@@ -260,36 +268,15 @@ def _embed(params: dict, tokens: jax.Array, dtype) -> jax.Array:
   return constrain(constrain(params["embed"].astype(dtype), "vocab", None)[tokens], "batch", None, None)
 
 
-def whole_unembedding(params: dict) -> dict:
-  """What `unembed` reads of params, its model width whole on every device, where fsdp splits it."""
-  if "unembed" in params:
-    return {"unembed": constrain(params["unembed"], None, "vocab")}
-  return {"embed": constrain(params["embed"], "vocab", None)}
+def unembedding(params: dict) -> tuple[jax.Array, str]:
+  """The table that logits are products with, and its axes: "vd" where it is the embedding's, else "dv"."""
+  return (params["unembed"], "dv") if "unembed" in params else (params["embed"], "vd")
 
 
 def unembed(params: dict, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits f32[..., V]."""
-  if "unembed" in params:
-    return _logits(hidden, params["unembed"].astype(hidden.dtype), "...d,dv->...v")
-  return _logits(hidden, params["embed"].astype(hidden.dtype), "...d,vd->...v")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _logits(hidden: jax.Array, table: jax.Array, equation: str) -> jax.Array:
-  """A product in hidden's dtype with float32 result, whose slopes are products in that dtype too (else they run in float32)."""
-  return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)
-
-
-def _logits_forward(hidden, table, equation):
-  return _logits(hidden, table, equation), (hidden, table)
-
-
-def _logits_backward(equation, saved, slope):
-  plain = lambda hidden, table: jnp.einsum(equation, hidden, table)
-  return jax.vjp(plain, *saved)[1](slope.astype(saved[0].dtype))
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
+  table, axes = unembedding(params)
+  return jnp.einsum(f"...d,{axes}->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def default_positions(tokens: jax.Array) -> jax.Array:

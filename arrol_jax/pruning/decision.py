@@ -26,9 +26,10 @@ _DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
 
 
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:
-  """decide(slots) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout; features:
-  rollouts bring home what the head read."""
-  return lambda slots: decide(slots, head, tables, rule, np.bool_(pruning), features)
+  """decide(slots, lengths) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout;
+  features: rollouts bring home what the head read."""
+  due = lambda lengths: lengths is None or bool(lengths & set(rule.detect))
+  return lambda slots, lengths=None: decide(slots, head, tables, rule, np.bool_(pruning), features, due(lengths))
 
 
 def features_of(slots: Slots, head: dict) -> Features:
@@ -38,10 +39,11 @@ def features_of(slots: Slots, head: dict) -> Features:
                   jnp.stack([slots.logprob_sum / count, slots.logprob_min], axis=1) if "logprobs" in inputs else None)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "features"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("rule", "features", "due"), donate_argnames=("slots",))
 def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: jax.Array,
-           features: bool) -> tuple[Slots, Decision]:
-  """The program behind `make_decide`: slots with the rows that go on, and what was decided."""
+           features: bool, due: bool = True) -> tuple[Slots, Decision]:
+  """The program behind `make_decide`: slots with the rows that go on, and what was decided. due False: no row stands at a
+  detection length, as at most boundaries; all are scored."""
   tables = jax.tree.map(lambda x: jnp.atleast_2d(x)[:len(rule.detect)], tables)  # [C,Q]; the last token's is the votes'
   here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
@@ -52,11 +54,10 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
   # Members of a group that decide together, at the same length.
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
 
-  keep_all = lambda: jnp.ones_like(score)
-  by_rule = lambda: KEEP_PROBABILITY.get(rule.kind, _published)(rule, slots, tables, posterior, which, group, decided)
-  # Most boundaries decide nothing.
-  rules = rule.kind != "max_variance"
-  rule_probability = jax.lax.cond(pruning & jnp.any(decided), by_rule, keep_all) if rules else keep_all()
+  rule_probability = jnp.ones_like(score)
+  if due and rule.kind != "max_variance":
+    by_rule = KEEP_PROBABILITY.get(rule.kind, _published)(rule, slots, tables, posterior, which, group, decided)
+    rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided)

@@ -75,7 +75,14 @@ def _slurm_tasks() -> int:
 
 
 def check_devices() -> None:
-  """UserError where JAX finds no device of the kind that its environment asks for."""
+  """UserError where JAX finds no device of the kind that its environment asks for.
+
+  Before the first look, GPUs are told to leave matrix products to their vendor's library: measured on an H100 (experiments/LOG.md)
+  that is faster in decoding and in the update than the kernels which XLA's search takes instead, and saves the search.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  if "xla_gpu_enable_triton_gemm" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX asserts where no plugin for the platform is installed
