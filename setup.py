@@ -5,4 +5,5 @@ from setuptools import find_namespace_packages, setup
 BESIDE = {"arrol_jax.configs": "configs", "arrol_jax.arithmetic": "experiments/arithmetic"}
 
 setup(packages=[*find_namespace_packages(include=["arrol_jax", "arrol_jax.*"]), *BESIDE], package_dir=BESIDE,
-      package_data={"arrol_jax.arithmetic": ["*", "*/*"], "arrol_jax.benchmarks": ["*.json"]})
+      package_data={"arrol_jax.arithmetic": ["*", "*/*"], "arrol_jax.benchmarks": ["*.json"],
+                    "arrol_jax.reporting": ["page.css", "page.js"]})

@@ -28,7 +28,7 @@ from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
 from arrol_jax.running import hosts, shipped
-from arrol_jax.running.workdir import RENAMED, VALUES
+from arrol_jax.running.workdir import RENAMED, VALUES, fill, is_run, stored_config
 from arrol_jax.types import UserError
 
 
@@ -69,7 +69,8 @@ def keep_compilations(folder: str | None) -> None:
 
 
 def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -> tuple[ConfigDict, flags.FlagValues]:
-  """The locked config that `--config=NAME-OR-FILE --config.KEY=VALUE` asks for, and the other flags.
+  """The locked config that `--config=NAME-OR-FILE --config.KEY=VALUE` asks for, and the other flags. Without --config it is
+  that of the run in --workdir.
 
   own: the command's own flags, name -> (default, what it does). doc: its docstring, the head of what --help prints.
   """
@@ -83,7 +84,11 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
   argv, path = _config_of(argv)
-  config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
+  if path is None:
+    path, stored = _config_of_run(argv)
+    config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
+  else:
+    config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
   for name, (default, what) in own.items():
     flags.DEFINE_string(name, default, what, flag_values=values)
   try:
@@ -121,8 +126,22 @@ def _with_home(text: str) -> str:
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
-def _config_of(argv: list[str]) -> tuple[list[str], str]:
-  """The command line with the file of the config that it names (by the last of several --config), and that file."""
+def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
+  """config.json of the run whose folder the command line names, and what it says."""
+  given = [value if equals else following for (flag, equals, value), following in
+           zip([a.partition("=") for a in argv], [*argv[1:], ""]) if flag in ("--workdir", "-workdir")]
+  if not given or not is_run(given[-1]):
+    raise UserError(f"no --config=NAME or --config=FILE given{f', and {given[-1]} holds no run' if given else ''}; shipped ones: "
+                    f"{', '.join(shipped.names())}")
+  c, file = defaults(), os.path.join(given[-1], "config.json")
+  for name in fill(c, stored_config(given[-1], c)):
+    hosts.say(f"{file}: {name} is not known here and is left out")
+  return file, c
+
+
+def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
+  """The command line with the file of the config that it names (by the last of several --config), and that file; None: it names
+  none."""
   rest, name = argv[:1], None
   words = iter(argv[1:])
   for word in words:
@@ -131,12 +150,11 @@ def _config_of(argv: list[str]) -> tuple[list[str], str]:
       name = value if equals else next(words, "")
     else:
       rest.append(word)
-  known = f"shipped ones: {', '.join(shipped.names())}"
   if name is None:
-    raise UserError(f"no --config=NAME or --config=FILE given; {known}")
+    return argv, None
   path = shipped.config_file(name)
   if not os.path.isfile(path):
-    raise UserError(f"{name}: no such config file; {known}")
+    raise UserError(f"{name}: no such config file; shipped ones: {', '.join(shipped.names())}")
   shipped.import_configs()
   return [rest[0], f"--config={path}", *rest[1:]], path
 

@@ -1,10 +1,11 @@
 """Accuracy on held-out problems, greedy or sampled, from a model, a run's newest checkpoint or its exported policy.
 
+  arrol-evaluate --workdir=DIR                          # a run's newest checkpoint, or --step=best, --step=40
   arrol-evaluate --config=quickstart                    # the config's model
-  arrol-evaluate --config=quickstart --workdir=DIR      # DIR's newest checkpoint, or --step=best, --step=40
   arrol-evaluate --config=quickstart --config.model.path=DIR/policy --config.eval.samples=16 \\
       --config.eval.temperature=1.0                     # pass@k and votes, with the head exported there
-Problems are the sources of data.eval and eval.benchmarks; one JSON line a source on stdout, its keys as in held_out.measure.
+Problems are the sources of data.eval and eval.benchmarks; --workdir without --config takes the run's own config. On stdout one
+JSON line a source, its keys as in evaluation.measure; after them the same as a table, on stderr.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 
 from arrol_jax import assemble, config as configuration
 from arrol_jax.data import sources
+from arrol_jax.reporting import evaluations
 from arrol_jax.running import hosts
 from arrol_jax.running.workdir import finite
 from arrol_jax.types import UserError
@@ -49,10 +51,19 @@ def main():
     # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
     assemble.warn(loaded, [prompt for prompts in prompts_of.values() for prompt in prompts])
-    engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
+    engine, results = assemble.eval_engine(c, loaded, mesh, loaded.params), {}
     for path, prompts in prompts_of.items():
-      result = assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration)
-      hosts.say(json.dumps(finite({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result)))
+      result = finite(assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration))
+      hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
+      results[path] = result
+    if hosts.first():
+      tell(results)
+
+
+def tell(results: dict[str, dict]) -> None:
+  """The results as tables for people, apart from the lines for programs."""
+  tables = [evaluations.table(results.items()), evaluations.votes(results.items())]
+  print("\n" + "\n\n".join(evaluations.text(rows) for rows in tables if rows), file=sys.stderr, flush=True)
 
 
 command = functools.partial(configuration.run, main)

@@ -7,28 +7,20 @@ The config's data need not be there; flags take - and _ alike (docs/serving.md s
 Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metrics. openai_api.py says which fields are taken.
 """
 
-import dataclasses
 import functools
 import ipaddress
 import os
-from pathlib import Path
 import socket
 import sys
 
-import jax
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble, config as configuration
-from arrol_jax.serving import prompts
+from arrol_jax import config as configuration
+from arrol_jax.assemble_service import load
 from arrol_jax.serving.lifecycle import listen
-from arrol_jax.serving.openai_api import Limits
-from arrol_jax.serving.prefixes import PrefixCache
-from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access, make_app
 from arrol_jax.types import UserError
 
-PREFILL_ROWS = 4  # calls arrive one by one: a prefill of many rows would be mostly padding
-CPU_SLOTS = 16    # where none are asked for: what a CPU decodes at once without each row being slow
 FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any free one"),
          "queue": ("256", "traces that may wait beyond rollout.slots; more: 429"),
          "drain": ("600", "seconds that calls under way get after SIGTERM or SIGINT; a second one cuts them off"),
@@ -117,56 +109,6 @@ def _bind(host: str, port: int) -> socket.socket:
     out.close()
     raise UserError(f"cannot listen at {host}:{port}: {e.strerror or e}; give another --port or --host") from e
   return out
-
-
-def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = False, name: str = "",
-         kept_mib: int = 0) -> tuple[Service, Limits]:
-  """The engine's side of a server, of the config's model or of the newest checkpoint in `workdir`; prefixes get kept_mib MiB."""
-  mesh = assemble.make_mesh(c)
-  _fit(c, steady)
-  with jax.set_mesh(mesh):
-    loaded = assemble.load(c, mesh)
-    if workdir:
-      state, _ = assemble.from_checkpoint(c, loaded, mesh, workdir)
-      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
-      del state  # the optimizer's part is not needed
-    assemble.follow_head(c, loaded)
-    assemble.check_tables(c, loaded)
-    assemble.warn(loaded, [])
-    kept = _prefix_cache(c, loaded, kept_mib)  # before the slots take what memory is left
-    engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
-    loaded.params = None
-  how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,
-                            pool=assemble.pools(c, loaded.head))
-  voters = assemble.voters(c, loaded.head, loaded.calibration)
-  service = Service(engine, how, loaded.tokenizer, queue_size, voters, steady, kept)
-  limits = Limits(name or model_name(workdir or c.model.path), engine.max_prompt, engine.max_new, service.most,
-                  loaded.config.vocab, loaded.tokenizer, c.reward.pattern, c.eval.window, loaded.head is not None,
-                  loaded.calibration is not None, c.data.thinking, prompts.longest_token(loaded.tokenizer))
-  return service, limits
-
-
-def _prefix_cache(c: ConfigDict, loaded, mib: int) -> PrefixCache | None:
-  try:
-    return PrefixCache(loaded.config, assemble.sampling(c, loaded).cache_dtype, mib) if mib else None
-  except ValueError as e:
-    raise UserError(f"--prefix_cache: {e}") from e
-
-
-def _fit(c: ConfigDict, steady: bool) -> None:
-  """What a config for training leaves open."""
-  if c.rollout.slots is None and jax.default_backend() == "cpu":
-    c.rollout.slots = CPU_SLOTS
-  if steady:  # one program for every company
-    c.rollout.row_buckets = c.rollout.length_buckets = 1
-
-
-def model_name(path: str) -> str:
-  """A model's folder, or the run's of an exported policy; of a file its own name, unless that says nothing."""
-  name = Path(path).resolve()
-  if name.is_file():
-    name = name.parent if name.stem == "model" else name.with_suffix("")
-  return name.parent.name if name.name == "policy" else name.name
 
 
 command = functools.partial(configuration.run, main)

@@ -87,7 +87,10 @@ class Rollout:
   logprobs: np.ndarray         # f32[T]
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
-  scores: tuple = ()           # the head's logit at each detection length reached
+  problem: object = None       # data.Problem, where there is one
+  scores: tuple = ()           # the head's logit at each detection length reached,
+  posteriors: tuple = ()       # what the table made of it,
+  keep_probabilities: tuple = ()  # and with which probability it was kept there
   features: tuple = ()         # what the head saw there (pruning.head.Features), where asked for
   final_features: tuple | None = None  # the same at its last token
   confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off

@@ -5,13 +5,15 @@
 Several workdirs share the reward panels; the rollout panel shows the first. Without --out the plot goes to WORKDIR/plot.png.
 """
 
-import json
 import os
 import sys
 from typing import NoReturn
 
 import matplotlib
 import numpy as np
+
+from arrol_jax.reporting.run_folder import columns, smooth
+from arrol_jax.running.workdir import read_lines
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -23,19 +25,11 @@ def fail(text: str) -> NoReturn:
 
 
 def read(workdir: str) -> dict[str, np.ndarray]:
-  """Columns of metrics.jsonl as float arrays, histograms left out; null becomes NaN."""
-  with open(f"{workdir}/metrics.jsonl") as f:
-    lines = [json.loads(line) for line in f if line.endswith("\n")]  # a run that is under way may be writing its last
+  """Columns of metrics.jsonl as float arrays; null becomes NaN."""
+  lines = read_lines(f"{workdir}/metrics.jsonl")
   if not lines:
     fail(f"{workdir}/metrics.jsonl holds no step yet")
-  return {k: np.array([np.nan if x[k] is None else x[k] for x in lines], float)
-          for k, first in lines[0].items() if not isinstance(first, list)}
-
-
-def smooth(y: np.ndarray, window: int = 5) -> np.ndarray:
-  """Trailing mean over up to `window` points, NaN left out."""
-  return np.array([np.nanmean(y[max(0, i - window + 1):i + 1]) if np.isfinite(y[max(0, i - window + 1):i + 1]).any() else np.nan
-                   for i in range(len(y))])
+  return columns(lines)
 
 
 def plot(workdirs: list[str], out: str) -> None:

@@ -13,15 +13,11 @@ from pathlib import Path
 import sys
 
 from arrol_jax import config
+from arrol_jax.reporting.page import style
 from experiments import figure2, figure4, runs, table1, table2, table3, table4, table5, table6, tables
 from experiments.runs import Scale
 
 BUILDS = (table1.build, table2.build, table3.build, table4.build, table5.build, table6.build, figure2.build, figure4.build)
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block; overflow-x: auto }
-th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left } th { background: #f3f3f3 }
-img { max-width: 100% } pre { overflow-x: auto; background: #f7f7f7; padding: .6rem; font-size: 12px }
-h2 { border-top: 2px solid #888 }"""
 
 
 def plot_of(figure) -> str:
@@ -71,8 +67,8 @@ def write_markdown(scale: Scale, drawn: list) -> None:
 def page() -> str:
   links = " ".join(f'<a href="#{name}">{name}</a>' for name in runs.SCALES)
   return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>arrol_jax: the paper\'s tables</title>'
-          f"<style>{STYLE}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures of "
-          "one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
+          f"<style>{style()}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures "
+          "of one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
           "figures.</p>"
           + "\n".join(part(scale) for scale in runs.SCALES.values()) + "</body></html>\n")
 

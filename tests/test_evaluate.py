@@ -1,6 +1,7 @@
 """The evaluation command: what it prints is what the model does, and mistakes end in one line."""
 
 import json
+from pathlib import Path
 import sys
 
 import jax
@@ -13,6 +14,8 @@ from arrol_jax.models.zoo import ZOO
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
 from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.running.workdir import to_json
+from arrol_jax.types import UserError
 
 SMALL = ["--config=configs/quickstart.py", "--config.rollout.slots=8", "--config.rollout.row_buckets=1",
          "--config.rollout.length_buckets=1", "--config.rollout.prompts=4", "--config.eval.problems=8"]
@@ -52,6 +55,34 @@ def test_a_model_and_a_checkpoint_are_told_apart(monkeypatch, capsys, run_with_c
   status, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL, f"--workdir={run_with_checkpoint}")
   broken = json.loads(lines[-1])
   assert status == 0 and broken["step"] == 3 and broken["accuracy"] == 0.0 and broken["truncated"] == 1.0
+
+
+def test_a_runs_folder_is_enough(monkeypatch, capsys, run_with_checkpoint):
+  """Its config is taken, flags go before it, keys that are no longer known are named; the results stand in a table too."""
+  c, _ = configuration.parse(["prog", *SMALL])
+  stored = json.loads(to_json(c))
+  stored["prune"]["gone"] = 1
+  Path(run_with_checkpoint, "config.json").write_text(json.dumps(stored))
+  status, lines, err = call(evaluate, monkeypatch, capsys, f"--workdir={run_with_checkpoint}", "--config.eval.problems=4")
+  result = json.loads(lines[-1])
+  assert status == 0 and (result["step"], result["problems"], result["accuracy"]) == (3, 4, 0.0)
+  assert lines[0] == f"{run_with_checkpoint}/config.json: prune.gone is not known here and is left out"
+  header, row = err.splitlines()[-2:]
+  assert header.split()[:2] == ["accuracy", "problems"] and row.split()[:4] == [result["benchmark"], "0.0%", "±0.0", "4"]
+  assert "absl" not in err
+  Path(run_with_checkpoint, "config.json").unlink()
+
+
+def test_a_stored_config_comes_back_as_it_was(tmp_path):
+  """Tuples, None and the old names of keys."""
+  c, _ = configuration.parse(["prog", *SMALL, "--config.prune.detect=(8,16)", "--config.rollout.top_k=5"])
+  stored = json.loads(to_json(c))
+  stored["prune"]["control"] = stored["prune"].pop("holdout")
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  again, flags = configuration.parse(["prog", f"--workdir={tmp_path}"])
+  assert to_json(again) == to_json(c) and again.prune.detect == (8, 16) and flags.workdir == str(tmp_path)
+  with pytest.raises(UserError, match="and nowhere holds no run; shipped ones: .*quickstart"):
+    configuration.parse(["prog", "--workdir=nowhere"])
 
 
 def test_votes_and_early_stopping_from_a_checkpoint(monkeypatch, capsys, run_with_checkpoint):

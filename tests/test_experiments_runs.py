@@ -165,5 +165,6 @@ def test_the_notebook_runs_and_defines_nothing(tmp_path):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "experiments")}}).execute()
   said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
   assert "4 steps done" in said and "cut   at   16" in said and "ended at" in said and " kept, " in said
-  assert "majority:" in said and "rank:" in said
-  assert any("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", []))
+  assert "look.html: written" in said and "maj@8" in said and "% of the weight; its heaviest trace says:" in said
+  shown = [o["data"]["text/html"] for cell in notebook.cells for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
+  assert len(shown) == 1 and shown[0].startswith("<iframe srcdoc=") and "Held-out accuracy" in shown[0]

@@ -18,7 +18,7 @@ from arrol_jax.running import shipped
 from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = "train evaluate serve bench plan get doctor".split()
+COMMANDS = "train evaluate look chat serve bench plan get doctor".split()
 QUICK = ["--config=quickstart", *(f"--config.{x}" for x in (
   "steps=1", "rollout.prompts=2", "rollout.group_size=4", "rollout.slots=8", "rollout.row_buckets=1", "optim.micro_tokens=1024",
   "eval.problems=4", "checkpoint.export=False", "log.backends=jsonl"))]
@@ -53,8 +53,9 @@ def test_the_wheel_holds_every_module_config_and_file_of_the_quickstart(wheel):
   modules = {str(p.relative_to(ROOT)) for p in (ROOT / "arrol_jax").rglob("*.py")}
   configs = {f"arrol_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
   example = ROOT / "experiments" / "arithmetic"
+  page = {f"arrol_jax/reporting/page.{kind}" for kind in ("css", "js")}
   shipped_example = {f"arrol_jax/arithmetic/{p.relative_to(example)}" for p in example.rglob("*") if p.is_file()}
-  assert listed == modules | configs | shipped_example
+  assert listed == modules | configs | shipped_example | page
 
 
 def test_the_wheel_has_the_commands(wheel):
@@ -114,7 +115,7 @@ def test_help_tells_every_flag_its_default_and_an_example(name, capsys, monkeypa
     module.main()
   text = capsys.readouterr().out
   assert e.value.code == 0 and re.search(rf"^  arrol-{name} ", text, re.M)
-  if name in ("bench", "get"):
+  if name in ("bench", "get", "look"):
     flags = re.findall(r"^  (--\w+)", text, re.M)
     assert len(flags) == len(set(flags)) and text.count("(default") >= len([f for f in flags if f != "--help"])
   else:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from helpers_serve import PROMPT, ROOT, ask, export, with_positions
 import pytest
 
-from arrol_jax import config as configuration, serve
+from arrol_jax import assemble_service, config as configuration, serve
 from arrol_jax.types import UserError
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -155,15 +155,15 @@ def test_a_model_is_called_as_its_folder(tmp_path, path, name):
   there = tmp_path / path
   there.parent.mkdir(parents=True, exist_ok=True)
   there.write_text("") if path.endswith("gguf") else there.mkdir()
-  assert serve.model_name(str(there)) == name
+  assert assemble_service.model_name(str(there)) == name
 
 
 def test_a_cpu_has_few_slots_where_none_are_asked_for_and_data_need_not_be_there():
   c, _ = configuration.parse(["prog", "--config=configs/gsm8k_qwen05b.py", MODEL])
   serve._check(c)
   assert not os.path.exists(c.data.train) and c.rollout.slots is None
-  serve._fit(c, steady=False)
-  assert c.rollout.slots == serve.CPU_SLOTS <= 32
+  assemble_service.fit(c, steady=False)
+  assert c.rollout.slots == assemble_service.CPU_SLOTS <= 32
   c.model.path = "nowhere"
   with pytest.raises(UserError, match="nowhere"):
     serve._check(c)

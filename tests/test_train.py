@@ -89,6 +89,20 @@ def test_texts_are_logged_each_step(whole):
   assert all(r["text"] for r in texts)
 
 
+def test_a_logged_rollout_tells_its_problem_decisions_and_group(whole):
+  problems_of = {p.id: p for p in problems.load_problems(str(ROOT / "experiments/arithmetic/train.jsonl"))}
+  for r in read(whole / "rollouts.jsonl"):
+    problem = problems_of[r["problem_id"]]
+    assert (r["problem"], r["answer"]) == (problem.problem, problem.answer)
+    assert len(r["scores"]) == len(r["posteriors"]) == len(r["keep_probabilities"]) == (r["score"] is not None)
+    assert r["scores"] == [] or (r["scores"][-1], r["posteriors"][-1]) == (r["score"], r["posterior"])
+    assert np.prod(r["keep_probabilities"]) == pytest.approx(r["survival"])
+    group = r["group"]
+    assert {len(column) for column in group.values()} == {4} and r["right"] == r["reward"]
+    assert (group["tokens"][r["member"]], group["pruned"][r["member"]]) == (r["tokens"], r["pruned"])
+    assert [reward is None for reward in group["reward"]] == group["pruned"]
+
+
 def test_summary(whole):
   lines, summary = read(whole / "metrics.jsonl"), read(whole / "summary.json")
   assert set(SUMMARY) <= set(summary)

@@ -335,11 +335,12 @@ class Run:
       if decision is not None:
         out.final = float(decision.final[i])
       if decision is not None and decision.decided[i]:
-        out.pruned, out.posterior = not decision.keep[i], float(decision.posterior[i])
-        out.scores += (float(decision.score[i]),)
+        score, q, p = (float(x[i]) for x in (decision.score, decision.posterior, decision.keep_probability))
+        out.pruned, out.posterior, out.keep_probability = not decision.keep[i], q, out.keep_probability * p
+        out.scores, out.posteriors = (*out.scores, score), (*out.posteriors, q)
+        out.keep_probabilities += (p,)
         if decision.features is not None:
           out.features += (_row(decision.features, i),)
-        out.keep_probability *= float(decision.keep_probability[i])
         out.rule_probability *= float(decision.rule_probability[i])
         out.holdout = bool(decision.holdout[i])
       if not active[i]:

@@ -62,7 +62,7 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
   for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
     r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
-    r.success_at = grading.success
+    r.success_at, r.problem = grading.success, prompts[r.prompt].problem
   _tell_failures(grading, [r.reason for r in rollouts if not r.pruned])
   return rollouts, time.perf_counter() - waited
 

@@ -244,10 +244,11 @@ def _attempt(read):
 
 @functools.cache  # once a process
 def _quieten() -> None:
-  """A save that fails raises in the caller: what orbax's threads and what they leave behind print about it, pages, is dropped."""
-  def of_a_save(record: logging.LogRecord) -> bool:
+  """A save that fails raises in the caller: what orbax's threads and what they leave behind print about it, pages, is dropped.
+  So is that a folder which was opened for reading is read only."""
+  def of_no_use(record: logging.LogRecord) -> bool:
     if not record.exc_info:
-      return False
+      return record.levelno <= logging.WARNING and ("read_only=True" in str(record.msg) or "is read only=" in str(record.msg))
     files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
     said = str(record.exc_info[1]).lower()
     return any("orbax" in x for x in [record.pathname, *files]) or "tensorstore" in said or "ocdbt" in said  # the files' format
@@ -258,7 +259,7 @@ def _quieten() -> None:
 
   before, sys.unraisablehook = sys.unraisablehook, unraisable
   for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(lambda record: not of_a_save(record))
+    logging.getLogger(name).addFilter(lambda record: not of_no_use(record))
 
 
 @contextmanager

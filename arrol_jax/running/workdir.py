@@ -7,6 +7,7 @@ checkpoint.py's, other logs loggers.py's.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,7 @@ import socket
 import jax
 import numpy as np
 
-from arrol_jax.types import UserError
+from arrol_jax.types import Rollout, UserError
 
 
 class Logs:
@@ -35,17 +36,14 @@ class Logs:
   def write(self, line: dict, rollouts: list, texts: int) -> None:
     line = {k: finite(v) for k, v in line.items()}
     self.lines.append(line)
-    shown = []
-    for i in np.linspace(0, len(rollouts) - 1, min(texts, len(rollouts)), dtype=int):
-      r = rollouts[i]
-      shown.append({"step": line["step"], "prompt": r.prompt, "text": r.text, "tokens": len(r.tokens),
-                    "pruned": r.pruned, "score": finite(r.score), "posterior": finite(r.posterior),
-                    "survival": finite(r.keep_probability), "reward": finite(r.reward), "reason": r.reason})
-      self._append("rollouts", shown[-1])
+    shown = [rollouts[i] for i in np.linspace(0, len(rollouts) - 1, min(texts, len(rollouts)), dtype=int)]
+    table = [{"step": line["step"]} | in_short(r) for r in shown]
+    for r, record in zip(shown, table, strict=True):
+      self._append("rollouts", record | in_full(r, rollouts))
     self._append("metrics", line)
     figures = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
     for backend in self.backends:
-      backend.write(line["step"], figures, shown)
+      backend.write(line["step"], figures, table)
 
   def _append(self, name: str, record: dict) -> None:
     self.files[name].write(json.dumps(record) + "\n")
@@ -67,6 +65,27 @@ class Logs:
   def close(self) -> None:
     for file in [*self.files.values(), *self.backends]:
       file.close()
+
+
+def in_short(r: Rollout) -> dict:
+  """What every log of rollouts says of one."""
+  return {"prompt": r.prompt, "text": r.text, "tokens": len(r.tokens), "pruned": r.pruned, "score": finite(r.score),
+          "posterior": finite(r.posterior), "survival": finite(r.keep_probability), "reward": finite(r.reward),
+          "reason": r.reason}
+
+
+def in_full(r: Rollout, rollouts: list[Rollout]) -> dict:
+  """What rollouts.jsonl says of it besides: its problem, its decisions, and how its group fared, among the step's `rollouts`."""
+  problem = dataclasses.asdict(r.problem) if r.problem else {}
+  group = sorted((x for x in rollouts if x.prompt == r.prompt), key=lambda x: x.request)
+  short = lambda x: float(f"{x:.4g}") if math.isfinite(x) else None
+  column = lambda of: [short(of(x)) for x in group]
+  return {f"problem_{name}" if name in ("id", "source") else name: value for name, value in problem.items()} | {
+    "stopped": r.stopped, "right": finite(r.success), "scores": list(map(finite, r.scores)),
+    "posteriors": list(map(finite, r.posteriors)), "keep_probabilities": list(map(finite, r.keep_probabilities)),
+    "member": [x.request for x in group].index(r.request), "group": {
+      "tokens": [len(x.tokens) for x in group], "pruned": [x.pruned for x in group], "score": column(lambda x: x.score),
+      "posterior": column(lambda x: x.posterior), "reward": column(lambda x: x.reward), "right": column(lambda x: x.success)}}
 
 
 def check_workdir(workdir: str, c, defaults=None) -> None:
@@ -93,6 +112,12 @@ def stored_config(workdir: str, defaults=None) -> dict | None:
   if not os.path.exists(f"{workdir}/config.json"):
     return None
   return filled(renamed(read_json(f"{workdir}/config.json")), json.loads(to_json(defaults)) if defaults else {})
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+  """Whether a run has begun there; models have a config.json too."""
+  path = os.path.join(folder, "config.json")
+  return os.path.isfile(path) and isinstance(read_json(path).get("rollout"), dict)
 
 
 def hold(workdir: str):
@@ -148,7 +173,7 @@ def check_can_go_on(workdir: str) -> None:
     return
   steps, stored = steps_done(workdir), stored_config(workdir)
   if not steps and stored:  # past the second save the first was on disk
-    logged = max((record["step"] for _, record in _records(f"{workdir}/metrics.jsonl") if record), default=0)
+    logged = max((record["step"] for _, record in records(f"{workdir}/metrics.jsonl") if record), default=0)
     steps = logged if logged > 2 * stored.get("checkpoint", {}).get("every", logged) else 0
   if steps:
     policy = f"; {workdir}/policy, as model.path of another --workdir, trains on" if os.path.isdir(f"{workdir}/policy") else ""
@@ -216,23 +241,23 @@ def _older_hashes(workdir: str) -> list[str]:
 
 def resumed(path: str, start: int):
   """Opens a JSONL log for appending, without the lines of steps after `start` (they will be made again)."""
-  records = list(_records(path))
-  last = max((i for i, (_, x) in enumerate(records) if x and x["step"] <= start), default=-1)
-  for number, record in records[:last]:
+  lines = list(records(path))
+  last = max((i for i, (_, x) in enumerate(lines) if x and x["step"] <= start), default=-1)
+  for number, record in lines[:last]:
     if record is None:
       raise UserError(f"{path}, line {number}: damaged; delete that line, and the same command goes on without it")
   with open(path + ".part", "w") as f:
-    f.writelines(json.dumps(x) + "\n" for _, x in records[:last + 1] if x["step"] <= start)
+    f.writelines(json.dumps(x) + "\n" for _, x in lines[:last + 1] if x["step"] <= start)
   os.replace(path + ".part", path)
   return open(path, "a")
 
 
 def read_lines(path: str) -> list[dict]:
   """The whole lines of a JSONL log."""
-  return [record for _, record in _records(path) if record]
+  return [record for _, record in records(path) if record]
 
 
-def _records(path: str) -> Iterator[tuple[int, dict | None]]:
+def records(path: str) -> Iterator[tuple[int, dict | None]]:
   """(line number, record) of a log's lines, None for one that a kill or a lost machine left half; no last line cut short."""
   if not os.path.exists(path):
     return
@@ -325,6 +350,19 @@ def filled(config: dict, defaults: dict) -> dict:
   """A stored config, and what it does not name as `defaults` has it: keys that came with a later version."""
   out = defaults | config
   return out | {k: filled(out[k], v) for k, v in defaults.items() if isinstance(v, dict) and isinstance(out[k], dict)}
+
+
+def fill(c, stored: dict, prefix: str = "") -> list[str]:
+  """Sets a config's keys as a stored one has them; returns the names of those that it does not have."""
+  unknown = []
+  for name, value in stored.items():
+    if name not in c or hasattr(c[name], "items") != isinstance(value, dict):
+      unknown.append(prefix + name)
+    elif isinstance(value, dict):
+      unknown += fill(c[name], value, f"{name}.")
+    else:
+      c[name] = tuple(value) if isinstance(value, list) else value
+  return unknown
 
 
 def fingerprint(c) -> str:
