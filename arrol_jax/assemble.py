@@ -5,6 +5,7 @@ The only module besides the entry points that reads the config; everything below
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 
 import jax
@@ -25,10 +26,11 @@ from arrol_jax.learning.evaluation import Voters, measure
 from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
 from arrol_jax.learning.update import Compute, UpdateConfig
-from arrol_jax.models import sharding
-from arrol_jax.models.files import hub
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files import adapters, hub
 from arrol_jax.models.files.tokenizers import check_ids
 from arrol_jax.models.files.weights import Policy, load_policy
+from arrol_jax.models.lora import Lora
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head, inputs_of, is_linear
 from arrol_jax.pruning.rule import PruneRule
@@ -40,7 +42,7 @@ from arrol_jax.running.workdir import fingerprint, stored_config
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
-TRAIN, EVAL, INIT, CHOICE = range(4)  # purposes of random keys
+TRAIN, EVAL, INIT, CHOICE, ADAPTERS = range(5)  # purposes of random keys
 TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
@@ -55,17 +57,25 @@ def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
 
 
 def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Policy:
-  """The policy with float32 parameters on the mesh; it must bring a tokenizer, stop tokens that it knows, and
-  positions for the longest row.
+  """The policy on the mesh, with float32 parameters, or where adapters are to be trained with a frozen base in model.dtype; it
+  must bring a tokenizer, stop tokens that it knows, and positions for the longest row.
 
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
   longest = longest_row(c, training, not training or c.data.eval != "")
-  loaded = load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh, longest=longest)
+  trained = lora(c) if training else None
+  loaded = load_policy(hub.local(c.model.path), "float32" if trained is None else c.model.dtype, mesh, longest=longest)
+  loaded.config = dataclasses.replace(loaded.config, lora=trained)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
   check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")
   return loaded
+
+
+def lora(c: ConfigDict) -> Lora | None:
+  """The adapters that are trained; None: all of the policy is."""
+  x = c.model.lora
+  return Lora(x.rank, x.alpha, tuple(x.targets)) if x.rank else None
 
 
 def longest_row(c: ConfigDict, training: bool, held_out: bool) -> int:
@@ -267,9 +277,10 @@ def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
 
 
-def belongs(c: ConfigDict) -> dict:
-  """What a checkpoint of this run says of itself."""
-  return {"config_hash": fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
+def belongs(c: ConfigDict, base: str | None = None) -> dict:
+  """What a checkpoint of this run says of itself. base: the hash of frozen weights, which it does not hold."""
+  whose = {"config_hash": fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
+  return whose | ({"base": base} if base else {})
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
@@ -302,33 +313,71 @@ def fresh_head(c: ConfigDict, width: int) -> tuple[dict, object, Calibration]:
 
 
 def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
-  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
-  weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
+  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates), or around
+  fresh adapters beside it."""
+  if loaded.config.lora:
+    base, weights = loaded.params, fresh_adapters(c, loaded, mesh)
+  else:
+    base, weights = None, jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
   head, recent, tables = fresh_head(c, loaded.config.width)
   params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
   model = nothing_known(loaded.config.width) if candidates(c) > c.rollout.prompts else None
   place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
   # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
-  return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model)))
+  rest = jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model))
+  return TrainState(params, *rest, base)
+
+
+def fresh_adapters(c: ConfigDict, loaded: Policy, mesh) -> dict:
+  """Adapters that change nothing yet, sharded as their matrices are."""
+  init = functools.partial(transformer.init_adapters, loaded.config)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  where = sharding.shardings(transformer.adapter_axes(loaded.config), shapes, mesh, sharding.TRAIN)
+  return jax.jit(init, out_shardings=where)(key(c, ADAPTERS))
+
+
+def export(c: ConfigDict, loaded: Policy, state: TrainState, workdir: str) -> None:
+  """Writes what a run has made of the policy that it loaded: policy/, and its adapters alone as adapter/. All processes call it."""
+  trained = dataclasses.replace(loaded, params=state.policy, head=state.params["head"], calibration=state.calibration,
+                                head_inputs=tuple(c.quality.inputs), detect=detect(c))
+  trained.save(f"{workdir}/policy", dtype=c.model.dtype)
+  if loaded.config.lora:
+    base = c.model.path if hub.is_id(c.model.path) else os.path.abspath(hub.here(c.model.path))
+    adapters.save(f"{workdir}/adapter", loaded.config, state.params["policy"], base)
 
 
 def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
                     which: str = "newest") -> tuple[TrainState, int]:
-  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by the reward of the steps before it) or a step."""
-  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
+  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by checkpoint.best) or a step. Sets what the config says of
+  the head, and gives `loaded` the adapters' base, as that run had them."""
+  trained = stored_config(workdir) or {}
+  belongs = _as_trained(c, loaded, trained)
+  checkpoints = None
+  if os.path.isdir(f"{workdir}/checkpoints"):
+    best = trained.get("checkpoint", {}).get("best")
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep, belongs, read_only=True, best=best)
   if not checkpoints or not checkpoints.steps():
     raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
   known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
   if which not in known:
     raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
-  trained = stored_config(workdir)
-  if trained:  # the head and what chooses prompts are as the run had them
-    for section, names in (("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))):
-      for name in names:
-        if name in trained.get(section, ()):
-          stored = trained[section][name]
-          c[section][name] = tuple(stored) if isinstance(stored, list) else stored
   like = init_state(c, loaded, optimizer(c), mesh, keep_params=False)
   step, state = checkpoints.restore(like, known[which])
   checkpoints.close()
   return state, step
+
+
+def _as_trained(c: ConfigDict, loaded: Policy, trained: dict) -> dict:
+  """Head, choice of prompts and adapters as the run of the stored config `trained` had them; what its checkpoints belong to."""
+  listed = [("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))]
+  for section, stored, names in [(c[name], trained.get(name, {}), names) for name, names in listed] + [
+    (c.model.lora, trained.get("model", {}).get("lora", {}), c.model.lora)]:
+    for name in names:
+      if name in stored:
+        section[name] = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+  beside = lora(c) if trained else None
+  if beside is None:
+    return {}
+  loaded.config = dataclasses.replace(loaded.config, lora=beside)
+  loaded.params = jax.tree.map(lambda x: x.astype(trained["model"]["dtype"]), loaded.params)
+  return {"base": digest(loaded.params)}

@@ -23,6 +23,7 @@ from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIO
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.files import hub
+from arrol_jax.models.lora import MATRICES
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
@@ -261,6 +262,10 @@ def _check(c: ConfigDict) -> None:
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
   _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
+  targets = c.model.lora.targets
+  _need(isinstance(targets, tuple | list) and len(targets) == len(set(targets)) > 0 and set(targets) <= set(MATRICES),
+        f"model.lora.targets is {targets!r}; it takes some of {', '.join(MATRICES)}, each once, such as ('q', 'v')")
+  _check_best(c)
 
 
 _WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
@@ -273,6 +278,7 @@ _RANGES = [
   (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new eval.sampled log.rollouts"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
   (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
+  (0, 2**10, "model.lora.rank"),
   (0, 1, "rollout.explore prune.target prune.holdout loss.overlong eval.stop_below"),
   (0, _REAL, "optim.lr optim.head_lr optim.weight_decay quality.weight_decay loss.clip_low loss.clip_high loss.kl_weight "
              "loss.head_weight"),
@@ -281,7 +287,7 @@ _RANGES = [
   (-_REAL, _REAL, "reward.success prune.keep prune.p_min prune.p_max"),  # _check_prune says more of the last
 ]
 _ABOVE = [
-  (0, 1, "rollout.top_p rollout.min_p learn.keep"), (0, 100, "rollout.temperature"),
+  (0, 1, "rollout.top_p rollout.min_p learn.keep"), (0, 100, "rollout.temperature"), (0, 2**16, "model.lora.alpha"),
   (0, 86400, "reward.timeout"),
   (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm stop_seconds"),
 ]
@@ -336,6 +342,14 @@ def _check_quality(c: ConfigDict) -> None:
   if q.fit != "ridge":
     _need(set(q.inputs) <= set(INPUTS),
           f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
+
+
+def _check_best(c: ConfigDict) -> None:
+  """What checkpoint.best names must be among the figures of an evaluation during training."""
+  best, names = c.checkpoint.best, sources.benchmark_names(c.data.eval)
+  known = ["held_out_accuracy"] + [f"held_out_accuracy/{name}" for name in names] * (len(names) > 1)
+  _need(best is None or best in known, f"checkpoint.best is {best!r}; it must be {' or '.join(known)}, or None")
+  _need(best is None or c.eval.every is not None, f"checkpoint.best={best} goes by evaluations during training: set eval.every")
 
 
 def _check_data(c: ConfigDict) -> None:

@@ -39,7 +39,7 @@ def main():
     step = 0
     if flags["workdir"].present:
       state, step = assemble.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
-      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
+      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")

@@ -117,7 +117,7 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     loaded = assemble.load(c, mesh)
     if workdir:
       state, _ = assemble.from_checkpoint(c, loaded, mesh, workdir)
-      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
+      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)

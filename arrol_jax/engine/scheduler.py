@@ -97,13 +97,13 @@ class Engine:
 
   def load(self, params: dict, dtype: str) -> None:
     """Takes the training parameters: cast, unstacked and resharded for decoding in one program."""
+    self.params = None  # those of before make room first
     self.params = self.loader(params, dtype)(params)
 
   def loader(self, params: dict, dtype: str):
     """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
-    axes = transformer.unstack_axes(transformer.logical_axes(self.config), self.config.layers)
     shapes = jax.eval_shape(transformer.unstack, params)
-    out = sharding.shardings(axes, shapes, self.mesh, sharding.DECODE)
+    out = sharding.shardings(transformer.decoding_axes(self.config), shapes, self.mesh, sharding.DECODE)
     return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype)
 
   def prompt_states(self, prompts: list[np.ndarray], sampling: Sampling) -> np.ndarray:
