@@ -220,16 +220,17 @@ def main():
 
     # ---- after
     done = int(state.step)
-    checkpoints.wait()
-    if c.checkpoint.best and checkpoints.best() not in (None, done):
-      best, state = checkpoints.restore(state, checkpoints.best())
+    best = checkpoints.best() if c.checkpoint.best else None
+    if best not in (None, done):
+      checkpoints.wait()
+      _, state = checkpoints.restore(state, best)
       hosts.say(f"step {best} has the best {c.checkpoint.best}: evaluated and exported")
     after = evaluate(state, "eval_after")
     if c.checkpoint.export:
       assemble.export(c, loaded, state, workdir)
     checkpoints.wait()  # a run whose last step is not on disk is not done
     if logs:
-      logs.finish(c, before, after, time.time() - started)
+      logs.finish(c, before, after, time.time() - started, best)
     hosts.gather(None)  # the others wait for what the first writes
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
