@@ -337,7 +337,7 @@ def fresh_adapters(c: ConfigDict, loaded: Policy, mesh) -> dict:
 
 
 def export(c: ConfigDict, loaded: Policy, state: TrainState, workdir: str) -> None:
-  """Writes what a run has made of the policy that it loaded: policy/, and its adapters alone as adapter/. All processes call it."""
+  """Writes what a run has made of the policy that it loaded: policy/, and adapters alone as adapter/. All processes call it."""
   trained = dataclasses.replace(loaded, params=state.policy, head=state.params["head"], calibration=state.calibration,
                                 head_inputs=tuple(c.quality.inputs), detect=detect(c))
   trained.save(f"{workdir}/policy", dtype=c.model.dtype)

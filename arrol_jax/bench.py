@@ -36,7 +36,9 @@ CASES = {"decode": decode, "update": bench_update, "step": bench_step, "scale": 
 
 COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "max_new": (128, "response tokens at most"),
           "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
-          "runs": (3, "measured ones; their median is reported"), "devices": (16, "`scale`: at most so many"),
+          "runs": (3, "measured ones; their median is reported"),
+          "lora": (0, "`update` and `step`: rank of adapters beside a base in --dtype; 0: all is trained"),
+          "devices": (16, "`scale`: at most so many"),
           "row_buckets": (4, "compiled row counts"),
           "length_buckets": (6, "compiled cache lengths"), "micro_tokens": (16384, "tokens a micro-batch"),
           "chunk_tokens": (4096, "tokens whose logits exist at once")}
@@ -82,6 +84,8 @@ def main():
     raise UserError(f"--rows is {min(a.attention_rows)}; it must be at least 1")
   if a.slots < 0:
     raise UserError(f"--slots is {a.slots}; it must be at least 1, or 0 for as many as there are rows")
+  if not 0 <= a.lora <= 1024 or a.lora and a.case not in ("update", "step"):
+    raise UserError(f"--lora is {a.lora}; it must lie between 0 and 1024, and goes with update and step")
   if a.case in ("step", "scale") and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
     raise UserError(f"--detect: each must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
   try:
@@ -94,7 +98,7 @@ def main():
   with jax.set_mesh(mesh):
     results = CASES[a.case](a, ZOO[a.shape], mesh)
   line = {"case": a.case, "shape": a.shape, "rows": a.rows, "prompt": a.prompt, "max_new": a.max_new, "lengths": a.lengths,
-          "dtype": a.dtype, "mesh": a.mesh, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+          "dtype": a.dtype, "mesh": a.mesh, "lora": a.lora, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   for result in results:
     print(json.dumps(line | result | {"peak_bytes": peak_bytes(),
                                       "command": "python -m arrol_jax.bench " + " ".join(sys.argv[1:])}), flush=True)

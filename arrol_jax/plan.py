@@ -4,9 +4,10 @@
   arrol-plan --config=gsm8k_qwen3_06b --topology=gpu:24GB     # one card, by count: an estimate
 
 For a TPU every program that train.py runs in a step is lowered from shapes and shardings alone (nothing is allocated, no
-weights are read) and compiled by libtpu, which `pip install "jax[tpu]"` brings. The model's shape is that of model.path where that is there,
-else of zoo.py: --shape=NAME, or the name that model.path's folder begins with. --effort=-1 compiles several times faster, with
-temporary memory that is not the real one's. --suggest=no looks for no change that would fit.
+weights are read) and compiled by libtpu, which `pip install "jax[tpu]"` brings. --effort=-1 compiles several times faster, with
+temporary memory that is not the real one's. For a GPU nothing is compiled: what is held is counted, and what an update needs
+beside it. The model's shape is that of model.path where that is there, else of zoo.py: --shape=NAME, or the name that
+model.path's folder begins with. --suggest=no looks for no change that would fit.
 
 What runs at several shapes is compiled at the largest; programs of a few scalars, evaluation and host memory are left out.
 """

@@ -2,8 +2,9 @@
 
 A checkpoint is the TrainState (what is trained of the policy, head, optimizer state, calibration tables, step) and what it
 belongs to: config hash and root key, and of adapters the hash of their frozen base, which is not saved. Data order and random
-keys are functions of (seed, step), so nothing else is needed. Saving is asynchronous and atomic (orbax); the newest `keep` stay, and the one with the best score. Each array's checksum is taken on the devices when it
-is saved and again when it is restored, whatever the mesh: a damaged checkpoint is set aside and the one before it is taken.
+keys are functions of (seed, step), so nothing else is needed. Saving is asynchronous and atomic (orbax); the newest `keep` stay,
+and the one with the best score. Each array's checksum is taken on the devices when it is saved and again when it is restored,
+whatever the mesh: a damaged checkpoint is set aside and the one before it is taken.
 With several processes the folder is one that all of them see.
 """
 
