@@ -5,7 +5,7 @@ Command:  arrol-get gsm8k
           The model comes from the hub (2.5 GB), for those who accepted its licence there and ran `hf auth login`; one that is
           here: --config.model.path=FOLDER
           Without pruning, the same program: add --config.prune.enabled=False
-Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_llama32_1b --topology=gpu:24GB), not measured; all 512 rows decode at once:
+Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_llama32_1b --topology=gpu:24GB), not measured, all 512 rows at once:
           24 GB: adapters alone: --config.model.lora.rank=16 --config.optim.chunk_tokens=1024: 21.5 GB
           40 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 36.7 GB
           80 GB: as it is: 49.4 GB
