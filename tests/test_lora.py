@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 
-from helpers_update import BATCH, COMPUTE, C, EXAMPLES, GROUPS, KL, LENGTH, PARAMS, ROWS, SGD, batch_of, same, scalars
+from helpers_update import BATCH, COMPUTE, C, EXAMPLES, KL, LENGTH, PARAMS, ROWS, SGD, batch_of, same, scalars
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +76,8 @@ def test_the_first_step_is_the_bases_to_the_last_bit():
   """Operation by operation; as one program each, the compiler may sum a norm in another order."""
   def ask(params):
     with jax.disable_jit():
-      hidden = transformer.forward(WITH, params, TOKENS, transformer.default_positions(TOKENS), causal_attention("xla"))[0]
+      few = TOKENS[:1, :4]
+      hidden = transformer.forward(WITH, params, few, transformer.default_positions(few), causal_attention("xla"))[0]
       return np.asarray(transformer.unembed(params, hidden))
   np.testing.assert_array_equal(ask(join(BASE, FRESH)), ask(BASE))
   compiled = lambda params: np.asarray(update.batch_logprobs(U, params, BATCH, np.float32(1)))
@@ -113,9 +114,8 @@ def test_without_rows_adapters_stay():
   assert np.any(np.asarray(state.params["head"]["w1"]) != np.asarray(PARAMS["head"]["w1"]))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_does_not_change_the_gradient(whole, remat):
-  u = dataclasses.replace(U, compute=dataclasses.replace(COMPUTE, remat=remat))
+def test_remat_does_not_change_the_gradient(whole):
+  u = dataclasses.replace(U, compute=dataclasses.replace(COMPUTE, remat="dots"))
   zero = update.zeros(WITH, ADAPTERS)
   grads, _ = update.accumulate(u, ADAPTERS, *zero, BATCH, scalars(), BASE)
   same(grads, whole[0]["policy"], 1e-5)
@@ -137,13 +137,10 @@ def test_frozen_matrices_have_no_gradient():
   assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in grads.values())  # beside a base in bfloat16
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-def test_sharded_is_unsharded(whole, shape):
-  """Adapters lie on the mesh as their matrices do, and so do their gradients' sums."""
-  mesh = sharding.make_mesh(*shape)
-  bins = {4: [[0], [1, 2], [3, 4, 5], [6, 7]], 1: [range(ROWS)]}[shape[0] * shape[1]]
-  batch, _ = batch_of(*bins, **({} if len(bins) == 1 else {"shape": BinShape(48, 3, LENGTH)}))
-  assert len(GROUPS) == 3
+def test_sharded_is_unsharded(whole):
+  """On eight devices. Adapters lie on the mesh as their matrices do, and so do their gradients' sums."""
+  mesh = sharding.make_mesh(2, 2, 2)
+  batch, _ = batch_of([0], [1, 2], [3, 4, 5], [6, 7], shape=BinShape(48, 3, LENGTH))
   with jax.set_mesh(mesh):
     place = lambda axes, x: jax.device_put(x, sharding.shardings(axes, x, mesh, sharding.TRAIN))
     base, mine = place(transformer.logical_axes(C), BASE), place(transformer.adapter_axes(WITH), ADAPTERS)
@@ -153,8 +150,8 @@ def test_sharded_is_unsharded(whole, shape):
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), {"policy": ADAPTERS, "head": PARAMS["head"]}, state.params)
   same(grads, whole[0], 1e-5)
   on_a_device = lambda x: x.addressable_shards[0].data.shape
-  for name, cut in (("up_lora_b", shape[2] > 1), ("down_lora_a", shape[2] > 1), ("up_lora_a", shape[1] > 1)):
-    assert (on_a_device(mine[name]) != mine[name].shape) == cut and on_a_device(sums[name]) == on_a_device(mine[name])
+  for name in ("up_lora_b", "down_lora_a", "up_lora_a"):
+    assert on_a_device(mine[name]) != mine[name].shape and on_a_device(sums[name]) == on_a_device(mine[name])
     assert state.params["policy"][name].sharding.is_equivalent_to(mine[name].sharding, 3)
 
 
