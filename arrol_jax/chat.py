@@ -144,7 +144,7 @@ def _vote(service: Service, call: Call, limits, sameness: Sameness) -> str | Non
   if not whole:
     print("(stopped)", flush=True)
     return None
-  lines, chosen = ballot(texts, last, limits, service.tables, sameness.ask)
+  lines, chosen = ballot(texts, last, limits, service.voters.tables, sameness.ask)
   print(printable("\n".join(lines)), flush=True)
   return texts[chosen]
 
