@@ -55,7 +55,7 @@ def test_the_wheel_holds_every_module_config_and_file_of_the_quickstart(wheel):
   example = ROOT / "experiments" / "arithmetic"
   page = {f"arrol_jax/reporting/page.{kind}" for kind in ("css", "js")}
   shipped_example = {f"arrol_jax/arithmetic/{p.relative_to(example)}" for p in example.rglob("*") if p.is_file()}
-  assert listed == modules | configs | shipped_example | page
+  assert listed == modules | configs | shipped_example | page | {"arrol_jax/benchmarks/gsm8k_step.json"}
 
 
 def test_the_wheel_has_the_commands(wheel):
