@@ -17,7 +17,7 @@ import threading
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble_service, config as configuration
-from arrol_jax.running.workdir import is_run
+from arrol_jax.running.workdir import is_run, newest_checkpoint
 from arrol_jax.serving.calls import Call, Piece
 from arrol_jax.serving.conversation import Conversation, TooLong, ballot, printable
 from arrol_jax.serving.fields import Refused
@@ -36,8 +36,9 @@ BASE = "base"  # the config of a model that no run tells of
 def main():
   argv, run = _command_line(sys.argv)
   c, flags = configuration.parse(argv, FLAGS, __doc__)
-  votes, context = _number("votes", flags.votes, 256), _number("context", flags.context, 2**20)
-  most = _number("max_new", flags.max_new or str(c.rollout.max_new), context - 1)
+  number = lambda name, text, most: configuration.whole_number(name, text, 1, most)
+  votes, context = number("votes", flags.votes, 256), number("context", flags.context, 2**20)
+  most = number("max_new", flags.max_new or str(c.rollout.max_new), context - 1)
   temperature = _temperature(flags.temperature) if flags.temperature else c.rollout.temperature
   configuration.check(c, files=False)
   workdir = _weights_of(c, run) if run else None
@@ -168,7 +169,7 @@ def _command_line(argv: list[str]) -> tuple[list[str], str | None]:
 
 def _weights_of(c: ConfigDict, run: str) -> str | None:
   """Sets the model to what the run has come to; the folder of the checkpoint to take, None where policy/ is newer."""
-  saved = os.path.isdir(f"{run}/checkpoints") and any(name.isdigit() for name in os.listdir(f"{run}/checkpoints"))
+  saved = newest_checkpoint(run)
   exported = os.path.isfile(f"{run}/policy/config.json")
   if exported and (os.path.isfile(f"{run}/summary.json") or not saved):
     c.model.path = f"{run}/policy"
@@ -193,12 +194,6 @@ def _resize(c: ConfigDict, wanted: tuple[int, int, int], positions: int) -> None
   room = min(context, positions)
   c.rollout.max_new = max(1, min(most, room - min(least, room // 2)))
   c.rollout.max_prompt = room - c.rollout.max_new
-
-
-def _number(name: str, text: str, most: int) -> int:
-  if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
-    raise UserError(f"--{name} is {text!r}; it must be an integer from 1 to {most}")
-  return int(text)
 
 
 def _temperature(text: str) -> float:

@@ -181,6 +181,13 @@ def _explain(path: str, e: Exception) -> str:
   return " ".join(text.split())
 
 
+def whole_number(name: str, text: str, least: int, most: int) -> int:
+  """The value of flag --name; UserError unless it is a whole number from `least` to `most`."""
+  if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+    raise UserError(f"--{name} is {text!r}; it must be an integer from {least} to {most}")
+  return int(text)
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs an entry point; a user's mistake ends in one line on stderr and exit status 2, without a traceback.
 

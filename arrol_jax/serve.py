@@ -38,7 +38,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def main():
   c, flags = configuration.parse(_underscored(sys.argv), FLAGS, __doc__)
   _check(c)
-  number = {name: _number(name, flags[name].value, most) for name, most in MOST.items()}
+  number = {name: configuration.whole_number(name, flags[name].value, 0, most) for name, most in MOST.items()}
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])
   workdir = flags.workdir if flags["workdir"].present else None
@@ -70,12 +70,6 @@ def _check(c: ConfigDict) -> None:
   """Serving needs the model and no data."""
   configuration.check(c, files=False)
   configuration.check_model(c)
-
-
-def _number(name: str, text: str, most: int) -> int:
-  if not text.isascii() or not text.isdigit() or int(text) > most:
-    raise UserError(f"--{name} is {text!r}; it must be an integer from 0 to {most}")
-  return int(text)
 
 
 def _boolean(name: str, text: str) -> bool:

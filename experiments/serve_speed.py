@@ -212,7 +212,7 @@ def main():
   c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   serve._check(c)
   for name in ("calls", "max_tokens", "votes", "seconds"):
-    serve._number(name, flags[name].value, 10**6)
+    configuration.whole_number(name, flags[name].value, 0, 10**6)
   b = Bench(c, flags)
   assemble.hosts.say(f"{b.limits.model}: {b.service.engine.rows} slots")
   speed = {}

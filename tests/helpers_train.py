@@ -35,16 +35,20 @@ def arguments(workdir, **overrides):
   return [QUICKSTART, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
 
 
-def command(*argv):
-  """`python -m arrol_jax.train ARGV`, in this process: exit status and what it wrote."""
+def in_process(module, *argv):
+  """`python -m MODULE ARGV`, in this process: exit status and what it wrote."""
   out, err, status = io.StringIO(), io.StringIO(), 0
   with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-      mock.patch.object(sys, "argv", ["train.py", *map(str, argv)]):
+      mock.patch.object(sys, "argv", [module.__name__, *map(str, argv)]):
     try:
-      config.run(train.main)
+      config.run(module.main)
     except SystemExit as e:
       status = e.code
   return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def command(*argv):
+  return in_process(train, *argv)
 
 
 def run(workdir, **overrides):

@@ -115,7 +115,7 @@ def test_votes_show_what_the_head_thinks(policy, monkeypatch, capsys):
 
 
 def test_ctrl_c_ends_a_reply_and_not_the_program(policy, monkeypatch, capsys):
-  """The signal comes with the first piece; the next line is answered as ever."""
+  """The signal comes with the first piece; the next line is answered as ever. A suite in the background has it ignored."""
   real, pieces = chat.printable, []
 
   def first_piece(text):
@@ -124,8 +124,12 @@ def test_ctrl_c_ends_a_reply_and_not_the_program(policy, monkeypatch, capsys):
       signal.raise_signal(signal.SIGINT)
     return real(text)
 
-  with mock.patch.object(chat, "printable", first_piece):
-    done = talk(monkeypatch, capsys, "2+2>\n/reset\n3+3>\n", policy, "--temperature=0", *SMALL)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with mock.patch.object(chat, "printable", first_piece):
+      done = talk(monkeypatch, capsys, "2+2>\n/reset\n3+3>\n", policy, "--temperature=0", *SMALL)
+  finally:
+    signal.signal(signal.SIGINT, before)
   stopped, reset, answered = done.out.splitlines()
   assert done.status == 0 and stopped.endswith(" (stopped)") and reset == "(a new conversation)" and "stopped" not in answered
 

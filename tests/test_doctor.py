@@ -1,15 +1,12 @@
 """arrol-doctor: what it tells of a config, each warning and each refusal; it writes nothing and compiles nothing."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 import shutil
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
-from helpers_train import ROOT, SMALL, arguments, command
+from helpers_train import QUICKSTART, ROOT, SMALL, arguments, command, in_process
 import jax
 import pytest
 from test_model_mistakes import changed, with_token
@@ -24,17 +21,10 @@ LINES = (ROOT / "experiments/arithmetic/train.jsonl").read_text().splitlines()
 def examined(folder, **overrides):
   """arrol-doctor in this process: exit status, page, warnings and errors."""
   keys = SMALL | {"data.eval": ""} | {k.replace("__", "."): v for k, v in overrides.items()}
-  out, err, status = io.StringIO(), io.StringIO(), 0
-  argv = ["x", f"--config={ROOT}/configs/quickstart.py", f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in keys.items())]
-  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-      mock.patch.object(sys, "argv", argv):
-    try:
-      config.run(doctor.main)
-    except SystemExit as e:
-      status = e.code
-  said = [x for x in err.getvalue().splitlines() if not x.startswith("reward function ")]
+  seen = in_process(doctor, QUICKSTART, f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in keys.items()))
+  said = [x for x in seen.err.splitlines() if not x.startswith("reward function ")]
   assert all(x.startswith(("warning: ", "error: ")) for x in said), said
-  return SimpleNamespace(status=status, page=out.getvalue(), warnings=[x[9:] for x in said if x.startswith("warning: ")],
+  return SimpleNamespace(status=seen.status, page=seen.out, warnings=[x[9:] for x in said if x.startswith("warning: ")],
                          errors=[x[7:] for x in said if x.startswith("error: ")])
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -182,6 +183,16 @@ def test_the_preset_runs_each_rollout_to_its_real_length_with_its_real_reward(mo
   assert line["rows_trained"] == 4  # the second group is all right
   status, _, err = call(bench, monkeypatch, capsys, "step", "--preset=gsm8k", "--rows=16")
   assert status == 2 and "--rows" in err and len(err.splitlines()) == 1
+
+
+def test_the_floor_of_decoding_counts_each_groups_own_prompt():
+  """Two groups of four, prompts of 5 and 9 tokens, responses of 2 and 3: 3 steps read the weights, columns by hand."""
+  a, c = SimpleNamespace(group=4, cache=None, dtype="float32", weights=None), ZOO["tiny"]
+  work = measuring.Workload([5, 9], np.array([2] * 4 + [3] * 4))
+  column, weights = measuring.cache_bytes(c, a), 4 * c.num_params()
+  for shared, columns in ((False, 5 * 8 + 9 * 12), (True, 5 * 2 + 9 * 3)):
+    floor = measuring.decode_floor(c, a, work, 8, {"read_bytes_s": 1.0}, shared)
+    assert floor == (columns + 4 * 3 + 4 * 6) * column + 3 * weights
 
 
 def test_bench_scale_compares_with_one_device(monkeypatch, capsys):

@@ -1,22 +1,20 @@
 """What a training run does when it is told to stop, out of disk, damaged or fed NaN; experiments/faults.py kills it for real."""
 
-import contextlib
 import errno
 import gc
-import io
 import json
 import os
 from pathlib import Path
 import shutil
 import signal
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
+from helpers_train import QUICKSTART, command
 import jax
 import pytest
 
-from arrol_jax import config, train
+from arrol_jax import train
 from arrol_jax.learning import generation, update
 from arrol_jax.running.checkpoint import Checkpoints
 
@@ -35,16 +33,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcepti
 def run(folder, **other):
   """The training command in this process: exit status, stdout, stderr."""
   names = SETTINGS | {k.replace("__", "."): v for k, v in other.items()}
-  argv = ["train", "--config=configs/quickstart.py", f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in names.items())]
-  out, err, status = io.StringIO(), io.StringIO(), 0
-  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-      mock.patch.object(sys, "argv", argv):
-    try:
-      config.run(train.main)
-    except SystemExit as e:
-      status = e.code
+  seen = command(QUICKSTART, f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in names.items()))
   gc.collect()
-  return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1].splitlines())
+  return SimpleNamespace(status=seen.status, out=seen.out, err=seen.err.split("\r")[-1].splitlines())
 
 
 def course(folder):

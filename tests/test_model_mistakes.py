@@ -1,20 +1,16 @@
 """A model that does not fit what is asked of it, in every command: too few positions, tokens without an embedding, texts without
 an end, prompts that are over before they begin."""
 
-import contextlib
-import io
 import json
 import shutil
-import sys
-from types import SimpleNamespace
 from unittest import mock
 
-from helpers_train import ROOT, SMALL, arguments, assert_refused, command
+from helpers_train import QUICKSTART, ROOT, SMALL, arguments, assert_refused, command, in_process
 import jax
 import pytest
 from test_gguf_files import write
 
-from arrol_jax import config, evaluate, plan, serve
+from arrol_jax import evaluate, plan, serve
 from arrol_jax.models.files.tokenizers import load_tokenizer
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.serving import prompts
@@ -28,15 +24,7 @@ SHORT = {"steps": 1, "data__eval": "", "loss__kl_weight": 0.0, "checkpoint__expo
 
 def run(module, *argv):
   """A command in this process: exit status and what it wrote."""
-  out, err, status = io.StringIO(), io.StringIO(), 0
-  given = [f"--config={ROOT}/configs/quickstart.py", *(f"--config.{k}={v}" for k, v in SMALL.items()), *map(str, argv)]
-  with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-      mock.patch.object(sys, "argv", ["x", *given]):
-    try:
-      config.run(module.main)
-    except SystemExit as e:
-      status = e.code
-  return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+  return in_process(module, QUICKSTART, *(f"--config.{k}={v}" for k, v in SMALL.items()), *argv)
 
 
 def changed(tmp_path, name="model", **files):

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, serving
 import jax
@@ -66,11 +67,11 @@ def test_few_rows_have_short_segments_that_end_at_decisions(server):
   s = server.service
   with jax.set_mesh(s.engine.mesh):
     run = pace.PacedRun(s.engine, s.sampling, detect=(16,))
-    run.e.segment, sequences = 8, [object() for _ in range(40)]
+    run.e.segment, sequences = 8, [SimpleNamespace(started=0) for _ in range(40)]
     assert run.steps(sequences[:1]) == run.steps(sequences[:4]) == 2 and run.steps(sequences[:20]) == 8
-    run.started = {sequences[0]: 10, sequences[1]: 14}
+    sequences[0].started, sequences[1].started = 10, 14
     assert run.steps(sequences[:2] + sequences[5:20]) == 2  # the second is two tokens before its decision
-    run.started = {sequences[0]: 10, sequences[1]: 16}
+    sequences[1].started = 16
     assert run.steps(sequences[:2] + sequences[5:20]) == 6
 
 

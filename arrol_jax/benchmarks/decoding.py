@@ -21,16 +21,21 @@ def decode(a, c, mesh) -> list[dict]:
   compile_s = time.perf_counter() - start
   lengths = target_lengths("lognormal", a.rows, a.max_new, 0.4, 0.6)
   everything = np.full(a.rows, a.max_new)
-  own, full = (requests(c, a.group, alike(a, x)) for x in (lengths, everything))
-  useful, _ = timed(lambda: engine.run(own, key, sampling) and None, a.runs)
+  own, full = alike(a, lengths), alike(a, everything)
+
+  def run(work) -> list[float]:
+    wanted = requests(c, a.group, work)
+    return timed(lambda: engine.run(wanted, key, sampling) and None, a.runs)[0]
+
+  useful = run(own)
   out = {"tok_s_useful": int(lengths.sum()) / statistics.median(useful),
-         "useful_floor_share": decode_floor(c, a, lengths, engine.rows, limits) / statistics.median(useful),
-         "useful_floor_share_shared": decode_floor(c, a, lengths, engine.rows, limits, shared=True) / statistics.median(useful),
+         "useful_floor_share": decode_floor(c, a, own, engine.rows, limits) / statistics.median(useful),
+         "useful_floor_share_shared": decode_floor(c, a, own, engine.rows, limits, shared=True) / statistics.median(useful),
          "floor": limits}
   rates = [int(lengths.sum()) / s for s in useful]
   if a.static:
-    static, _ = timed(lambda: engine.run(full, key, sampling) and None, a.runs)
-    floor, shared = (decode_floor(c, a, everything, engine.rows, limits, shared=x) for x in (False, True))
+    static = run(full)
+    floor, shared = (decode_floor(c, a, full, engine.rows, limits, shared=x) for x in (False, True))
     rates, seconds = [a.rows * a.max_new / s for s in static], statistics.median(static)
     out |= {"tok_s_static": a.rows * a.max_new / seconds, "floor_share": floor / seconds, "floor_share_shared": shared / seconds,
             "floor": limits | {"tok_s_static": a.rows * a.max_new / floor, "tok_s_static_shared": a.rows * a.max_new / shared}}

@@ -96,18 +96,18 @@ def cache_bytes(c, a) -> int:
   return kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, a.cache or a.dtype)
 
 
-def decode_floor(c, a, lengths, slots: int, limits: dict, shared: bool = False) -> float:
+def decode_floor(c, a, work: Workload, slots: int, limits: dict, shared: bool = False) -> float:
   """Seconds that reading takes at the measured bandwidth: each token its row's cache, each step all weights once.
 
   Steps: as many as `slots` rows need when a slot takes the next request the moment it is free. shared: a group's prompt is read
   once a step for all its rows (all of them start together), not once a row.
   """
-  free = [0] * min(slots, len(lengths))
-  for n in lengths:
+  free = [0] * min(slots, len(work.responses))
+  for n in work.responses:
     heapq.heapreplace(free, free[0] + int(n))
-  lengths = np.asarray(lengths, float)
+  lengths = np.asarray(work.responses, float)
   groups = [lengths[i:i + a.group] for i in range(0, len(lengths), a.group)]
-  prompts = sum(max(group) if shared else sum(group) for group in groups) * a.prompt
+  prompts = sum(n * (max(group) if shared else sum(group)) for n, group in zip(work.prompts, groups, strict=True))
   context = prompts + np.sum(lengths * (lengths + 1) / 2)
   weights = c.num_params() * jnp.dtype(a.weights or a.dtype).itemsize
   return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from arrol_jax import step_programs
 from arrol_jax.benchmarks.measuring import (
+  Workload,
   alike,
   ceilings,
   decode_floor,
@@ -26,6 +27,7 @@ from arrol_jax.benchmarks.measuring import (
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.learning import batching, update
 from arrol_jax.learning.losses import GRPO
+from arrol_jax.learning.metrics import by_prompt
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.step import RolledOut, StepConfig, TrainingStep
 
@@ -135,22 +137,34 @@ def step_line(a, c, detect: int, results: dict, slots: int, limits: dict) -> dic
   base, base_runs = results[None]
   pruned, runs = results[detect]
   before, after = base_runs[0][1], runs[0][1]
+  lengths = lambda rows: sum(len(r.tokens) for r in rows)
   ideal = ideal_speedup(c, a, before, after, slots, limits)
   ideal["step"] = base["step"] / sum(base[k] / ideal[k] for k in PHASES)
   speedup = {k: base[k] / pruned[k] for k in (*PHASES, "step")}
-  kept = [r for r in after if not r.pruned]
   return {f"sec_{k}": v for k, v in base.items()} | {f"sec_{k}_pruned": v for k, v in pruned.items()} | {
     "detect": detect, "speedup": speedup, "ideal": ideal, "ideal_share": {k: speedup[k] / ideal[k] for k in ideal},
-    "floor_share": decode_floor(c, a, [len(r.tokens) for r in before], slots, limits) / base["generate"],
-    "rows_trained": base_runs[0][0]["rows_trained"], "rows_trained_pruned": runs[0][0]["rows_trained"],
-    "floor": limits, "slots": slots, "kept": len(kept), "tokens_generated": sum(len(r.tokens) for r in before),
-    "tokens_generated_pruned": sum(len(r.tokens) for r in after),
-    "tokens_trained_pruned": sum(len(r.tokens) for r in kept)} | spread([x["step"] for x, _ in runs])
+    "floor_share": decode_floor(c, a, made(before), slots, limits) / base["generate"],
+    "rows_trained": base_runs[0][0]["rows_trained"], "rows_trained_pruned": runs[0][0]["rows_trained"], "floor": limits,
+    "slots": slots,
+    "kept": sum(not r.pruned for r in after), "tokens_generated": lengths(before),
+    "tokens_generated_pruned": lengths(after), "tokens_trained_pruned": lengths(trained(after))} | spread(
+      [x["step"] for x, _ in runs])
 
 
 def ideal_speedup(c, a, before: list, after: list, slots: int, limits: dict) -> dict:
   """By phase, what these rollouts would gain at the floor: bytes read in generation, FLOPs of the rows trained on."""
-  work = lambda done: sum(flops(c, n, n, 1) for n in (len(r.prompt_tokens) + len(r.tokens) for r in done if not r.pruned))
-  read = lambda done: decode_floor(c, a, [len(r.tokens) for r in done], slots, limits)
-  trained = work(before) / work(after)
-  return {"generate": read(before) / read(after), "logprob": trained, "update": trained}
+  work = lambda done: sum(flops(c, n, n, 1) for n in (len(r.prompt_tokens) + len(r.tokens) for r in trained(done)))
+  read = lambda done: decode_floor(c, a, made(done), slots, limits)
+  learned = work(before) / max(work(after), 1.0)  # one FLOP where nothing is left to train
+  return {"generate": read(before) / read(after), "logprob": learned, "update": learned}
+
+
+def made(done: list) -> Workload:
+  """What was generated, by the rollouts of a step."""
+  return Workload([len(group[0].prompt_tokens) for group in by_prompt(done).values()], np.array([len(r.tokens) for r in done]))
+
+
+def trained(done: list) -> list:
+  """Survivors with an advantage: those of groups whose rewards differ."""
+  groups = by_prompt([r for r in done if not r.pruned]).values()
+  return [r for group in groups if len({x.reward for x in group}) > 1 for r in group]

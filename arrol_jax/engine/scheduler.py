@@ -144,8 +144,7 @@ class Engine:
 
     key: the step's key; a request's own is fold_in(key, index), so its tokens do not depend on its slot or company.
     decide(slots, lengths) -> (slots, Decision), called after each segment, may end rows; lengths: how many tokens rows that have
-    not ended may have (None: any). on_done(rollout) is called while the next
-    segment runs.
+    not ended may have (None: any). on_done(rollout) is called while the next segment runs.
     """
     state = Run(self, key, sampling)
     rollouts = [state.add(request).rollout for request in requests]

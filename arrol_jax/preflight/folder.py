@@ -23,7 +23,7 @@ def settings(page: Page, c: ConfigDict, defaults: ConfigDict, workdir: str) -> b
   if stored is None:
     page.say(f"{workdir}: no run is there yet")
     return False
-  start = saved(workdir)
+  start = runs.newest_checkpoint(workdir)
   page.say(f"{workdir}: a run, saved after step {start}" if start else f"{workdir}: a run without a checkpoint")
   done = runs.finished(workdir, c.steps, c.stop_seconds)
   if done:
@@ -55,12 +55,6 @@ def export(c: ConfigDict, workdir: str, tokenizer) -> None:
   """UserError where the trained policy could not be written at the end."""
   if c.checkpoint.export:
     folders.check_replaceable(Path(workdir) / "policy", tokenizer)
-
-
-def saved(workdir: str) -> int:
-  """The step of the newest checkpoint; 0 without one."""
-  folder = f"{workdir}/checkpoints"
-  return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0) if os.path.isdir(folder) else 0
 
 
 def _list(page: Page, what: str, items: list[str]) -> None:

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from arrol_jax.running.workdir import is_run, read_json, read_lines, records, stored_config
+from arrol_jax.running.workdir import flat, is_run, read_json, read_lines, records, stored_config
 from arrol_jax.types import UserError
 
 MOST_ROLLOUTS = 400
@@ -129,8 +129,5 @@ def smooth(y: np.ndarray, window: int = 5) -> np.ndarray:
 
 def to_text(config: dict) -> str:
   """The config as lines of KEY = VALUE."""
-  out = []
-  for section, values in sorted(config.items(), key=lambda x: isinstance(x[1], dict)):
-    pairs = [(f"{section}.{name}", value) for name, value in values.items()] if isinstance(values, dict) else [(section, values)]
-    out += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in pairs]
-  return "\n".join(out)
+  plain_first = dict(sorted(config.items(), key=lambda x: isinstance(x[1], dict)))
+  return "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in flat(plain_first).items())

@@ -166,10 +166,15 @@ def seconds_of(lines: list[dict]) -> float:
   return lines[-1]["sec_total"] if "sec_total" in lines[-1] else sum(x["sec_step"] for x in lines)
 
 
+def newest_checkpoint(workdir: str) -> int:
+  """The step of the newest checkpoint in the folder; 0 without one."""
+  folder = f"{workdir}/checkpoints"
+  return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0) if os.path.isdir(folder) else 0
+
+
 def check_can_go_on(workdir: str) -> None:
   """UserError where steps were done and saved, and no checkpoint of them is there: starting anew would wipe their results."""
-  folder = f"{workdir}/checkpoints"
-  if os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder)):
+  if newest_checkpoint(workdir):
     return
   steps, stored = steps_done(workdir), stored_config(workdir)
   if not steps and stored:  # past the second save the first was on disk
@@ -177,8 +182,8 @@ def check_can_go_on(workdir: str) -> None:
     steps = logged if logged > 2 * stored.get("checkpoint", {}).get("every", logged) else 0
   if steps:
     policy = f"; {workdir}/policy, as model.path of another --workdir, trains on" if os.path.isdir(f"{workdir}/policy") else ""
-    raise UserError(f"{workdir} holds {steps} steps of a run whose checkpoints are gone, so it cannot go on: put {folder} back, "
-                    f"or choose another --workdir{policy}")
+    raise UserError(f"{workdir} holds {steps} steps of a run whose checkpoints are gone, so it cannot go on: put "
+                    f"{workdir}/checkpoints back, or choose another --workdir{policy}")
 
 
 def check_length(workdir: str, start: int, steps: int) -> None:

@@ -35,7 +35,6 @@ class PacedRun(Run):
                steady: bool = False, kept: PrefixCache | None = None):
     super().__init__(engine, jax.random.key(0), sampling)
     self.detect, self.on_seat, self.steady, self.kept = detect, on_seat, steady, kept
-    self.started: dict[Sequence, int] = {}  # steps started, of those in slots
     # Kept prefixes are of whole blocks: block by block there is no telling what was kept.
     self.widths = [kept.block] if kept and steady else widths(engine.max_prompt)
 
@@ -43,16 +42,14 @@ class PacedRun(Run):
 
   def steps(self, live: list[Sequence]) -> int:
     """Steps of the next segment."""
-    fresh = any(sequence not in self.started for sequence in live)
+    fresh = any(not sequence.started for sequence in live)
     most = SHORT if len(live) <= FEW else MIDDLE if fresh or len(live) <= SOME else self.e.segment
-    due = [length - self.started.get(sequence, 0) for sequence in live for length in self.detect]
+    due = [length - sequence.started for sequence in live for length in self.detect]
     return min([self.e.segment, most, *(n for n in due if n > 0)])
 
   def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
-    live = [sequence for sequence in self.slot_to_request if sequence]
-    steps = self.steps(live)
+    steps = self.steps([sequence for sequence in self.slot_to_request if sequence])
     super().start_segment(decide, self.limit(steps) if most is None else most)
-    self.started = {sequence: self.started.get(sequence, 0) + steps for sequence in live}
 
   def limit(self, steps: int) -> np.ndarray | None:
     """How many steps the segment's program is told to take; None: it is the one that takes a whole segment."""
