@@ -5,7 +5,6 @@ The only module besides the entry points that reads the config; everything below
 
 from collections.abc import Callable
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,8 @@ from arrol_jax.data.problems import Prompt, digests, encode_prompts
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.engine.sampling import Sampling, Taps
 from arrol_jax.engine.scheduler import Engine
-from arrol_jax.learning import head_training, update
+from arrol_jax.learning import update
 from arrol_jax.learning.batching import PackShape
-from arrol_jax.learning.candidates import nothing_known
 from arrol_jax.learning.evaluation import measure
 from arrol_jax.learning.generation import Asked, Grading
 from arrol_jax.learning.losses import ALGORITHMS, LossConfig
@@ -30,19 +28,19 @@ from arrol_jax.models import sharding
 from arrol_jax.models.files import hub
 from arrol_jax.models.files.tokenizers import check_ids
 from arrol_jax.models.files.weights import Policy, load_policy, open_policy
+from arrol_jax.models.lora import Lora
 from arrol_jax.pruning import features
 from arrol_jax.pruning.decision import Voters
-from arrol_jax.pruning.head import init_head, inputs_of, is_linear
+from arrol_jax.pruning.head import inputs_of, is_linear
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
 from arrol_jax.running import checkpoint, hosts
-from arrol_jax.running.checkpoint import Checkpoints, digest
-from arrol_jax.running.workdir import fingerprint, stored_config
+from arrol_jax.running.checkpoint import digest
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
 
-TRAIN, EVAL, INIT, CHOICE = range(4)  # purposes of random keys
+TRAIN, EVAL, INIT, CHOICE, ADAPTERS = range(5)  # purposes of random keys
 TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 
@@ -57,28 +55,37 @@ def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
 
 
 def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Policy:
-  """The policy with float32 parameters on the mesh; it must bring a tokenizer, stop tokens that it knows, and
-  positions for the longest row.
+  """The policy on the mesh, with float32 parameters, or where adapters are to be trained with a frozen base in model.dtype; it
+  must bring a tokenizer, stop tokens that it knows, and positions for the longest row.
 
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
-  return _with_tokenizer(c, load_policy(hub.local(c.model.path), dtype="float32", mesh=mesh, longest=_longest(c, training)))
+  dtype = c.model.dtype if training and c.model.lora.rank else "float32"
+  return _checked(c, load_policy(hub.local(c.model.path), dtype, mesh, longest=_longest(c, training)), training)
 
 
 def opened(c: ConfigDict, training: bool = False) -> Policy:
   """`load` that reads headers alone: its parameters are shapes, of which nobody knows yet whether they are finite."""
-  return _with_tokenizer(c, open_policy(hub.local(c.model.path), _longest(c, training)))
+  return _checked(c, open_policy(hub.local(c.model.path), _longest(c, training)), training)
 
 
 def _longest(c: ConfigDict, training: bool) -> int:
   return longest_row(c, training, not training or c.data.eval != "")
 
 
-def _with_tokenizer(c: ConfigDict, loaded: Policy) -> Policy:
+def _checked(c: ConfigDict, loaded: Policy, training: bool) -> Policy:
+  """Says of the policy which adapters are to be trained beside it; UserError where it has no tokenizer that fits."""
+  loaded.config = dataclasses.replace(loaded.config, lora=lora(c) if training else None)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
   check_ids(c.model.path, loaded.tokenizer, loaded.eos_ids, loaded.config.vocab, "a response may end with")
   return loaded
+
+
+def lora(c: ConfigDict) -> Lora | None:
+  """The adapters that are trained; None: all of the policy is."""
+  x = c.model.lora
+  return Lora(x.rank, x.alpha, tuple(x.targets)) if x.rank else None
 
 
 def longest_row(c: ConfigDict, training: bool, held_out: bool) -> int:
@@ -298,11 +305,6 @@ def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
 
 
-def belongs(c: ConfigDict) -> dict:
-  """What a checkpoint of this run says of itself."""
-  return {"config_hash": fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
-
-
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
   o = c.optim
   head_lr = o.head_lr if c.quality.fit == "adam" else 0.0  # the ridge has no gradient
@@ -318,48 +320,3 @@ def schedule(c: ConfigDict) -> Callable:
 def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:
   """What goes over the head's buffer."""
   return optax.adamw(c.optim.head_lr, weight_decay=c.quality.weight_decay)
-
-
-def fresh_head(c: ConfigDict, width: int) -> tuple[dict, object, Calibration]:
-  """A head that knows nothing, what its fit remembers, and its tables: one a decision, a linear head's for the last token too."""
-  q, decisions = c.quality, len(detect(c))
-  if q.fit == "ridge":
-    head, recent = head_training.no_linear(features.width(linear_inputs(c), width), decisions, q.center)
-  else:
-    head = init_head(width, q.hidden, key(c, INIT), tuple(q.inputs))
-    recent = head_training.no_recent(head, width, q.buffer, head_optimizer(c)) if q.buffer else None
-  tables = jax.tree.map(lambda x: jnp.stack([x] * (decisions + (q.fit == "ridge"))), Calibration.empty(c.prune.bins))
-  return head, recent, tables
-
-
-def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
-  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates)."""
-  weights = jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
-  head, recent, tables = fresh_head(c, loaded.config.width)
-  params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
-  model = nothing_known(loaded.config.width) if candidates(c) > c.rollout.prompts else None
-  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
-  return TrainState(params, *jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model)))
-
-
-def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
-                    which: str = "newest") -> tuple[TrainState, int]:
-  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by the reward of the steps before it) or a step."""
-  checkpoints = Checkpoints(workdir, c.checkpoint.keep, read_only=True) if os.path.isdir(f"{workdir}/checkpoints") else None
-  if not checkpoints or not checkpoints.steps():
-    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
-  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
-  if which not in known:
-    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
-  trained = stored_config(workdir)
-  if trained:  # the head and what chooses prompts are as the run had them
-    for section, names in (("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))):
-      for name in names:
-        if name in trained.get(section, ()):
-          stored = trained[section][name]
-          c[section][name] = tuple(stored) if isinstance(stored, list) else stored
-  like = init_state(c, loaded, optimizer(c), mesh, keep_params=False)
-  step, state = checkpoints.restore(like, known[which])
-  checkpoints.close()
-  return state, step

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble
+from arrol_jax import assemble, assemble_state
 from arrol_jax.serving import prompts
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.prefixes import PrefixCache
@@ -28,8 +28,8 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     loaded = assemble.load(c, mesh)
     resize and resize(loaded.config.max_length)
     if workdir:
-      state, _ = assemble.from_checkpoint(c, loaded, mesh, workdir)
-      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
+      state, _ = assemble_state.from_checkpoint(c, loaded, mesh, workdir)
+      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)

@@ -38,7 +38,9 @@ CASES = {"decode": decode, "update": bench_update, "step": bench_step, "scale": 
 
 COUNTS = {"group": (16, "rollouts a prompt"), "prompt": (64, "prompt tokens"), "max_new": (128, "response tokens at most"),
           "slots": (0, "rows that decode at once; 0: all"), "segment": (32, "decode steps between two looks of the host"),
-          "runs": (3, "measured ones; their median is reported"), "devices": (16, "`scale`: at most so many"),
+          "runs": (3, "measured ones; their median is reported"),
+          "lora": (0, "`update` and `step`: rank of adapters beside a base in --dtype; 0: all is trained"),
+          "devices": (16, "`scale`: at most so many"),
           "row_buckets": (4, "compiled row counts"),
           "length_buckets": (6, "compiled cache lengths"), "tail_sizes": (2, "smaller sizes of the last micro-batch"),
           "micro_tokens": (16384, "tokens a micro-batch"),
@@ -94,6 +96,8 @@ def main():
     raise UserError(f"--weights={a.weights} is for `decode`, `step` and `scale`; `{a.case}` does not decode with them")
   if a.slots < 0:
     raise UserError(f"--slots is {a.slots}; it must be at least 1, or 0 for as many as there are rows")
+  if not 0 <= a.lora <= 1024 or a.lora and a.case not in ("update", "step"):
+    raise UserError(f"--lora is {a.lora}; it must lie between 0 and 1024, and goes with update and step")
   if a.case in ("step", "scale") and any(d % a.segment or not 2 <= d < a.max_new for d in a.detect):
     raise UserError(f"--detect: each must be a multiple of --segment={a.segment} and less than --max_new={a.max_new}")
   try:
@@ -104,7 +108,7 @@ def main():
   if mesh is None:
     raise UserError(f"--mesh={a.mesh}: it takes three whole numbers, devices along data, fsdp and tensor, such as 1,2,1")
   line = {"case": a.case, "shape": a.shape, "rows": a.rows, "prompt": a.prompt, "max_new": a.max_new, "lengths": a.lengths,
-          "dtype": a.dtype, "mesh": a.mesh, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+          "dtype": a.dtype, "mesh": a.mesh, "lora": a.lora, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   with jax.set_mesh(mesh):
     for result in CASES[a.case](a, ZOO[a.shape], mesh):  # each line as soon as it is known
       print(json.dumps(line | result | {"peak_bytes": peak_bytes(),

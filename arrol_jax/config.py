@@ -5,7 +5,6 @@ configs/base.py says what every key means. Only entry points import this module.
 
 from collections.abc import Callable
 import errno
-import functools
 import math
 import os
 import re
@@ -17,12 +16,14 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from arrol_jax import usage
+from arrol_jax.config_ranges import check_ranges, need, value_of
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.files import hub
+from arrol_jax.models.lora import MATRICES
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
@@ -253,105 +254,46 @@ def remarks(c: ConfigDict) -> list[str]:
   return []
 
 
-def _need(ok: bool, text: str) -> None:
-  if not ok:
-    raise UserError(text)
-
-
 def check_model(c: ConfigDict) -> None:
   """Raises UserError unless model.path is a place on this machine, something that is shipped, or a hub id."""
-  _need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
+  need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
   path = hub.here(c.model.path)
-  _need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
+  need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
 
 
 def _check(c: ConfigDict) -> None:
-  _check_ranges(c)
+  check_ranges(c)
   _check_prune(c)
   r = c.rollout
-  _need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
-  _need(r.weights in (None, "int8"), f"rollout.weights is {r.weights!r}; it must be 'int8' or left out")
-  _need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
+  need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
+  need(r.weights in (None, "int8"), f"rollout.weights is {r.weights!r}; it must be 'int8' or left out")
+  need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
   _check_quality(c)
-  _need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
+  need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
-    _need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
+    need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
   for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
-    value = _value(c, name)
-    _need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
-  _need(c.stop_seconds is None or c.optim.schedule == "constant",
+    value = value_of(c, name)
+    need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
+  need(c.stop_seconds is None or c.optim.schedule == "constant",
         f"optim.schedule is {c.optim.schedule!r}; stop_seconds leaves the last step open, so it must be 'constant'")
-  _need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),
+  need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),
         f"eval.at_seconds is {tuple(c.eval.at_seconds)}; it takes seconds above 0, such as (60.0,)")
-  _need(c.model.attention in IMPLEMENTATIONS,
+  need(c.model.attention in IMPLEMENTATIONS,
         f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-  _need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
-  _need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
-
-
-_WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
-# Every numeric key's smallest and largest value (_ABOVE: the smallest is too small itself). NaN lies in no range.
-_RANGES = [
-  (1, _WHOLE, "steps rollout.prompts rollout.candidates rollout.max_prompt rollout.max_new rollout.slots rollout.top_k "
-              "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
-              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every "
-              "eval.subset mesh.data mesh.fsdp mesh.tensor"),
-  (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new eval.sampled log.rollouts"),
-  (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
-  (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
-  (0, 1, "rollout.explore prune.target prune.holdout loss.overlong eval.stop_below"),
-  (0, _REAL, "optim.lr optim.head_lr optim.weight_decay quality.weight_decay loss.clip_low loss.clip_high loss.kl_weight "
-             "loss.head_weight"),
-  (0, 1 - 1e-5, "optim.b1 optim.b2"),  # nearer to 1 is 1 in float32, and divides by 0
-  (-1e6, 1e6, "prune.strength"), (0, 100, "eval.temperature"),
-  (-_REAL, _REAL, "reward.success prune.keep prune.p_min prune.p_max"),  # _check_prune says more of the last
-]
-_ABOVE = [
-  (0, 1, "rollout.top_p rollout.min_p learn.keep"), (0, 100, "rollout.temperature"),
-  (0, 86400, "reward.timeout"),
-  (0, _REAL, "prune.half_life quality.half_life quality.strength loss.correction_cap optim.clip_norm stop_seconds"),
-]
-_MAY_BE_NONE = """rollout.candidates rollout.slots rollout.top_k rollout.top_p rollout.min_p prune.half_life quality.half_life
-  quality.buffer loss.clip_low loss.clip_high loss.overlong loss.kl_weight loss.head_weight eval.every eval.stop_below
-  stop_seconds""".split()
-
-
-def _check_ranges(c: ConfigDict) -> None:
-  """Numbers that would train the wrong way, or not at all, without a word."""
-  _in_range(c, "rollout.group_size", 2, 4096, False)  # advantages are taken within a group
-  for table, above in ((_RANGES, False), (_ABOVE, True)):
-    for least, most, names in table:
-      for name in names.split():
-        _in_range(c, name, least, most, above)
-  for name in ("rollout.temperature", "eval.temperature"):  # logits are divided by it
-    _need(_value(c, name) == 0 or _value(c, name) >= 1e-4, f"{name} is {_value(c, name)}; it must be at least 0.0001")
-  _need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, "
-        f"of which a step has rollout.prompts ({c.rollout.prompts})")
-  r = c.reward
-  _need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
-        "1, so it must lie above 0 and be at most 1")
-
-
-def _value(c: ConfigDict, name: str):
-  return functools.reduce(getattr, name.split("."), c)
-
-
-def _in_range(c: ConfigDict, name: str, least: float, most: float, above: bool) -> None:
-  value = _value(c, name)
-  if value is None and name in _MAY_BE_NONE:
-    return
-  number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-  fits = number and (least < value if above else least <= value) and value <= most
-  high = most < _WHOLE or number and value > most
-  ends = [f"{'above' if above else 'at least'} {least}"] * (least > -_REAL) + [f"at most {most}"] * high
-  _need(fits, f"{name} is {value}; it must be a finite number {' and '.join(ends)}".rstrip())
+  need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
+  need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
+  targets = c.model.lora.targets
+  need(isinstance(targets, tuple | list) and len(targets) == len(set(targets)) > 0 and set(targets) <= set(MATRICES),
+        f"model.lora.targets is {targets!r}; it takes some of {', '.join(MATRICES)}, each once, such as ('q', 'v')")
+  _check_best(c)
 
 
 def _check_quality(c: ConfigDict) -> None:
   q = c.quality
-  _need(q.short in ("skip", "last"), f"quality.short is {q.short!r}; it must be 'skip' or 'last'")
-  _need(q.fit in ("adam", "ridge"), f"quality.fit is {q.fit!r}; it must be 'adam' or 'ridge'")
-  _need(len(q.inputs) > 0, "quality.inputs is empty; a head must read something")
+  need(q.short in ("skip", "last"), f"quality.short is {q.short!r}; it must be 'skip' or 'last'")
+  need(q.fit in ("adam", "ridge"), f"quality.fit is {q.fit!r}; it must be 'adam' or 'ridge'")
+  need(len(q.inputs) > 0, "quality.inputs is empty; a head must read something")
   read = [("rollout.candidate_layer", (f"prompt@{c.rollout.candidate_layer}",))]
   read += [("quality.inputs", tuple(q.inputs))] * (q.fit == "ridge")
   for name, inputs in read:
@@ -360,39 +302,47 @@ def _check_quality(c: ConfigDict) -> None:
     except ValueError as e:
       raise UserError(f"{name}: {e}") from e
   if q.fit != "ridge":
-    _need(set(q.inputs) <= set(INPUTS),
+    need(set(q.inputs) <= set(INPUTS),
           f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
+
+
+def _check_best(c: ConfigDict) -> None:
+  """What checkpoint.best names must be among the figures of an evaluation during training."""
+  best, names = c.checkpoint.best, sources.benchmark_names(c.data.eval)
+  known = ["held_out_accuracy"] + [f"held_out_accuracy/{name}" for name in names] * (len(names) > 1)
+  need(best is None or best in known, f"checkpoint.best is {best!r}; it must be {' or '.join(known)}, or None")
+  need(best is None or c.eval.every is not None, f"checkpoint.best={best} goes by evaluations during training: set eval.every")
 
 
 def _check_data(c: ConfigDict) -> None:
   train, held_out = sources.split_list(c.data.train), sources.split_list(c.data.eval)
-  _need(train != [], "data.train is empty; give a JSONL file")
+  need(train != [], "data.train is empty; give a JSONL file")
   for one, split in [(one, "train") for one in train] + [(one, "test") for one in held_out]:
     sources.check(one, split, c.data.folder)
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
-    _need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
+    need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
           f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
-  _need(not c.eval.at_seconds or held_out != [], "eval.at_seconds evaluates data.eval during training, and data.eval is empty")
-  _need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
-  _need("{problem}" in c.data.template, "data.template has no {problem} in it")
+  need(not c.eval.at_seconds or held_out != [], "eval.at_seconds evaluates data.eval during training, and data.eval is empty")
+  need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
+  need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 
 def _check_prune(c: ConfigDict) -> None:
   p, r = c.prune, c.rollout
   detect = tuple(p.detect)
-  _need(r.candidates is None or r.candidates >= r.prompts,
+  need(r.candidates is None or r.candidates >= r.prompts,
         f"rollout.candidates is {r.candidates}; it must be at least rollout.prompts ({r.prompts}), or None")
   if detect[:1] == (0,):  # the choice of prompts, before any token
     detect = detect[1:]
-  _need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
+  need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
         f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
-  _need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "
+  need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "
         "come before the end of a response")
-  _need(all(d % r.segment == 0 for d in detect),
+  need(all(d % r.segment == 0 for d in detect),
         f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
-  _need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
-  _need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
-  _need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
-  _need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
-  _need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
+  need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
+  need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
+  need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
+  need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
+  need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
         f"({p.p_max}), and these in (0, 1]")

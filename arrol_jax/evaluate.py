@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.data import sources
 from arrol_jax.reporting import evaluations
 from arrol_jax.running import hosts
@@ -40,8 +40,8 @@ def main():
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
     if flags["workdir"].present:
-      state, step = assemble.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
-      loaded.params, loaded.head, loaded.calibration = state.params["policy"], state.params["head"], state.calibration
+      state, step = assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
+      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
       del state  # the optimizer's part is not needed
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")

@@ -1,7 +1,7 @@
 """Brings data sets and models from the Hugging Face hub.
 
   arrol-get gsm8k math500                   # data/gsm8k_train.jsonl, data/gsm8k_test.jsonl, data/math500.jsonl
-  arrol-get gsm8k --from=FOLDER             # from files that are here already, laid out as in the hub's repository
+  arrol-get gsm8k --from=FOLDER             # from files that are here: as in the hub's repository, or gsm8k_train.jsonl as below
   arrol-get Qwen/Qwen3-0.6B                 # a model, into the hub's cache: --config.model.path=Qwen/Qwen3-0.6B finds it
   arrol-get Qwen/Qwen3-0.6B --dir=DIR       # or into a folder, for a machine without access: --config.model.path=DIR
 Lines are {"id", "problem", "answer", "source"}. HF_ENDPOINT names a mirror, HF_HOME another place for the cache.

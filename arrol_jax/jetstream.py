@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.engine import kv_cache, programs
 from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import Sampling
@@ -180,7 +180,7 @@ def main():
   with jax.set_mesh(mesh):
     loaded = assemble.load(c, mesh)
     if flags["workdir"].present:
-      loaded.params = assemble.from_checkpoint(c, loaded, mesh, flags.workdir)[0].params["policy"]
+      loaded.params = assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir)[0].policy
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
   adapter = RolloutEngine(engine, assemble.sampling(c, loaded, c.rollout.temperature), loaded.tokenizer, c.model.path,
                           int(flags.samples), c.seed)

@@ -1,11 +1,13 @@
-"""Plans a run on a TPU slice that is not there: compiles a step's programs for it, says whether they fit and what would.
+"""Plans a run on a TPU slice or a GPU that is not there: says whether a step's programs fit, and what would make them.
 
   arrol-plan --config=qwen3_1b7 --topology=v5e:16x16 [--json=FILE] [--config.KEY=VALUE]
+  arrol-plan --config=gsm8k_qwen3_06b --topology=gpu:24GB     # one card, by count: an estimate
 
-Every program that train.py runs in a step is lowered from shapes and shardings alone (nothing is allocated, no weights are
-read) and compiled by libtpu, which `pip install "jax[tpu]"` brings. The model's shape is that of model.path where that is there,
-else of zoo.py: --shape=NAME, or the name that model.path's folder begins with. --effort=-1 compiles several times faster, with
-temporary memory that is not the real one's. --suggest=no looks for no change that would fit.
+For a TPU every program that train.py runs in a step is lowered from shapes and shardings alone (nothing is allocated, no
+weights are read) and compiled by libtpu, which `pip install "jax[tpu]"` brings. --effort=-1 compiles several times faster, with
+temporary memory that is not the real one's. For a GPU nothing is compiled: what is held is counted, and what an update needs
+beside it. The model's shape is that of model.path where that is there, else of zoo.py: --shape=NAME, or the name that
+model.path's folder begins with. --suggest=no looks for no change that would fit.
 
 What runs at several shapes is compiled at the largest; programs of a few scalars, evaluation and host memory are left out.
 
@@ -22,6 +24,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import sys
 
 import jax
@@ -36,7 +39,7 @@ from arrol_jax.models.files import gguf as gguf_files, hf_config, hub
 from arrol_jax.models.files.weights import check_positions
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.models.zoo import ZOO
-from arrol_jax.planning import chips, rollout, timing
+from arrol_jax.planning import card, chips, rollout, timing
 from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
 from arrol_jax.planning.suggesting import as_flags, what_fits
 from arrol_jax.types import UserError
@@ -48,7 +51,8 @@ ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
                "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-FLAGS = {"topology": (None, "the slice, such as v5e:16x16 or v5p:4x4x4"), "json": (None, "a file for the plan as JSON"),
+FLAGS = {"topology": (None, "the slice, such as v5e:16x16 or v5p:4x4x4, or a card, such as gpu:24GB"),
+         "json": (None, "a file for the plan as JSON"),
          "shape": (None, "the model's shape by its name in zoo.py"),
          "effort": (None, "the compiler's; -1 is several times faster, with temporary memory that is not the real one's"),
          "suggest": ("yes", "no: do not look for changes that would fit"),
@@ -96,13 +100,47 @@ def report(title: str, step: Step) -> str:
                     "collectives are a run's on one chip, loops counted by their trips (cost_analysis counts a body once)."])
 
 
+def plan_card(c: ConfigDict, model: PolicyConfig, source: str, flags) -> None:
+  """Prints what the config needs of a card such as gpu:24GB, whether it fits, and what would."""
+  size = re.fullmatch(r"gpu:([1-9]\d{0,3})GB", flags.topology)
+  if not size:
+    raise UserError(f"--topology={flags.topology}: write one card's memory, such as gpu:24GB")
+  if any(c.mesh[name] != 1 for name in sharding.AXES):
+    raise UserError(f"--topology={flags.topology} is one card: give --config.mesh.data=1, .fsdp=1 and .tensor=1")
+  limit = int(int(size[1]) * 1e9 * card.SHARE)
+  needs = card.count(c, model, limit)
+  fits = card.fits(needs, limit)
+  fix = None if fits or flags.suggest == "no" else card.what_fits(c, model, limit)
+  said = lambda x: f"{max(map(x.peak, x.phases)) / 1e9:.1f} of {limit / 1e9:.1f} GB at most, {x.slots} rows decode at once"
+  lines = [card.report(f"{source} on {flags.topology}", needs, limit), "",
+           f"**{'Fits' if fits else 'Does not fit'}** {flags.topology}: {needs.error or said(needs)}."]
+  if fix:
+    lines += [f"It fits with {' '.join(as_flags(fix))}: {said(card.count(card.changed(c, fix), model, limit))}."]
+  elif not fits and flags.suggest != "no":
+    lines += ["None of the changes tried makes it fit; take a larger card, or fewer and shorter rollouts."]
+  print("\n".join([*lines, "", card.ESTIMATE]))
+  if flags.json:
+    programs = [{"name": phase, "argument": sum(needs.held.values()), "temp": sum(needs.phases.get(phase, {}).values()),
+                 "peak": needs.peak(phase) if phase in needs.phases else 0, "limit": limit} for phase in card.PHASES]
+    write_json(flags.json, {
+      "fits": fits, "topology": flags.topology, "model": source, "held": needs.held, "programs": programs, "fits_with": fix,
+      "phases": needs.phases, "slots": needs.slots, "error": needs.error, "estimate": True})
+
+
+def write_json(path: str, plan: dict) -> None:
+  """The plan, and what it was made with."""
+  out = plan | {"jax": jax.__version__, "command": " ".join(["python -m arrol_jax.plan", *sys.argv[1:]])}
+  Path(path).write_text(json.dumps(out, indent=1) + "\n")
+
+
 def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:
   """The config's mesh over the chips of a topology such as v5e:16x16, and bytes a chip; UserError if they do not match."""
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(f'libtpu, which compiles for TPUs, is not installed: pip install "jax[tpu]=={jax.__version__}"')
   chip = name.partition(":")[0]
   if chip not in HBM:
-    raise UserError(f"--topology={name}: unknown chip; write {', '.join(HBM)} and a shape, such as v5e:16x16 or v5p:4x4x4")
+    raise UserError(f"--topology={name}: unknown chip; write {', '.join(HBM)} and a shape, such as v5e:16x16 or v5p:4x4x4, "
+                    "or gpu:24GB for one card")
   os.environ.update(ENVIRONMENT)
   try:
     devices = topologies.get_topology_desc(name, "tpu").devices
@@ -189,6 +227,10 @@ def main():
   except (ValueError, OSError) as e:
     raise UserError(f"{e}; --effort takes a number, --json a file in a folder that is there") from e
 
+  if flags.topology.startswith("gpu:"):
+    plan_card(c, model, source, flags)
+    return
+
   price, prompt = number(flags, "price"), number(flags, "prompt", whole=True) or c.rollout.max_prompt
   if prompt > c.rollout.max_prompt:
     raise UserError(f"--prompt={prompt}: prompts have at most rollout.max_prompt ({c.rollout.max_prompt}) tokens")
@@ -214,14 +256,13 @@ def main():
     lines += ["", seconds_report(cases, flags, chip, step.mesh.size, price)]
   print("\n".join(lines))
   if flags.json:
-    out = {"fits": fits, "topology": flags.topology, "mesh": c.mesh.to_dict(), "model": source, "shapes": step.shapes,
-           "held": step.sizes, "programs": [dataclasses.asdict(p) | {"fits": p.fits} for p in step.programs],
-           "fits_with": fix and fix[0], "time": cases and {
-             "chip": chip, "peaks": chips.CHIPS[chip]._asdict(), "shares": chips.FITTED._asdict(), "lengths": flags.lengths,
-             "prompt": prompt, "price": price,
-             "steps": {name: t.as_dict(step.mesh.size, price) for name, t in cases.items()}},
-           "jax": jax.__version__, "command": " ".join(["python -m arrol_jax.plan", *sys.argv[1:]])}
-    Path(flags.json).write_text(json.dumps(out, indent=1) + "\n")
+    write_json(flags.json, {
+      "fits": fits, "topology": flags.topology, "mesh": c.mesh.to_dict(), "model": source, "shapes": step.shapes,
+      "held": step.sizes, "programs": [dataclasses.asdict(p) | {"fits": p.fits} for p in step.programs],
+      "fits_with": fix and fix[0], "time": cases and {
+        "chip": chip, "peaks": chips.CHIPS[chip]._asdict(), "shares": chips.FITTED._asdict(), "lengths": flags.lengths,
+        "prompt": prompt, "price": price,
+        "steps": {name: t.as_dict(step.mesh.size, price) for name, t in cases.items()}}})
 
 
 command = functools.partial(configuration.run, main)

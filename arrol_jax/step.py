@@ -95,7 +95,7 @@ class TrainingStep:
 
     # ---- 1. roll out
     self.state, self.seen = state, []
-    self.engine.load(state.params["policy"], c.dtype)
+    self.engine.load(state.policy, c.dtype)
     rolled = roll_out(decision.make_decide(state.params["head"], state.calibration, c.rule, pruning, features=True))
     self.engine.params = None  # the update needs the room
     share = c.rule.keep if pruning and c.rule.kind == "max_variance" else c.learn_keep
@@ -123,7 +123,7 @@ class TrainingStep:
                                       len(c.rule.detect))
     clock.lap("sec_batch")
     warmth = np.float32(c.temperature)
-    parts = [(update.fill_logprobs(c.update, state.params["policy"], self.reference, batches, warmth), counts)
+    parts = [(update.fill_logprobs(c.update, state.policy, self.reference, batches, warmth), counts)
              for batches, counts in parts]
     clock.lap("sec_logprob", parts if self.reference or not c.update.fresh else None)
 

@@ -41,7 +41,7 @@ class Program(NamedTuple):
 def generation_programs(e: Engine, c: StepConfig, state: TrainState, prompts: int, group_size: int,
                         everything: bool = False) -> list[Program]:
   """What rolling out `prompts` groups runs: each program at its largest shape, or at all of them (" at ROWSxCOLUMNS")."""
-  weights, prefills = state.params["policy"], -(-prompts // e.prefill_rows)
+  weights, prefills = state.policy, -(-prompts // e.prefill_rows)
   waves = -(-prompts * group_size // e.rows)
   texts = np.zeros((e.prefill_rows, e.max_prompt), np.int32), np.ones(e.prefill_rows, np.int32)
   by_row = sharding.rows(e.mesh)
@@ -101,23 +101,24 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
 def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, started: int,
                       everything: bool = False) -> list[Program]:
   """What learning from `kept` survivors of `started` rollouts runs, micro-batches at their largest or of every size."""
-  u, policy = c.update, state.params["policy"]
+  u, trained = c.update, state.params["policy"]
   batches = batching.abstract_batches(c.shape, mesh)
   if not everything:
     batches = [max(batches, key=lambda batch: batch.response_mask.size)]
   count = math.ceil(kept * c.shape.length / batches[0].tokens.size)
   scalars = dict.fromkeys(("tokens", "rows", "trained", "temperature"), np.float32(0))
   taught = batching.empty_examples(state.params["head"], u.model.width, started * len(c.rule.detect))
-  passes = (not u.fresh) + bool(u.loss.kl_weight)
-  out = [Program("zeros", update.zeros, lambda out: (u.model, policy), {}, small=True)]
+  kl, frozen = bool(u.loss.kl_weight), state.base is not None
+  readers = [("log-probs", state.policy, (not u.fresh) + (kl and not frozen)),
+             ("reference log-probs", state.base, int(kl and frozen))]  # without adapters: another program
+  out = [Program("zeros", update.zeros, lambda out: (u.model, trained), {}, small=True)]
   for batch in batches:
     at = f" of {batch.tokens.size}x{batch.response_mask.shape[0]}x{batch.response_mask.shape[1]}" if everything else ""
-    logprobs = Program("log-probs" + at, update.batch_logprobs, lambda out, batch=batch: (u, policy, batch, np.float32(0)), {},
-                       runs=count * passes)
-    out += [logprobs] * bool(passes) + [
-      Program("update" + at, update.accumulate, lambda out, batch=batch: (u, policy, *out["zeros"], batch, scalars), {},
-              ("zeros",), count)]
-  out += [Program("optimizer", update.apply, lambda out: (state, out["zeros"][0], scalars, taught),
+    out += [Program(name + at, update.batch_logprobs, lambda out, batch=batch, policy=policy: (u, policy, batch, np.float32(0)),
+                    {}, runs=count * passes) for name, policy, passes in readers if passes]
+    out += [Program("update" + at, update.accumulate, lambda out, batch=batch: (
+      u, trained, *out["zeros"], batch, scalars, state.base), {}, ("zeros",), count)]
+  out += [Program("optimizer", update.apply, lambda out: (state.changing, out["zeros"][0], scalars, taught),
                   {"head_weight": u.loss.head_weight, "optimizer": c.optimizer}, ("zeros",)),
           Program("tables", head_training.update_tables, lambda out: (
             state.calibration, *head_training.table_rows(state.calibration, [], started, (), len(c.rule.detect)),

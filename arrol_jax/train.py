@@ -10,7 +10,6 @@ and end with status 0; a second Ctrl-C ends at once with status 130.
 """
 
 from contextlib import ExitStack, closing, nullcontext
-import dataclasses
 import functools
 import math
 import os
@@ -21,7 +20,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from arrol_jax import assemble, config as configuration, step_programs
+from arrol_jax import assemble, assemble_state, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.generation import Asked
@@ -67,11 +66,12 @@ def main():
     loaded = hosts.together(lambda: assemble.load(c, mesh, training=True))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
-                    for name, source in benchmark_names(c.data.eval).items()}
+                    for name, source in sources.benchmark_names(c.data.eval).items()}
     assemble.warn(loaded, train_prompts)
     config = assemble.step_config(c, loaded)
     if c.checkpoint.export:  # not found out when all is done
-      hosts.together(lambda: folders.check_replaceable(Path(workdir) / "policy", loaded.tokenizer))
+      for name in ("policy", "adapter"):
+        hosts.together(lambda name=name: folders.check_replaceable(Path(workdir) / name, loaded.tokenizer))
     inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
@@ -85,9 +85,9 @@ def main():
         return {}
       if not hosts.agree(os.path.exists(path)):
         same = c.eval.max_new in (0, c.rollout.max_new)  # then the training's programs serve
-        held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.params["policy"])
+        held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.policy)
         held_out.watch = stop.check
-        held_out.load(state.params["policy"], c.model.dtype)
+        held_out.load(state.policy, c.model.dtype)
         measure = lambda c, prompts: assemble.accuracy(
           c, loaded, held_out, prompts, grader, name.replace("_", " "), state.params["head"], state.calibration)
         results = {benchmark: measure(c, problems.spaced(prompts, most)) for benchmark, prompts in eval_prompts.items()}
@@ -127,8 +127,8 @@ def main():
 
     # ---- state, resume
     reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay
-    state = assemble.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
-    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.params["policy"])
+    state = assemble_state.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
+    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.policy)
     engine.watch = stop.check
     train_step = TrainingStep(engine, config, reference)
     programs = assemble.programs(c, engine, config, state)
@@ -145,7 +145,9 @@ def main():
     before = evaluate(state, "eval_before") if c.eval.before else {}
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
-    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, assemble.belongs(c), also=tuple(hashes)))
+    belongs = assemble_state.belongs(c, inputs["weights"] if loaded.config.lora else None)
+    checkpoints = stack.enter_context(Checkpoints(
+      workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=c.checkpoint.best))
     start, state = checkpoints.restore(state)
     check_length(workdir, start, c.steps)
     if start:
@@ -191,7 +193,7 @@ def main():
       try:
         if finite and passed(c, earlier, spent):
           line |= held_out_line(evaluate(state, f"eval_all_{step + 1:04d}"))
-        elif finite and c.eval.every and (step + 1) % c.eval.every == 0:
+        elif finite and c.eval.every and ((step + 1) % c.eval.every == 0 or last and c.checkpoint.best):
           line |= held_out_line(evaluate(state, f"eval_{step + 1:04d}", c.eval.subset))
       finally:  # a run that is told to stop in the middle of it has made this step all the same
         if logs:
@@ -203,36 +205,36 @@ def main():
       bar.set_postfix(reward=f"{line['reward']:.3f}", kept=f"{line['rollouts_kept']}/{line['rollouts_started']}",
                       tok_s=f"{line['tokens_generated'] / line['sec_generate']:,.0f}")
       checkpoints.check()
-      if (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and last):
+      due = (step + 1) % c.checkpoint.every == 0 or (c.checkpoint.last and last)
+      score = sum(since_saved) / len(since_saved)
+      if c.checkpoint.best:  # an evaluation of all problems, after eval.at_seconds, is not to be compared with those of a part
+        score = None if passed(c, earlier, spent) else line.get(c.checkpoint.best)
+      if due or (c.checkpoint.best and score is not None):
         if logs:
           logs.sync()
-        checkpoints.save(step + 1, state, score=sum(since_saved) / len(since_saved))
+        checkpoints.save(step + 1, state, score=score)
         since_saved.clear()
       if last:
         break
     bar.close()
 
     # ---- after
+    done = int(state.step)
+    best = checkpoints.best() if c.checkpoint.best else None
+    if best not in (None, done):
+      checkpoints.wait()
+      _, state = checkpoints.restore(state, best)
+      hosts.say(f"step {best} has the best {c.checkpoint.best}: evaluated and exported")
     after = evaluate(state, "eval_after")
     if c.checkpoint.export:
-      trained = dataclasses.replace(loaded, params=state.params["policy"], head=state.params["head"],
-                                    calibration=state.calibration, head_inputs=tuple(c.quality.inputs),
-                                    detect=assemble.detect(c))
-      trained.save(f"{workdir}/policy", dtype=c.model.dtype)
+      assemble_state.export(c, loaded, state, workdir)
     checkpoints.wait()  # a run whose last step is not on disk is not done
     if logs:
-      logs.finish(c, before, after, time.time() - started)
+      logs.finish(c, before, after, time.time() - started, best)
     hosts.gather(None)  # the others wait for what the first writes
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
-    hosts.say(f"{workdir}: {int(state.step)} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
-
-
-def benchmark_names(listed: str) -> dict[str, str]:
-  """Held-out sources by the name of their results: the file's without its ending, the whole source where two would share it."""
-  paths = sources.split_list(listed)
-  names = [os.path.basename(path).partition(".")[0] for path in paths]
-  return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
+    hosts.say(f"{workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
 
 
 def held_out_line(results: dict) -> dict:

@@ -63,15 +63,32 @@ class Calibration:
     return cls(positive=jnp.zeros(bins, jnp.float32), negative=jnp.zeros(bins, jnp.float32))
 
 
+def join(base: dict | None, trained: dict) -> dict:
+  """A policy's whole parameters: `trained`, or where there is a frozen base its weights with the adapters `trained` beside them
+  (models/lora.py). Nothing is copied."""
+  return trained if base is None else base | {"layers": base["layers"] | trained}
+
+
 @flax.struct.dataclass
 class TrainState:
-  """All that an update changes; `params` is {"policy": ..., "head": ...}."""
+  """All that an update changes; `params` is {"policy": what is trained of it, "head": ...}. `base` alone stays as it is."""
   params: dict
   opt_state: object
   calibration: Calibration     # one table [Q], or [C,Q], one a detection length
   step: jax.Array              # i32[]
   recent: object = None        # what the head's fit remembers: head_training.Recent, or ridge.Ridge; None: nothing
   prompts: object = None       # candidates.PromptModel, None where prompts are not chosen
+  base: dict | None = None     # frozen weights beside which params["policy"] are adapters; None: all of the policy is trained
+
+  @property
+  def policy(self) -> dict:
+    """The policy's whole parameters."""
+    return join(self.base, self.params["policy"])
+
+  @property
+  def changing(self) -> "TrainState":
+    """The state without its frozen part: what is saved, and what an optimizer step may overwrite."""
+    return self.replace(base=None)
 
 
 FAILED = frozenset({"timeout", "crashed", "error"})  # reasons of a reward that speak of the grader, not of the answer

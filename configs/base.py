@@ -22,6 +22,11 @@ def get_config() -> ConfigDict:
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
   c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
 
+  c.model.lora = ConfigDict()  # adapters beside a frozen base, which is held in model.dtype
+  c.model.lora.rank = 0        # of each; 0: none, all weights are trained
+  c.model.lora.alpha = 32.0    # their product counts alpha / rank times
+  c.model.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices that have them
+
   c.data = ConfigDict()
   c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/data/sources.py
                                # says all); several, separated by commas
@@ -137,8 +142,11 @@ def get_config() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 20      # steps
   c.checkpoint.keep = 2        # newest kept, and beside them the one whose steps had the highest reward_ipw
+  c.checkpoint.best = config_dict.placeholder(str)  # "held_out_accuracy": after each eval.every steps a checkpoint too, of which
+                               # the best is kept, evaluated at the end and exported; None: the last step is
   c.checkpoint.last = True     # also after the last step; False: a run that has ended cannot be made longer
-  c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it
+  c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it; with
+                               # adapters, policy/ has them merged and adapter/ holds them alone, as PEFT reads them
 
   c.eval = ConfigDict()
   c.eval.benchmarks = ""       # more sources for `evaluate`, separated by commas

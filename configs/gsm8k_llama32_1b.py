@@ -5,8 +5,11 @@ Command:  arrol-get gsm8k
           The model comes from the hub (2.5 GB), for those who accepted its licence there and ran `hf auth login`; one that is
           here: --config.model.path=FOLDER
           Without pruning, the same program: add --config.prune.enabled=False
-Hardware: one GPU of 40 GB or more. By count, not measured: 1.24 G parameters x 18 bytes are 22.2 GB, the key-value cache takes
-          32 KiB a token. A card of 24 GB cannot hold it. For 40 GB, untried: --config.optim.micro_tokens=8192
+Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_llama32_1b --topology=gpu:24GB), not measured, all 512 rows at once:
+          24 GB: adapters alone: --config.model.lora.rank=16 --config.optim.chunk_tokens=1024: 21.5 GB
+          40 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 36.7 GB
+          80 GB: as it is: 49.4 GB
+          Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94: JAX takes 0.75 of a card if not told
 Expected: not run. So no hours and no accuracy.
 Chosen here: as in gsm8k_qwen3_06b. The model's chat template may write today's date into each prompt, so that runs of different
 days see different prompts; a copy of the model whose template has a date of its own avoids that.

@@ -4,9 +4,12 @@ Command:  arrol-get gsm8k
           arrol-train --config=gsm8k_qwen3_06b
           The model comes from the hub (1.5 GB); one that is here: --config.model.path=FOLDER
           Without pruning, the same program: add --config.prune.enabled=False
-Hardware: one GPU. By count, not measured: 0.60 G parameters x 16 bytes (float32 weights, gradient, two moments) and 2 (bfloat16
-          to decode with) are 10.7 GB; the rest holds the key-value cache (112 KiB a token) and a micro-batch. rollout.slots is
-          set by what is free. For 24 GB, untried: --config.optim.micro_tokens=4096 --config.optim.chunk_tokens=2048
+Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_qwen3_06b --topology=gpu:24GB), not measured:
+          24 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 22.4 GB, 112 rows decode at once
+          40 GB: as it is: 35.4 GB, 256 rows; 80 GB: as it is: 59.8 GB, all 512 rows
+          Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94: JAX takes 0.75 of a card if not told. Qwen3-1.7B on 24 GB, with adapters:
+          --config.model.path=Qwen/Qwen3-1.7B --config.model.lora.rank=16 --config.optim.chunk_tokens=1024
+          --config.optim.micro_tokens=8192: 21.8 GB, 128 rows; its learning rate has to be found (1e-5 to 1e-4 to begin with)
 Expected: not run. So no hours and no accuracy.
 Chosen here: 512 response tokens (without thinking, answers to these problems are short), detection at 128, 32 prompts x 16
 rollouts, a cold start of 10 steps, the learning rate of gsm8k_qwen05b; every 20 steps 256 of the 1,319 test problems.

@@ -195,12 +195,12 @@ def gone(folder: Path, plain: Path) -> dict:
 
 def damage(folder: Path, plain: Path, times=60) -> dict:
   """The newest checkpoint of a run, a bit flipped or a file cut short at a random place."""
-  from arrol_jax import assemble, config
+  from arrol_jax import assemble, assemble_state, config
   from arrol_jax.running.checkpoint import Checkpoints
   c, _ = config.parse(["faults", *arguments(plain)])
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
-    like = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=True)
+    like = assemble_state.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=True)
   rng, outcomes = random.Random(2), {"flipped": Counter(), "truncated": Counter()}
   right = None
   for i in range(times + 1):
@@ -217,7 +217,7 @@ def damage(folder: Path, plain: Path, times=60) -> dict:
       elif data:
         data[at] ^= 1 << rng.randrange(8)
       path.write_bytes(bytes(data))
-    checkpoints = Checkpoints(str(copy), 9, assemble.belongs(c))
+    checkpoints = Checkpoints(str(copy), 9, assemble_state.belongs(c))
     step, state = checkpoints.restore(like)
     checkpoints.close()
     got = (step, [np.asarray(x) for x in jax.tree.leaves(state)])

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from arrol_jax import config, train
+from arrol_jax.data import sources
 from arrol_jax.types import UserError
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -49,9 +50,9 @@ def test_a_workdir_is_known_to_be_given(spelling):
 
 def test_each_held_out_source_has_a_result_of_its_own(monkeypatch, tmp_path, capsys):
   """Two files of four and six problems, and a run that holds more steps than are asked for."""
-  assert train.benchmark_names("a/test.jsonl,b/test.jsonl,amc23") == {
+  assert sources.benchmark_names("a/test.jsonl,b/test.jsonl,amc23") == {
     "a/test.jsonl": "a/test.jsonl", "b/test.jsonl": "b/test.jsonl", "amc23": "amc23"}
-  assert train.benchmark_names("") == {}
+  assert sources.benchmark_names("") == {}
   lines = Path("experiments/arithmetic/test.jsonl").read_text().splitlines(True)
   for name, some in (("some", lines[:4]), ("more", lines[4:10])):
     (tmp_path / f"{name}.jsonl").write_text("".join(some))

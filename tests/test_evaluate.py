@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, bench, config as configuration, evaluate
+from arrol_jax import assemble, assemble_state, bench, config as configuration, evaluate
 from arrol_jax.benchmarks import measuring, training
 from arrol_jax.models.zoo import ZOO
 from arrol_jax.prune import Calibration
@@ -40,7 +40,7 @@ def run_with_checkpoint(tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("run"))
   c, _ = configuration.parse(["prog", *SMALL])
   mesh = assemble.make_mesh(c)
-  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
+  state = assemble_state.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
   state.params["policy"]["final_norm"] = jax.numpy.zeros_like(state.params["policy"]["final_norm"])
   checkpoints = Checkpoints(workdir, 1)
   checkpoints.save(3, state)

@@ -1,5 +1,6 @@
 """arrol-get against a mirror of the hub with its real layouts, files that are here already, and models by their id."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -82,6 +83,28 @@ def test_files_that_lie_there_without_their_folder_do_too(name, tmp_path):
       write_repository(tmp_path / "raw", {Path(path).name: rows})
   for path in hub_sets.convert(name, str(tmp_path / "raw"), str(tmp_path / "data")):
     assert facts(path) == EXPECTED[Path(path).stem]
+
+
+def test_files_in_our_form_are_checked_and_copied(tmp_path):
+  """As arrol-get wrote them, gzipped or not, with the ids that they have; over themselves too. What is damaged is refused."""
+  own = [{"id": f"mine-{i}", "problem": f"{i}?", "answer": str(i), "source": "me", "level": 3} for i in range(3)]
+  text = "".join(json.dumps(x) + "\n" for x in own)
+  (tmp_path / "gsm8k_train.jsonl").write_text(text)
+  with pytest.raises(UserError, match="gsm8k_train.jsonl in our form, but not gsm8k_test.jsonl"):
+    hub_sets.convert("gsm8k", str(tmp_path), str(tmp_path / "out"))
+  with gzip.open(tmp_path / "gsm8k_test.jsonl.gz", "wt") as f:
+    f.write(text)
+  for out in (tmp_path / "out", tmp_path):
+    written = hub_sets.convert("gsm8k", str(tmp_path), str(out))
+    assert list(written.values()) == [(3, 0), (3, 0)]
+    for path in written:
+      assert facts(path) == [("mine-0", "0?", "0"), ("mine-1", "1?", "1"), ("mine-2", "2?", "2")]
+  (tmp_path / "gsm8k_train.jsonl").write_text(text + text[:40] + "\n")
+  with pytest.raises(UserError, match="gsm8k_train.jsonl, line 4"):
+    hub_sets.convert("gsm8k", str(tmp_path), str(tmp_path / "out"))
+  (tmp_path / "gsm8k_train.jsonl").write_text(text + text)
+  with pytest.raises(UserError, match="'mine-0' was used before"):
+    hub_sets.convert("gsm8k", str(tmp_path), str(tmp_path / "out"))
 
 
 def test_what_the_hub_asks_to_be_fetched_is_what_is_read():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, plan
+from arrol_jax import assemble, assemble_state, plan
 from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import load_policy
@@ -162,7 +162,7 @@ def test_abstract_state_is_the_real_one():
   c, mesh = config(), sharding.make_mesh(1, 4, 2)
   with jax.set_mesh(mesh):
     loaded = load_policy(c.model.path, mesh=mesh)
-    real = assemble.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
+    real = assemble_state.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
     abstract = compiling.abstract_state(c, SHAPE, mesh)
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):

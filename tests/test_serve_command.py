@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, config as configuration, serve
+from arrol_jax import assemble, assemble_state, config as configuration, serve
 from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.serving import votes
@@ -125,7 +125,7 @@ def test_limits_follow_the_config(exported):
 def test_a_checkpoint_is_served_with_its_head(tmp_path):
   c, _ = configuration.parse(["prog", *OPTIONS])
   mesh, workdir = assemble.make_mesh(c), str(tmp_path / "trained")
-  state = assemble.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
+  state = assemble_state.init_state(c, assemble.load(c, mesh), assemble.optimizer(c), mesh, keep_params=False)
   state.params["policy"]["final_norm"] = jnp.zeros_like(state.params["policy"]["final_norm"])
   checkpoints = Checkpoints(workdir, 1)
   checkpoints.save(3, state)

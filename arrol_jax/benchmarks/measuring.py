@@ -2,6 +2,7 @@
 """
 
 import contextlib
+import dataclasses
 import heapq
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning import update
 from arrol_jax.models import sharding, transformer
+from arrol_jax.models.lora import Lora
 from arrol_jax.planning.rollout import lognormal_lengths
 from arrol_jax.pruning.head import init_head
 from arrol_jax.pruning.table import Calibration
@@ -127,12 +129,23 @@ def fake_rollouts(c, a, lengths: np.ndarray) -> list[Rollout]:
           for i, n in enumerate(lengths)]
 
 
-def fresh_state(c, mesh) -> tuple[TrainState, object]:
+def with_lora(c: transformer.PolicyConfig, rank: int) -> transformer.PolicyConfig:
+  """The shape with adapters of `rank` beside all matrices of its layers; 0: without."""
+  return dataclasses.replace(c, lora=Lora(rank, 2.0 * rank)) if rank else c
+
+
+def fresh_state(c, mesh, dtype: str = "float32") -> tuple[TrainState, object]:
+  """Random weights and an optimizer. With c.lora they are frozen, in `dtype`, and fresh adapters are trained."""
   optimizer = update.make_optimizer(update.rate_schedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
-  axes = sharding.shardings(transformer.logical_axes(c), transformer.abstract_params(c), mesh, sharding.TRAIN)
-  weights = jax.jit(lambda key: transformer.init_params(c, key), out_shardings=axes)(jax.random.key(0))
-  params = {"policy": weights, "head": init_head(c.width, 256, jax.random.key(1))}
-  return TrainState(params, jax.jit(optimizer.init)(params), Calibration(), jnp.zeros((), jnp.int32)), optimizer
+  def make(init, axes):
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.jit(init, out_shardings=sharding.shardings(axes, shapes, mesh, sharding.TRAIN))(jax.random.key(0))
+
+  weights = make(lambda key: transformer.init_params(c, key, dtype if c.lora else "float32"), transformer.logical_axes(c))
+  trained = make(lambda key: transformer.init_adapters(c, key), transformer.adapter_axes(c)) if c.lora else weights
+  params = {"policy": trained, "head": init_head(c.width, 256, jax.random.key(1))}
+  return TrainState(params, jax.jit(optimizer.init)(params), Calibration(), jnp.zeros((), jnp.int32),
+                    base=weights if c.lora else None), optimizer
 
 
 def flops(c, tokens: int, length: float, passes: int) -> float:

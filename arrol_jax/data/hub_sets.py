@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 import re
 
-from arrol_jax.data.problems import read_jsonl, to_problems
+from arrol_jax.data.problems import FIELDS, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.types import UserError
 
@@ -52,14 +52,22 @@ def patterns(one: HubSet) -> list[str]:
 
 
 def convert(name: str, folder: str, out: str) -> dict[str, tuple[int, int]]:
-  """Writes the JSONL files of the data set `name` from the hub's files in `folder`; FILE -> (problems, rows left out).
+  """Writes the JSONL files of the data set `name` from the hub's files in `folder`, or from such JSONL files that are there
+  already (`in_our_form`), which are checked and keep their ids; FILE -> (problems, rows left out).
 
   Left out are rows without an answer and, where rows come many times each, repetitions and problems with several answers.
   Raises UserError where files or columns are missing, or a problem is not what data/problems.py takes.
   """
   one, written = SETS[name], {}
   os.makedirs(out, exist_ok=True)
+  ready = {file: path for file in one.files if (path := in_our_form(folder, file))}
   for file, globs in one.files.items():
+    if file in ready:
+      problems = to_problems(read_jsonl(ready[file]))
+      written[_write(out, file, problems)] = len(problems), 0
+      continue
+    if ready:
+      raise UserError(f"{folder}: holds {os.path.basename(next(iter(ready.values())))} in our form, but not {file}.jsonl")
     split = file.rpartition("_")[2]
     source = f"{one.repo}:{split}" if split in ("train", "test") else one.repo
     label = file.replace("_", "-") if split in ("train", "test") else name
@@ -80,12 +88,25 @@ def convert(name: str, folder: str, out: str) -> dict[str, tuple[int, int]]:
     problems = to_problems(found)
     if not problems:
       raise UserError(f"{folder}: no row of {name} has a problem and an answer")
-    path = os.path.join(out, f"{file}.jsonl")
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-      f.writelines(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
-    os.replace(f"{path}.part", path)
-    written[path] = len(problems), rows - len(problems)
+    written[_write(out, file, problems)] = len(problems), rows - len(problems)
   return written
+
+
+def in_our_form(folder: str, file: str) -> str | None:
+  """FILE.jsonl or FILE.jsonl.gz in `folder` whose first line is a problem as this module writes it; None without one."""
+  for path in (os.path.join(folder, f"{file}.jsonl{end}") for end in ("", ".gz")):
+    if os.path.isfile(path) and set(FIELDS) <= set(next(read_jsonl(path))[1]):
+      return path
+  return None
+
+
+def _write(out: str, file: str, problems: list) -> str:
+  """FILE.jsonl of the problems, in one move; its path."""
+  path = os.path.join(out, f"{file}.jsonl")
+  with open(f"{path}.part", "w", encoding="utf-8") as f:
+    f.writelines(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
+  os.replace(f"{path}.part", path)
+  return path
 
 
 def _rows(folder: str, globs: tuple[str, ...], name: str) -> Iterator[tuple[str, dict]]:

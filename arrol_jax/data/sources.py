@@ -46,6 +46,13 @@ def split_list(sources: str) -> list[str]:
   return [one.strip() for one in sources.split(",") if one.strip()]
 
 
+def benchmark_names(listed: str) -> dict[str, str]:
+  """Held-out sources by the name of their results: the file's without its ending, the whole source where two would share it."""
+  paths = split_list(listed)
+  names = [os.path.basename(path).partition(".")[0] for path in paths]
+  return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
+
+
 def load_problems(sources: str, split: str, folder: str = "", tfds_dir: str | None = None) -> list[Problem]:
   """The problems of one or several sources, in order.
 

@@ -36,7 +36,8 @@ def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict,
   shards = mesh.shape["tensor"] if c.kv_heads % mesh.shape["tensor"] == 0 else 1
   batch = mesh.shape["data"] * mesh.shape["fsdp"]
   token = kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, sampling.cache_dtype) // shards
-  loaded = jax.eval_shape(lambda params: transformer.decoding_params(params, sampling.dtype, engine.weights), params)
+  decoding = lambda params: transformer.decoding_params(engine.config, params, sampling.dtype, engine.weights)
+  loaded = jax.eval_shape(decoding, params)
   weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(loaded)) // mesh.shape["tensor"]
   prefix = engine.prefill_rows * engine.max_prompt // batch * (token + 8 * max(c.ffn, c.width) * size)
   room = free - weights - prefix - limit // 32

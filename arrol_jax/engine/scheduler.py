@@ -96,13 +96,14 @@ class Engine:
 
   def load(self, params: dict, dtype: str) -> None:
     """Takes the training parameters: cast (or quantised), unstacked and resharded for decoding in one program."""
+    self.params = None  # those of before make room first
     self.params = self.loader(params, dtype)(params)
 
   def loader(self, params: dict, dtype: str):
     """The jitted program of `load` for arrays (or ShapeDtypeStruct) like `params`."""
-    shapes = jax.eval_shape(lambda params: transformer.decoding_params(params, dtype, self.weights), params)
+    shapes = jax.eval_shape(lambda params: transformer.decoding_params(self.config, params, dtype, self.weights), params)
     out = sharding.shardings(transformer.decoding_axes(self.config, self.weights), shapes, self.mesh, sharding.DECODE)
-    return _to_decode(jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype, self.weights)
+    return _to_decode(self.config, jax.tree.structure(out), tuple(jax.tree.leaves(out)), dtype, self.weights)
 
   def prompt_states(self, prompts: list[np.ndarray], sampling: Sampling) -> np.ndarray:
     """The states that Sampling.taps.prompt names of so many prompts' last tokens, f32[P,D]; runs the prefill program alone."""
@@ -160,9 +161,9 @@ class Engine:
 
 
 @functools.lru_cache(maxsize=8)
-def _to_decode(treedef, leaves: tuple, dtype: str, weights: str | None):
+def _to_decode(c: PolicyConfig, treedef, leaves: tuple, dtype: str, weights: str | None):
   out = jax.tree.unflatten(treedef, leaves)
-  return jax.jit(lambda params: transformer.decoding_params(params, dtype, weights), out_shardings=out)
+  return jax.jit(lambda params: transformer.decoding_params(c, params, dtype, weights), out_shardings=out)
 
 
 @dataclasses.dataclass(eq=False)  # two of them are never the same one

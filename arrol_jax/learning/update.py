@@ -22,7 +22,7 @@ from arrol_jax.models import transformer
 from arrol_jax.models.sharding import constrain
 from arrol_jax.models.sharing import shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.types import Batch, Examples, TrainState
+from arrol_jax.types import Batch, Examples, TrainState, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +87,16 @@ METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
 @functools.partial(jax.jit, static_argnames=("u",), donate_argnames=("grads", "metrics"))
-def accumulate(u: UpdateConfig, params: dict, grads: dict, metrics: dict, batch: Batch, scalars: dict) -> tuple[dict, dict]:
-  """Adds one micro-batch's gradients and metrics to the sums so far."""
-  new_grads, new_metrics = jax.grad(lambda p: micro_loss(u, p, batch, scalars), has_aux=True)(params)
+def accumulate(u: UpdateConfig, params: dict, grads: dict, metrics: dict, batch: Batch, scalars: dict,
+               base: dict | None = None) -> tuple[dict, dict]:
+  """Adds one micro-batch's gradients and metrics to the sums so far. base: frozen weights beside which `params` are adapters."""
+  new_grads, new_metrics = jax.grad(lambda p: micro_loss(u, join(base, p), batch, scalars), has_aux=True)(params)
   return _pin(u.model, jax.tree.map(jnp.add, grads, new_grads)), jax.tree.map(jnp.add, metrics, new_metrics)
 
 
 def _pin(c: PolicyConfig, grads: dict) -> dict:
   """The sums with the parameters' sharding: left alone, a program that makes zeros would put all of them on every device."""
-  return jax.tree.map(lambda x, axes: constrain(x, *axes), grads, transformer.logical_axes(c))
+  return jax.tree.map(lambda x, axes: constrain(x, *axes), grads, transformer.trained_axes(c))
 
 
 @functools.partial(jax.jit, static_argnames=("c",))
@@ -175,9 +176,9 @@ def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Exa
   if not scalars["rows"] and not np.any(examples.weight):
     nothing = (*METRICS, "head_loss", "grad_norm")
     return state.replace(step=state.step + 1), {name: jnp.zeros((), jnp.float32) for name in nothing}
-  policy_params, scalars = state.params["policy"], {k: np.float32(scalars[k]) for k in SCALARS}
-  grads, metrics = zeros(u.model, policy_params)
+  trained, base, scalars = state.params["policy"], state.base, {k: np.float32(scalars[k]) for k in SCALARS}
+  grads, metrics = zeros(u.model, trained)
   for batch in batches:
-    grads, metrics = accumulate(u, policy_params, grads, metrics, batch, scalars)
-  state, more = apply(state, grads, scalars, examples, head_weight=u.loss.head_weight, optimizer=optimizer)
-  return state, metrics | more
+    grads, metrics = accumulate(u, trained, grads, metrics, batch, scalars, base)
+  state, more = apply(state.changing, grads, scalars, examples, head_weight=u.loss.head_weight, optimizer=optimizer)
+  return state.replace(base=base), metrics | more

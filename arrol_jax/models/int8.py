@@ -38,7 +38,7 @@ def quantize_all(params: dict) -> dict:
 
 
 def axes_of_all(axes: dict) -> dict:
-  """Logical axes (transformer.unstack_axes) of `quantize_all`'s result."""
+  """Logical axes (transformer.decoding_axes) of `quantize_all`'s result."""
   return _each(axes, lambda name, a: Int8(a, tuple(x for i, x in enumerate(a) if i not in SUMMED[name])))
 
 

@@ -21,10 +21,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from arrol_jax.models.int8 import Int8, axes_of_all, product, quantize_all, scaled_product
+from arrol_jax.models import lora
+from arrol_jax.models.int8 import Int8, product, quantize_all, scaled_product
 from arrol_jax.models.layers import Rotary, add_norm, rms_norm
+from arrol_jax.models.lora import Lora
 from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling, frequencies
-from arrol_jax.models.sharding import constrain
+from arrol_jax.models.sharding import DECODE, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PolicyConfig:
   rope_scaling: RopeScaling | LinearScaling | DynamicScaling | YarnScaling | None = None
   norm_eps: float = 1e-6
   max_length: int = 32768
+  lora: Lora | None = None   # adapters beside the layers' matrices (lora.py); None: the policy has none
 
   def num_params(self) -> int:
     per_layer = sum(math.prod(w.shape) for w in block_weights(self).values())
@@ -77,6 +80,11 @@ def block_weights(c: PolicyConfig) -> dict[str, Weight]:
   if c.qk_norm:
     out |= {"q_norm": Weight((h,), (None,), "ones"), "k_norm": Weight((h,), (None,), "ones")}
   return out
+
+
+def adapter_weights(c: PolicyConfig) -> dict[str, Weight]:
+  """Adapters of one layer; {} where there are none."""
+  return lora.adapter_weights(c.lora, block_weights(c)) if c.lora else {}
 
 
 def model_weights(c: PolicyConfig) -> dict[str, Weight]:
@@ -120,9 +128,9 @@ class Block(nnx.Module):
     for (name, weight), k in zip(names.items(), jax.random.split(key, len(names)), strict=True):
       setattr(self, name, _param(weight, k, dtype, stack))
 
-  def __call__(self, x: jax.Array, rope: tuple, attend: Callable) -> tuple[jax.Array, object]:
-    """x [B,S,D] -> [B,S,D] and what attend(q, k, v) kept."""
-    weights = {name: getattr(self, name)[...] for name in block_weights(self.config)}
+  def __call__(self, x: jax.Array, rope: tuple, attend: Callable, adapters: dict) -> tuple[jax.Array, object]:
+    """x [B,S,D] -> [B,S,D] and what attend(q, k, v) kept. adapters: this layer's (lora.py)."""
+    weights = {name: getattr(self, name)[...] for name in block_weights(self.config)} | adapters
     x, delta, kept = layer(self.config, weights, x, None, rope, lambda q, k, v, rotary: attend(*rotary(q, k), v))
     return x + delta, kept
 
@@ -135,26 +143,31 @@ def layer(c: PolicyConfig, weights: dict, x: jax.Array, delta: jax.Array | None,
   weights (`unstack`) it is attend(qkv, rotary), qkv [B,S,M,N/M+2,H].
   """
   w = lambda name: weights[name].astype(x.dtype)
-  project = lambda y, equation, name: (
-    keep(product(equation, y, weights[name])) if name + "_bias" not in weights else
-    keep(product(equation, y, weights[name]) + w(name + "_bias")[None, None]))
+
+  def project(y, equation, name):
+    bias, (a, b) = weights.get(name + "_bias"), lora.names(name)
+    out = _merged(y, weights["qkv"], bias) if name == "qkv" else product(equation, y, weights[name])
+    if a in weights:
+      out = out + c.lora.scale * lora.branch(y, equation, w(a), w(b))
+    return out if bias is None or name == "qkv" else out + w(name + "_bias")[None, None]
+
   with jax.named_scope("attention"):
     x, y = add_norm(x, delta, weights["attn_norm"], c.norm_eps, fused=fused)
     rotary = Rotary(*rope, *((weights["q_norm"], weights["k_norm"]) if c.qk_norm else (None, None)), c.norm_eps)
     if "qkv" in weights:
-      out, kept = attend(_merged(y, weights["qkv"], weights.get("qkv_bias")), rotary)
+      out, kept = attend(keep(project(y, "bsd,dmgh->bsmgh", "qkv")), rotary)
     else:
-      q, k, v = project(y, "bsd,dnh->bsnh", "q"), project(y, "bsd,dmh->bsmh", "k"), project(y, "bsd,dmh->bsmh", "v")
+      q, k, v = (keep(project(y, f"bsd,d{heads}h->bs{heads}h", name)) for name, heads in (("q", "n"), ("k", "m"), ("v", "m")))
       out, kept = attend(q, k, v, rotary)
-    out = project(keep(out), "bsnh,nhd->bsd", "o")
+    out = keep(project(keep(out), "bsnh,nhd->bsd", "o"))
   with jax.named_scope("mlp"):
     x, y = add_norm(x, out, weights["mlp_norm"], c.norm_eps, fused=fused)
     if "gate_up" in weights:
-      gate, up = jnp.split(project(y, "bsd,dcf->bscf", "gate_up"), 2, axis=2)
+      gate, up = jnp.split(keep(project(y, "bsd,dcf->bscf", "gate_up")), 2, axis=2)
       gate, up = gate[:, :, 0], up[:, :, 0]
     else:
-      gate, up = project(y, "bsd,df->bsf", "gate"), project(y, "bsd,df->bsf", "up")
-    return x, product("bsf,fd->bsd", jax.nn.silu(gate) * up, weights["down"]), kept
+      gate, up = keep(project(y, "bsd,df->bsf", "gate")), keep(project(y, "bsd,df->bsf", "up"))
+    return x, project(jax.nn.silu(gate) * up, "bsf,fd->bsd", "down"), kept
 
 
 def _merged(y: jax.Array, weight: jax.Array | Int8, bias: jax.Array | None) -> jax.Array:
@@ -202,6 +215,23 @@ def logical_axes(c: PolicyConfig) -> dict:
   return {"layers": layers} | {name: w.axes for name, w in model_weights(c).items()}
 
 
+def adapter_axes(c: PolicyConfig) -> dict:
+  """Logical axes of `init_adapters`' result; {} where there are none."""
+  return {name: (None, *w.axes) for name, w in adapter_weights(c).items()}
+
+
+def trained_axes(c: PolicyConfig) -> dict:
+  """Logical axes of what training changes of a policy: its adapters, or all of it where it has none."""
+  return adapter_axes(c) if c.lora else logical_axes(c)
+
+
+def init_adapters(c: PolicyConfig, key: jax.Array) -> dict:
+  """Fresh adapters, f32: {NAME_lora_a: [layers, inputs, R], NAME_lora_b: [layers, R, outputs]} with B all zero."""
+  weights = adapter_weights(c)
+  keys = jax.random.split(key, len(weights))
+  return {name: _param(w, k, jnp.float32, (c.layers,))[...] for (name, w), k in zip(weights.items(), keys, strict=True)}
+
+
 def unstack(params: dict) -> dict:
   """Training layout -> decoding layout: `layers` becomes a tuple of single layers, whose projections that read the same
   input are merged into one product: qkv [D,M,N/M+2,H] (a KV head's queries, its key, its value) and gate_up [D,2,F]."""
@@ -217,11 +247,18 @@ def _merge(w: dict) -> dict:
   if "q_bias" in w:
     merged["qkv_bias"] = group(w["q_bias"], w["k_bias"], w["v_bias"])
   gone = ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias")
-  return {name: x for name, x in w.items() if name not in gone} | merged
+  return {name: x for name, x in w.items() if name not in gone and "_lora_" not in name} | merged | lora.merge_layer(w)
 
 
-def decoding_params(params: dict, dtype: str, weights: str | None = None) -> dict:
-  """Training parameters in the decoding layout and dtype; weights "int8": matrices are rounded from the training parameters."""
+def decoding_params(c: PolicyConfig, params: dict, dtype: str, weights: str | None = None) -> dict:
+  """Training parameters in the decoding layout and dtype; weights "int8": matrices are rounded from the training parameters.
+
+  What fsdp splits is cast and comes together a stacked array at a time: by layer it would be hundreds of small collectives.
+  """
+  if weights is None:
+    cast = lambda x, axes: constrain(x.astype(dtype), *axes, table=DECODE)
+    axes = logical_axes(c)
+    return unstack(jax.tree.map(cast, params, axes | {"layers": axes["layers"] | adapter_axes(c)}))
   params = unstack(params)
   params = quantize_all(params) if weights == "int8" else params
   cast = lambda x: x if isinstance(x, Int8) else x.astype(dtype)
@@ -229,18 +266,14 @@ def decoding_params(params: dict, dtype: str, weights: str | None = None) -> dic
 
 
 def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:
-  """`logical_axes` of `decoding_params`."""
-  axes = unstack_axes(logical_axes(c), c.layers)
-  return axes_of_all(axes) if weights == "int8" else axes
-
-
-def unstack_axes(axes: dict, layers: int) -> dict:
-  """`logical_axes` of the decoding layout."""
+  """`logical_axes` of `decoding_params`, adapters among them."""
+  axes = logical_axes(c)
   kept = {name: a[1:] for name, a in axes["layers"].items() if name in ("attn_norm", "o", "mlp_norm", "down", "q_norm", "k_norm")}
   merged = {"qkv": ("embed", "kv_heads", None, None), "gate_up": ("embed", None, "ffn")}
   if "q_bias" in axes["layers"]:
     merged["qkv_bias"] = ("kv_heads", None, None)
-  return axes | {"layers": (kept | merged,) * layers}
+  adapters = lora.merged_axes({name: w.axes for name, w in adapter_weights(c).items()})
+  return axes | {"layers": (kept | merged | adapters,) * c.layers}
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
@@ -253,12 +286,14 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
   block_def, rope, x = _structure(c)[1], rope_tables(c, positions), _embed(params, tokens, dtype)
   # Once, before the scan would copy each layer's float32 weights to round them.
   layers = {name: w if name.endswith("norm") else w.astype(dtype) for name, w in params["layers"].items()}
+  adapters = {name: layers.pop(name) for name in list(layers) if "_lora_" in name}
 
   def body(x, weights):
-    x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend)
+    weights, adapters = weights
+    x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend, adapters)
     return constrain(x, "batch", None, None), kept
 
-  x, kept = jax.lax.scan(REMAT[remat](body), x, layers)
+  x, kept = jax.lax.scan(REMAT[remat](body), x, (layers, adapters))
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 

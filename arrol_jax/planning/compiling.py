@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble, step_programs
+from arrol_jax import assemble, assemble_state, step_programs
 from arrol_jax.learning.candidates import nothing_known
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
@@ -62,14 +62,19 @@ def per_chip(tree) -> int:
 
 
 def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState:
-  """assemble.init_state's result as shapes with shardings."""
+  """assemble_state.init_state's result as shapes with shardings."""
   optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  weights = transformer.abstract_params(model)
-  weights = jax.tree.map(place, weights, sharding.shardings(transformer.logical_axes(model), weights, mesh, sharding.TRAIN))
-  head, recent, tables = jax.tree.map(lambda x: place(x, everywhere), jax.eval_shape(lambda: assemble.fresh_head(c, model.width)))
+  shard = lambda tree, axes: jax.tree.map(place, tree, sharding.shardings(axes, tree, mesh, sharding.TRAIN))
+  weights, base = shard(transformer.abstract_params(model), transformer.logical_axes(model)), None
+  if model.lora:
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.model.dtype, sharding=x.sharding), weights)
+    adapters = jax.eval_shape(lambda: transformer.init_adapters(model, jax.random.key(0)))
+    weights = shard(adapters, transformer.adapter_axes(model))
+  fresh = jax.eval_shape(lambda: assemble_state.fresh_head(c, model.width))
+  head, recent, tables = jax.tree.map(lambda x: place(x, everywhere), fresh)
   params = {"policy": weights, "head": head}
-  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble.init_state).
+  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble_state.init_state).
   at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
   follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
   opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
@@ -77,7 +82,7 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState
   prompts = jax.eval_shape(lambda: nothing_known(model.width)) if chooses else None
   prompts = jax.tree.map(lambda x: place(x, everywhere), prompts)
   return TrainState(params, opt_state, tables, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), recent,
-                    prompts)
+                    prompts, base)
 
 
 def out_of_memory(message: str) -> tuple[int, str]:
@@ -117,6 +122,7 @@ class Step:
   def __init__(self, c: ConfigDict, model: PolicyConfig, mesh: Mesh, limit: int, effort: float | None = None,
                stop: bool = False, rates: Rates | None = None):
     self.c, self.mesh, self.limit, self.stop, self.rates = c, mesh, limit, stop, rates
+    model = dataclasses.replace(model, lora=assemble.lora(c))
     self.loaded = Policy(model, transformer.abstract_params(model), None, (model.vocab - 1,), 0)
     self.options = None if effort is None else {"exec_time_optimization_effort": effort}
     self.programs: list[Program] = []
@@ -167,8 +173,10 @@ class Step:
   def run(self, phases: tuple[str, ...] = PHASES) -> "Step":
     with jax.set_mesh(self.mesh):
       state = abstract_state(self.c, self.loaded.config, self.mesh)
-      self.hold("parameters, optimizer, head", per_chip(state))
-      if assemble.loss(self.c).kl_weight:
+      self.hold("parameters, optimizer, head", per_chip(state.changing))
+      if state.base is not None:
+        self.hold("frozen weights", per_chip(state.base))
+      elif assemble.loss(self.c).kl_weight:
         self.hold("reference parameters", per_chip(state.params["policy"]))
       always = dict(self.held)
       if "generation" in phases:
@@ -182,7 +190,7 @@ class Step:
     """Decode weights, cache, then what runs on them, as Engine.run does it."""
     c, config = self.c, assemble.step_config(self.c, self.loaded)
     try:
-      engine = assemble.engine(c, self.loaded, self.mesh, c.rollout.max_new, state.params["policy"],
+      engine = assemble.engine(c, self.loaded, self.mesh, c.rollout.max_new, state.policy,
                                memory=(self.limit - sum(self.held.values()), self.limit))
     except UserError as e:
       self.skip(*GENERATION)

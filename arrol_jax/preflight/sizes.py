@@ -35,8 +35,8 @@ def shapes(page: Page, c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh) -
   r, state = c.rollout, abstract_state(c, loaded.config, mesh)
   limit, _ = device_memory()
   on_device = jax.local_devices()[0].platform != "cpu" and limit is not None
-  held = per_chip(state) + per_chip(state.params["policy"]) * bool(assemble.loss(c).kl_weight)
-  engine = assemble.engine(c, loaded, mesh, r.max_new, state.params["policy"], (limit - held, limit) if on_device else None)
+  held = per_chip(state) + _reference(c, state)
+  engine = assemble.engine(c, loaded, mesh, r.max_new, state.policy, (limit - held, limit) if on_device else None)
   started, config = r.prompts * r.group_size, assemble.step_config(c, loaded)
   chosen = f", chosen from {assemble.candidates(c)}" if assemble.candidates(c) > r.prompts else ""
   page.say(f"{r.prompts} prompts{chosen} x {r.group_size} rollouts = {started:,} a step, in {engine.rows:,} slots "
@@ -53,20 +53,25 @@ def shapes(page: Page, c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh) -
   return engine, state
 
 
+def _reference(c: ConfigDict, state: TrainState) -> int:
+  """Bytes a device of the weights that a KL term compares with: a copy, unless they are frozen anyway."""
+  return per_chip(state.params["policy"]) if assemble.loss(c).kl_weight and state.base is None else 0
+
+
 def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: TrainState) -> None:
   """Bytes a device, in the two phases of a step."""
   mesh, policy = engine.mesh, loaded.config
-  weights = per_chip(state.params["policy"])
-  reference = weights * bool(assemble.loss(c).kl_weight)
+  weights, frozen, reference = per_chip(state.params["policy"]), per_chip(state.base), _reference(c, state)
   sampling = assemble.sampling(c, loaded)
-  numbers = sum(x.size for x in jax.tree.leaves(state.params["policy"]))
+  numbers = sum(x.size for x in jax.tree.leaves(state.policy))
   decode = numbers * jax.numpy.dtype(sampling.dtype).itemsize // mesh.shape["tensor"]
   shards = mesh.shape["tensor"] if policy.kv_heads % mesh.shape["tensor"] == 0 else 1
   token = kv_cache.bytes_per_token(policy.layers, policy.kv_heads, policy.head_dim, sampling.cache_dtype) // shards
   cache = engine.rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * engine.lengths(sampling)[-1] * token
-  rest = per_chip(state) - weights
-  held = weights + reference + rest
-  parts = [("weights", weights), ("reference", reference), ("optimizer and head", rest)]
+  rest = per_chip(state.changing) - weights
+  held = weights + frozen + reference + rest
+  parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", reference),
+           ("optimizer and head", rest)]
   page.say(f"{numbers:,} parameters; a device holds " + ", ".join(f"{name} {size(n)}" for name, n in parts if n))
   rolling, learning = held + decode + cache, held + weights
   page.say(f"while rolling out also decode weights {size(decode)} and cache {size(cache)}: {size(rolling)}")

@@ -1,9 +1,10 @@
 """Saving and restoring all that a run needs to go on exactly, through orbax.
 
-A checkpoint is the TrainState (parameters, head, optimizer state, calibration tables, step) and what it belongs to: config
-hash and root key. Data order and random keys are functions of (seed, step), so nothing else is needed. Saving is asynchronous and
-atomic (orbax); the newest `keep` stay, and the one with the best score. Each array's checksum is taken on the devices when it
-is saved and again when it is restored, whatever the mesh: a damaged checkpoint is set aside and the one before it is taken.
+A checkpoint is the TrainState (what is trained of the policy, head, optimizer state, calibration tables, step) and what it
+belongs to: config hash and root key, and of adapters the hash of their frozen base, which is not saved. Data order and random
+keys are functions of (seed, step), so nothing else is needed. Saving is asynchronous and atomic (orbax); the newest `keep` stay,
+and the one with the best score. Each array's checksum is taken on the devices when it is saved and again when it is restored,
+whatever the mesh: a damaged checkpoint is set aside and the one before it is taken.
 With several processes the folder is one that all of them see.
 """
 
@@ -33,10 +34,11 @@ from arrol_jax.types import TrainState, UserError
 class Checkpoints:
   """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
-  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False, also: tuple = ()):
+  def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False, also: tuple = (),
+               best: str | None = None):
     """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do.
-    also: further config hashes of this run's (workdir.claim)."""
-    self.workdir, self.belongs, self.read_only, self.also = workdir, belongs, read_only, also
+    also: further config hashes of this run's (workdir.claim). best: what scores are of; those of something else do not count."""
+    self.workdir, self.belongs, self.read_only, self.also, self.scored_by = workdir, belongs, read_only, also, best
     self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
@@ -51,7 +53,8 @@ class Checkpoints:
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
     for step in self.steps():
-      self.kept.scores[step] = (_attempt(lambda step=step: self._notes(step))[0] or {}).get("score")
+      notes = _attempt(lambda step=step: self._notes(step))[0] or {}
+      self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == best else None
 
   def _make_folder(self) -> None:
     if not self.read_only and hosts.first():
@@ -78,7 +81,8 @@ class Checkpoints:
     if step in self.steps():
       return
     leaves = plain(state)
-    notes = (self.belongs or {}) | {"score": score, "checksums": jax.device_get(checksums(leaves)).tolist()}
+    notes = (self.belongs or {}) | {"score": score, "scored_by": self.scored_by,
+                                    "checksums": jax.device_get(checksums(leaves)).tolist()}
     notes["crc"] = _crc(notes)
     self.kept.scores[step] = score
     with self._failures_said():
@@ -115,7 +119,7 @@ class Checkpoints:
     saved = self.reader.restore(f"{self.folder}/{step}/default", args=ocp.args.StandardRestore(like))
     if jax.device_get(checksums(saved)).tolist() != notes["checksums"]:
       raise ValueError("its checksum does not match")
-    return jax.tree.unflatten(jax.tree.structure(state), saved)
+    return jax.tree.unflatten(jax.tree.structure(state.changing), saved).replace(base=state.base)
 
   def _set_aside(self, step: int) -> None:
     """Moves a damaged checkpoint out of the way of the one that will be made again, for whoever wants to look at it."""
@@ -203,8 +207,8 @@ def _aside(work: Callable) -> None:
 
 
 def plain(state: TrainState) -> list:
-  """Leaves in tree order: what is on disk does not depend on optax's class names."""
-  return jax.tree.leaves(state)
+  """Leaves in tree order, without frozen weights: what is on disk does not depend on optax's class names."""
+  return jax.tree.leaves(state.changing)
 
 
 def digest(params: dict) -> str:

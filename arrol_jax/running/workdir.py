@@ -54,13 +54,14 @@ class Logs:
     for file in self.files.values():
       os.fsync(file.fileno())
 
-  def finish(self, c, before: dict, after: dict, seconds: float) -> None:
+  def finish(self, c, before: dict, after: dict, seconds: float, best: int | None = None) -> None:
+    """best: the step that was evaluated and exported, where it is not simply the last."""
     device, last = jax.devices()[0], self.lines[-1] if self.lines else {"step": c.steps, "reward": None}
     write_json(f"{self.workdir}/summary.json", {
       "steps": last["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
-      "config_hash": fingerprint(c), "eval_before": before, "eval_after": after,
-      "tokens_generated": sum(x["tokens_generated"] for x in self.lines),
-      "tokens_trained": sum(x["tokens_trained"] for x in self.lines), "final_reward": last["reward"]})
+      "config_hash": fingerprint(c), "eval_before": before, "eval_after": after, "final_reward": last["reward"],
+      **{name: sum(x[name] for x in self.lines) for name in ("tokens_generated", "tokens_trained")},
+      **({} if best is None else {"best_step": best})})
 
   def close(self) -> None:
     for file in [*self.files.values(), *self.backends]:

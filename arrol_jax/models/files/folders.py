@@ -18,8 +18,8 @@ HEAD = "quality_head.safetensors"
 TEMPLATES = "additional_chat_templates"  # where transformers puts a tokenizer's chat templates beyond the default one
 # Files that Policy.save and transformers write. A folder that holds anything else is never replaced.
 OURS = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, HEAD,
-        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-        f"{TEMPLATES}/*.jinja")
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+        "vocab.*", "merges.txt", "chat_template*", f"{TEMPLATES}/*.jinja")
 
 
 def how_to_fetch(path: str) -> str:

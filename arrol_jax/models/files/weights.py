@@ -7,7 +7,8 @@ the order of the files, by a jitted update that reuses the buffer. Beyond the pa
 by tensor.
 
 The files beside this one: safetensors.py and gguf.py (formats), folders.py (which of a folder's files count),
-hf_config.py (names, shapes, config.json), tokenizers.py. Left out: downloads, LoRA adapters, quantised or float8 safetensors.
+hf_config.py (names, shapes, config.json), tokenizers.py, adapters.py. Left out: downloads, reading LoRA adapters, quantised or
+float8 safetensors.
 """
 
 import collections
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from arrol_jax.models import sharding, transformer
+from arrol_jax.models import lora, sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.files import folders, gguf as gguf_files, hf_config, safetensors as safetensors_files, tokenizers
 from arrol_jax.models.files.folders import HEAD, INDEX
@@ -45,7 +46,7 @@ _READERS = 4  # threads, and tensors that are read ahead
 class Policy:
   """A model: shape, parameters, tokenizer and what ends its responses."""
   config: PolicyConfig
-  params: dict                        # as policy.init_params: layers stacked
+  params: dict                        # as transformer.init_params: layers stacked, adapters beside them where config.lora is set
   tokenizer: object | None            # transformers tokenizer, None where the source has none
   eos_ids: tuple[int, ...]            # any of them ends a response
   pad_id: int
@@ -68,7 +69,7 @@ class Policy:
       return _logits(self.config, self.params, tokens, lengths)
 
   def save(self, path: str | os.PathLike, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a Hugging Face folder: configs, tokenizer files, weights in files of at most `shard_bytes`.
+    """Writes a Hugging Face folder: configs, tokenizer files, weights (adapters merged) in files of at most `shard_bytes`.
 
     dtype: that of the weights in the files, None = as they are. Quality head and calibration table, where there are
     any, go into quality_head.safetensors, which transformers ignores and `load_policy` reads.
@@ -279,22 +280,27 @@ def _outgoing(config: PolicyConfig, params: dict, dtype: str) -> Iterator[tuple]
   """(name, shape, dtype, read) of every Hugging Face tensor; `read` brings it to the host."""
   for name, place in hf_config.layout(config).items():
     leaf = jnp.asarray(params[place.leaf] if place.layer is None else params["layers"][place.leaf])
-    read = functools.partial(_read, leaf, place, dtype)
+    pair = [params["layers"][x] for x in lora.names(place.leaf) if x in params["layers"]]
+    read = functools.partial(_read, leaf, place, dtype, pair, config.lora.scale if pair else None)
     yield name, place.stored, np.dtype(DTYPES[dtype]), read
 
 
-def _read(leaf: jax.Array, place: hf_config.Place, dtype: str) -> np.ndarray:
-  value = _reader(place.order, place.layer is not None, dtype, leaf.sharding)(leaf, place.layer or 0)
+def _read(leaf: jax.Array, place: hf_config.Place, dtype: str, pair: list, scale: float | None) -> np.ndarray:
+  value = _reader(place.order, place.layer is not None, dtype, leaf.sharding, scale)(leaf, place.layer or 0, pair)
   return np.asarray(value).reshape(place.stored)
 
 
 @functools.cache
-def _reader(order: tuple, stacked: bool, dtype: str, source):
-  """A program (stack, layer) -> that layer's tensor in Hugging Face's order, whole on every device of the mesh."""
+def _reader(order: tuple, stacked: bool, dtype: str, source, scale: float | None):
+  """A program (stack, layer, adapters' stacks or []) -> that layer's tensor in Hugging Face's order, with its adapters added in
+  float32 and rounded once, whole on every device of the mesh."""
   inverse = tuple(order.index(i) for i in range(len(order)))
 
-  def read(stack, layer):
-    value = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) if stacked else stack
+  def read(stack, layer, pair):
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    value = at(stack) if stacked else stack
+    if pair:
+      value = value.astype(jnp.float32) + scale * lora.product(*map(at, pair))
     return jnp.transpose(value, inverse).astype(DTYPES[dtype])
   whole = NamedSharding(source.mesh, PartitionSpec()) if isinstance(source, NamedSharding) else None
   return jax.jit(read, out_shardings=whole)

@@ -1,0 +1,112 @@
+"""Builds what a run changes from its config: fresh, from a checkpoint, and as the policy that it exports."""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from arrol_jax import assemble
+from arrol_jax.learning import head_training
+from arrol_jax.learning.candidates import nothing_known
+from arrol_jax.models import sharding, transformer
+from arrol_jax.models.files import adapters, hub
+from arrol_jax.models.files.weights import Policy
+from arrol_jax.pruning import features
+from arrol_jax.pruning.head import init_head
+from arrol_jax.pruning.table import Calibration
+from arrol_jax.running.checkpoint import Checkpoints, digest
+from arrol_jax.running.workdir import fingerprint, stored_config
+from arrol_jax.types import TrainState, UserError
+
+
+def fresh_head(c: ConfigDict, width: int) -> tuple[dict, object, Calibration]:
+  """A head that knows nothing, what its fit remembers, and its tables: one a decision, a linear head's for the last token too."""
+  q, decisions = c.quality, len(assemble.detect(c))
+  if q.fit == "ridge":
+    head, recent = head_training.no_linear(features.width(assemble.linear_inputs(c), width), decisions, q.center)
+  else:
+    head = init_head(width, q.hidden, assemble.key(c, assemble.INIT), tuple(q.inputs))
+    recent = head_training.no_recent(head, width, q.buffer, assemble.head_optimizer(c)) if q.buffer else None
+  tables = jax.tree.map(lambda x: jnp.stack([x] * (decisions + (q.fit == "ridge"))), Calibration.empty(c.prune.bins))
+  return head, recent, tables
+
+
+def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
+  """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates), or around
+  fresh adapters beside it."""
+  if loaded.config.lora:
+    base, weights = loaded.params, fresh_adapters(c, loaded, mesh)
+  else:
+    base, weights = None, jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
+  head, recent, tables = fresh_head(c, loaded.config.width)
+  params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
+  model = nothing_known(loaded.config.width) if assemble.candidates(c) > c.rollout.prompts else None
+  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
+  # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
+  rest = jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model))
+  return TrainState(params, *rest, base)
+
+
+def fresh_adapters(c: ConfigDict, loaded: Policy, mesh) -> dict:
+  """Adapters that change nothing yet, sharded as their matrices are."""
+  init = functools.partial(transformer.init_adapters, loaded.config)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  where = sharding.shardings(transformer.adapter_axes(loaded.config), shapes, mesh, sharding.TRAIN)
+  return jax.jit(init, out_shardings=where)(assemble.key(c, assemble.ADAPTERS))
+
+
+def belongs(c: ConfigDict, base: str | None = None) -> dict:
+  """What a checkpoint of this run says of itself. base: the hash of frozen weights, which it does not hold."""
+  whose = {"config_hash": fingerprint(c), "root_key": jax.device_get(jax.random.key_data(jax.random.key(c.seed))).tolist()}
+  return whose | ({"base": base} if base else {})
+
+
+def export(c: ConfigDict, loaded: Policy, state: TrainState, workdir: str) -> None:
+  """Writes what a run has made of the policy that it loaded: policy/, and adapters alone as adapter/. All processes call it."""
+  trained = dataclasses.replace(loaded, params=state.policy, head=state.params["head"], calibration=state.calibration,
+                                head_inputs=tuple(c.quality.inputs), detect=assemble.detect(c))
+  trained.save(f"{workdir}/policy", dtype=c.model.dtype)
+  if loaded.config.lora:
+    base = c.model.path if hub.is_id(c.model.path) else os.path.abspath(hub.here(c.model.path))
+    adapters.save(f"{workdir}/adapter", loaded.config, state.params["policy"], base)
+
+
+def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
+                    which: str = "newest") -> tuple[TrainState, int]:
+  """A checkpoint of `workdir`, and its step; which: "newest", "best" (by checkpoint.best) or a step. Sets what the config says of
+  the head, and gives `loaded` the adapters' base, as that run had them."""
+  trained = stored_config(workdir) or {}
+  belongs = _as_trained(c, loaded, trained)
+  checkpoints = None
+  if os.path.isdir(f"{workdir}/checkpoints"):
+    best = trained.get("checkpoint", {}).get("best")
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep, belongs, read_only=True, best=best)
+  if not checkpoints or not checkpoints.steps():
+    raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
+  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
+  if which not in known:
+    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
+  like = init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
+  step, state = checkpoints.restore(like, known[which])
+  checkpoints.close()
+  return state, step
+
+
+def _as_trained(c: ConfigDict, loaded: Policy, trained: dict) -> dict:
+  """Head, choice of prompts and adapters as the run of the stored config `trained` had them; what its checkpoints belong to."""
+  listed = [("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))]
+  for section, stored, names in [(c[name], trained.get(name, {}), names) for name, names in listed] + [
+    (c.model.lora, trained.get("model", {}).get("lora", {}), c.model.lora)]:
+    for name in names:
+      if name in stored:
+        section[name] = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+  beside = assemble.lora(c) if trained else None
+  if beside is None:
+    return {}
+  loaded.config = dataclasses.replace(loaded.config, lora=beside)
+  loaded.params = jax.tree.map(lambda x: x.astype(trained["model"]["dtype"]), loaded.params)
+  return {"base": digest(loaded.params)}
