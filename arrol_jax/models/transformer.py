@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from arrol_jax.models import lora
-from arrol_jax.models.int8 import Int8, product, quantize_all, scaled_product
+from arrol_jax.models.int8 import Int8, axes_of_all, product, quantize_all, scaled_product
 from arrol_jax.models.layers import Rotary, add_norm, rms_norm
 from arrol_jax.models.lora import Lora
 from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling, frequencies
@@ -273,7 +273,8 @@ def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:
   if "q_bias" in axes["layers"]:
     merged["qkv_bias"] = ("kv_heads", None, None)
   adapters = lora.merged_axes({name: w.axes for name, w in adapter_weights(c).items()})
-  return axes | {"layers": (kept | merged | adapters,) * c.layers}
+  axes |= {"layers": (kept | merged | adapters,) * c.layers}
+  return axes_of_all(axes) if weights == "int8" else axes
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
