@@ -83,6 +83,31 @@ def test_put_gives_each_device_its_rows():
   assert {s.data.shape for s in x["a"].addressable_shards} == {(2,)} and x["b"].shape == (8, 3)
 
 
+# ---- weights for decoding
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_split_policy_comes_together_in_as_many_collectives_as_it_has_kinds_of_weights(layers):
+  c = PolicyConfig("qwen3", 31, 32, layers, 8, 2, 8, 40, qk_norm=True)
+  mesh, shapes = sharding.make_mesh(fsdp=4), transformer.abstract_params(c)
+  where = sharding.shardings(transformer.logical_axes(c), shapes, mesh, sharding.TRAIN)
+  params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+  with jax.set_mesh(mesh):
+    program = Engine(c, mesh, 8, 16, 16, 8).loader(params, "bfloat16").lower(params).compile().as_text()
+  assert 0 < program.count(" all-gather(") + program.count(" all-gather-start(") <= len(jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2)])
+def test_weights_for_decoding_are_those_of_one_device(shape):
+  params, mesh = transformer.init_params(C, jax.random.key(0)), sharding.make_mesh(*shape)
+  where = sharding.shardings(transformer.logical_axes(C), params, mesh, sharding.TRAIN)
+  with jax.set_mesh(mesh):
+    engine = Engine(C, mesh, 8, 16, 16, 8)
+    engine.load(jax.device_put(params, where), "bfloat16")
+  plain = jax.tree.map(lambda x: x.astype("bfloat16"), transformer.unstack(params))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(engine.params), jax.device_get(plain))
+
+
 # ---- a step is the same on every mesh
 
 
