@@ -15,7 +15,7 @@ from scipy import stats
 from arrol_jax import config
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import trial, trial_arms, trial_devices, trial_page, trial_queue
+from experiments import report, trial, trial_arms, trial_devices, trial_page, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
 from experiments.trial_queue import Call
 
@@ -233,7 +233,7 @@ def test_pairs_are_by_seed(elsewhere):
   assert trial_page.speedup(both) == pytest.approx([2.0, 1.5])
   assert trial_page.clipped(both[0][0]) == 0.5
   assert trial_page.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
-  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "plain")
+  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "budget", "plain")
 
 
 def test_runs_of_two_commits_are_not_compared(elsewhere):
@@ -276,10 +276,33 @@ def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   text = trial_page.page([CPU])
   assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
   assert "made with other settings than the arm has now: random_seed1." in text
-  assert "Not run (10): " in text and "plain_seed2" in text
+  assert "Not run (9): " in text and "plain_seed2" in text
   assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
   assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
   assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
+
+
+def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
+  """max_variance is better than plain8 on the seeds that both have, though not over all of plain8's."""
+  levels = {"plain": (0.30, 0.32), "plain8": (0.28, 0.30, 0.90), "max_variance": (0.31, 0.33), "budget": (0.34, 0.37),
+            "random": (0.29,)}
+  regime = dataclasses.replace(REGIMES["gsm8k"], queue=({arm: len(x) for arm, x in levels.items()},))
+  for arm, values in levels.items():
+    for seed, accuracy in enumerate(values, 1):
+      made_up(arm, seed, accuracy, seconds=2.0 if arm == "plain" else 1.0, regime=regime)
+  lines = trial_page.page([regime]).splitlines()
+  assert "Each arm minus max_variance, the better of plain8 and max_variance at 120 s:" in lines
+  row = lambda name: next(x.split(" | ")[1:] for x in lines if x.startswith(f"| {name} |"))
+  t = stats.t.ppf(0.975, 1)
+  pairs, half, _, full, _, faster, signal = row("budget - plain")  # differences 4 and 5 points; 2 seconds a step and 1
+  assert (pairs, full) == ("2", f"+4.5 ± {t * 0.5:.1f} (2)") and half == f"+2.2 ± {t * 0.25:.1f} (2)"
+  assert (faster, signal) == ("2.00 ± 0.00 (2)", "2.00 ± 0.00 (2) |")
+  assert row("budget - max_variance")[3] == f"+3.5 ± {t * 0.5:.1f} (2)" and row("plain8 - plain")[0] == "2"
+  assert row("random - plain")[3] == "-1.0 (1)"  # one pair has no interval
+  assert row("budget - random")[0] == "1" and "- Learning rate 3e-6 in all arms, as in earlier runs: not tuned." in lines
+  text = report.trial()
+  assert text.startswith('<h2 id="trial">') and text.count("data:image/png;base64,") == 1 and "|" not in text
+  assert f"<td>budget - plain</td><td>2</td><td>{half}</td>" in text and "<th>pairs</th>" in text
 
 
 def test_a_page_of_nothing(elsewhere):
