@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from arrol_jax import config
+from arrol_jax import config, step
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 from experiments import report, trial, trial_arms, trial_devices, trial_page, trial_queue
@@ -325,10 +325,12 @@ def test_mistakes_end_in_one_line(argv, words, monkeypatch):
 
 @pytest.mark.slow
 def test_two_arms_run_and_make_a_page(tmp_path, monkeypatch):
-  """A few steps of a tiny size of everything: plain and ours, through the commands themselves."""
+  """Three steps, a second each, of a tiny size of everything: both of ours, through the commands themselves."""
   small = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 24, "rollout.row_buckets": 1,
            "optim.micro_tokens": 1024, "eval.problems": 4}
-  regime = dataclasses.replace(CPU, half=0.001, full=0.5, settings=small, queue=({"plain": 1, "budget": 1, "chosen": 1},))
+  monkeypatch.setattr(step.Clock, "total", lambda self: 1.0)
+  monkeypatch.setattr(hosts.Compiling, "_note", lambda *a, **k: None)
+  regime = dataclasses.replace(CPU, half=1.0, full=3.0, settings=small, queue=({"budget": 1, "chosen": 1},))
   monkeypatch.setattr(trial_arms, "RESULTS", str(tmp_path / "results"))
   monkeypatch.setattr(trial_page, "RESULTS", str(tmp_path / "results"))
   monkeypatch.setattr(Run, "workdir", property(lambda self: tmp_path / "runs" / self.name))
@@ -336,6 +338,11 @@ def test_two_arms_run_and_make_a_page(tmp_path, monkeypatch):
   assert trial_queue.start(runs, Call(VERSION))
   for run in runs:
     about = json.loads((run.folder / "run.json").read_text())
-    assert about["half"]["problems"] == 4 and about["full"]["sampled"]["samples"] == 4 and about["seconds"] >= 0.5
+    assert about["half"]["problems"] == 4 and about["full"]["sampled"]["samples"] == 4
+    assert (about["half"]["seconds"], about["seconds"]) == (1.0, 3.0)
+  chosen = [json.loads(line) for line in (runs[1].folder / "metrics.jsonl").read_text().splitlines()]
+  # Nothing is known of prompts before the first step, and what it taught chooses without any pruning.
+  assert chosen[0]["prompt_variance"] == 0 and all(x["prompt_variance"] > 0 for x in chosen[1:])
+  assert [x["keep_ratio"] for x in chosen] == [1.0] * 3
   text = trial_page.page([regime])
-  assert "| budget - plain | 1 |" in text and (tmp_path / "results" / "arithmetic.png").exists()
+  assert "| budget - chosen | 1 |" in text and (tmp_path / "results" / "arithmetic.png").exists()
