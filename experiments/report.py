@@ -1,4 +1,6 @@
-"""All tables and figures of all scales in one HTML file, plots inside: python -m experiments.report [--out=runs/report.html]
+"""All tables and figures of all scales and the trial in one HTML file, plots inside:
+
+  python -m experiments.report [--out=runs/report.html]
 
 Also writes each scale's tables.md and plots beside its results.
 
@@ -10,11 +12,12 @@ import html
 import io
 import json
 from pathlib import Path
+import re
 import sys
 
 from arrol_jax import config
 from arrol_jax.reporting.page import style
-from experiments import figure2, figure4, runs, table1, table2, table3, table4, table5, table6, tables
+from experiments import figure2, figure4, runs, table1, table2, table3, table4, table5, table6, tables, trial_arms, trial_page
 from experiments.runs import Scale
 
 BUILDS = (table1.build, table2.build, table3.build, table4.build, table5.build, table6.build, figure2.build, figure4.build)
@@ -64,13 +67,48 @@ def write_markdown(scale: Scale, drawn: list) -> None:
     (folder / "tables.md").write_text("\n\n".join([head, *parts]) + "\n")
 
 
+# ---- the trial
+
+
+def trial() -> str:
+  """The trial's page (trial_page.py) of all regimes that have results."""
+  folder = trial_arms.ROOT / trial_arms.RESULTS
+  regimes = [regime for regime in trial_arms.REGIMES.values() if (folder / regime.name).is_dir()]
+  if not regimes:
+    return '<h2 id="trial">The trial</h2><p>Not run: <code>python -m experiments.trial --run</code></p>'
+  return html_of(trial_page.page(regimes), folder)
+
+
+def html_of(page: str, folder: Path) -> str:
+  """What trial_page.page writes, as HTML with the plots of `folder` inside: headings, tables, lists, images and paragraphs."""
+  inline = lambda text: re.sub("`(.+?)`", r"<code>\1</code>", html.escape(text))
+  row = lambda line, tag: "<tr>" + "".join(f"<{tag}>{inline(x.strip())}</{tag}>" for x in line.strip("|").split("|")) + "</tr>"
+  out = []
+  for block in re.split(r"\n\n+", page.strip()):
+    lines = block.split("\n")
+    if block.startswith("#"):
+      level = len(block) - len(block.lstrip("#")) + 1
+      name = ' id="trial"' if level == 2 else ""
+      out.append(f"<h{level}{name}>{inline(block.lstrip('# '))}</h{level}>")
+    elif block.startswith("|"):
+      out.append('<div class="wide"><table>' + row(lines[0], "th") + "".join(row(x, "td") for x in lines[2:]) + "</table></div>")
+    elif block.startswith("- "):
+      out.append("<ul>" + "".join(f"<li>{inline(x[2:])}</li>" for x in lines) + "</ul>")
+    elif image := re.fullmatch(r"!\[(.+)\]\((.+)\)", block):
+      data = base64.b64encode((folder / image[2]).read_bytes()).decode()
+      out.append(f'<img alt="{html.escape(image[1])}" src="data:image/png;base64,{data}">')
+    else:
+      out.append(f"<p>{inline(' '.join(lines))}</p>")
+  return "\n".join(out)
+
+
 def page() -> str:
-  links = " ".join(f'<a href="#{name}">{name}</a>' for name in runs.SCALES)
+  links = " ".join(f'<a href="#{name}">{name}</a>' for name in (*runs.SCALES, "trial"))
   return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>arrol_jax: the paper\'s tables</title>'
           f"<style>{style()}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures "
           "of one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
           "figures.</p>"
-          + "\n".join(part(scale) for scale in runs.SCALES.values()) + "</body></html>\n")
+          + "\n".join([*(part(scale) for scale in runs.SCALES.values()), trial()]) + "</body></html>\n")
 
 
 def main():

@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 import os
 from pathlib import Path
 import shlex
@@ -26,6 +27,7 @@ import threading
 import time
 from typing import TextIO
 
+from absl import flags
 import jax
 
 from arrol_jax import config
@@ -272,18 +274,25 @@ def call(argv: tuple[str, ...], out: TextIO | None) -> int:
 
 
 @contextlib.contextmanager
-def terminated(seconds: float | None) -> Iterator[None]:
-  """SIGTERM after so many seconds. One that finds no training at work (hosts.Watch), as it starts or ends, does nothing."""
+def terminated(seconds: float | None, told: threading.Event | None = None) -> Iterator[None]:
+  """SIGTERM after so many seconds, or once `told` is set, and again every second: a training that still loads, or has ended, does
+  not hear it (hosts.Watch). It reaches nothing else."""
   before = signal.signal(signal.SIGTERM, lambda *_: None)
-  timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) if seconds is not None else None
-  if timer:
-    timer.start()
+  over, deadline = threading.Event(), math.inf if seconds is None else time.monotonic() + seconds
+
+  def remind():
+    while not over.wait(0.1):
+      if (told and told.is_set()) or time.monotonic() >= deadline:
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait(1.0)
+
+  thread = threading.Thread(target=remind, daemon=True)
+  thread.start()
   try:
     yield
   finally:
-    if timer:
-      timer.cancel()
-      timer.join()
+    over.set()
+    thread.join()
     signal.signal(signal.SIGTERM, before)
 
 
@@ -295,6 +304,19 @@ def prefix(job: Job) -> str:
 def environment() -> dict[str, str]:
   return {} if "JAX_COMPILATION_CACHE_DIR" in os.environ else {
     "JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def read_flags(values: flags.FlagValues, argv: list[str], page: str, known: str) -> None:
+  """Fills `values` from the command line. -h prints `page`; UserError for anything else than its flags, which `known` names."""
+  if {"-h", "--help"} & set(argv):
+    print(page)
+    raise SystemExit(0)
+  try:
+    rest = values(argv)
+  except flags.Error as e:
+    raise UserError(str(e)) from e
+  if rest[1:]:
+    raise UserError(f"unexpected argument {rest[1]!r}; {known}")
 
 
 def hidden(text: str, scale: Scale) -> str:

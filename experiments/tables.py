@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
 
-from arrol_jax.types import UserError
 from experiments import runs
 from experiments.runs import ROOT, Job, Scale
 
@@ -271,19 +270,6 @@ def save(table: Table, figure: Figure) -> bool:
   return bool(figure.axes)
 
 
-def read_flags(values: flags.FlagValues, argv: list[str], page: str, known: str) -> None:
-  """Fills `values` from the command line. -h prints `page`; UserError for anything else than its flags, which `known` names."""
-  if {"-h", "--help"} & set(argv):
-    print(page)
-    raise SystemExit(0)
-  try:
-    rest = values(argv)
-  except flags.Error as e:
-    raise UserError(str(e)) from e
-  if rest[1:]:
-    raise UserError(f"unexpected argument {rest[1]!r}; {known}")
-
-
 def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
   """The scale with this machine's paths, whether to run, and for how many minutes at most."""
   values = flags.FlagValues()
@@ -292,7 +278,8 @@ def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
   flags.DEFINE_string("model", None, "the scale's model on this machine", flag_values=values)
   flags.DEFINE_string("data", None, "folder of the scale's data on this machine", flag_values=values)
-  read_flags(values, argv, sys.modules["__main__"].__doc__, "--scale=cpu|gpu|paper, --run, --minutes=N, --model=PATH, --data=DIR")
+  known = "--scale=cpu|gpu|paper, --run, --minutes=N, --model=PATH, --data=DIR"
+  runs.read_flags(values, argv, sys.modules["__main__"].__doc__, known)
   return runs.with_paths(runs.SCALES[values.scale], values.model, values.data), values.run, values.minutes
 
 

@@ -1,33 +1,38 @@
 """The trial: does pruning win at equal wall clock? Runs what is missing, and makes the page from files alone.
 
-  python -m experiments.trial --run --minutes=9 --scale=gpu --model=DIR/model.gguf --data=DIR    # again until all is there
+  python -m experiments.trial --run --minutes=8 --devices=4 --scale=gpu --model=DIR/model.gguf --data=DIR  #  until all is there
   python -m experiments.trial --table --scale=gpu              # writes table_gpu.md and a plot a regime into results/trial
   python -m experiments.trial --run --table                    # the cpu scale: that all of it works, nothing more
 
---regime=NAME,NAME and --arms=NAME,NAME choose among them (the regime "tuning" runs only if named). Where there is no git,
---commit says which it is. --dry lists the commands that --run would give. Arms, seeds and budgets stand in trial_arms.py,
-statistics in trial_page.py.
+--regime=NAME,NAME and --arms=NAME,NAME choose among them (the regime "tuning" runs only if named). --devices=N runs so many at a
+time, each in a process that sees one device (trial_devices.py); without it runs follow one another in this process. Ctrl-C,
+SIGTERM and the end of the minutes save the last step of each run; allow two minutes for it. --votes: runs that may vote keep
+their policy, and votes come behind all runs. Where there is no git, --commit says which commit it is. --dry lists the commands
+that --run would give. Arms, seeds and budgets stand in trial_arms.py, statistics in trial_page.py.
 """
 
+from collections import Counter
+import math
 import sys
+import time
 
 from absl import flags
-import matplotlib
 
 from arrol_jax.types import UserError
-from experiments import trial_page, trial_queue
-from experiments.tables import read_flags
+from experiments import trial_devices, trial_queue
+from experiments.runs import read_flags
 from experiments.trial_arms import DEFAULT, REGIMES, RESULTS, ROOT, Regime, Run, runs_of
-
-matplotlib.use("Agg")
+from experiments.trial_queue import Call
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   flags.DEFINE_enum("scale", "cpu", list(DEFAULT), "which regimes", flag_values=values)
-  for name in ("run", "table", "dry"):
+  for name in ("run", "table", "dry", "votes"):
     flags.DEFINE_bool(name, False, "see above", flag_values=values)
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("devices", None, "with --run: so many runs at a time", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("worker", None, "which of them this process is, set by the one that starts it", flag_values=values)
   for name in ("model", "data", "commit"):
     flags.DEFINE_string(name, "", "see above", flag_values=values)
   for name in ("regime", "arms"):
@@ -50,28 +55,61 @@ def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
   return regimes, [run for regime in regimes for run in runs_of(regime) if not values.arms or run.arm in values.arms]
 
 
+def run(values: flags.FlagValues, runs: list[Run]) -> None:
+  """What is missing of `runs`, here or on several devices."""
+  version = {"commit": trial_queue.commit_of(values.commit), "code": trial_queue.code_hash()}
+  deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
+  call = Call(version, values.model, values.data, deadline, votes=values.votes)
+  if values.devices:
+    command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={version['commit']}"]
+    finished = trial_devices.start(command, values.devices, runs, call, "cuda" if values.scale == "gpu" else None)
+  else:
+    finished = trial_queue.start(runs, call)
+  print(progress(runs) + ("" if finished else "; time is over, and the same command goes on"), flush=True)
+
+
+def work(values: flags.FlagValues, runs: list[Run]) -> None:
+  """What one of --devices does."""
+  version = {"commit": values.commit, "code": trial_queue.code_hash()}
+  call = Call(version, values.model, values.data, time.monotonic() + 60 * values.minutes, name=f"device {values.worker}: ",
+              votes=values.votes, quiet=True, fresh=True)
+  sys.exit(trial_devices.work(values.worker, values.devices, runs, call))
+
+
+def progress(runs: list[Run]) -> str:
+  """How many runs are in which state."""
+  counts = Counter(map(trial_queue.state, runs))
+  return f"{len(runs)} runs: " + ", ".join(f"{counts[name]} {name}" for name in ("done", "failed", "begun", "missing"))
+
+
+def write_page(values: flags.FlagValues) -> None:
+  from experiments import trial_page  # it draws: what runs does not need matplotlib
+  shown = values.regime or [r.name for r in REGIMES.values() if r.scale == values.scale]
+  path = ROOT / RESULTS / f"table_{values.scale}.md"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = trial_page.page([REGIMES[name] for name in shown])
+  path.write_text(text)
+  print(text)
+
+
 def main():
   values = parse(sys.argv)
   regimes, runs = chosen(values)
+  if values.worker is not None:
+    work(values, runs)
   if values.scale == "gpu" and (values.run or values.dry) and not (values.model and values.data):
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
-  if values.dry:
-    for run in runs:
-      state = next((what for what in ("run", "failed") if (run.folder / f"{what}.json").exists()), "missing")
-      print(f"# {run.regime.name}/{run.name}: {state}\npython -m {' '.join(run.training(values.model, values.data))}")
-  if values.run:
-    version = {"commit": trial_queue.commit_of(values.commit), "code": trial_queue.code_hash()}
-    if not trial_queue.start(runs, values.minutes, version, values.model, values.data):
-      print("time is over; the same command goes on", flush=True)
-  if values.table:
-    shown = values.regime or [r.name for r in REGIMES.values() if r.scale == values.scale]
-    text = trial_page.page([REGIMES[name] for name in shown])
-    path = ROOT / RESULTS / f"table_{values.scale}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)
   if not (values.dry or values.run or values.table):
     raise UserError("give --run, --table or --dry; see --help")
+  if values.dry:
+    for one in runs:
+      print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
+            f"{' '.join(one.training(values.model, values.data, values.votes and one.votes))}")
+    print(f"# {progress(runs)}")
+  if values.run:
+    run(values, runs)
+  if values.table:
+    write_page(values)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ SHARED = {
   "prune.cold_start": 2, "eval.before": False, "eval.samples": 1, "eval.temperature": 0.0, "eval.sampled": 4,
   "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
 
-# The learning rates to choose from, on SPARE_SEED, before the other runs (regime "tuning"), and what was chosen of them: that of
-# plain GRPO for all arms but ours. Not tried yet: 3e-6 is what earlier runs had.
+# The learning rates to choose from, on SPARE_SEED, before the other runs (regime "tuning"), and those that runs have: of all arms
+# but ours, and of ours. TUNED: whether they were chosen so; 3e-6 is what earlier runs had, and the page says so.
 RATES, SPARE_SEED = ("1e-6", "3e-6", "6e-6"), 100
-RATE, RATE_OURS = "3e-6", "3e-6"
+RATE, RATE_OURS, TUNED = "3e-6", "3e-6", False
 
 _OURS = {
   "prune.rule": "budget", "prune.p_max": 1.0, "prune.p_min": 0.02, "prune.half_life": 4096.0, "quality.fit": "ridge",
@@ -51,18 +51,21 @@ ARMS = {
   "budget035": Arm("ours, 0.35 kept", _OURS | {"prune.keep": 0.35}, True),
   "max_variance": Arm("PODS: all finish, the half whose rewards vary most is learned from", {"prune.rule": "max_variance"}),
   "budget_max_variance": Arm("ours, and of the survivors PODS' half is learned from", _OURS | {"learn.keep": 0.5}, True),
+  "chosen": Arm("ours without pruning: GRPO on the half of twice as many prompts that promises most",
+                {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=2.0),
   "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
   "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
-# How many seeds each has (from 1 on); the pairs that the question is about have most.
-SEEDS = {"plain": 5, "plain8": 5, "budget": 5, "max_variance": 3, "random": 3, "published": 3, "budget035": 3,
-         "budget_max_variance": 3, "budget_chosen": 3, "budget_wide": 3}
+# How many seeds each has (from 1 on), in the queue's order: the pairs that the question is about first, and most of them.
+SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5),
+         dict.fromkeys(("published", "max_variance", "random", "budget_chosen"), 3),
+         dict.fromkeys(("budget035", "budget_max_variance", "budget_wide"), 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-  """scale: what it runs on. half, full: seconds of steps. seeds: their number by arm, first: the first of them. rates:
-  learning rate of all arms but ours, and of ours. train, test: files of the data's folder, "" where the config has its own.
-  votes: so many seeds of these arms also vote, as `voting` says."""
+  """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
+  first: the first seed. rates: learning rate of all arms but ours, and of ours. train, test: files of the data's folder, ""
+  where the config has its own. votes: so many seeds of these arms may also vote, as `voting` says."""
   name: str
   scale: str
   what: str
@@ -70,7 +73,7 @@ class Regime:
   half: float
   full: float
   settings: dict
-  seeds: dict[str, int]
+  queue: tuple[dict[str, int], ...]
   arms: dict[str, Arm] = dataclasses.field(default_factory=lambda: ARMS)
   first: int = 1
   rates: tuple[str, str] | None = (RATE, RATE_OURS)
@@ -78,6 +81,11 @@ class Regime:
   test: str = ""
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def seeds(self) -> dict[str, int]:
+    """Number of seeds by arm."""
+    return {arm: count for part in self.queue for arm, count in part.items()}
 
 
 _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
@@ -90,19 +98,19 @@ REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
          120.0, _GSM8K, SEEDS, train="gsm8k_train", test="gsm8k_test", voting=_VOTING, votes={"plain": 3, "budget": 3}),
   Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 90.0, 180.0,
-         _GSM8K | {"rollout.max_new": 1024}, {"plain": 3, "plain8": 3, "budget": 3}, train="math_train", test="math500"),
+         _GSM8K | {"rollout.max_new": 1024}, ({"plain": 3, "plain8": 3, "budget": 3},), train="math_train", test="math500"),
   Regime("tuning", "gpu", "GSM8K: learning rates on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
-         dict.fromkeys(_BY_RATE, 1), _BY_RATE, SPARE_SEED, None, "gsm8k_train", "gsm8k_test"),
+         (dict.fromkeys(_BY_RATE, 1),), _BY_RATE, SPARE_SEED, None, "gsm8k_train", "gsm8k_test"),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
-         5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100}, dict.fromkeys(ARMS, 1) | {
-           "plain": 2, "plain8": 2, "budget": 2}, rates=None,
+         5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
+         (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
 DEFAULT = {"gpu": ("gsm8k", "math"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One arm of a regime with one seed. Its results are run.json and metrics.jsonl below `folder`, or failed.json."""
+  """One arm of a regime with one seed. Its results are run.json and metrics.jsonl below `folder`, or failed.json; votes.json."""
   regime: Regime
   arm: str
   seed: int
@@ -134,10 +142,10 @@ class Run:
     out |= {"optim.lr": r.rates[arm.ours]} if r.rates else {}
     return out | arm.settings
 
-  def training(self, model: str, data: str) -> tuple[str, ...]:
-    """argv of `python -m`; model, data: where they are here, "" for the config's own."""
+  def training(self, model: str, data: str, export: bool = False) -> tuple[str, ...]:
+    """argv of `python -m`; model, data: where they are here, "" for the config's own; export: keeps the policy, to vote with."""
     return ("arrol_jax.train", f"--config={self.regime.config}", f"--workdir={self.workdir}",
-            *options(self._paths(model, data) | self.settings | {"checkpoint.export": self.votes}))
+            *options(self._paths(model, data) | self.settings | {"checkpoint.export": export}))
 
   def voting(self, data: str) -> tuple[str, ...]:
     """argv of the evaluation whose samples vote."""
@@ -159,9 +167,10 @@ def options(settings: dict) -> list[str]:
 
 
 def runs_of(regime: Regime) -> Iterator[Run]:
-  """Seed by seed, so that what is there at any moment is balanced over arms."""
-  for i in range(max(regime.seeds.values())):
-    yield from (Run(regime, arm, regime.first + i) for arm, count in regime.seeds.items() if i < count)
+  """Seed by seed within each part of the regime's queue, so that what is there at any moment is balanced over its arms."""
+  for seeds in regime.queue:
+    for i in range(max(seeds.values())):
+      yield from (Run(regime, arm, regime.first + i) for arm, count in seeds.items() if i < count)
 
 
 def same(settings: dict) -> dict:

@@ -1,10 +1,10 @@
 """The trial's page, from results' files alone: what each arm did, paired differences, votes, what failed, what is missing; plots.
 
-Differences are paired by seed: two runs of one seed see the same prompts in the same order while both have as many a step. Their
-interval is 95% of Student's t over the pairs, so it holds what differs between seeds and, problems being shared, not what differs
-between sets of problems. Budgets are seconds, so a pair needs one device (others are left out), and a comparison one
-version of the code (it is refused otherwise). No interval is corrected for how many comparisons there are. Left out: runs
-(trial_queue.py), arms and budgets (trial_arms.py).
+Differences are paired by seed: two runs of one seed see the same prompts in the same order while both have as many a step and
+neither chooses among them. Their interval is 95% of Student's t over the pairs, so it holds what differs between seeds and,
+problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device (others are
+left out), and a comparison one version of the code (it is refused otherwise). No interval is corrected for how many comparisons
+there are. Left out: runs (trial_queue.py), arms and budgets (trial_arms.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,19 +16,20 @@ import numpy as np
 from scipy import stats
 
 from arrol_jax.types import UserError
-from experiments.trial_arms import RESULTS, ROOT, SKIP, Regime, Run, runs_of, same
+from experiments.trial_arms import RESULTS, ROOT, SKIP, TUNED, Regime, Run, runs_of, same
 
-OURS, PLAIN = "budget", "plain"
-NULLS = ("plain8", "max_variance")  # ours is compared with the better of them too
+OURS, PLAIN = ("budget", "chosen"), "plain"  # which rollouts, and which prompts: the first is compared with all arms
+NULLS = ("plain8", "max_variance")  # all arms are compared with the better of them too
 AIM = 2.3  # points of accuracy, the paper's
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A run's results: run.json, and a step's line each."""
+  """A run's results: run.json, a step's line each, and votes.json where it voted."""
   run: Run
   about: dict
   lines: list[dict]
+  votes: dict | None = None
 
   @property
   def version(self) -> tuple[str, str]:
@@ -65,7 +66,8 @@ def load(regime: Regime) -> Results:
       out.other.append(run.name)
     else:
       lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-      out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines)
+      votes = _json(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
+      out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
   return out
 
 
@@ -180,32 +182,39 @@ def moments(regime: Regime) -> list[str]:
   return [f"{how} at {seconds:g} s" for seconds in (regime.half, regime.full) for how in ("greedy", "4 samples")]
 
 
-def comparisons(regime: Regime) -> list[tuple[str, str]]:
-  """Each arm against plain, ours against each."""
-  against_plain = [(arm, PLAIN) for arm in regime.seeds if arm != PLAIN]
-  return [x for x in [(OURS, PLAIN), *((OURS, arm) for arm in regime.seeds), *against_plain] if x[0] != x[1]]
+def differences_tables(results: Results) -> list[str]:
+  """Each arm less plain, each less the better of NULLS, and the first of OURS less each other."""
+  arms, better = list(results.regime.seeds), better_null(results)
+  heads = {f"Each arm minus {PLAIN}": [(arm, PLAIN) for arm in arms]}
+  if better:
+    heads[f"Each arm minus {better}, the better of {' and '.join(NULLS)} at {results.regime.full:g} s"] = [
+      (arm, better) for arm in arms]
+  heads[f"{OURS[0]} minus each other arm"] = [(OURS[0], arm) for arm in arms if arm not in (PLAIN, better)]
+  out = []
+  for head, compared in heads.items():
+    rows = [row for arm, other in compared if arm != other and (row := difference_row(results, arm, other))]
+    out += [f"{head}:", "", *table(["points of accuracy", "pairs", *moments(results.regime), "a step, times faster",
+                                    "signal a second, times"], rows)] if rows else []
+  return out
 
 
-def differences_table(results: Results) -> list[str]:
-  rows = []
-  for arm, other in dict.fromkeys(comparisons(results.regime)):
-    try:
-      both = pairs(results, arm, other)
-    except Refused as e:
-      rows.append([f"{arm} - {other}", str(e), *[""] * 5])
-      continue
-    if both:
-      cells = [text(difference(both, lambda r, w=when, s=sampled: accuracy(r, w, s)), "+.1f")
-               for when in ("half", "full") for sampled in (False, True)]
-      rows.append([f"{arm} - {other}", str(len(both)), *cells, text(speedup(both), ".2f")])
-  return table(["points of accuracy", "pairs", *moments(results.regime), "a step, times faster"], rows)
+def difference_row(results: Results, arm: str, other: str) -> list[str]:
+  """[] where there is no pair on one device."""
+  try:
+    both = pairs(results, arm, other)
+  except Refused as e:
+    return [f"{arm} - {other}", str(e), *[""] * 6]
+  cells = [text(difference(both, lambda r, w=when, s=sampled: accuracy(r, w, s)), "+.1f")
+           for when in ("half", "full") for sampled in (False, True)]
+  signal = [signal_rate(a) / signal_rate(b) for a, b in both]
+  return [f"{arm} - {other}", str(len(both)), *cells, text(speedup(both), ".2f"), text(signal, ".2f")] if both else []
 
 
 def votes_table(results: Results) -> list[str]:
   """Of the trained policies: the majority's accuracy, and what weighted votes add to it, paired by run."""
   rows = []
   for arm in results.regime.seeds:
-    votes = [r.about["votes"] for r in results.of(arm) if "votes" in r.about]
+    votes = [r.votes for r in results.of(arm) if r.votes]
     if votes:
       n = votes[0]["samples"]
       names = [k for k in votes[0] if k.endswith(f"@{n}") and not k.startswith(("pass", "maj"))]
@@ -219,19 +228,19 @@ def votes_table(results: Results) -> list[str]:
 # ---- what it says
 
 
-def verdict(results: Results, other: str) -> str:
-  """Ours less `other` at the whole budget, in words."""
+def verdict(results: Results, arm: str, other: str) -> str:
+  """An arm less another at the whole budget, in words."""
   try:
-    values = difference(pairs(results, OURS, other), lambda r: accuracy(r, "full"))
+    values = difference(pairs(results, arm, other), lambda r: accuracy(r, "full"))
   except Refused as e:
-    return f"- {OURS} - {other}: {e}."
+    return f"- {arm} - {other}: {e}."
   if not values:
-    return f"- {OURS} - {other}: no pair on one device."
+    return f"- {arm} - {other}: no pair on one device."
   center, half = interval(values)
   apart = abs(center) > half  # False where there is one pair
   said = "undecided" if not apart else "above 0" if center > 0 else "below 0"
   aim = f"missed by {AIM - center:.1f}" if center < AIM else "reached" if said == "above 0" else "not borne out"
-  return (f"- {OURS} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}; the aim of +{AIM} is "
+  return (f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}; the aim of +{AIM} is "
           f"{aim}.")
 
 
@@ -248,10 +257,12 @@ def notes(results: Results) -> list[str]:
   cards = sorted({r.about["device"] for r in runs})
   commits = sorted({r.version[0] for r in runs})
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
-  if results.of(OURS):
-    out += [verdict(results, other) for other in (PLAIN, better_null(results)) if other]
-    if len(cards) > 1:
-      out += ["- Pairs whose runs were on different devices are left out of differences."]
+  out += [verdict(results, arm, other) for arm in OURS if results.of(arm)
+          for other in (PLAIN, better_null(results)) if results.of(other)]
+  if len(cards) > 1:
+    out += ["- Pairs whose runs were on different devices are left out of differences."]
+  if runs and results.regime.rates and not TUNED:
+    out += [f"- Learning rate {' and '.join(dict.fromkeys(results.regime.rates))} in all arms, as in earlier runs: not tuned."]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]
   out += [f"- Made in several pieces, each of which begins with slower steps: {', '.join(parts)}."] if parts else []
   out += [f"- Failed: {x['arm']}_seed{x['seed']} after {x['steps']} steps, commit {x['commit']}: {x['problem']}"
@@ -264,14 +275,14 @@ def notes(results: Results) -> list[str]:
 def page(regimes: list[Regime]) -> str:
   """Markdown of all regimes; writes their plots."""
   out = ["# The trial: accuracy after as many seconds of steps", "",
-         "Accuracy in percent, ± 95% of Student's t over seeds (number of runs or pairs). Seconds are those of steps, without "
-         f"compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by `python -m "
-         "experiments.trial --table`.", ""]
+         "Accuracy in percent, ± 95% of Student's t over seeds (number of runs or pairs; one has no interval). Seconds are those "
+         f"of steps, without compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by "
+         "`python -m experiments.trial --table`.", ""]
   for regime in regimes:
     results = load(regime)
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
     if results.there:
-      out += [*arms_table(results), *differences_table(results), *votes_table(results)]
+      out += [*arms_table(results), *differences_tables(results), *votes_table(results)]
       name = f"{regime.name}.png"
       plot(results).savefig(ROOT / RESULTS / name, dpi=110)
       out += [f"![Reward and held-out accuracy against seconds of steps]({name})", "",

@@ -1,33 +1,41 @@
-"""Runs what is missing of the trial, one after another, and keeps of each what a page needs: run.json and metrics.jsonl.
+"""Runs what is missing of the trial, one after another, and keeps of each what a page needs: run.json, metrics.jsonl, votes.json.
 
 A run that time cuts off saves its last step and goes on from there when the queue is started again (runs/trial has to stay). One
 that fails leaves failed.json, which the page lists; it is not tried again before that folder is removed. What the user can mend
 (a path that is not there) ends the queue where it comes before the first step: the next run would fail the same way.
-Every run notes the commit and a hash of the code it ran; the page does not compare runs of different ones.
+Every run notes the commit and a hash of the code it ran; the page does not compare runs of different ones. Several processes may
+work at one queue: each claims the run that it is at by a lock that ends with it. Left out: their start (trial_devices.py).
 """
 
+from collections.abc import Iterator
 import contextlib
+import dataclasses
+import fcntl
 import gc
 import hashlib
 import importlib
 import io
 import json
+import math
+import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import traceback
 
 from arrol_jax.running import hosts
-from arrol_jax.running.workdir import read_json, read_lines, write_json
+from arrol_jax.running.workdir import newest_checkpoint, read_json, read_lines, write_json
 from arrol_jax.types import UserError
 from experiments.runs import terminated
 from experiments.trial_arms import ROOT, Run, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
-VOTING = 120.0  # seconds that votes may take: they are not begun at the end of a call with less left, and cannot be cut off
+VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
 KEPT = """step pruning reward reward_ipw truncated response_len entropy grad_norm lr signal signal_per_1k_tokens keep_ratio
-  groups_mixed rows_trained tokens_generated tokens_trained head_auc head_auc_within logprob_gap
+  groups_mixed rows_trained tokens_generated tokens_trained head_auc head_auc_within logprob_gap prompt_variance
   sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
 
 
@@ -53,50 +61,135 @@ def code_hash() -> str:
   return digest.hexdigest()[:12]
 
 
-def start(runs: list[Run], minutes: float | None, version: dict, model: str, data: str) -> bool:
-  """What is missing of `runs`, in order; False if time ran out before all were done. version: commit and code of these runs."""
-  deadline = time.monotonic() + 60 * minutes if minutes else None
-  for run in runs:
-    if (run.folder / "run.json").exists() or (run.folder / "failed.json").exists():
-      continue
-    if deadline and time.monotonic() >= deadline or not one(run, deadline, version, model, data):
-      return False
-  return True
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What one call of the queue is given. version: commit and code of its runs; deadline: of time.monotonic(); told: set when it
+  is to stop before that; name: how its lines begin; votes: of the runs that may vote, too; quiet: what runs print goes to stderr;
+  fresh: it ends at a failure, so that what comes next begins in another process."""
+  version: dict
+  model: str = ""
+  data: str = ""
+  deadline: float = math.inf
+  told: threading.Event = dataclasses.field(default_factory=threading.Event)
+  name: str = ""
+  votes: bool = False
+  quiet: bool = False
+  fresh: bool = False
+
+  def left(self) -> float:
+    """Seconds; none once it is told to stop."""
+    return 0.0 if self.told.is_set() else self.deadline - time.monotonic()
+
+  def say(self, run: Run, text: str) -> None:
+    sys.stdout.write(f"{self.name}{run.regime.name}/{run.name}: {text}\n")
+    sys.stdout.flush()
 
 
-def one(run: Run, deadline: float | None, version: dict, model: str, data: str) -> bool:
-  """A run from wherever it stands to its results, or to failed.json; False if it was stopped by the deadline."""
-  workdir, begun = ROOT / run.workdir, time.monotonic()
-  pieces = workdir.parent / f"{run.name}.pieces.jsonl"
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  problem, said, trained = None, "", (workdir / "summary.json").exists()
-  if not trained:
-    problem, _ = attempt(run.training(model, data), deadline)
-    with open(pieces, "a") as f:
-      f.write(json.dumps(version | {"step": steps(workdir), "wall_s": round(time.monotonic() - begun, 1)}) + "\n")
+class Failed(Exception):
+  """A run failed in this process, which is not to be trusted with another (Call.fresh)."""
+
+
+def start(runs: list[Run], call: Call) -> bool:
+  """Does what is missing of `runs`, in order and votes last, but for what other processes are at; False if it was stopped before
+  that. Failed where a run fails and the call wants a fresh process for the next."""
+  tasks = [(run, "train") for run in runs] + [(run, "vote") for run in runs if run.votes and call.votes]
+  while True:
+    for run, what in tasks:
+      if not missing(run, what):
+        continue
+      with claimed(run) as mine:
+        if not mine or not missing(run, what):  # another is at it, or was until now
+          continue
+        if call.left() <= 0 or not (train if what == "train" else vote)(run, call):
+          return False
+        if call.fresh and (run.folder / "failed.json").exists():
+          raise Failed
+        break
+    else:
+      return True
+
+
+def missing(run: Run, what: str) -> bool:
+  """Whether there is this to do: to "train", or to "vote" with the policy that a training kept."""
+  there = lambda name: (run.folder / name).exists()
+  if what == "train":
+    return not there("run.json") and not there("failed.json")
+  return there("run.json") and not there("votes.json") and (ROOT / run.workdir / "policy").is_dir()
+
+
+@contextlib.contextmanager
+def claimed(run: Run) -> Iterator[bool]:
+  """Whether this process alone has the run, until the end of this. The lock ends with its holder; where it died, its id stays in
+  the file."""
+  path = lock_of(run)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield False
+      return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+      yield True
+    finally:
+      file.truncate(0)
+
+
+def lock_of(run: Run) -> Path:
+  return ROOT / f"{run.workdir}.lock"
+
+
+def train(run: Run, call: Call) -> bool:
+  """A run from wherever it stands to its results, or to failed.json; False if it was stopped."""
+  workdir, begun, problem = ROOT / run.workdir, time.monotonic(), None
+  if not (workdir / "summary.json").exists():
+    saved = newest_checkpoint(str(workdir))
+    if not saved:  # what a killed process left: its evaluations are not those of the run that begins now
+      shutil.rmtree(workdir, ignore_errors=True)
+    call.say(run, f"goes on after step {saved}" if saved else "begins")
+    problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
+    note_piece(run, call.version, time.monotonic() - begun)
   if not problem and not (workdir / "summary.json").exists():
+    call.say(run, f"stopped after step {steps(workdir)}; goes on in the next call")
     return False
-  if not problem and run.votes:
-    if deadline and not trained and deadline - time.monotonic() < VOTING:
-      return False  # the next call begins with them
-    problem, said = attempt(run.voting(data), None, say=True)
-  about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings),
-           "pieces": [piece for piece in map(json.loads, pieces.read_text().splitlines()) if piece["step"]]}
-  keep(run, about, problem, said)
-  if not problem:
-    shutil.rmtree(workdir)  # checkpoints and policy: gigabytes
-    pieces.unlink()
+  about = keep(run, problem)
+  if problem:
+    call.say(run, f"failed after step {about['steps']}: {problem}")
+    return True
+  call.say(run, outcome(about) + f"; {time.monotonic() - begun:.0f} s")
+  for path in workdir.iterdir():  # checkpoints: gigabytes
+    if path.name != "policy":
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  if not (workdir / "policy").exists():
+    workdir.rmdir()
+  pieces_of(run).unlink()
   return True
 
 
-def attempt(argv: tuple[str, ...], deadline: float | None, say: bool = False) -> tuple[str | None, str]:
-  """`python -m argv` in this process: (what went wrong, what it printed). Told to stop at the deadline, which is not wrong."""
-  print("$ python -m", " ".join(argv), flush=True)
+def vote(run: Run, call: Call) -> bool:
+  """votes.json of a trained policy, which is then removed; False where time does not allow it."""
+  if call.left() < VOTING:
+    return False
+  call.say(run, "votes")
+  problem, said = attempt(run.voting(call.data), call, say=True)
+  votes = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+  write_json(f"{run.folder}/votes.json", {"problem": problem or "nothing was said"} if problem or not votes else short(votes[0]))
+  shutil.rmtree(ROOT / run.workdir)
+  return True
+
+
+def attempt(argv: tuple[str, ...], call: Call, say: bool = False) -> tuple[str | None, str]:
+  """`python -m argv` in this process: (what went wrong, what it printed). Told to stop in time, which is not wrong; where what it
+  says is wanted, it is let to its end."""
   before, sys.argv, out = sys.argv, list(argv), io.StringIO()
   try:
-    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out if say else sys.stdout), terminated(
-        max(0.01, deadline - time.monotonic()) if deadline else None):
-      importlib.import_module(argv[0]).main()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out if say else sys.stderr if call.quiet else sys.stdout):
+      print("$ python -m", " ".join(argv), file=sys.stderr if say else None, flush=True)
+      with terminated(None if say or call.deadline == math.inf else call.left(), None if say else call.told):
+        importlib.import_module(argv[0]).main()
     return None, out.getvalue()
   except hosts.Preempted:
     return None, ""
@@ -104,11 +197,29 @@ def attempt(argv: tuple[str, ...], deadline: float | None, say: bool = False) ->
     workdir = next((Path(ROOT, a.partition("=")[2]) for a in argv if a.startswith("--workdir=")), None)
     if isinstance(e, UserError | OSError) and workdir and not steps(workdir):
       raise
-    print(f"failed: {e}", file=sys.stderr, flush=True)
+    traceback.print_exc()
     return f"{type(e).__name__}: {' '.join(str(e).split())}"[:500], ""
   finally:
     sys.argv = before
     gc.collect()  # what that run held on the device
+
+
+def state(run: Run) -> str:
+  """"done", "failed", "begun" or "missing"."""
+  files = {"done": run.folder / "run.json", "failed": run.folder / "failed.json", "begun": pieces_of(run)}
+  return next((name for name, path in files.items() if path.exists()), "missing")
+
+
+def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
+  """failed.json of the run that a process which died was at."""
+  for run in runs:
+    lock = lock_of(run)
+    if lock.exists() and lock.read_text() == str(process):
+      with claimed(run) as mine:
+        if mine and missing(run, "train"):
+          note_piece(run, call.version, 0.0)
+          keep(run, problem)
+          call.say(run, f"failed: {problem}")
 
 
 def steps(workdir: Path) -> int:
@@ -119,22 +230,41 @@ def steps(workdir: Path) -> int:
 # ---- what is kept
 
 
-def keep(run: Run, about: dict, problem: str | None, said: str) -> None:
-  """Writes run.json, or failed.json where there is a problem, and metrics.jsonl below results/."""
+def note_piece(run: Run, version: dict, seconds: float) -> None:
+  """That this version of the code was at the run for so long, and how far it is."""
+  with open(pieces_of(run), "a") as f:
+    f.write(json.dumps(version | {"step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}) + "\n")
+
+
+def pieces_of(run: Run) -> Path:
+  return ROOT / f"{run.workdir}.pieces.jsonl"
+
+
+def keep(run: Run, problem: str | None) -> dict:
+  """Writes run.json, or failed.json where there is a problem, and metrics.jsonl below results/; returns what the first says."""
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
-  versions = [dict.fromkeys(piece[name] for piece in about["pieces"]) for name in ("commit", "code")]
+  pieces = [piece for piece in map(json.loads, pieces_of(run).read_text().splitlines()) if piece["step"] or problem]
+  versions = [dict.fromkeys(piece[name] for piece in pieces) for name in ("commit", "code")]
+  about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": pieces}
   about |= dict(zip(("commit", "code"), map("+".join, versions)))  # a run in pieces of two versions is like no other run
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in KEPT if k in x})) + "\n" for x in lines))
   if problem:
-    write_json(f"{run.folder}/failed.json", about | {"problem": problem})
-    return
+    about |= {"problem": problem}
+    write_json(f"{run.folder}/failed.json", about)
+    return about
   summary = read_json(f"{workdir}/summary.json")
   about |= {"device": summary["device"], "half": halfway(workdir, lines), "full": evaluation(summary["eval_after"])}
-  votes = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-  write_json(f"{run.folder}/run.json", about | ({"votes": short(votes[0])} if votes else {}))
+  write_json(f"{run.folder}/run.json", about)
+  return about
+
+
+def outcome(about: dict) -> str:
+  """A run's results in a few words."""
+  level = lambda when: f"{100 * about[when]['accuracy']:.1f}%" if about[when] else "none"
+  return f"{about['steps']} steps in {about['seconds']:.1f} s; held out {level('half')} halfway, {level('full')} at the end"
 
 
 def halfway(workdir: Path, lines: list[dict]) -> dict | None:

@@ -23,6 +23,7 @@ from experiments import (
   table5,
   table6,
   tables,
+  trial_arms,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,10 +279,11 @@ def test_the_report_holds_every_table_plot_and_setting(scale, tmp_path):
   for arm in ("none", "published"):
     put(runs.training(scale, arm, 0), steps=[seconds(1, 1, 1, reward_ipw=0.5, pos_ratio=0.5, pos_var=0.2, keep_ratio=0.5)] * 2)
   empty = dataclasses.replace(runs.CPU, results=str(tmp_path / "none"))
-  with mock.patch.dict(runs.SCALES, {"cpu": empty, "gpu": scale}):
+  with mock.patch.dict(runs.SCALES, {"cpu": empty, "gpu": scale}), mock.patch.object(trial_arms, "ROOT", tmp_path):
     text = report.page()
     titles = [build(m, s).title for m in MODULES for s in (empty, scale)]
   assert all(text.count(f"<h3>{title}</h3>") == 3 for title in titles)  # once a scale
   assert text.count("data:image/png;base64,") == 5  # tables 1, 4, 5, 6 and figure 4: nothing drawn of what was not run
   assert "&quot;a_setting&quot;: 17" in text and "http" not in text  # settings; nothing is fetched
   assert text.count("not run") > 50 and 'id="paper"' in text
+  assert '<a href="#trial">' in text and '<h2 id="trial">The trial</h2><p>Not run: ' in text

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from arrol_jax import config
+from arrol_jax import config, step
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import trial, trial_arms, trial_page, trial_queue
+from experiments import report, trial, trial_arms, trial_devices, trial_page, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
+from experiments.trial_queue import Call
 
 CPU = REGIMES["arithmetic"]
 VERSION = {"commit": "abc", "code": "123"}
@@ -22,7 +25,7 @@ VERSION = {"commit": "abc", "code": "123"}
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-  for module in (trial, trial_arms, trial_page, trial_queue):
+  for module in (trial, trial_arms, trial_devices, trial_page, trial_queue):
     monkeypatch.setattr(module, "ROOT", tmp_path)
   return tmp_path
 
@@ -49,15 +52,18 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
   if regime.seeds.keys() >= trial_arms.ARMS.keys():
     prompts = read["plain"].rollout.prompts
     assert read["budget_wide"].rollout.prompts == 1.5 * prompts and read["budget_chosen"].rollout.candidates == 2 * prompts
+    assert read["chosen"].rollout.candidates == 2 * prompts and not read["chosen"].prune.enabled
+    assert (read["chosen"].rollout.prompts, read["chosen"].rollout.group_size) == (prompts, 16)
     assert (read["budget035"].prune.keep, read["budget_max_variance"].learn.keep) == (0.35, 0.5)
     assert [read[arm].prune.rule for arm in ("random", "published", "max_variance")] == ["random", "published", "max_variance"]
 
 
-def test_the_queue_goes_round_by_seeds():
+def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   order = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k"])]
-  assert len(order) == len(set(order)) == sum(trial_arms.SEEDS.values())
-  assert [seed for _, seed in order] == sorted(seed for _, seed in order)
-  assert [arm for arm, seed in order if seed == 5] == ["plain", "plain8", "budget"]
+  assert len(order) == len(set(order)) == 20 + 12 + 9
+  assert order[:20] == [(arm, seed) for seed in range(1, 6) for arm in ("plain", "plain8", "budget", "chosen")]
+  assert order[20:32] == [(arm, seed) for seed in (1, 2, 3) for arm in ("published", "max_variance", "random", "budget_chosen")]
+  assert {arm for arm, _ in order} == trial_arms.ARMS.keys()
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain@1e-6", trial_arms.SPARE_SEED)
 
 
@@ -89,12 +95,13 @@ class Trained:
     how = next((x for arm, x in self.how.items() if f"/{arm}_seed" in flags["--workdir"]), None)
     if isinstance(how, UserError):
       raise how
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "2").mkdir(parents=True, exist_ok=True)
     lines = [{"step": i, "sec_total": 6.0 * i, "reward_ipw": 0.123456789, "survivors_histogram": [1]} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     if how:
       raise how
-    (folder / "policy").mkdir(exist_ok=True)
+    if flags["--config.checkpoint.export"] == "True":
+      (folder / "policy").mkdir(exist_ok=True)
     result = {"test": {"accuracy": 0.25, "truncated": 0.0, "sampled": {"accuracy": 0.125}}}
     (folder / "eval_all_0001.json").write_text(json.dumps(result))
     (folder / "summary.json").write_text(json.dumps({"steps": 2, "device": "1 x cpu", "eval_after": result}))
@@ -102,32 +109,34 @@ class Trained:
 
 @pytest.fixture
 def queue(elsewhere, monkeypatch):
-  def start(trained, runs, minutes=None, version=VERSION):
+  def start(trained, runs, minutes=None, version=VERSION, **how):
     monkeypatch.setattr(trial_queue.importlib, "import_module", lambda name: trained)
-    return trial_queue.start(runs, minutes, version, "", "")
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    return trial_queue.start(runs, Call(version, deadline=deadline, **how))
   return start
 
 
 def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
   trained, run = Trained(), Run(CPU, "budget", 1)
-  assert queue(trained, [run])
-  assert trained.began == ["train budget_seed1", "evaluate budget_seed1/policy"]
+  assert queue(trained, [run]) and trained.began == ["train budget_seed1"]
   assert sorted(p.name for p in run.folder.iterdir()) == ["metrics.jsonl", "run.json"] and not (elsewhere / run.workdir).exists()
   about = json.loads((run.folder / "run.json").read_text())
   assert (about["commit"], about["code"], about["device"], about["steps"]) == ("abc", "123", "1 x cpu", 2)
   assert (about["half"]["seconds"], about["half"]["accuracy"], about["full"]["sampled"]["accuracy"]) == (6.0, 0.25, 0.125)
-  assert about["votes"] == {"samples": 16, "accuracy": 0.5, "maj@16": 0.625} and about["settings"]["prune.rule"] == "budget"
+  assert about["settings"]["prune.rule"] == "budget"
   first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
   assert first == {"step": 1, "reward_ipw": 0.1234568, "sec_total": 6.0}
-  assert queue(trained, [run]) and len(trained.began) == 2  # nothing is run twice
+  assert queue(trained, [run]) and len(trained.began) == 1  # nothing is run twice
 
 
-def test_votes_that_time_does_not_allow_are_the_next_calls(queue):
-  trained, run = Trained(), Run(CPU, "budget", 1)
-  assert not queue(trained, [run], 1.0) and not run.folder.exists()
-  assert queue(trained, [run], 1.0) and trained.began == ["train budget_seed1", "evaluate budget_seed1/policy"]
-  about = json.loads((run.folder / "run.json").read_text())
-  assert "votes" in about and len(about["pieces"]) == 1
+def test_votes_come_behind_all_runs_where_they_are_wanted_and_time_allows_them(queue, elsewhere):
+  trained, runs = Trained(), [Run(CPU, "budget", 1), Run(CPU, "plain", 1)]
+  assert not queue(trained, runs, 1.0, votes=True)  # a minute is too little for votes
+  assert trained.began == ["train budget_seed1", "train plain_seed1"]
+  assert [p.name for p in (elsewhere / runs[0].workdir).iterdir()] == ["policy"] and not (elsewhere / runs[1].workdir).exists()
+  assert queue(trained, runs, votes=True) and trained.began[2:] == ["evaluate budget_seed1/policy"]
+  assert json.loads((runs[0].folder / "votes.json").read_text()) == {"samples": 16, "accuracy": 0.5, "maj@16": 0.625}
+  assert not (elsewhere / runs[0].workdir).exists() and queue(trained, runs, votes=True) and len(trained.began) == 3
 
 
 def test_a_failed_run_is_noted_and_the_others_go_on(queue):
@@ -193,6 +202,7 @@ def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc",
     "regime": regime.name, "arm": arm, "seed": seed, "settings": trial_arms.same(run.settings), "pieces": [{}], "steps": 10,
     "seconds": 10.0, "commit": version[0], "code": version[1], "device": device, "half": result(accuracy / 2),
     "full": result(accuracy)} | about))
+  return run
 
 
 def test_intervals_are_scipys():
@@ -207,7 +217,7 @@ def test_intervals_are_scipys():
 
 def test_pairs_are_by_seed(elsewhere):
   """Ours 30, 40; plain 28, 33 and a third seed that ours lacks: differences 2 and 7, as scipy's paired test has them."""
-  regime = dataclasses.replace(CPU, seeds={"plain": 3, "budget": 2})
+  regime = dataclasses.replace(CPU, queue=({"plain": 3, "budget": 2},))
   for seed, accuracy in ((1, 0.28), (2, 0.33), (3, 0.9)):
     made_up("plain", seed, accuracy, seconds=3.0)
   for seed, accuracy, seconds in ((1, 0.30, 1.5), (2, 0.40, 2.0)):
@@ -223,11 +233,11 @@ def test_pairs_are_by_seed(elsewhere):
   assert trial_page.speedup(both) == pytest.approx([2.0, 1.5])
   assert trial_page.clipped(both[0][0]) == 0.5
   assert trial_page.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
-  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "plain")
+  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "budget", "plain")
 
 
 def test_runs_of_two_commits_are_not_compared(elsewhere):
-  regime = dataclasses.replace(CPU, seeds={"plain": 1, "plain8": 1, "budget": 1})
+  regime = dataclasses.replace(CPU, queue=({"plain": 1, "plain8": 1, "budget": 1},))
   made_up("plain", 1, 0.3)
   made_up("plain8", 1, 0.3, version=("abc", "999"))
   made_up("budget", 1, 0.4, version=("def", "123"))
@@ -252,7 +262,9 @@ def test_seconds_of_two_devices_are_not_compared(elsewhere):
 
 
 def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
-  made_up("plain", 1, 0.3, votes={"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]})
+  plain = made_up("plain", 1, 0.3)
+  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]}
+  (plain.folder / "votes.json").write_text(json.dumps(votes))
   made_up("budget", 1, 0.4)
   made_up("plain8", 1, 0.35)
   made_up("max_variance", 1, 0.31)
@@ -264,15 +276,38 @@ def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   text = trial_page.page([CPU])
   assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
   assert "made with other settings than the arm has now: random_seed1." in text
-  assert "Not run (7): " in text and "plain_seed2" in text
+  assert "Not run (9): " in text and "plain_seed2" in text
   assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
   assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
   assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
 
 
+def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
+  """max_variance is better than plain8 on the seeds that both have, though not over all of plain8's."""
+  levels = {"plain": (0.30, 0.32), "plain8": (0.28, 0.30, 0.90), "max_variance": (0.31, 0.33), "budget": (0.34, 0.37),
+            "random": (0.29,)}
+  regime = dataclasses.replace(REGIMES["gsm8k"], queue=({arm: len(x) for arm, x in levels.items()},))
+  for arm, values in levels.items():
+    for seed, accuracy in enumerate(values, 1):
+      made_up(arm, seed, accuracy, seconds=2.0 if arm == "plain" else 1.0, regime=regime)
+  lines = trial_page.page([regime]).splitlines()
+  assert "Each arm minus max_variance, the better of plain8 and max_variance at 120 s:" in lines
+  row = lambda name: next(x.split(" | ")[1:] for x in lines if x.startswith(f"| {name} |"))
+  t = stats.t.ppf(0.975, 1)
+  pairs, half, _, full, _, faster, signal = row("budget - plain")  # differences 4 and 5 points; 2 seconds a step and 1
+  assert (pairs, full) == ("2", f"+4.5 ± {t * 0.5:.1f} (2)") and half == f"+2.2 ± {t * 0.25:.1f} (2)"
+  assert (faster, signal) == ("2.00 ± 0.00 (2)", "2.00 ± 0.00 (2) |")
+  assert row("budget - max_variance")[3] == f"+3.5 ± {t * 0.5:.1f} (2)" and row("plain8 - plain")[0] == "2"
+  assert row("random - plain")[3] == "-1.0 (1)"  # one pair has no interval
+  assert row("budget - random")[0] == "1" and "- Learning rate 3e-6 in all arms, as in earlier runs: not tuned." in lines
+  text = report.trial()
+  assert text.startswith('<h2 id="trial">') and text.count("data:image/png;base64,") == 1 and "|" not in text
+  assert f"<td>budget - plain</td><td>2</td><td>{half}</td>" in text and "<th>pairs</th>" in text
+
+
 def test_a_page_of_nothing(elsewhere):
   (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
-  assert "Not run (13)" in trial_page.page([CPU])
+  assert "Not run (15)" in trial_page.page([CPU])
 
 
 # ---- the command
@@ -290,17 +325,24 @@ def test_mistakes_end_in_one_line(argv, words, monkeypatch):
 
 @pytest.mark.slow
 def test_two_arms_run_and_make_a_page(tmp_path, monkeypatch):
-  """A few steps of a tiny size of everything: plain and ours, through the commands themselves."""
+  """Three steps, a second each, of a tiny size of everything: both of ours, through the commands themselves."""
   small = {"rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 24, "rollout.row_buckets": 1,
            "optim.micro_tokens": 1024, "eval.problems": 4}
-  regime = dataclasses.replace(CPU, half=0.001, full=0.5, settings=small, seeds={"plain": 1, "budget": 1}, votes={})
+  monkeypatch.setattr(step.Clock, "total", lambda self: 1.0)
+  monkeypatch.setattr(hosts.Compiling, "_note", lambda *a, **k: None)
+  regime = dataclasses.replace(CPU, half=1.0, full=3.0, settings=small, queue=({"budget": 1, "chosen": 1},))
   monkeypatch.setattr(trial_arms, "RESULTS", str(tmp_path / "results"))
   monkeypatch.setattr(trial_page, "RESULTS", str(tmp_path / "results"))
   monkeypatch.setattr(Run, "workdir", property(lambda self: tmp_path / "runs" / self.name))
   runs = list(runs_of(regime))
-  assert trial_queue.start(runs, None, VERSION, "", "")
+  assert trial_queue.start(runs, Call(VERSION))
   for run in runs:
     about = json.loads((run.folder / "run.json").read_text())
-    assert about["half"]["problems"] == 4 and about["full"]["sampled"]["samples"] == 4 and about["seconds"] >= 0.5
+    assert about["half"]["problems"] == 4 and about["full"]["sampled"]["samples"] == 4
+    assert (about["half"]["seconds"], about["seconds"]) == (1.0, 3.0)
+  chosen = [json.loads(line) for line in (runs[1].folder / "metrics.jsonl").read_text().splitlines()]
+  # Nothing is known of prompts before the first step, and what it taught chooses without any pruning.
+  assert chosen[0]["prompt_variance"] == 0 and all(x["prompt_variance"] > 0 for x in chosen[1:])
+  assert [x["keep_ratio"] for x in chosen] == [1.0] * 3
   text = trial_page.page([regime])
-  assert "| budget - plain | 1 |" in text and (tmp_path / "results" / "arithmetic.png").exists()
+  assert "| budget - chosen | 1 |" in text and (tmp_path / "results" / "arithmetic.png").exists()
