@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from arrol_jax import assemble
 from arrol_jax.learning import head_training
 from arrol_jax.learning.candidates import nothing_known
 from arrol_jax.models import sharding, transformer
-from arrol_jax.models.files import adapters, hub
+from arrol_jax.models.files import adapters, folders, hub
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.running.checkpoint import Checkpoints, digest
-from arrol_jax.running.workdir import fingerprint, stored_config
+from arrol_jax.running.workdir import fingerprint, stored_config, stored_inputs
 from arrol_jax.types import TrainState, UserError
 
 
@@ -75,6 +76,23 @@ def export(c: ConfigDict, loaded: Policy, state: TrainState, workdir: str) -> No
     adapters.save(f"{workdir}/adapter", loaded.config, state.params["policy"], base)
 
 
+def check_export(c: ConfigDict, workdir: str, tokenizer) -> None:
+  """UserError where `export` could not write: not found out when all is done."""
+  if c.checkpoint.export:
+    folders.check_replaceable(Path(workdir) / "policy", tokenizer)
+    if c.model.lora.rank:
+      folders.check_replaceable(Path(workdir) / "adapter")
+
+
+def scored_by(workdir: str) -> str | None:
+  """What the scores of this run's checkpoints are of: checkpoint.best, and how on which problems, for only such figures can be
+  compared; None where there are none."""
+  stored, inputs = stored_config(workdir) or {}, stored_inputs(workdir) or {}
+  best, how = stored.get("checkpoint", {}).get("best"), stored.get("eval", {})
+  asked = [how.get(name) for name in ("subset", "samples", "temperature", "max_new", "stop_below")]
+  return best and f"{best}, {asked}, {inputs.get('held_out')}"
+
+
 def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
                     which: str = "newest") -> tuple[TrainState, int]:
   """A checkpoint of `workdir`, and its step; which: "newest", "best" (by checkpoint.best) or a step. Sets what the config says of
@@ -83,13 +101,14 @@ def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, work
   belongs = _as_trained(c, loaded, trained)
   checkpoints = None
   if os.path.isdir(f"{workdir}/checkpoints"):
-    best = trained.get("checkpoint", {}).get("best")
-    checkpoints = Checkpoints(workdir, c.checkpoint.keep, belongs, read_only=True, best=best)
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep, belongs, read_only=True, best=scored_by(workdir))
   if not checkpoints or not checkpoints.steps():
     raise UserError(f"{workdir} holds no checkpoint; train first, or leave --workdir out to take model.path")
-  known = {str(step): step for step in checkpoints.steps()} | {"newest": None, "best": checkpoints.best()}
+  known, top = {str(step): step for step in checkpoints.steps()} | {"newest": None}, checkpoints.best()
+  known |= {"best": top} if top is not None else {}
   if which not in known:
-    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}")
+    why = ", and none has a score that says which is the best (checkpoint.best)" if which == "best" else ""
+    raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}{why}")
   like = init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
   step, state = checkpoints.restore(like, known[which])
   checkpoints.close()

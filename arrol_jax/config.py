@@ -246,12 +246,16 @@ def check(c: ConfigDict, files: bool = True) -> None:
 
 def remarks(c: ConfigDict) -> list[str]:
   """What a config asks for that does nothing, a line each."""
+  out, usual = [], defaults().model.lora
+  unused = [f"model.lora.{name}" for name in ("alpha", "targets") if c.model.lora[name] != usual[name]]
+  if unused and not c.model.lora.rank:
+    out.append(f"{', '.join(unused)}: nothing comes of it without model.lora.rank, and all weights are trained")
   named = [f"loss.{name}" for name in ("clip_low", "clip_high") if c.loss[name] is not None]
   named += ["GSPO's ratio"] * (c.loss.name == "gspo" or c.loss.ratio == "sequence")
   if named and c.optim.epochs * c.optim.minibatches == 1:
-    return [f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs or "
-            "optim.minibatches"]
-  return []
+    out.append(f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs "
+               "or optim.minibatches")
+  return out
 
 
 def check_model(c: ConfigDict) -> None:

@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.preflight import folder, prompts, reward, settings, sizes
 from arrol_jax.preflight.page import Page
 from arrol_jax.running import hosts, loggers
@@ -36,7 +36,7 @@ def main():
       stack.enter_context(jax.set_mesh(mesh))
     whole = bool(begun) and stored_inputs(workdir) is not None and mesh is not None
     model = page.section("model", lambda: policy(page, c, mesh, whole))
-    page.section("export", lambda: folder.export(c, workdir, model.tokenizer), model)
+    page.section("export", lambda: assemble_state.check_export(c, workdir, model.tokenizer), model)
     train = page.section("problems", lambda: prompts.train_prompts(page, c, model), model)
     held_out = page.section("held out", lambda: prompts.held_out_prompts(page, c, model, train), model, train)
     page.section("prompt", lambda: prompts.one_prompt(page, model, train), train)

@@ -105,6 +105,9 @@ def plan_card(c: ConfigDict, model: PolicyConfig, source: str, flags) -> None:
   size = re.fullmatch(r"gpu:([1-9]\d{0,3})GB", flags.topology)
   if not size:
     raise UserError(f"--topology={flags.topology}: write one card's memory, such as gpu:24GB")
+  given = [f"--{name}" for name in ("effort", "lengths", "prompt", "price") if flags[name].present]
+  if given:
+    raise UserError(f"{', '.join(given)}: for a card nothing is compiled and no time predicted; leave that out")
   if any(c.mesh[name] != 1 for name in sharding.AXES):
     raise UserError(f"--topology={flags.topology} is one card: give --config.mesh.data=1, .fsdp=1 and .tensor=1")
   limit = int(int(size[1]) * 1e9 * card.SHARE)
@@ -135,12 +138,12 @@ def write_json(path: str, plan: dict) -> None:
 
 def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:
   """The config's mesh over the chips of a topology such as v5e:16x16, and bytes a chip; UserError if they do not match."""
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError(f'libtpu, which compiles for TPUs, is not installed: pip install "jax[tpu]=={jax.__version__}"')
   chip = name.partition(":")[0]
   if chip not in HBM:
     raise UserError(f"--topology={name}: unknown chip; write {', '.join(HBM)} and a shape, such as v5e:16x16 or v5p:4x4x4, "
                     "or gpu:24GB for one card")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(f'libtpu, which compiles for TPUs, is not installed: pip install "jax[tpu]=={jax.__version__}"')
   os.environ.update(ENVIRONMENT)
   try:
     devices = topologies.get_topology_desc(name, "tpu").devices
@@ -218,7 +221,7 @@ def main():
   c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c, files=False)
   if not flags.topology:
-    raise UserError("no --topology=CHIP:SHAPE given, such as v5e:16x16")
+    raise UserError("no --topology given, such as v5e:16x16 for a TPU slice or gpu:24GB for one card")
   model, source = model_shape(c.model.path, flags.shape)
   check_positions(model, source, assemble.longest_row(c, True, c.data.eval != ""))
   try:
@@ -227,7 +230,9 @@ def main():
   except (ValueError, OSError) as e:
     raise UserError(f"{e}; --effort takes a number, --json a file in a folder that is there") from e
 
-  if flags.topology.startswith("gpu:"):
+  if flags.suggest not in ("yes", "no"):
+    raise UserError(f"--suggest is {flags.suggest!r}; it takes yes or no")
+  if flags.topology.lower().startswith("gpu"):
     plan_card(c, model, source, flags)
     return
 

@@ -13,7 +13,6 @@ from contextlib import ExitStack, closing, nullcontext
 import functools
 import math
 import os
-from pathlib import Path
 import sys
 import time
 
@@ -24,7 +23,6 @@ from arrol_jax import assemble, assemble_state, config as configuration, step_pr
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.generation import Asked
-from arrol_jax.models.files import folders
 from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
@@ -69,9 +67,7 @@ def main():
                     for name, source in sources.benchmark_names(c.data.eval).items()}
     assemble.warn(loaded, train_prompts)
     config = assemble.step_config(c, loaded)
-    if c.checkpoint.export:  # not found out when all is done
-      for name in ("policy", "adapter"):
-        hosts.together(lambda name=name: folders.check_replaceable(Path(workdir) / name, loaded.tokenizer))
+    hosts.together(lambda: assemble_state.check_export(c, workdir, loaded.tokenizer))
     inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
@@ -147,7 +143,7 @@ def main():
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     belongs = assemble_state.belongs(c, inputs["weights"] if loaded.config.lora else None)
     checkpoints = stack.enter_context(Checkpoints(
-      workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=c.checkpoint.best))
+      workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=hosts.agree(assemble_state.scored_by(workdir))))
     start, state = checkpoints.restore(state)
     check_length(workdir, start, c.steps)
     if start:

@@ -61,6 +61,13 @@ def test_adapters_hold_two_bytes_a_frozen_weight():
   assert with_kl.held == needs.held  # the reference is the base
 
 
+def test_int8_decode_weights_are_half():
+  """And a scale an output channel; nothing else changes."""
+  plain, small = (card.count(recipe(rollout__slots=64, rollout__weights=x), BIG, 10**12).phases for x in (None, "int8"))
+  before, after = (x["generation"].pop("weights to decode with") for x in (plain, small))
+  assert 0.5 < after / before < 0.51 and plain == small
+
+
 @pytest.mark.parametrize("name, shape", [("gsm8k_qwen3_06b", "qwen3-0.6b"), ("gsm8k_qwen25_05b", "qwen2.5-0.5b"),
                                          ("gsm8k_llama32_1b", "llama-3.2-1b")])
 def test_recipes_say_what_the_plan_says(name, shape):
@@ -83,6 +90,16 @@ def test_what_fits_costs_no_more_than_it_must():
   assert fix == {"model.lora.rank": 16, "optim.chunk_tokens": 1024, "optim.micro_tokens": 8192}
   assert not card.fits(card.count(card.changed(recipe(), fix | {"optim.micro_tokens": 16384}), BIG, limit), limit)
   assert card.what_fits(recipe(), BIG, 10**9) is None
+
+
+def test_of_too_many_slots_as_many_are_left_as_fit():
+  """Before adapters, which train something else."""
+  limit, small = int(24e9 * card.SHARE), ZOO["qwen3-0.6b"]
+  fix = card.what_fits(recipe(rollout__slots=4096), small, limit)
+  without = card.what_fits(recipe(), small, limit)
+  assert fix == without | {"rollout.slots": card.count(card.changed(recipe(), without), small, limit).slots}
+  c, _ = config.parse(["plan", "--config=gsm8k_qwen3_06b", "--config.rollout.slots=4096", *as_flags(fix)])
+  assert 16 <= c.rollout.slots < 4096 and card.fits(card.count(c, small, limit), limit)
 
 
 def test_abstract_state_is_the_real_one_with_adapters():
@@ -118,6 +135,11 @@ def test_the_command(tmp_path):
 
 @pytest.mark.parametrize("arguments, word", [(["--topology=gpu:24"], "such as gpu:24GB"),
                                              (["--topology=gpu:0GB"], "such as gpu:24GB"),
+                                             (["--topology=GPU:24GB"], "such as gpu:24GB"),
+                                             (["--topology=h100:80GB"], "gpu:24GB for one card"),
+                                             ([], "gpu:24GB for one card"),
+                                             (["--topology=gpu:24GB", "--price=3"], "--price: for a card"),
+                                             (["--topology=gpu:24GB", "--suggest=maybe"], "it takes yes or no"),
                                              (["--topology=gpu:24GB", "--config.mesh.fsdp=8"], "is one card")])
 def test_a_mistake_is_one_line(arguments, word, monkeypatch, capsys):
   from arrol_jax import plan as command

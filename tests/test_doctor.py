@@ -119,6 +119,8 @@ def test_a_tokenizer_with_more_ids_than_the_embedding(tmp_path):
   ({"prune__detect": (40,), "rollout__max_new": 44}, ["prune.detect is (40,) and rollout.max_new is 44", "almost to its end"]),
   ({"optim__lr": 0}, ["optim.lr is 0"]), ({"optim__warmup": 5}, ["optim.warmup is 5"]),
   ({"loss__clip_low": 0.2}, ["nothing comes of it"]),
+  ({"model__lora__targets": "('q','v')"}, ["model.lora.targets: nothing comes of it without model.lora.rank"]),
+  ({"model__lora__rank": 4, "optim__lr": 1e-6}, ["optim.lr is 1e-06", "1e-05 and more"]),
 ])
 def test_settings_that_teach_little(overrides, words):
   """The section alone: it reads nothing but the config."""
@@ -209,6 +211,19 @@ def test_the_rest_is_told_all_the_same(tmp_path, functions):
   assert seen.status == 2 and len(seen.errors) == 2
   assert "needs 9 devices" in seen.errors[0] and "nothing to give more" in seen.errors[1]
   assert "2,000 read" in seen.page and "programs" not in seen.page
+
+
+def test_adapters(tmp_path):
+  """More numbers than the model has is a warning; what lies where they go is found before the run, as train.py finds it."""
+  seen = warned(tmp_path / "run", "model.lora.rank is 256", model__lora__rank=256, rollout__weights="int8")
+  assert "frozen weights 2.3 MiB" in seen.page
+  small = examined(tmp_path / "run", model__lora__rank=4, rollout__weights="int8")
+  assert small.warnings == [] and "decode weights 772" in small.page.replace("771.7", "772")
+  (tmp_path / "run/adapter").mkdir(parents=True)
+  (tmp_path / "run/adapter/mine.txt").touch()
+  _, line = refused(tmp_path / "run", "mine.txt", model__lora__rank=4)
+  assert command(*arguments(tmp_path / "run", data__eval="", model__lora__rank=4)).err == f"error: {line}\n"
+  assert examined(tmp_path / "run").status == 0  # without adapters nothing is written there
 
 
 def test_a_model_larger_than_the_memory(tmp_path):

@@ -1,14 +1,16 @@
 """Training adapters by the command: a run that is resumed is the uninterrupted one, the best step is exported, files add up."""
 
+import json
+import shutil
 from unittest import mock
 
-from helpers_train import arguments, assert_refused, command, read, run, timeless
+from helpers_train import arguments, assert_refused, command, in_process, read, run, timeless
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from arrol_jax import assemble, assemble_state, config, load_policy
+from arrol_jax import assemble, assemble_state, config, evaluate, load_policy
 from arrol_jax.running.checkpoint import Checkpoints
 
 # Held-out accuracy by evaluation, in the order of a run of three steps: before, after steps 1 to 3, after.
@@ -74,7 +76,7 @@ def test_the_reference_is_the_base(runs):
 def test_the_best_step_is_kept_and_exported(runs):
   """Step 2 had the highest held-out accuracy: it stays beside the newest, and policy/ and adapter/ are its."""
   for folder, said in zip(runs[:2], runs[2]):
-    reader = Checkpoints(str(folder), 1, read_only=True, best="held_out_accuracy")
+    reader = Checkpoints(str(folder), 1, read_only=True, best=assemble_state.scored_by(folder))
     assert (reader.steps(), reader.best()) == ([2, 3], 2)
     assert "step 2 has the best held_out_accuracy: evaluated and exported" in said
     reader = Checkpoints(str(folder), 1, read_only=True)  # scores of something else are none
@@ -88,6 +90,20 @@ def test_the_best_step_is_kept_and_exported(runs):
     want = np.asarray(loaded.params["layers"]["up"], np.float32) + 32.0 / 4 * a @ b
     np.testing.assert_allclose(load_policy(folder).params["layers"]["up"], want, atol=1e-5)
     assert read(folder / "summary.json")["best_step"] == 2
+
+
+def test_scores_of_other_evaluations_are_none(runs, tmp_path):
+  """Accuracy on other problems, or of other sampling, says nothing of which step is the best."""
+  folder = shutil.copytree(runs[0], tmp_path / "run")
+  settings, problems = read(folder / "config.json"), read(folder / "inputs.json")
+  best = lambda: Checkpoints(str(folder), 1, read_only=True, best=assemble_state.scored_by(folder)).best()
+  for change in ({"every": 3, "before": False}, {"subset": 3}):
+    (folder / "config.json").write_text(json.dumps(settings | {"eval": settings["eval"] | change}))
+    assert best() == (2 if "every" in change else None)
+  (folder / "config.json").write_text(json.dumps(settings))
+  (folder / "inputs.json").write_text(json.dumps(problems | {"held_out": "others"}))
+  assert best() is None
+  assert_refused(in_process(evaluate, f"--workdir={folder}", "--step=best"), "--step=best", "2, 3, newest", "none has a score")
 
 
 @pytest.mark.parametrize("overrides, words", [

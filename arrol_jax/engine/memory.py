@@ -30,15 +30,19 @@ def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: 
   return _slots_in(engine, sampling, group_size, params, free, limit)
 
 
+def decode_weights(engine: Engine, params: dict, dtype: str) -> int:
+  """Bytes a device of what the engine makes of `params` to decode with, in `dtype` or int8."""
+  loaded = jax.eval_shape(lambda x: transformer.decoding_params(engine.config, x, dtype, engine.weights), params)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(loaded)) // engine.mesh.shape["tensor"]
+
+
 def _slots_in(engine: Engine, sampling: Sampling, group_size: int, params: dict, free: int, limit: int) -> int:
   c, mesh = engine.config, engine.mesh
   size = jnp.dtype(sampling.dtype).itemsize
   shards = mesh.shape["tensor"] if c.kv_heads % mesh.shape["tensor"] == 0 else 1
   batch = mesh.shape["data"] * mesh.shape["fsdp"]
   token = kv_cache.bytes_per_token(c.layers, c.kv_heads, c.head_dim, sampling.cache_dtype) // shards
-  decoding = lambda params: transformer.decoding_params(engine.config, params, sampling.dtype, engine.weights)
-  loaded = jax.eval_shape(decoding, params)
-  weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(loaded)) // mesh.shape["tensor"]
+  weights = decode_weights(engine, params, sampling.dtype)
   prefix = engine.prefill_rows * engine.max_prompt // batch * (token + 8 * max(c.ffn, c.width) * size)
   room = free - weights - prefix - limit // 32
   row = engine.lengths(sampling)[-1] * token + 3 * 4 * c.vocab  # its columns; logits and what sampling makes of them

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble
-from arrol_jax.engine import kv_cache
+from arrol_jax.engine import kv_cache, memory
 from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
@@ -70,10 +70,10 @@ def generation(c: ConfigDict, model: PolicyConfig, params: dict, free: int, limi
   with jax.set_mesh(sharding.make_mesh()):
     engine = assemble.engine(c, loaded, sharding.make_mesh(), c.rollout.max_new, params, memory=(free, limit))
     how = assemble.sampling(c, loaded)
-    columns = engine.lengths(how)[-1]
+    columns, weights = engine.lengths(how)[-1], memory.decode_weights(engine, params, c.model.dtype)
   token = kv_cache.bytes_per_token(model.layers, model.kv_heads, model.head_dim, how.cache_dtype)
   return engine.rows, {
-    "weights to decode with": sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * size,
+    "weights to decode with": weights,
     "cache": engine.rows * columns * token,
     "prompts": engine.prefill_rows * engine.max_prompt * (token + 8 * max(model.ffn, model.width) * size),
     "sampling": engine.rows * 3 * 4 * model.vocab}
@@ -103,6 +103,15 @@ def fits(needs: Needs, limit: int) -> bool:
 
 def changes(c: ConfigDict) -> Iterator[dict]:
   """Overrides that save memory, those that should cost the least first; adapters, which train something else, last."""
+  yield from _same_training(c)
+  if c.rollout.slots is not None:
+    yield from ({"rollout.slots": None} | x for x in _same_training(c))
+  if not c.model.lora.rank:
+    yield from ({"model.lora.rank": 16} | x for x in [{}, *changes(changed(c, {"model.lora.rank": 16}))])
+
+
+def _same_training(c: ConfigDict) -> Iterator[dict]:
+  """Those that leave the trained weights as they are; with none at first, which goes with another rollout.slots."""
   longest = assemble.pack_shape(c).lengths()[-1]
   chunks = {"optim.chunk_tokens": 1024} if c.optim.chunk_tokens > 1024 else {}
   yield chunks
@@ -112,14 +121,18 @@ def changes(c: ConfigDict) -> Iterator[dict]:
     yield chunks | {"optim.micro_tokens": tokens}
   small = chunks | {"optim.micro_tokens": tokens} | ({"model.remat": "full"} if c.model.remat != "full" else {})
   yield small
-  yield small | ({"rollout.cache": "int8"} if c.rollout.cache is None else {})
-  if not c.model.lora.rank:
-    yield from ({"model.lora.rank": 16} | x for x in [{}, *changes(changed(c, {"model.lora.rank": 16}))])
+  small |= {"rollout.cache": "int8"} if c.rollout.cache is None else {}
+  yield small
+  yield small | ({"rollout.weights": "int8"} if c.rollout.weights is None else {})
 
 
 def what_fits(c: ConfigDict, model: PolicyConfig, limit: int) -> dict | None:
-  """The first of `changes` with which the config fits."""
-  return next((x for x in changes(c) if x and fits(count(changed(c, x), model, limit), limit)), None)
+  """The first of `changes` with which the config fits, and with how many slots where fewer have to be."""
+  for change in filter(None, changes(c)):
+    needs = count(changed(c, change), model, limit)
+    if fits(needs, limit):
+      return change | ({"rollout.slots": needs.slots} if "rollout.slots" in change else {})
+  return None
 
 
 def changed(c: ConfigDict, change: dict) -> ConfigDict:

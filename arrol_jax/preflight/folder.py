@@ -2,11 +2,9 @@
 
 import json
 import os
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from arrol_jax.models.files import folders
 from arrol_jax.preflight.page import Page
 from arrol_jax.running import workdir as runs
 
@@ -49,12 +47,6 @@ def fingerprints(page: Page, workdir: str, inputs: dict) -> None:
   runs.check_inputs(workdir, inputs)
   if before.get("held_out", inputs["held_out"]) != inputs["held_out"]:
     page.say("the problems of data.eval changed: they are evaluated again, the earlier results go")
-
-
-def export(c: ConfigDict, workdir: str, tokenizer) -> None:
-  """UserError where the trained policy could not be written at the end."""
-  if c.checkpoint.export:
-    folders.check_replaceable(Path(workdir) / "policy", tokenizer)
 
 
 def _list(page: Page, what: str, items: list[str]) -> None:

@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 from arrol_jax import assemble, config as configuration
 from arrol_jax.preflight.page import Page
 
+_LEAST_FOR_ADAPTERS = 1e-5  # ten times what is usual for all weights
+
 
 def settings(page: Page, c: ConfigDict) -> None:
   page.say(f"{c.loss.name}, {c.steps} steps, seed {c.seed}, {c.model.path}")
@@ -21,5 +23,8 @@ def settings(page: Page, c: ConfigDict) -> None:
               "decoded almost to its end")
   if c.optim.lr == 0:
     page.warn("optim.lr is 0: the policy does not learn")
+  if c.model.lora.rank and 0 < c.optim.lr < _LEAST_FOR_ADAPTERS:
+    page.warn(f"optim.lr is {c.optim.lr:g}, a rate for all weights; adapters (model.lora.rank) hardly move with it: "
+              f"{_LEAST_FOR_ADAPTERS:g} and more is usual")
   if c.optim.warmup >= c.steps * c.optim.epochs * c.optim.minibatches:
     page.warn(f"optim.warmup is {c.optim.warmup} and steps is {c.steps}: the run ends before the learning rate is reached")

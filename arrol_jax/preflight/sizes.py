@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from arrol_jax import assemble
 from arrol_jax.engine import kv_cache
+from arrol_jax.engine.memory import decode_weights
 from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import batching
 from arrol_jax.models.files.weights import Policy
@@ -64,12 +65,15 @@ def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: Tra
   weights, frozen, reference = per_chip(state.params["policy"]), per_chip(state.base), _reference(c, state)
   sampling = assemble.sampling(c, loaded)
   numbers = sum(x.size for x in jax.tree.leaves(state.policy))
-  decode = numbers * jax.numpy.dtype(sampling.dtype).itemsize // mesh.shape["tensor"]
+  decode = decode_weights(engine, state.policy, sampling.dtype)
   shards = mesh.shape["tensor"] if policy.kv_heads % mesh.shape["tensor"] == 0 else 1
   token = kv_cache.bytes_per_token(policy.layers, policy.kv_heads, policy.head_dim, sampling.cache_dtype) // shards
   cache = engine.rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * engine.lengths(sampling)[-1] * token
   rest = per_chip(state.changing) - weights
   held = weights + frozen + reference + rest
+  if frozen and sum(x.size for x in jax.tree.leaves(state.params["policy"])) > numbers // 2:
+    page.warn(f"model.lora.rank is {c.model.lora.rank}: the adapters hold more numbers than the model; a smaller one, or all weights "
+              "(model.lora.rank=0), would learn as much with less")
   parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", reference),
            ("optimizer and head", rest)]
   page.say(f"{numbers:,} parameters; a device holds " + ", ".join(f"{name} {size(n)}" for name, n in parts if n))

@@ -112,7 +112,8 @@ class Checkpoints:
     notes, leaves = self._notes(step), plain(state)
     wrong = [k for k, v in (self.belongs or {}).items() if notes.get(k) != v and notes.get(k) not in self.also]
     if wrong:
-      raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}")
+      raise UserError(f"{self.workdir}: checkpoint {step} is of a run with another {' and '.join(wrong)}" +
+                      " (the frozen weights of model.path)" * ("base" in wrong))
     if [tuple(x.shape) for x in jax.tree.leaves(self.manager.metadata(step).item_metadata)] != [x.shape for x in leaves]:
       raise UserError(f"{self.workdir}: its checkpoint does not fit this config's model; give the config of that run")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
