@@ -103,7 +103,8 @@ def test_scores_of_other_evaluations_are_none(runs, tmp_path):
   (folder / "config.json").write_text(json.dumps(settings))
   (folder / "inputs.json").write_text(json.dumps(problems | {"held_out": "others"}))
   assert best() is None
-  assert_refused(in_process(evaluate, f"--workdir={folder}", "--step=best"), "--step=best", "2, 3, newest", "none has a score")
+  said = in_process(evaluate, f"--workdir={folder}", "--step=best")
+  assert_refused(said, "--step=best", "2, 3, newest", "of which none has a score")
 
 
 @pytest.mark.parametrize("overrides, words", [

@@ -1,7 +1,7 @@
 """Shapes and memory of a step, from shapes alone: nothing is allocated or compiled.
 
 Memory is what is known beforehand: weights, optimizer, decode weights, cache, gradients. Left out: activations and the
-compiler's working memory, which come on top (arrol-plan has them compiled, for TPUs).
+compiler's working memory, which come on top (arrol-plan has them compiled for TPUs, and counts them for one GPU).
 """
 
 import os
@@ -72,8 +72,8 @@ def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: Tra
   rest = per_chip(state.changing) - weights
   held = weights + frozen + reference + rest
   if frozen and sum(x.size for x in jax.tree.leaves(state.params["policy"])) > numbers // 2:
-    page.warn(f"model.lora.rank is {c.model.lora.rank}: the adapters hold more numbers than the model; a smaller one, or all weights "
-              "(model.lora.rank=0), would learn as much with less")
+    page.warn(f"model.lora.rank is {c.model.lora.rank}: the adapters hold more numbers than the model; a smaller one, or all "
+              "weights (model.lora.rank=0), would learn as much with less")
   parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", reference),
            ("optimizer and head", rest)]
   page.say(f"{numbers:,} parameters; a device holds " + ", ".join(f"{name} {size(n)}" for name, n in parts if n))
