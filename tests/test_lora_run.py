@@ -118,6 +118,13 @@ def test_mistakes_are_one_line(runs, overrides, words):
   assert_refused(command(*arguments(runs[0], steps=3, **settings)), *words)
 
 
+def test_a_run_of_a_version_without_adapters_has_none():
+  """Whatever the config says that it is evaluated with."""
+  c, _ = config.parse(["evaluate", *arguments("none", **WITH)])
+  assert assemble.lora(c) and assemble_state._as_trained(c, None, {"model": {"dtype": "float32"}}) == {}
+  assert assemble.lora(c) is None
+
+
 def test_another_base_is_refused(runs, tmp_path):
   """Adapters of a checkpoint beside a model that is not theirs."""
   c, _ = config.parse(["train.py", *arguments(tmp_path, steps=3, **WITH)])
