@@ -107,7 +107,7 @@ def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, work
   known, top = {str(step): step for step in checkpoints.steps()} | {"newest": None}, checkpoints.best()
   known |= {"best": top} if top is not None else {}
   if which not in known:
-    why = ", and none has a score that says which is the best (checkpoint.best)" if which == "best" else ""
+    why = ", of which none has a score" if which == "best" else ""
     raise UserError(f"--step={which}: {workdir} holds checkpoints of {', '.join(known)}{why}")
   like = init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
   step, state = checkpoints.restore(like, known[which])
@@ -119,7 +119,7 @@ def _as_trained(c: ConfigDict, loaded: Policy, trained: dict) -> dict:
   """Head, choice of prompts and adapters as the run of the stored config `trained` had them; what its checkpoints belong to."""
   listed = [("quality", c.quality), ("prune", ("detect", "bins")), ("rollout", ("candidates", "prompts"))]
   for section, stored, names in [(c[name], trained.get(name, {}), names) for name, names in listed] + [
-    (c.model.lora, trained.get("model", {}).get("lora", {}), c.model.lora)]:
+    (c.model.lora, {"rank": 0} | trained.get("model", {}).get("lora", {}), c.model.lora)]:
     for name in names:
       if name in stored:
         section[name] = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]

@@ -5,7 +5,7 @@
   arrol-doctor --config=gsm8k_qwen3_06b --config.model.path=DIR --config.rollout.max_new=1024
 The checks are arrol-train's own. Nothing is compiled, and of the weights only headers are read, unless --workdir holds a run
 whose weights they must be. The reward function is called, on answers made up from the data. What cannot work is an error, and
-the status is 2; what looks wrong is a warning. Left out: speed, and what memory activations take (arrol-plan, for TPUs).
+the status is 2; what looks wrong is a warning. Left out: speed, and memory that activations take (arrol-plan: for TPUs, one GPU).
 """
 
 from contextlib import ExitStack

@@ -103,7 +103,8 @@ def test_scores_of_other_evaluations_are_none(runs, tmp_path):
   (folder / "config.json").write_text(json.dumps(settings))
   (folder / "inputs.json").write_text(json.dumps(problems | {"held_out": "others"}))
   assert best() is None
-  assert_refused(in_process(evaluate, f"--workdir={folder}", "--step=best"), "--step=best", "2, 3, newest", "none has a score")
+  said = in_process(evaluate, f"--workdir={folder}", "--step=best")
+  assert_refused(said, "--step=best", "2, 3, newest", "of which none has a score")
 
 
 @pytest.mark.parametrize("overrides, words", [
@@ -115,6 +116,13 @@ def test_scores_of_other_evaluations_are_none(runs, tmp_path):
 def test_mistakes_are_one_line(runs, overrides, words):
   settings = {k: v for k, v in (WITH | overrides).items() if v is not None}
   assert_refused(command(*arguments(runs[0], steps=3, **settings)), *words)
+
+
+def test_a_run_of_a_version_without_adapters_has_none():
+  """Whatever the config says that it is evaluated with."""
+  c, _ = config.parse(["evaluate", *arguments("none", **WITH)])
+  assert assemble.lora(c) and assemble_state._as_trained(c, None, {"model": {"dtype": "float32"}}) == {}
+  assert assemble.lora(c) is None
 
 
 def test_another_base_is_refused(runs, tmp_path):

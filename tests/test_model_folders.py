@@ -62,7 +62,10 @@ def test_adapters_single_files_and_other_formats_say_what_to_do(tmp_path):
   folder.mkdir()
   (folder / "adapter_config.json").write_text("{}")
   (folder / "adapter_model.safetensors").write_bytes(b"")
-  assert "LoRA adapter" in message(folder) and "merge it" in message(folder)
+  assert "LoRA adapter" in message(folder) and "merge it" in message(folder) and "policy" not in message(folder)
+  (tmp_path / "policy").mkdir()
+  (tmp_path / "policy/config.json").write_text("{}")
+  assert f"{tmp_path}/policy is that of this run" in message(folder)
   shutil.copytree(FIXTURES / SINGLE, folder, dirs_exist_ok=True)  # beside its base model: transformers would add it
   assert "LoRA adapter" in message(folder)
   assert "give the folder that it is in" in message(FIXTURES / SINGLE / "model.safetensors")

@@ -306,7 +306,8 @@ def test_shapes_come_from_files_or_names(tmp_path):
 
 def test_the_command_ends_in_one_line_and_status_2():
   done = run_plan("--config=configs/qwen3_1b7.py")
-  assert done.returncode == 2 and done.stderr == "error: no --topology=CHIP:SHAPE given, such as v5e:16x16\n"
+  assert done.returncode == 2 and done.stderr == (
+    "error: no --topology given, such as v5e:16x16 for a TPU slice or gpu:24GB for one card\n")
 
 
 @pytest.mark.parametrize("name", ["qwen3_1b7", "qwen3_4b", "qwen3_8b"])

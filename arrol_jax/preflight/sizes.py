@@ -1,7 +1,7 @@
 """Shapes and memory of a step, from shapes alone: nothing is allocated or compiled.
 
 Memory is what is known beforehand: weights, optimizer, decode weights, cache, gradients. Left out: activations and the
-compiler's working memory, which come on top (arrol-plan has them compiled, for TPUs).
+compiler's working memory, which come on top (arrol-plan has them compiled for TPUs, and counts them for one GPU).
 """
 
 import os

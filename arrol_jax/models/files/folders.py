@@ -37,7 +37,8 @@ def check_is_model(folder: Path) -> None:
       raise UserError(f"{folder}: is one file of a model; give the folder that it is in")
   elif (folder / "adapter_config.json").is_file():
     raise UserError(f"{folder}: holds a LoRA adapter (adapter_config.json), and only whole models are read: merge it into its "
-                    "base model (PEFT's merge_and_unload, then save_pretrained to a new folder) and give that folder")
+                    "base model (PEFT's merge_and_unload, then save_pretrained to a new folder) and give that folder" +
+                    f"; {folder.parent}/policy is that of this run" * (folder.parent / "policy/config.json").is_file())
 
 
 def read_json(file: Path) -> dict:
