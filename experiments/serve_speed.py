@@ -33,6 +33,7 @@ from arrol_jax.engine.scheduler import Request
 from arrol_jax.serving import openai_api
 from arrol_jax.serving.calls import Call, seed_of
 from arrol_jax.serving.fields import Refused
+from arrol_jax.serving.lifecycle import Patient
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import make_app
 from arrol_jax.types import UserError
@@ -132,7 +133,8 @@ def serving(service: Service, limits):
   """The server over a service, in a thread: its port."""
   service.warm_up(lambda text: print(text, file=sys.stderr, flush=True))
   ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0), backlog=1024)
-  web = uvicorn.Server(uvicorn.Config(make_app(service, limits, started=ready.set), log_level="error", lifespan="on"))
+  app = make_app(service, limits, started=ready.set)
+  web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", http=Patient))
   thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
   thread.start()
   try:

@@ -17,7 +17,7 @@ from arrol_jax import config as configuration, serve
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
-from arrol_jax.serving import prefixes
+from arrol_jax.serving import lifecycle, prefixes
 from arrol_jax.serving.web import ANYONE, Access, make_app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def serving(path: str, *options: str, steady: bool = False, access: Access = ANY
   service.warm_up()
   ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
   app = make_app(service, limits, started=ready.set, access=access)
-  web = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+  web = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", http=lifecycle.Patient))
   thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
   thread.start()
   assert ready.wait(60)

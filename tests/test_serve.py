@@ -234,7 +234,7 @@ def settled(service):
 def test_a_full_server_says_so_and_recovers(server):
   assert settled(server.service)
   most = ROWS + QUEUE
-  held = server.service.submit(Call(np.array([1, 2], np.int32), 48, n=most - 1), lambda piece: None)
+  held = server.service.submit(Call(np.array([1, 2], np.int32), 48, n=most - 1), lambda piece: time.sleep(0.02))
   status, answer = ask(server.port, {"prompt": PROMPT, "n": 2})
   assert status == 429 and "full" in answer["error"]["message"], answer
   server.service.cancel(held)

@@ -19,7 +19,7 @@ from arrol_jax.engine.sampling import Sampling, SamplingParams, sample
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.serving import votes
 from arrol_jax.serving.calls import Call, Piece
-from arrol_jax.serving.trace import Trace
+from arrol_jax.serving.trace import Text, Trace
 from arrol_jax.types import Rollout
 
 
@@ -55,18 +55,40 @@ def test_half_characters_and_halves_of_stop_strings_wait():
   said = "aé#b##c€".encode()
   for stop, wanted in [((), "aé#b##c€"), (("##",), "aé#b")]:
     sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
-    trace = Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence)
+    trace = Trace(SimpleNamespace(call=Call(None, 99, stop=stop)), 0, sequence, Bytes())
     texts, piece = [], None
     for i, byte in enumerate(said):
       for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
         kept.append(np.array([byte]))
-      piece = trace.read(Bytes(), ended=i == len(said) - 1)
+      piece = trace.read(ended=i == len(said) - 1)
       texts.append(piece.text)
       assert "\ufffd" not in piece.text
       if piece.finish:
         break
     assert "".join(texts) == wanted and piece.finish == ("stop" if stop else "length")
     assert bytes(trace.tokens).decode() == (wanted + "##" if stop else wanted)
+
+
+@pytest.mark.parametrize("step", [1, 3, 16])
+def test_text_piece_by_piece_is_the_text_of_all_tokens(step):
+  """With a tokenizer whose tokens end within characters, and one that drops a space at the start."""
+  class Spaces:
+    def decode(self, tokens, skip_special_tokens):
+      return "".join(f" {token}" for token in tokens if token != 7).removeprefix(" ")
+
+  class Bytes:
+    def decode(self, tokens, skip_special_tokens):
+      return bytes(tokens).decode("utf-8", errors="replace")
+
+  rng = np.random.default_rng(step)
+  for tokenizer, tokens in [(Spaces(), rng.integers(0, 10, 40).tolist()), (Bytes(), list("né – 日本 🙂🙂 x\ufffdy".encode())),
+                            (Bytes(), rng.integers(0, 256, 60).tolist() + [65])]:
+    text, decoded = Text(tokenizer), []
+    tokenizer.decode = lambda x, decode=tokenizer.decode, log=decoded, **kw: log.append(len(x)) or decode(x, **kw)
+    for end in range(step, len(tokens) + step, step):
+      said = text.of(tokens[:end])
+    assert said == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert isinstance(tokenizer, Bytes) or max(decoded[:-1]) <= 2 * step + 4  # not all of it again
 
 
 def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():

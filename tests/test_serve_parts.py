@@ -1,5 +1,6 @@
 """What a server adds to plain decoding: pace, second passes over an answer, votes at a bounded price, who may call, its state."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -256,6 +257,28 @@ def test_foreign_hosts_are_refused_where_hosts_are_listed(server, access):
                        ("evil.example:127.0.0.1", 403), ("0.0.0.0", 403), ("[::1].evil.example", 403), ("[::2]", 403)]:
     assert ask(server.port, None, "/health", "GET", {"Host": host})[0] == status
     assert ask(server.port, {"prompt": PROMPT, "max_tokens": 1}, headers={"Host": host})[0] == status
+
+
+def told(port: int, *parts: bytes) -> bytes:
+  """The beginning of what the server says to a request that comes in these parts."""
+  with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    for part in parts:
+      with contextlib.suppress(OSError):  # it may have had enough
+        connection.sendall(part)
+      time.sleep(0.02)
+    return connection.recv(4096)
+
+
+def test_a_head_has_a_longest_size_and_a_body_behind_it_does_not_count(server):
+  start = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+  long = [b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(80)]
+  assert told(server.port, start, *long).startswith(b"HTTP/1.1 400")
+  assert b"longer than 65536" in told(server.port, start + b"".join(long))
+  body = json.dumps({"prompt": PROMPT, "max_tokens": 1, "user": "u" * 200_000}).encode()
+  head = start + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+  for parts in [(head + body,), (head[:-1], head[-1:] + body), (head, body), (head[:-4], head[-4:] + body[:9], body[9:])]:
+    assert told(server.port, *parts).startswith(b"HTTP/1.1 200")
+  assert told(server.port, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
 def test_a_probe_without_a_host_header_is_answered(server, access):

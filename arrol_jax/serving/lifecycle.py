@@ -14,19 +14,21 @@ import sys
 import threading
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from arrol_jax.serving.web import Web
 
+MAX_HEAD = 64 << 10  # bytes of a request's head
 HEAD_SECONDS = 15.0  # for a request's head to come whole
 GRACE = 2.0          # seconds that calls which were cut get to tell their clients
 
 
-class Patient(H11Protocol):
-  """A connection that is closed where the head of a request does not come in time."""
+class Patient(HttpToolsProtocol):
+  """A connection that is closed where the head of a request does not come in time, or is too long."""
 
   def connection_made(self, transport):
     super().connection_made(transport)
+    self.head, self.end = 0, b""  # bytes of a request's head so far, and the last of them
     self.late = self.loop.call_later(max(HEAD_SECONDS, self.timeout_keep_alive), self._close_if_idle)
 
   def connection_lost(self, exc):
@@ -34,11 +36,22 @@ class Patient(H11Protocol):
     super().connection_lost(exc)
 
   def data_received(self, data):
+    if self._idle() and self._too_long(data):
+      self.transport.is_closing() or self.send_400_response(f"The request's head is longer than {MAX_HEAD} bytes.")
+      return
     super().data_received(data)
     if not self._idle():
+      self.head, self.end = 0, b""
       self.late.cancel()
     elif self.late.cancelled():  # the head of another request has begun
       self.late = self.loop.call_later(HEAD_SECONDS, self._close_if_idle)
+
+  def _too_long(self, data: bytes) -> bool:
+    """Whether with these bytes a head goes beyond what is granted; what follows it is a body's."""
+    ends = (self.end + data).find(b"\r\n\r\n")
+    self.head += len(data) if ends < 0 else max(0, ends - len(self.end))
+    self.end = (self.end + data)[-3:]
+    return self.head > MAX_HEAD
 
   def _idle(self) -> bool:
     return self.cycle is None or self.cycle.response_complete

@@ -23,7 +23,8 @@ from arrol_jax.models import sharding
 from arrol_jax.serving.prefixes import PrefixCache
 
 FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
-SOME, MIDDLE = 16, 8  # and so many, or while someone waits for the first token, of these
+SOME, MIDDLE = 16, 8  # and so many, of these; also a few more while someone waits for the first token
+MANY = 32             # beyond so many what the host does with each piece counts more
 
 
 class PacedRun(Run):
@@ -43,7 +44,7 @@ class PacedRun(Run):
   def steps(self, live: list[Sequence]) -> int:
     """Steps of the next segment."""
     fresh = any(not sequence.started for sequence in live)
-    most = SHORT if len(live) <= FEW else MIDDLE if fresh or len(live) <= SOME else self.e.segment
+    most = SHORT if len(live) <= FEW else MIDDLE if len(live) <= (MANY if fresh else SOME) else self.e.segment
     due = [length - sequence.started for sequence in live for length in self.detect]
     return min([self.e.segment, most, *(n for n in due if n > 0)])
 

@@ -180,7 +180,7 @@ class Service:
     for i in range(call.n):
       sequence = self.run.add(Request(seed_of(seed, i), group, call.tokens, call.max_tokens, call.temperature, call.top_p,
                                       call.stop_below, call.ignore_stop))
-      self.traces[id(sequence.rollout)] = Trace(ticket, i, sequence, self.detect)
+      self.traces[id(sequence.rollout)] = Trace(ticket, i, sequence, self.tokenizer, self.detect)
       self._since[sequence] = time.monotonic()
 
   def _seated(self, sequence: Sequence) -> None:
@@ -205,7 +205,7 @@ class Service:
     ended = {id(rollout) for rollout in self.run.take_finished()}
     over, stopped = [], []
     for key, trace in self.traces.items():
-      piece = trace.read(self.tokenizer, key in ended)
+      piece = trace.read(key in ended)
       if piece is None:
         continue
       self.totals.tokens += len(piece.tokens)

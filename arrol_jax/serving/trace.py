@@ -6,17 +6,34 @@ from arrol_jax.engine.scheduler import Sequence
 from arrol_jax.serving.calls import HOPELESS, Piece, Ticket
 
 
+class Text:
+  """The text of tokens that grow, each decoded a few times only: behind the tokens before it, because some tokenizers drop a
+  space at the start, and again where it ends within a character."""
+
+  def __init__(self, tokenizer):
+    self.decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    self.whole, self.context, self.read = "", 0, 0  # text of the tokens before `read`, whose last began at `context`
+
+  def of(self, tokens: list[int]) -> str:
+    """The text of `tokens`, which begin with those of the call before; its end may still change where it is a half character."""
+    before, now = self.decode(tokens[self.context:self.read]), self.decode(tokens[self.context:])
+    text = self.whole + now[len(before):]
+    if len(text) > len(self.whole) and not text.endswith("\ufffd"):  # tokens without text are no context
+      self.whole, self.context, self.read = text, self.read, len(tokens)
+    return text
+
+
 class Trace:
   """What of a sequence's tokens was read, and how much of their text was handed out. detect: lengths of the decisions."""
 
-  def __init__(self, ticket: Ticket, number: int, sequence: Sequence, detect: tuple[int, ...] = ()):
+  def __init__(self, ticket: Ticket, number: int, sequence: Sequence, tokenizer, detect: tuple[int, ...] = ()):
     self.ticket, self.number, self.sequence, self.detect = ticket, number, sequence, detect
-    self.pieces, self.sent = 0, 0
+    self.pieces, self.sent, self.text = 0, 0, Text(tokenizer)
     self.tokens: list[int] = []
     self.logprobs: list[float] = []
     self.posteriors: list[float] = []  # one a decision
 
-  def read(self, tokenizer, ended: bool) -> Piece | None:
+  def read(self, ended: bool) -> Piece | None:
     """What is new since the last call; None if nothing is."""
     pieces = self.sequence.tokens[self.pieces:]
     if not pieces and not ended:
@@ -27,20 +44,21 @@ class Trace:
     self.pieces += len(pieces)
     rollout = self.sequence.rollout
     self.posteriors += [rollout.posterior] * (len(rollout.scores) - len(self.posteriors))
-    text, finish = tokenizer.decode(self.tokens, skip_special_tokens=True), None
+    text, finish = self.text.of(self.tokens), None
     if ended:
+      text = self.text.decode(self.tokens)
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
     stop, cut = self.ticket.call.stop, False
     if any(text.find(s, self.sent) >= 0 for s in stop):
-      text, cut, finish = *self._stop(tokenizer, before), "stop"
+      text, cut, finish = *self._stop(before), "stop"
     end = len(text) if finish else len(text) - held(text, stop)
     new, self.sent = text[self.sent:end], max(self.sent, end)
     return Piece(self.number, new, self.tokens[before:], self.logprobs[before:], finish, rollout if finish else None, cut)
 
-  def _stop(self, tokenizer, before: int) -> tuple[str, bool]:
+  def _stop(self, before: int) -> tuple[str, bool]:
     """The text up to the first stop string, and whether tokens after it had been drawn: they, and what was made of them, go."""
     stop, drawn, rollout = self.ticket.call.stop, len(self.tokens), self.sequence.rollout
-    decode = lambda count: tokenizer.decode(self.tokens[:count], skip_special_tokens=True)
+    decode = lambda count: self.text.decode(self.tokens[:count])
     last = next(n for n in range(before, drawn + 1) if any(decode(n).find(s, self.sent) >= 0 for s in stop))
     text = decode(last)
     del self.tokens[last:], self.logprobs[last:]

@@ -1,6 +1,7 @@
 """The HTTP side: routes, who may call, answers whole and streamed. What the JSON means is openai_api.py's and answers.py's."""
 
 import asyncio
+import collections
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
@@ -56,6 +57,8 @@ class Web:
     self.voting, self.passing = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "second-pass")  # off the others' way
     self.under_way: set[str] = set()
     self.cut = 0  # calls that ended before they were done
+    self.said: collections.deque = collections.deque()  # (call's queue, piece) on their way from the engine's thread
+    self.rung = False
     self.created = int(time.time())
 
   @property
@@ -63,6 +66,20 @@ class Web:
     l = self.limits
     return {"id": l.model, "object": "model", "created": self.created, "owned_by": "arrol_jax",
             "max_prompt_tokens": l.max_prompt, "max_tokens": l.max_new, "max_model_len": l.max_prompt + l.max_new}
+
+  def tell(self, loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue, piece) -> None:
+    """From the engine's thread: puts what was said into a call's queue. The loop is woken once for all pieces of a segment."""
+    self.said.append((pieces, piece))
+    if not self.rung:
+      self.rung = True
+      with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        loop.call_soon_threadsafe(self._deliver)
+
+  def _deliver(self) -> None:
+    self.rung = False  # before the queue is emptied: what comes from now on rings again
+    while self.said:
+      pieces, piece = self.said.popleft()
+      pieces.put_nowait(piece)
 
   def stop_taking(self) -> None:
     self.bodies.closing.set()
@@ -232,8 +249,7 @@ class Running:
   def _tell(self, first: int, piece: Piece | BaseException) -> None:
     """From the engine's thread: what is new of a call whose traces are numbered from `first` on."""
     moved = piece._replace(trace=first + piece.trace) if isinstance(piece, Piece) else piece
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-      self.loop.call_soon_threadsafe(self.pieces.put_nowait, moved)
+    self.web.tell(self.loop, self.pieces, moved)
 
   async def said(self):
     """The call's pieces until it is done."""
