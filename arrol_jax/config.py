@@ -27,6 +27,7 @@ from arrol_jax.models.lora import MATRICES
 from arrol_jax.models.transformer import REMAT
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
+from arrol_jax.pruning.own_rule import own_rule
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
 from arrol_jax.running import hosts, shipped
 from arrol_jax.running.workdir import RENAMED, VALUES, fill, is_run, stored_config
@@ -344,7 +345,12 @@ def _check_prune(c: ConfigDict) -> None:
         "come before the end of a response")
   need(all(d % r.segment == 0 for d in detect),
         f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
-  need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}")
+  if "." in p.rule:
+    try:
+      own_rule(p.rule)
+    except ValueError as e:
+      raise UserError(f"prune.rule: {e}") from e
+  need("." in p.rule or p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
   need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")

@@ -1,29 +1,98 @@
-"""The examples of docs/extending.md do what is said of them. Left out: the model's, which is a sketch."""
+"""The examples of docs/extending.md do what is said of them."""
 
+import importlib
+import json
 from pathlib import Path
 import re
+import shutil
+import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-TEXT = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text()
+from arrol_jax import load_policy, train
+from arrol_jax.models import transformer
+from arrol_jax.models.attention import causal_attention
+from arrol_jax.models.files import hf_config
+from arrol_jax.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs/extending.md").read_text()
 
 
-def example(section, **names):
-  """The names that the section's code block defines, beside `names`."""
-  block = re.search(r"```python\n(.*?)```", TEXT.partition(f"## {section}\n")[2], re.DOTALL)
-  exec(block[1], names)
-  return names
+def block(section):
+  return re.search(r"```python\n(.*?)```", TEXT.partition(f"## {section}\n")[2], re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+  """The code blocks as modules that can be imported."""
+  folder = tmp_path_factory.mktemp("mine")
+  for name, section in (("my_rewards", "A reward"), ("my_rules", "A rule")):
+    (folder / f"{name}.py").write_text(block(section))
+  sys.path.insert(0, str(folder))
+  yield
+  sys.path.remove(str(folder))
 
 
 @pytest.mark.parametrize("response, reward", [("A5", 1.0), (f"{'x' * 1000} A5", 0.8), ("A6", 0.0), (f"{'x' * 1000} A6", 0.0)])
 def test_the_reward(response, reward):
-  assert example("A reward")["brief"](response, "5", r"A(-?\d+)$") == reward
+  assert importlib.import_module("my_rewards").brief(response, "5", r"A(-?\d+)$") == reward
 
 
 def test_the_rule():
-  """Doubt q (1 - q) is 0.25 at 1/2 and 0.09 at 0.1 and 0.9: around its mean, 0.17, and kappa; then the limits."""
-  unsure, q = example("A rule", jnp=jnp)["unsure"], jnp.array([0.5, 0.1, 0.9, 0.5])
-  np.testing.assert_allclose(unsure(q, 0.5, 0.1, 0.9), [0.58, 0.42, 0.42, 0.58], atol=1e-6)
-  np.testing.assert_allclose(unsure(q, 0.5, 0.45, 0.55), [0.55, 0.45, 0.45, 0.55], atol=1e-6)
+  """Doubt q (1 - q) is 0.25 at 1/2, 0.09 at 0.1 and 0.9: around its mean over who decides, 0.17, and kappa; then the limits."""
+  unsure = importlib.import_module("my_rules").unsure
+  q, decided = np.array([0.5, 0.1, 0.9, 0.5, 0.7], np.float32), np.arange(5) < 4
+  keep = lambda **limits: np.asarray(unsure(q, np.zeros(5, np.int32), decided, kappa=0.5, **limits))[:4]
+  np.testing.assert_allclose(keep(p_min=0.1, p_max=0.9), [0.58, 0.42, 0.42, 0.58], atol=1e-6)
+  np.testing.assert_allclose(keep(p_min=0.45, p_max=0.55), [0.55, 0.45, 0.45, 0.55], atol=1e-6)
+
+
+def test_the_rule_prunes_a_run(tmp_path, monkeypatch):
+  """Its probabilities are those that the run drew with: of one decision, between the limits and about kappa."""
+  monkeypatch.setattr(sys, "argv", ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}", "--config.steps=2", *(
+    f"--config.{x}" for x in ("prune.rule=my_rules.unsure", "prune.p_min=0.3", "prune.p_max=0.7", "prune.cold_start=1",
+                              "data.eval=", "rollout.prompts=4", "rollout.group_size=8", "log.rollouts=32",
+                              "checkpoint.export=False"))])
+  monkeypatch.chdir(ROOT)
+  train.main()
+  lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+  p = [x["survival"] for x in lines if x["step"] == 2 and x["posterior"] is not None and x["survival"] < 1]
+  assert p and all(0.3 - 1e-6 <= x <= 0.7 + 1e-6 for x in p) and abs(np.mean(p) - 0.5) < 0.1
+  assert any(x["pruned"] for x in lines if x["step"] == 2)
+
+
+@pytest.mark.parametrize("rule, words", [("my_rules.nothing", "cannot be imported"), ("not_there.rule", "cannot be imported"),
+                                         ("math.sqrt", "failed under jit"), ("json.dumps", "failed under jit"),
+                                         ("unsure", "or MODULE.FUNCTION")])
+def test_a_rule_that_is_none_is_refused_in_one_line(rule, words):
+  from arrol_jax import config
+  c, _ = config.parse(["prog", "--config=configs/quickstart.py", f"--config.prune.rule={rule}"])
+  with pytest.raises(UserError, match=words) as e:
+    config.check(c)
+  assert "\n" not in str(e.value)
+
+
+def test_the_model(tmp_path, monkeypatch):
+  """A Mistral without a sliding window is a Llama by another name; with one it is refused."""
+  folder = tmp_path / "tiny"
+  shutil.copytree(ROOT / "tests/fixtures/llama_untied", folder)
+  raw = json.loads((folder / "config.json").read_text())
+  plain = load_policy(folder)
+  (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mistral", "sliding_window": None}))
+  with pytest.raises(UserError, match="model_type 'mistral' is not supported"):
+    load_policy(folder)
+  monkeypatch.setattr(hf_config, "FAMILIES", dict(hf_config.FAMILIES))
+  exec(block("A model"), {})
+  named = load_policy(folder)
+  assert named.config.family == "mistral"
+  tokens = np.array([[1, 5, 3, 2]], np.int32)
+  logits = lambda policy: np.asarray(transformer.unembed(policy.params, transformer.forward(
+    policy.config, policy.params, tokens, transformer.default_positions(tokens), causal_attention("xla"))[0]))
+  np.testing.assert_array_equal(logits(named), logits(plain))
+  named.save(tmp_path / "saved")
+  assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+  (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mistral", "sliding_window": 4096}))
+  with pytest.raises(UserError, match="sliding_window is set"):
+    load_policy(folder)

@@ -19,6 +19,7 @@ from arrol_jax.pruning.budget import budget_probability
 from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
+from arrol_jax.pruning.own_rule import own_rule
 from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, nearness, solve_delta, survival, survival_with_floor
 from arrol_jax.pruning.table import Calibration
 
@@ -73,7 +74,8 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
 
   rule_probability = jnp.ones_like(score)
   if due and rule.kind != "max_variance":
-    by_rule = KEEP_PROBABILITY.get(rule.kind, _published)(rule, slots, tables, posterior, which, group, decided)
+    kept = KEEP_PROBABILITY.get(rule.kind, _own if "." in rule.kind else _published)
+    by_rule = kept(rule, slots, tables, posterior, which, group, decided)
     rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
@@ -134,6 +136,11 @@ def _budget(rule, slots, tables, posterior, which, group, decided):
   settled = ~decided & ~slots.pruned & (slots.generated > 0)
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
   return budget_probability(posterior, slots.group, decided, settled, **rule.limits(), identity=request)
+
+
+def _own(rule, slots, tables, posterior, which, group, decided):
+  """The user's: MODULE.FUNCTION."""
+  return own_rule(rule.kind)(posterior, group, decided, **rule.limits())
 
 
 KEEP_PROBABILITY = {"group": _group, "budget": _budget, "confidence": _confidence, "threshold": _threshold}

@@ -33,9 +33,9 @@ class PruneRule:
   rho; "budget" (METHOD 10.1) keeps, over the whole batch, the rollouts of largest expected signal; "random" ignores scores;
   "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a group whose tokens are most
   confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`; "threshold", for inference, stops those
-  whose posterior is below `keep` or the row's own (sampling.SamplingParams). draw: "bernoulli" or "systematic", a fixed number a
-  group (the budget's: of the batch). floor: rows of a group that survive a decision at least. holdout: share of rollouts that are
-  never cut.
+  whose posterior is below `keep` or the row's own (sampling.SamplingParams); MODULE.FUNCTION is the user's (own_rule.py).
+  draw: "bernoulli" or "systematic", a fixed number a group (the budget's: of the batch). floor: rows of a group that survive a
+  decision at least. holdout: share of rollouts that are never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5

@@ -15,7 +15,21 @@ from arrol_jax.models.rope import DynamicScaling, LinearScaling, RopeScaling, Sc
 from arrol_jax.models.transformer import PolicyConfig, block_weights, model_weights
 from arrol_jax.types import UserError
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+class Family(NamedTuple):
+  """What a model_type says beyond the keys of its config.json."""
+  architecture: str
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  head_dim: int | None = None    # None: width / heads. This and the next two count where config.json has no such key
+  kv_heads: int | None = 32      # None: as many as heads
+  max_length: int = 32768
+  refused: tuple[str, ...] = ()  # keys that change the model where they are set, and are not implemented
+
+
+FAMILIES = {"qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+            "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+            "llama": Family("LlamaForCausalLM", kv_heads=None, max_length=2048)}
 # Weight -> Hugging Face's name, our axes, their axes (a space separates the axes of the stored matrix).
 LAYER = {
   "attn_norm": ("input_layernorm.weight", "d", "d"),
@@ -67,8 +81,9 @@ def config_from_json(file: Path, raw: dict) -> PolicyConfig:
 
 def _config(file: Path, raw: dict) -> PolicyConfig:
   kind = raw.get("model_type")
-  if kind not in ARCHITECTURES:
-    raise UserError(f"{file}: model_type {kind!r} is not supported (supported: {', '.join(ARCHITECTURES)})")
+  if kind not in FAMILIES:
+    raise UserError(f"{file}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+  family = FAMILIES[kind]
 
   def need(key):
     value = raw.get(key)
@@ -76,28 +91,27 @@ def _config(file: Path, raw: dict) -> PolicyConfig:
       raise UserError(f"{file}: key {key} is {value!r}, it must be a positive whole number")
     return value
 
-  _refuse(file, kind, raw)
+  _refuse(file, family, raw)
   heads, width = need("num_attention_heads"), need("hidden_size")
-  default_kv = heads if kind == "llama" else 32
-  kv_heads = int(raw.get("num_key_value_heads", default_kv) or heads)
+  kv_heads = int(raw.get("num_key_value_heads", family.kv_heads) or heads)
   if heads % kv_heads:
     raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-  length = int(raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768))
+  length = int(raw.get("max_position_embeddings", family.max_length))
   theta, scaling = _rope(file, raw, length)
   return PolicyConfig(
     family=kind, vocab=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
-    kv_heads=kv_heads, head_dim=int(raw.get("head_dim") or (128 if kind == "qwen3" else width // heads)),
+    kv_heads=kv_heads, head_dim=int(raw.get("head_dim") or family.head_dim or width // heads),
     ffn=need("intermediate_size"),
-    qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2", tied=bool(raw.get("tie_word_embeddings", False)),
+    qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, tied=bool(raw.get("tie_word_embeddings", False)),
     rope_theta=theta, rope_scaling=scaling, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), max_length=length)
 
 
-def _refuse(file: Path, kind: str, raw: dict) -> None:
+def _refuse(file: Path, family: Family, raw: dict) -> None:
   """UserError for settings that change the model and are not implemented."""
   if raw.get("hidden_act", "silu") != "silu":
     raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported (only silu)")
-  for key in ("attention_bias", "mlp_bias", "quantization_config", "num_experts", "num_local_experts"):
-    if raw.get(key) and not (kind == "qwen2" and key == "attention_bias"):  # Qwen2 always has q, k, v biases
+  for key in ("attention_bias", "mlp_bias", "quantization_config", "num_experts", "num_local_experts", *family.refused):
+    if raw.get(key) and not (family.qkv_bias and key == "attention_bias"):  # it has them always
       raise UserError(f"{file}: {key} is set, which is not supported")
   kinds = raw.get("layer_types")
   if kinds is None and raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
@@ -168,12 +182,13 @@ def _rope_to_json(scaling: Scaling | None) -> dict | None:
 
 def config_to_json(c: PolicyConfig, dtype: str, eos_ids: tuple, pad_id: int, bos_id: int | None) -> dict:
   """config.json for transformers 4 and 5 (rotary settings in both forms)."""
-  if c.family not in ARCHITECTURES or (c.qk_norm, c.qkv_bias) != (c.family == "qwen3", c.family == "qwen2"):
+  family = FAMILIES.get(c.family)
+  if family is None or (c.qk_norm, c.qkv_bias) != (family.qk_norm, family.qkv_bias):
     raise UserError(f"a policy of family {c.family!r} with qk_norm={c.qk_norm} and qkv_bias={c.qkv_bias} has no "
-                    f"Hugging Face layout (qwen3 has qk_norm, qwen2 has qkv_bias, llama neither)")
+                    f"Hugging Face layout (of {', '.join(FAMILIES)}: qwen3 has qk_norm, qwen2 has qkv_bias)")
   scaling = _rope_to_json(c.rope_scaling)
   return {
-    "architectures": [ARCHITECTURES[c.family]], "model_type": c.family, "dtype": dtype, "torch_dtype": dtype,
+    "architectures": [family.architecture], "model_type": c.family, "dtype": dtype, "torch_dtype": dtype,
     "vocab_size": c.vocab, "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
     "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim, "hidden_act": "silu",
     "max_position_embeddings": c.max_length, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied,
