@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
   c.prune.cold_start = 20      # first steps without pruning, while head and table gather data (paper)
   c.prune.bins = 128           # B (paper)
   c.prune.rule = "published"   # "group": balance within it (METHOD 9.5); "budget": most signal over the batch (METHOD
-                               # 10.1); baselines: "random", "lowest", "highest" posterior,
+                               # 10.1); MODULE.FUNCTION: your own; baselines: "random", "lowest", "highest" posterior,
                                # "confidence" (DeepConf's, in its group), "max_variance" (PODS: all finish, a share is trained on)
   c.prune.draw = "bernoulli"   # (paper); "systematic": a fixed number of survivors a group, same probabilities
   c.prune.floor = 0            # survivors of a group that decides together, at least

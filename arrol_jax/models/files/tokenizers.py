@@ -33,10 +33,15 @@ def load_tokenizer(folder: Path):
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
     return None
   from transformers import AutoTokenizer
+  from transformers.utils import logging
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity_error()  # it warns of the model's config, which is checked elsewhere
   try:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as e:  # the tokenizers package raises bare Exception
     raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(e).splitlines()[0] if str(e) else e!r})") from e
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def gguf_tokenizer(path: Path, meta: dict):
