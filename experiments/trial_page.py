@@ -1,149 +1,42 @@
-"""The trial's page, from results' files alone: what each arm did, paired differences, votes, what failed, what is missing; plots.
+"""The trial's page, from results' files alone: what each arm did, paired differences, what it would take to change them, votes,
+what failed, what is missing; plots (trial_plots.py).
 
-Differences are paired by seed: two runs of one seed see the same prompts in the same order while both have as many a step and
-neither chooses among them. Their interval is 95% of Student's t over the pairs, so it holds what differs between seeds and,
-problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device (others are
-left out), and a comparison one version of the code (it is refused otherwise). No interval is corrected for how many comparisons
-there are. Left out: runs (trial_queue.py), arms and budgets (trial_arms.py).
+No interval is corrected for how many comparisons there are; the page counts them. Left out: runs (trial_queue.py), arms and
+budgets (trial_arms.py), statistics (trial_stats.py).
 """
 
-from collections.abc import Callable, Iterable
-import dataclasses
-import json
+from collections.abc import Iterable
 
-from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
 
-from arrol_jax.types import UserError
-from experiments.trial_arms import RESULTS, ROOT, SKIP, TUNED, Regime, Run, runs_of, same
+from experiments import trial_plots
+from experiments.trial_arms import RESULTS, ROOT, SKIP, TUNED, Regime
+from experiments.trial_stats import (
+  Found,
+  Refused,
+  Results,
+  accuracy,
+  best_half,
+  clipped,
+  difference,
+  groups,
+  interval,
+  learned_share,
+  load,
+  mean,
+  needs,
+  pairs,
+  signal,
+  signal_rate,
+  slope,
+  speedup,
+  text,
+)
 
 OURS, PLAIN = ("budget", "chosen"), "plain"  # which rollouts, and which prompts: the first is compared with all arms
 NULLS = ("plain8", "max_variance")  # all arms are compared with the better of them too
-AIM = 2.3  # points of accuracy, the paper's
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """A run's results: run.json, a step's line each, and votes.json where it voted."""
-  run: Run
-  about: dict
-  lines: list[dict]
-  votes: dict | None = None
-
-  @property
-  def version(self) -> tuple[str, str]:
-    return self.about["commit"], self.about["code"]
-
-  def column(self, name: str, skip: int = SKIP) -> np.ndarray:
-    return np.array([np.nan if x.get(name) is None else x[name] for x in self.lines[skip:] or self.lines[-1:]], float)
-
-  def median(self, name: str) -> float:
-    return float(np.nanmedian(self.column(name)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-  """Of a regime: runs by arm and seed; those that failed, were made with other settings than the arm has now, or are missing."""
-  regime: Regime
-  there: dict[str, dict[int, Found]]
-  failed: list[dict]
-  other: list[str]
-  missing: list[str]
-
-  def of(self, arm: str) -> list[Found]:
-    return list(self.there.get(arm, {}).values())
-
-
-def load(regime: Regime) -> Results:
-  out = Results(regime, {}, [], [], [])
-  for run in runs_of(regime):
-    if (run.folder / "failed.json").exists():
-      out.failed.append(_json(run, "failed.json"))
-    elif not (run.folder / "run.json").exists():
-      out.missing.append(run.name)
-    elif (about := _json(run, "run.json"))["settings"] != same(run.settings):
-      out.other.append(run.name)
-    else:
-      lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-      votes = _json(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
-      out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
-  return out
-
-
-def _json(run: Run, name: str) -> dict:
-  try:
-    return json.loads((run.folder / name).read_text())
-  except ValueError as e:
-    raise UserError(f"{run.folder / name}: cannot be read as JSON ({e}); remove the folder and run it again") from e
-
-
-# ---- statistics
-
-
-def interval(values: Iterable[float]) -> tuple[float, float]:
-  """Mean and half-width of its 95% interval of Student's t; NaN where there are fewer than one, or two."""
-  x = np.array(list(values), float)
-  half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
-  return float(x.mean()) if len(x) else float("nan"), float(half)
-
-
-class Refused(Exception):
-  """A comparison that its runs do not allow."""
-
-
-def pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
-  """Runs of both arms by seed, on one device; Refused where they are of different versions of the code."""
-  a, b = results.there.get(arm, {}), results.there.get(other, {})
-  both = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
-  versions = {found.version for pair in both for found in pair}
-  if len(versions) > 1:
-    raise Refused(f"refused: runs of several commits ({', '.join(sorted(f'{x} (code {y})' for x, y in versions))})")
-  return [(x, y) for x, y in both if x.about["device"] == y.about["device"]]
-
-
-def accuracy(found: Found, when: str, sampled: bool = False) -> float | None:
-  """Held-out, in percent; when: "half" or "full"."""
-  result = found.about.get(when) or {}
-  value = (result.get("sampled") or {}).get("accuracy") if sampled else result.get("accuracy")
-  return None if value is None else 100 * value
-
-
-def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float | None]) -> list[float]:
-  """The first of each pair less the second, where both have the value."""
-  each = [(value(a), value(b)) for a, b in both]
-  return [x - y for x, y in each if x is not None and y is not None]
-
-
-def speedup(both: list[tuple[Found, Found]]) -> list[float]:
-  """By pair: median seconds of the second's steps over the first's."""
-  return [b.median("sec_step") / a.median("sec_step") for a, b in both]
-
-
-def clipped(found: Found) -> float:
-  """Share of all steps whose gradient was cut down to optim.clip_norm."""
-  return float(np.mean(found.column("grad_norm", 0) > found.about["settings"]["optim.clip_norm"]))
-
-
-def signal_rate(found: Found) -> float:
-  """Signal (sum over groups of K rho (1 - rho)) a second of step."""
-  groups = found.about["settings"]["rollout.prompts"]
-  return float(np.nansum(found.column("signal")) * groups / np.sum(found.column("sec_step")))
-
-
-def mean(values: Iterable[float]) -> float:
-  """Of those that are defined; NaN where none is."""
-  x = np.array(list(values), float)
-  return float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else float("nan")
-
-
-def text(values: Iterable[float], form: str = ".1f") -> str:
-  """Mean ± half-width (number of values)."""
-  values = list(values)
-  if not values:
-    return ""
-  center, half = interval(values)
-  return f"{center:{form}}" + ("" if np.isnan(half) else f" ± {half:{form.replace('+', '')}}") + f" ({len(values)})"
+AIM, FASTER = 2.3, 1.6  # points of accuracy, the paper's; times as fast a step
 
 
 # ---- tables
@@ -182,17 +75,20 @@ def moments(regime: Regime) -> list[str]:
   return [f"{how} at {seconds:g} s" for seconds in (regime.half, regime.full) for how in ("greedy", "4 samples")]
 
 
-def differences_tables(results: Results) -> list[str]:
-  """Each arm less plain, each less the better of NULLS, and the first of OURS less each other."""
+def compared(results: Results) -> dict[str, list[tuple[str, str]]]:
+  """By heading, arms less another: each less plain, each less the better of NULLS, and the first of OURS less each other."""
   arms, better = list(results.regime.seeds), better_null(results)
-  heads = {f"Each arm minus {PLAIN}": [(arm, PLAIN) for arm in arms]}
+  out = {f"Each arm minus {PLAIN}": [(arm, PLAIN) for arm in arms]}
   if better:
-    heads[f"Each arm minus {better}, the better of {' and '.join(NULLS)} at {results.regime.full:g} s"] = [
-      (arm, better) for arm in arms]
-  heads[f"{OURS[0]} minus each other arm"] = [(OURS[0], arm) for arm in arms if arm not in (PLAIN, better)]
+    out[f"Each arm minus {better} ({why(results)})"] = [(arm, better) for arm in arms]
+  out[f"{OURS[0]} minus each other arm"] = [(OURS[0], arm) for arm in arms if arm not in (PLAIN, better)]
+  return {head: [(a, b) for a, b in x if a != b] for head, x in out.items()}
+
+
+def differences_tables(results: Results) -> list[str]:
   out = []
-  for head, compared in heads.items():
-    rows = [row for arm, other in compared if arm != other and (row := difference_row(results, arm, other))]
+  for head, arms in compared(results).items():
+    rows = [row for arm, other in arms if (row := difference_row(results, arm, other))]
     out += [f"{head}:", "", *table(["points of accuracy", "pairs", *moments(results.regime), "a step, times faster",
                                     "signal a second, times"], rows)] if rows else []
   return out
@@ -206,8 +102,9 @@ def difference_row(results: Results, arm: str, other: str) -> list[str]:
     return [f"{arm} - {other}", str(e), *[""] * 6]
   cells = [text(difference(both, lambda r, w=when, s=sampled: accuracy(r, w, s)), "+.1f")
            for when in ("half", "full") for sampled in (False, True)]
-  signal = [signal_rate(a) / signal_rate(b) for a, b in both]
-  return [f"{arm} - {other}", str(len(both)), *cells, text(speedup(both), ".2f"), text(signal, ".2f")] if both else []
+  signals = text([signal_rate(a) / signal_rate(b) for a, b in both], ".2f")
+  signals += " of all that finished" if any(learned_share(r) < 1 for pair in both for r in pair) else ""
+  return [f"{arm} - {other}", str(len(both)), *cells, text(speedup(both), ".2f"), signals] if both else []
 
 
 def votes_table(results: Results) -> list[str]:
@@ -245,11 +142,92 @@ def verdict(results: Results, arm: str, other: str) -> str:
 
 
 def better_null(results: Results) -> str | None:
-  """That of NULLS with the higher accuracy at the whole budget on the seeds that both have: a choice in its favour."""
-  both = [arm for arm in NULLS if results.there.get(arm)]
+  """That of NULLS with the higher accuracy at the whole budget on the seeds that both have, among those with two runs or more,
+  where there is one."""
+  there = [arm for arm in NULLS if results.there.get(arm)]
+  both = [arm for arm in there if len(results.there[arm]) > 1] or there
   seeds = set.intersection(*(set(results.there[arm]) for arm in both)) if both else set()
   level = lambda arm: mean(accuracy(results.there[arm][seed], "full") or 0.0 for seed in seeds)
   return max(both, key=level) if seeds else None
+
+
+def why(results: Results) -> str:
+  """How better_null came about."""
+  counts = {arm: len(results.of(arm)) for arm in NULLS}
+  if sum(n > 1 for n in counts.values()) == 1 and min(counts.values()) < 2:
+    return f"of {' and '.join(NULLS)} the only one with two runs or more"
+  return f"the better of {' and '.join(NULLS)} at {results.regime.full:g} s, chosen on these very results, which favours it"
+
+
+def _pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
+  """`pairs`, none where they are refused."""
+  try:
+    return pairs(results, arm, other) if arm != other else []
+  except Refused:
+    return []
+
+
+def changes_table(results: Results) -> list[str]:
+  """What of arms with two pairs or more would have to change by how much, for plain's signal a second and for a step FASTER times
+  as fast as plain's."""
+  rows = []
+  for arm in results.regime.seeds:
+    both = _pairs(results, arm, PLAIN)
+    if len(both) > 1 and all(learned_share(a) == 1 for a, _ in both):
+      x, prompts = needs(both), groups(both[0][1])
+      rows.append([arm, f"{x.ratio:.2f}", f"{x.signal[0] / prompts:.2f}", f"{x.seconds[0]:.2f}",
+                   f"{x.signal_needed / prompts:.2f} ({x.signal_needed / x.signal[0]:.2f} times)",
+                   f"{x.seconds_needed:.2f} ({x.seconds_needed / x.seconds[0]:.2f} times)", f"{x.lossless:.2f}",
+                   f"{x.generating[0]:.2f} ({x.generating[0] / x.generating[1]:.2f} times {PLAIN}'s)",
+                   f"{max(x.generating_needed(FASTER), 0):.2f}"])
+  return [f"What would have to change, means over pairs with {PLAIN} (a group: of {PLAIN}'s number of groups):", "", *table([
+    "arm", f"signal a second, times {PLAIN}'s", "signal a group", "mean step, s", "for 1 time: signal a group", "or a step of, s",
+    f"if all of {PLAIN}'s signal were kept, times", "generating, s", f"generating for a step {FASTER:g} times faster, s"],
+    rows)] if rows else []
+
+
+def halves(results: Results) -> list[str]:
+  """What the best half of each group would keep, and the signal that arms learn from where that half is all they learn from."""
+  runs = results.of(PLAIN)
+  if not runs or "groups_mixed" not in runs[0].lines[0]:
+    return []
+  low, high = (mean(best_half(r)[i] for r in runs) for i in (0, 1))
+  all_of_it = mean(signal(r) for r in runs)
+  out = [f"- Ceiling of halves: of {PLAIN}'s {all_of_it:.2f} a group the half whose rewards vary most, known only when all have "
+         f"finished, keeps {low:.2f} to {high:.2f} ({low / all_of_it:.0%} to {high / all_of_it:.0%}; files have sums over "
+         "groups). Halves of the batch may keep more, and never more than all."]
+  for arm in results.there:
+    both = [(a, b) for a, b in _pairs(results, arm, PLAIN) if learned_share(a) == 0.5]
+    if both:
+      low, high = (mean(best_half(a)[i] * groups(a) / a.column("sec_step").mean() / signal_rate(b) for a, b in both)
+                   for i in (0, 1))
+      out.append(f"- {arm} learns from that half only: of what it learns from, signal a second is {low:.2f} to {high:.2f} times "
+                 f"{PLAIN}'s ({mean(signal_rate(a) / signal_rate(b) for a, b in both):.2f} in the tables: of all that finished).")
+  return out
+
+
+def reach(results: Results) -> list[str]:
+  """How much signal a second AIM would take, if accuracy went on as it goes with it."""
+  points = slope(results, PLAIN)
+  if not points > 0:
+    return []
+  return [f"- Accuracy against signal a second, a line through {PLAIN} over the pairs of arms that learn from all that finished: "
+          f"{points / 10:+.1f} points for a tenth of {PLAIN}'s more. Along it {AIM:+} points lie at {1 + AIM / points:.2f} times "
+          f"{PLAIN}'s. Arms differ in more than their signal, pairs of a seed share their {PLAIN} run, and the line leads beyond "
+          "where there are points: a rough guide."]
+
+
+def multiplicity(results: Results) -> list[str]:
+  """How many comparisons of accuracy the tables show, and what is left of them when all count at once (Bonferroni)."""
+  distinct = {frozenset(x): x for arms in compared(results).values() for x in arms}
+  values = [difference(_pairs(results, *x), lambda r, w=when, s=sampled: accuracy(r, w, s)) for x in distinct.values()
+            for when in ("half", "full") for sampled in (False, True)]
+  tested = [x for x in values if len(x) > 1]
+  apart = lambda level: sum(bool(abs(np.mean(x)) > stats.sem(x) * stats.t.ppf(1 - level / 2, len(x) - 1)) for x in tested)
+  count = sum(bool(x) for x in values)
+  return [f"- The tables show {count} different differences of accuracy, {len(tested)} with an interval. At 95% each, "
+          f"{apart(0.05)} of these are apart from 0 (by chance alone one in 20 is); at 95% for all of them together (Bonferroni) "
+          f"{apart(0.05 / len(tested))}."] if tested else []
 
 
 def notes(results: Results) -> list[str]:
@@ -259,6 +237,9 @@ def notes(results: Results) -> list[str]:
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
   out += [verdict(results, arm, other) for arm in OURS if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
+  out += [*halves(results), *reach(results), *multiplicity(results)]
+  single = [arm for arm in results.there if len(results.of(arm)) == 1]
+  out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
   if len(cards) > 1:
     out += ["- Pairs whose runs were on different devices are left out of differences."]
   if runs and results.regime.rates and not TUNED:
@@ -282,44 +263,10 @@ def page(regimes: list[Regime]) -> str:
     results = load(regime)
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
     if results.there:
-      out += [*arms_table(results), *differences_tables(results), *votes_table(results)]
-      name = f"{regime.name}.png"
-      plot(results).savefig(ROOT / RESULTS / name, dpi=110)
-      out += [f"![Reward and held-out accuracy against seconds of steps]({name})", "",
-              *(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]
+      out += [*arms_table(results), *differences_tables(results), *changes_table(results), *votes_table(results)]
+      for name, what, figure in (("", "Reward against seconds of steps, and held-out accuracy", trial_plots.course(results)),
+                                 ("_signal", "Accuracy against signal a second", trial_plots.against_signal(results, PLAIN))):
+        figure.savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
+        out += [f"![{what}]({regime.name}{name}.png)", ""]
+      out += [*(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]
   return "\n".join(out)
-
-
-# ---- plot
-
-
-def curve(found: Found, grid: np.ndarray, window: int = 5) -> np.ndarray:
-  """Trailing mean of reward_ipw over `window` steps at the seconds of `grid`; NaN before the first and after the last step."""
-  reward, seconds = found.column("reward_ipw", 0), found.column("sec_total", 0)
-  smooth = [mean(reward[max(0, i - window + 1):i + 1]) for i in range(len(reward))]
-  return np.interp(grid, seconds, smooth, left=np.nan, right=np.nan)
-
-
-def plot(results: Results) -> Figure:
-  figure = Figure(figsize=(12, 5), layout="constrained")
-  rewards, held_out = figure.subplots(1, 2)
-  grid = np.linspace(0, results.regime.full, 121)
-  for i, arm in enumerate(arm for arm in results.regime.seeds if results.of(arm)):
-    look = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
-    curves = [curve(r, grid) for r in results.of(arm)]
-    points = [[accuracy(r, when) for when in ("half", "full")] for r in results.of(arm)]
-    points = np.array([[np.nan if x is None else x for x in row] for row in points])
-    budgets = [results.regime.half, results.regime.full]
-    for axis, x, lines in ((rewards, grid, curves), (held_out, budgets, points)):
-      for y in lines:
-        axis.plot(x, y, lw=0.7, alpha=0.5, marker="." if axis is held_out else None, **look)
-      whole = np.isfinite(lines).all(axis=0)  # where all runs of the arm have a value
-      axis.plot(x, np.where(whole, np.nansum(lines, axis=0) / len(lines), np.nan), lw=2.5, label=arm, **look)
-  rewards.set_xlim(0, results.regime.full)
-  rewards.set(title="Reward of all rollouts started, mean of five steps", ylabel="reward (reward_ipw)")
-  held_out.set(title="Held-out accuracy, greedy", ylabel="accuracy, %", xticks=[results.regime.half, results.regime.full])
-  for axis in (rewards, held_out):
-    axis.set_xlabel("seconds of steps, compilation and evaluations not counted")
-    axis.spines[["top", "right"]].set_visible(False)
-  figure.legend(*rewards.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-  return figure

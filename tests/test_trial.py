@@ -1,4 +1,4 @@
-"""The trial: its commands, its queue with stand-ins for runs, its statistics on made-up files, and all of it at a tiny size."""
+"""The trial: its commands, its queue with stand-ins for runs, and all of it at a tiny size."""
 
 import dataclasses
 import json
@@ -8,14 +8,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from scipy import stats
 
 from arrol_jax import config, step
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import report, trial, trial_arms, trial_devices, trial_page, trial_queue
+from experiments import trial, trial_arms, trial_devices, trial_page, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
 from experiments.trial_queue import Call
 
@@ -184,130 +182,6 @@ def test_the_commit_is_that_of_the_code(elsewhere):
   with pytest.raises(UserError, match="not committed: configs/base.py"):
     trial_queue.commit_of("")
   assert trial_queue.code_hash() != before
-
-
-# ---- statistics, on made-up files
-
-
-def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc", "123"), regime=CPU, **about):
-  """A run of ten steps of `seconds` each (the first ones slower), half of whose gradients are above the limit of 10."""
-  run = Run(regime, arm, seed)
-  run.folder.mkdir(parents=True)
-  steps = [{"step": i + 1, "sec_step": seconds * (9 if i < 4 else 1), "sec_generate": seconds / 4, "sec_total": seconds * (i + 1),
-            "reward_ipw": 0.1 * i, "grad_norm": 9.0 + 2 * (i % 2), "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
-           for i in range(10)]
-  (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
-  result = lambda x: {"accuracy": x, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
-  (run.folder / "run.json").write_text(json.dumps({
-    "regime": regime.name, "arm": arm, "seed": seed, "settings": trial_arms.same(run.settings), "pieces": [{}], "steps": 10,
-    "seconds": 10.0, "commit": version[0], "code": version[1], "device": device, "half": result(accuracy / 2),
-    "full": result(accuracy)} | about))
-  return run
-
-
-def test_intervals_are_scipys():
-  values = [0.3, 1.9, -0.4, 2.2, 0.8]
-  mean, half = trial_page.interval(values)
-  low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-  assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
-  assert trial_page.interval([2.0])[0] == 2.0 and np.isnan(trial_page.interval([2.0])[1])
-  assert np.isnan(trial_page.interval([])).all()
-  assert trial_page.text([1.0, 3.0], "+.1f") == "+2.0 ± 12.7 (2)" and trial_page.text([1.0]) == "1.0 (1)"
-
-
-def test_pairs_are_by_seed(elsewhere):
-  """Ours 30, 40; plain 28, 33 and a third seed that ours lacks: differences 2 and 7, as scipy's paired test has them."""
-  regime = dataclasses.replace(CPU, queue=({"plain": 3, "budget": 2},))
-  for seed, accuracy in ((1, 0.28), (2, 0.33), (3, 0.9)):
-    made_up("plain", seed, accuracy, seconds=3.0)
-  for seed, accuracy, seconds in ((1, 0.30, 1.5), (2, 0.40, 2.0)):
-    made_up("budget", seed, accuracy, seconds)
-  results = trial_page.load(regime)
-  both = trial_page.pairs(results, "budget", "plain")
-  values = trial_page.difference(both, lambda r: trial_page.accuracy(r, "full"))
-  assert values == pytest.approx([2.0, 7.0])
-  expected = stats.ttest_rel([30, 40], [28, 33]).confidence_interval()
-  mean, half = trial_page.interval(values)
-  assert (mean - half, mean + half) == (pytest.approx(expected.low), pytest.approx(expected.high))
-  assert trial_page.difference(both, lambda r: trial_page.accuracy(r, "half", True)) == pytest.approx([0.5, 1.75])
-  assert trial_page.speedup(both) == pytest.approx([2.0, 1.5])
-  assert trial_page.clipped(both[0][0]) == 0.5
-  assert trial_page.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
-  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "budget", "plain")
-
-
-def test_runs_of_two_commits_are_not_compared(elsewhere):
-  regime = dataclasses.replace(CPU, queue=({"plain": 1, "plain8": 1, "budget": 1},))
-  made_up("plain", 1, 0.3)
-  made_up("plain8", 1, 0.3, version=("abc", "999"))
-  made_up("budget", 1, 0.4, version=("def", "123"))
-  results = trial_page.load(regime)
-  for other in ("plain", "plain8"):
-    with pytest.raises(trial_page.Refused, match="several commits"):
-      trial_page.pairs(results, "budget", other)
-  with pytest.raises(trial_page.Refused):  # one name, two codes
-    trial_page.pairs(results, "plain8", "plain")
-  text = trial_page.page([regime])
-  assert "| budget - plain | refused: runs of several commits (abc (code 123), def (code 123)) |" in text
-
-
-def test_seconds_of_two_devices_are_not_compared(elsewhere):
-  made_up("plain", 1, 0.3)
-  made_up("plain", 2, 0.3)
-  made_up("budget", 1, 0.4, device="1 x H200")
-  made_up("budget", 2, 0.4)
-  results = trial_page.load(CPU)
-  assert [a.run.seed for a, _ in trial_page.pairs(results, "budget", "plain")] == [2]
-  assert any("different devices are left out" in note for note in trial_page.notes(results))
-
-
-def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
-  plain = made_up("plain", 1, 0.3)
-  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]}
-  (plain.folder / "votes.json").write_text(json.dumps(votes))
-  made_up("budget", 1, 0.4)
-  made_up("plain8", 1, 0.35)
-  made_up("max_variance", 1, 0.31)
-  made_up("random", 1, 0.4, settings={"optim.lr": 1})
-  failed = Run(CPU, "published", 1)
-  failed.folder.mkdir(parents=True)
-  about = {"arm": "published", "seed": 1, "steps": 3, "commit": "abc", "problem": "NaN"}
-  (failed.folder / "failed.json").write_text(json.dumps(about))
-  text = trial_page.page([CPU])
-  assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
-  assert "made with other settings than the arm has now: random_seed1." in text
-  assert "Not run (9): " in text and "plain_seed2" in text
-  assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
-  assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
-  assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
-
-
-def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
-  """max_variance is better than plain8 on the seeds that both have, though not over all of plain8's."""
-  levels = {"plain": (0.30, 0.32), "plain8": (0.28, 0.30, 0.90), "max_variance": (0.31, 0.33), "budget": (0.34, 0.37),
-            "random": (0.29,)}
-  regime = dataclasses.replace(REGIMES["gsm8k"], queue=({arm: len(x) for arm, x in levels.items()},))
-  for arm, values in levels.items():
-    for seed, accuracy in enumerate(values, 1):
-      made_up(arm, seed, accuracy, seconds=2.0 if arm == "plain" else 1.0, regime=regime)
-  lines = trial_page.page([regime]).splitlines()
-  assert "Each arm minus max_variance, the better of plain8 and max_variance at 120 s:" in lines
-  row = lambda name: next(x.split(" | ")[1:] for x in lines if x.startswith(f"| {name} |"))
-  t = stats.t.ppf(0.975, 1)
-  pairs, half, _, full, _, faster, signal = row("budget - plain")  # differences 4 and 5 points; 2 seconds a step and 1
-  assert (pairs, full) == ("2", f"+4.5 ± {t * 0.5:.1f} (2)") and half == f"+2.2 ± {t * 0.25:.1f} (2)"
-  assert (faster, signal) == ("2.00 ± 0.00 (2)", "2.00 ± 0.00 (2) |")
-  assert row("budget - max_variance")[3] == f"+3.5 ± {t * 0.5:.1f} (2)" and row("plain8 - plain")[0] == "2"
-  assert row("random - plain")[3] == "-1.0 (1)"  # one pair has no interval
-  assert row("budget - random")[0] == "1" and "- Learning rate 3e-6 in all arms, as in earlier runs: not tuned." in lines
-  text = report.trial()
-  assert text.startswith('<h2 id="trial">') and text.count("data:image/png;base64,") == 1 and "|" not in text
-  assert f"<td>budget - plain</td><td>2</td><td>{half}</td>" in text and "<th>pairs</th>" in text
-
-
-def test_a_page_of_nothing(elsewhere):
-  (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
-  assert "Not run (15)" in trial_page.page([CPU])
 
 
 # ---- the command

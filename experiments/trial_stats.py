@@ -1,0 +1,226 @@
+"""What runs of the trial say, from results' files alone: pairs, intervals, signal a second and what it would take to change it.
+
+Differences are paired by seed: two runs of one seed see the same prompts in the same order while both have as many a step and
+neither chooses among them. Their interval is 95% of Student's t over the pairs, so it holds what differs between seeds and,
+problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device (others are
+left out), and a comparison one version of the code (it is refused otherwise). Left out: words and tables (trial_page.py),
+plots (trial_plots.py).
+"""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import json
+
+import numpy as np
+from scipy import stats
+
+from arrol_jax.types import UserError
+from experiments.trial_arms import SKIP, Regime, Run, runs_of, same
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A run's results: run.json, a step's line each, and votes.json where it voted."""
+  run: Run
+  about: dict
+  lines: list[dict]
+  votes: dict | None = None
+
+  @property
+  def version(self) -> tuple[str, str]:
+    return self.about["commit"], self.about["code"]
+
+  def column(self, name: str, skip: int = SKIP) -> np.ndarray:
+    return np.array([np.nan if x.get(name) is None else x[name] for x in self.lines[skip:] or self.lines[-1:]], float)
+
+  def median(self, name: str) -> float:
+    return float(np.nanmedian(self.column(name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """Of a regime: runs by arm and seed; those that failed, were made with other settings than the arm has now, or are missing."""
+  regime: Regime
+  there: dict[str, dict[int, Found]]
+  failed: list[dict]
+  other: list[str]
+  missing: list[str]
+
+  def of(self, arm: str) -> list[Found]:
+    return list(self.there.get(arm, {}).values())
+
+
+def load(regime: Regime) -> Results:
+  out = Results(regime, {}, [], [], [])
+  for run in runs_of(regime):
+    if (run.folder / "failed.json").exists():
+      out.failed.append(_json(run, "failed.json"))
+    elif not (run.folder / "run.json").exists():
+      out.missing.append(run.name)
+    elif (about := _json(run, "run.json"))["settings"] != same(run.settings):
+      out.other.append(run.name)
+    else:
+      lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+      votes = _json(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
+      out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
+  return out
+
+
+def _json(run: Run, name: str) -> dict:
+  try:
+    return json.loads((run.folder / name).read_text())
+  except ValueError as e:
+    raise UserError(f"{run.folder / name}: cannot be read as JSON ({e}); remove the folder and run it again") from e
+
+
+# ---- statistics
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+  """Mean and half-width of its 95% interval of Student's t; NaN where there are fewer than one, or two."""
+  x = np.array(list(values), float)
+  half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+  return float(x.mean()) if len(x) else float("nan"), float(half)
+
+
+class Refused(Exception):
+  """A comparison that its runs do not allow."""
+
+
+def pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
+  """Runs of both arms by seed, on one device; Refused where they are of different versions of the code."""
+  a, b = results.there.get(arm, {}), results.there.get(other, {})
+  both = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+  versions = {found.version for pair in both for found in pair}
+  if len(versions) > 1:
+    raise Refused(f"refused: runs of several commits ({', '.join(sorted(f'{x} (code {y})' for x, y in versions))})")
+  return [(x, y) for x, y in both if x.about["device"] == y.about["device"]]
+
+
+def accuracy(found: Found, when: str, sampled: bool = False) -> float | None:
+  """Held-out, in percent; when: "half" or "full"."""
+  result = found.about.get(when) or {}
+  value = (result.get("sampled") or {}).get("accuracy") if sampled else result.get("accuracy")
+  return None if value is None else 100 * value
+
+
+def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float | None]) -> list[float]:
+  """The first of each pair less the second, where both have the value."""
+  each = [(value(a), value(b)) for a, b in both]
+  return [x - y for x, y in each if x is not None and y is not None]
+
+
+def speedup(both: list[tuple[Found, Found]]) -> list[float]:
+  """By pair: median seconds of the second's steps over the first's."""
+  return [b.median("sec_step") / a.median("sec_step") for a, b in both]
+
+
+def clipped(found: Found) -> float:
+  """Share of all steps whose gradient was cut down to optim.clip_norm."""
+  return float(np.mean(found.column("grad_norm", 0) > found.about["settings"]["optim.clip_norm"]))
+
+
+def groups(found: Found) -> int:
+  """Prompts a step."""
+  return found.about["settings"]["rollout.prompts"]
+
+
+def learned_share(found: Found) -> float:
+  """Of the rollouts that finish, by groups: below 1 where the half whose rewards vary most is learned from (PODS)."""
+  given = found.about["settings"]
+  return given.get("prune.keep", 0.5) if given.get("prune.rule") == "max_variance" else given.get("learn.keep", 1.0)
+
+
+def signal(found: Found) -> float:
+  """Mean over steps of the sum of squared centred rewards of a group's rollouts that finished: K rho (1 - rho)."""
+  return float(np.nanmean(found.column("signal")))
+
+
+def best_half(found: Found) -> tuple[float, float]:
+  """Between what and what `signal` would be of the half of each group whose rewards vary most, where all of it finished. Files
+  have sums over groups only: of r right among K, r (1 - r / K) falls to r (1 - 2 r / K), at most K / 8, a concave function of it,
+  so groups that are all alike are the most, and groups at its two ends the least."""
+  size = found.about["settings"].get("rollout.group_size", 16)
+  few = np.arange(1, size // 2 + 1)  # right or wrong, whichever are fewer
+  whole, half = few * (1 - few / size), np.where(few <= size // 4, few * (1 - 2 * few / size), size / 8)
+  mixed = np.maximum(found.column("groups_mixed"), 1)
+  of_one = found.column("signal") * groups(found) / mixed
+  bounds = np.interp(of_one, whole[[0, -1]], half[[0, -1]]), np.interp(of_one, whole, half)
+  return tuple(float(np.nanmean(x * mixed) / groups(found)) for x in bounds)
+
+
+def signal_rate(found: Found) -> float:
+  """Signal (sum over groups of K rho (1 - rho), of all that finished) a second of step."""
+  return float(np.nansum(found.column("signal")) * groups(found) / np.sum(found.column("sec_step")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """An arm beside another, means over their pairs, of a step. signal: summed over its groups; ratio: of signal a second."""
+  signal: tuple[float, float]
+  seconds: tuple[float, float]
+  generating: tuple[float, float]
+  ratio: float
+
+  @property
+  def signal_needed(self) -> float:
+    """In as many seconds as it takes, for as much signal a second as the other."""
+    return self.signal[1] * self.seconds[0] / self.seconds[1]
+
+  @property
+  def seconds_needed(self) -> float:
+    """With the signal that it has."""
+    return self.signal[0] * self.seconds[1] / self.signal[1]
+
+  @property
+  def lossless(self) -> float:
+    """Times the other's signal a second, if it had all of the other's signal in the seconds that it takes."""
+    return self.seconds[1] / self.seconds[0]
+
+  def generating_needed(self, faster: float) -> float:
+    """Seconds that generation may take in a step so many times faster than the other's, the rest staying as it is."""
+    return self.seconds[1] / faster - (self.seconds[0] - self.generating[0])
+
+
+def needs(both: list[tuple[Found, Found]]) -> Needs:
+  """Means of each side, of at least one pair."""
+  of = lambda value: tuple(float(np.mean([value(pair[i]) for pair in both])) for i in (0, 1))
+  ratio = float(np.mean([signal_rate(a) / signal_rate(b) for a, b in both]))
+  return Needs(of(lambda r: signal(r) * groups(r)), of(lambda r: r.column("sec_step").mean()),
+               of(lambda r: r.column("sec_generate").mean()), ratio)
+
+
+def mean(values: Iterable[float]) -> float:
+  """Of those that are defined; NaN where none is."""
+  x = np.array(list(values), float)
+  return float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else float("nan")
+
+
+def text(values: Iterable[float], form: str = ".1f") -> str:
+  """Mean ± half-width (number of values)."""
+  values = list(values)
+  if not values:
+    return ""
+  center, half = interval(values)
+  return f"{center:{form}}" + ("" if np.isnan(half) else f" ± {half:{form.replace('+', '')}}") + f" ({len(values)})"
+
+
+def accuracy_pairs(results: Results, other: str) -> dict[str, tuple[list[float], list[float]]]:
+  """By arm: its pairs' signal a second in multiples of the other's, and greedy accuracy above its at the whole budget."""
+  out = {}
+  for arm in results.there:
+    try:
+      both = [pair for pair in pairs(results, arm, other) if all(accuracy(r, "full") is not None for r in pair)]
+    except Refused:
+      continue
+    if arm != other and both:
+      out[arm] = [signal_rate(a) / signal_rate(b) for a, b in both], difference(both, lambda r: accuracy(r, "full"))
+  return out
+
+
+def slope(results: Results, other: str) -> float:
+  """Points of accuracy for signal a second as large again as the other's: least squares over pairs through the other itself. Arms
+  that learn from a part of what finishes are left out: their signal is of all of it."""
+  known = [x for arm, x in accuracy_pairs(results, other).items() if all(learned_share(r) == 1 for r in results.of(arm))]
+  x, y = (np.array([v for one in known for v in one[i]]) for i in (0, 1))
+  return float(np.sum((x - 1) * y) / np.sum((x - 1) ** 2)) if len(x) and np.any(x != 1) else float("nan")

@@ -1,0 +1,213 @@
+"""The trial's page: its statistics, tables and words, on made-up files."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import report, trial_arms, trial_page, trial_stats
+from experiments.trial_arms import REGIMES, Run
+
+CPU = REGIMES["arithmetic"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+  for module in (trial_arms, trial_page):
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+  return tmp_path
+
+
+def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc", "123"), regime=CPU, **about):
+  """A run of ten steps of `seconds` each (the first ones slower), half of whose gradients are above the limit of 10."""
+  run = Run(regime, arm, seed)
+  run.folder.mkdir(parents=True)
+  steps = [{"step": i + 1, "sec_step": seconds * (9 if i < 4 else 1), "sec_generate": seconds / 4, "sec_total": seconds * (i + 1),
+            "reward_ipw": 0.1 * i, "grad_norm": 9.0 + 2 * (i % 2), "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
+           for i in range(10)]
+  (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
+  result = lambda x: {"accuracy": x, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
+  (run.folder / "run.json").write_text(json.dumps({
+    "regime": regime.name, "arm": arm, "seed": seed, "settings": trial_arms.same(run.settings), "pieces": [{}], "steps": 10,
+    "seconds": 10.0, "commit": version[0], "code": version[1], "device": device, "half": result(accuracy / 2),
+    "full": result(accuracy)} | about))
+  return run
+
+
+def test_intervals_are_scipys():
+  values = [0.3, 1.9, -0.4, 2.2, 0.8]
+  mean, half = trial_stats.interval(values)
+  low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+  assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+  assert trial_stats.interval([2.0])[0] == 2.0 and np.isnan(trial_stats.interval([2.0])[1])
+  assert np.isnan(trial_stats.interval([])).all()
+  assert trial_stats.text([1.0, 3.0], "+.1f") == "+2.0 ± 12.7 (2)" and trial_stats.text([1.0]) == "1.0 (1)"
+
+
+def test_pairs_are_by_seed(elsewhere):
+  """Ours 30, 40; plain 28, 33 and a third seed that ours lacks: differences 2 and 7, as scipy's paired test has them."""
+  regime = dataclasses.replace(CPU, queue=({"plain": 3, "budget": 2},))
+  for seed, accuracy in ((1, 0.28), (2, 0.33), (3, 0.9)):
+    made_up("plain", seed, accuracy, seconds=3.0)
+  for seed, accuracy, seconds in ((1, 0.30, 1.5), (2, 0.40, 2.0)):
+    made_up("budget", seed, accuracy, seconds)
+  results = trial_stats.load(regime)
+  both = trial_stats.pairs(results, "budget", "plain")
+  values = trial_stats.difference(both, lambda r: trial_stats.accuracy(r, "full"))
+  assert values == pytest.approx([2.0, 7.0])
+  expected = stats.ttest_rel([30, 40], [28, 33]).confidence_interval()
+  mean, half = trial_stats.interval(values)
+  assert (mean - half, mean + half) == (pytest.approx(expected.low), pytest.approx(expected.high))
+  assert trial_stats.difference(both, lambda r: trial_stats.accuracy(r, "half", True)) == pytest.approx([0.5, 1.75])
+  assert trial_stats.speedup(both) == pytest.approx([2.0, 1.5])
+  assert trial_stats.clipped(both[0][0]) == 0.5
+  assert trial_stats.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
+  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "budget", "plain")
+
+
+def test_runs_of_two_commits_are_not_compared(elsewhere):
+  regime = dataclasses.replace(CPU, queue=({"plain": 1, "plain8": 1, "budget": 1},))
+  made_up("plain", 1, 0.3)
+  made_up("plain8", 1, 0.3, version=("abc", "999"))
+  made_up("budget", 1, 0.4, version=("def", "123"))
+  results = trial_stats.load(regime)
+  for other in ("plain", "plain8"):
+    with pytest.raises(trial_stats.Refused, match="several commits"):
+      trial_stats.pairs(results, "budget", other)
+  with pytest.raises(trial_stats.Refused):  # one name, two codes
+    trial_stats.pairs(results, "plain8", "plain")
+  text = trial_page.page([regime])
+  assert "| budget - plain | refused: runs of several commits (abc (code 123), def (code 123)) |" in text
+
+
+def test_seconds_of_two_devices_are_not_compared(elsewhere):
+  made_up("plain", 1, 0.3)
+  made_up("plain", 2, 0.3)
+  made_up("budget", 1, 0.4, device="1 x H200")
+  made_up("budget", 2, 0.4)
+  results = trial_stats.load(CPU)
+  assert [a.run.seed for a, _ in trial_stats.pairs(results, "budget", "plain")] == [2]
+  assert any("different devices are left out" in note for note in trial_page.notes(results))
+
+
+def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
+  plain = made_up("plain", 1, 0.3)
+  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]}
+  (plain.folder / "votes.json").write_text(json.dumps(votes))
+  made_up("budget", 1, 0.4)
+  made_up("plain8", 1, 0.35)
+  made_up("max_variance", 1, 0.31)
+  made_up("random", 1, 0.4, settings={"optim.lr": 1})
+  failed = Run(CPU, "published", 1)
+  failed.folder.mkdir(parents=True)
+  about = {"arm": "published", "seed": 1, "steps": 3, "commit": "abc", "problem": "NaN"}
+  (failed.folder / "failed.json").write_text(json.dumps(about))
+  text = trial_page.page([CPU])
+  assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
+  assert "made with other settings than the arm has now: random_seed1." in text
+  assert "Not run (9): " in text and "plain_seed2" in text
+  assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
+  assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
+  assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
+
+
+def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
+  """max_variance is better than plain8 on the seeds that both have, though not over all of plain8's."""
+  levels = {"plain": (0.30, 0.32), "plain8": (0.28, 0.30, 0.90), "max_variance": (0.31, 0.33), "budget": (0.34, 0.37),
+            "random": (0.29,)}
+  regime = dataclasses.replace(REGIMES["gsm8k"], queue=({arm: len(x) for arm, x in levels.items()},))
+  for arm, values in levels.items():
+    for seed, accuracy in enumerate(values, 1):
+      made_up(arm, seed, accuracy, seconds=2.0 if arm == "plain" else 1.0, regime=regime)
+  lines = trial_page.page([regime]).splitlines()
+  assert any(
+    x.startswith("Each arm minus max_variance (the better of plain8 and max_variance at 120 s, chosen on these") for x in lines)
+  row = lambda name: next(x.split(" | ")[1:] for x in lines if x.startswith(f"| {name} |"))
+  t = stats.t.ppf(0.975, 1)
+  pairs, half, _, full, _, faster, signal = row("budget - plain")  # differences 4 and 5 points; 2 seconds a step and 1
+  assert (pairs, full) == ("2", f"+4.5 ± {t * 0.5:.1f} (2)") and half == f"+2.2 ± {t * 0.25:.1f} (2)"
+  assert (faster, signal) == ("2.00 ± 0.00 (2)", "2.00 ± 0.00 (2) |")
+  assert row("budget - max_variance")[3] == f"+3.5 ± {t * 0.5:.1f} (2)" and row("plain8 - plain")[0] == "2"
+  assert row("random - plain")[3] == "-1.0 (1)"  # one pair has no interval
+  assert row("budget - random")[0] == "1" and "- Learning rate 3e-6 in all arms, as in earlier runs: not tuned." in lines
+  text = report.trial()
+  assert text.startswith('<h2 id="trial">') and text.count("data:image/png;base64,") == 2 and "|" not in text
+  assert f"<td>budget - plain</td><td>2</td><td>{half}</td>" in text and "<th>pairs</th>" in text
+
+
+def test_the_null_is_chosen_among_arms_with_two_runs(elsewhere):
+  """max_variance is better with the one run that it has."""
+  for arm, values in {"plain": (0.3, 0.3), "plain8": (0.2, 0.2), "max_variance": (0.4,)}.items():
+    for seed, accuracy in enumerate(values, 1):
+      made_up(arm, seed, accuracy)
+  text = trial_page.page([CPU])
+  assert "Each arm minus plain8 (of plain8 and max_variance the only one with two runs or more):" in text
+  assert "One seed only, so without an interval and undecided whatever they show: max_variance." in text
+
+
+# ---- what it would take
+
+
+def with_lines(run, **columns):
+  """The run's steps with other values."""
+  path = run.folder / "metrics.jsonl"
+  steps = [json.loads(x) | columns for x in path.read_text().splitlines()]
+  path.write_text("".join(json.dumps(x) + "\n" for x in steps))
+
+
+def test_what_would_have_to_change(elsewhere):
+  """Plain: 2 of signal a group in 4 s, 3 of them generating; ours 1 in 3 s: half of the signal in three quarters of the time."""
+  for seed in (1, 2):
+    with_lines(made_up("plain", seed, 0.40), signal=2.0, sec_step=4.0, sec_generate=3.0)
+    with_lines(made_up("budget", seed, 0.35), signal=1.0, sec_step=3.0, sec_generate=2.5)
+  results = trial_stats.load(CPU)
+  found = trial_stats.needs(trial_stats.pairs(results, "budget", "plain"))
+  assert found.ratio == pytest.approx(2 / 3) and found.lossless == pytest.approx(4 / 3)
+  assert found.signal_needed == pytest.approx(1.5 * 8) and found.seconds_needed == pytest.approx(2.0)  # 8 groups
+  assert found.generating_needed(1.6) == pytest.approx(4 / 1.6 - 0.5)
+  assert found.signal_needed / 3.0 == pytest.approx(2.0 * 8 / 4.0) and 8 / found.seconds_needed == pytest.approx(2.0 * 8 / 4.0)
+  assert trial_stats.slope(results, "plain") == pytest.approx(15.0)  # -5 points for a third less
+  text = trial_page.page([CPU])
+  assert "| budget | 0.67 | 1.00 | 3.00 | 1.50 (1.50 times) | 2.00 (0.67 times) | 1.33 | 2.50 (0.83 times plain's) | 2.00" in text
+  assert "Along it +2.3 points lie at 1.15 times plain's." in text
+
+
+def test_the_half_that_varies_most_by_every_group():
+  """Against groups written out, of which files have the sum alone: all alike, the upper bound is exact; mixed, both hold."""
+  half = lambda right: max(np.var([1.0] * k + [0.0] * (8 - k)) * 8 for k in range(9) if k <= right and 8 - k <= 16 - right)
+  whole = lambda right: 16 * np.var([1.0] * right + [0.0] * (16 - right))
+  for groups in ([3, 3], [8, 8], [1, 15], [16, 2], [1, 8], [2, 5, 0, 12, 16, 9], [4, 4, 4, 13]):
+    line = {"signal": np.mean([whole(g) for g in groups]), "groups_mixed": sum(0 < g < 16 for g in groups)}
+    found = trial_stats.Found(None, {"settings": {"rollout.prompts": len(groups)}}, [line])
+    low, high = trial_stats.best_half(found)
+    exact = np.mean([half(g) for g in groups])
+    assert low - 1e-9 <= exact <= high + 1e-9 <= line["signal"]
+    if len({min(g, 16 - g) for g in groups if 0 < g < 16}) == 1:
+      assert high == pytest.approx(exact)
+
+
+def test_an_arm_that_learns_from_half_of_what_finished_is_marked(elsewhere):
+  for arm in ("plain", "max_variance"):
+    with_lines(made_up(arm, 1, 0.3), groups_mixed=8, signal=3.0)
+  text = trial_page.page([CPU])  # 4 of 16 right in each group: 3, of the best half 2
+  assert "1.00 (1) of all that finished" in text and "keeps 1.63 to 2.00 (54% to 67%;" in text
+  assert "max_variance learns from that half only: of what it learns from, signal a second is 0.54 to 0.67 times plain's" in text
+  assert np.isnan(trial_stats.slope(trial_stats.load(CPU), "plain"))
+
+
+def test_comparisons_are_counted(elsewhere):
+  """Two arms at three seeds, so four differences with an interval, none of them twice."""
+  for seed, (a, b) in enumerate([(0.30, 0.40), (0.31, 0.412), (0.29, 0.388)], 1):
+    made_up("plain", seed, a)
+    made_up("budget", seed, b)
+  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
+  (line,) = trial_page.multiplicity(results)  # half of 10, 10.2 and 9.8 points has the same t as the whole
+  assert "4 different differences of accuracy, 4 with an interval. At 95% each, 4 of these are apart from 0" in line
+  assert line.endswith("(Bonferroni) 4.")
+
+
+def test_a_page_of_nothing(elsewhere):
+  (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
+  assert "Not run (15)" in trial_page.page([CPU])
