@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+from importlib.metadata import version
 import os
 import shutil
 import tempfile
@@ -13,8 +14,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="arrol_tests_")
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit this too
-  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs run for milliseconds here: what counts is how fast they are compiled, a third of the usual time so. Commands that tests
+# start inherit this and the devices; one that needs other devices sets JAX_NUM_CPU_DEVICES.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+if "PYTEST_XDIST_WORKER" not in os.environ and version("jaxlib").startswith("0.10."):  # an XLA without these flags would end
+  os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]).strip()
 
 import jax  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402

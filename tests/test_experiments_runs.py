@@ -160,7 +160,7 @@ def test_the_notebook_runs_and_defines_nothing(tmp_path):
   notebook = nbformat.read(ROOT / "experiments" / "arrol_demo.ipynb", 4)
   code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
   assert not re.search(r"^\s*(def|class)\b|\blambda\b", code, re.MULTILINE)
-  tiny = {"ARROL_DEMO_TINY": "1", "ARROL_DEMO_DIR": str(tmp_path / "run"), "XLA_FLAGS": ""}
+  tiny = {"ARROL_DEMO_TINY": "1", "ARROL_DEMO_DIR": str(tmp_path / "run"), "JAX_NUM_CPU_DEVICES": "1"}
   with mock.patch.dict(os.environ, tiny):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "experiments")}}).execute()
   said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))

@@ -38,7 +38,7 @@ def start(folder, processes: int, devices: int, mesh=(1, 1, 1), steps=STEPS, by_
   for i in range(processes):
     own = names | (by_process[i] if by_process else {})
     arguments = [f"--workdir={folder / 'run'}", *(f"--config.{k}={v}" for k, v in own.items())]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
       environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
                       "JAX_PROCESS_ID": str(i)}

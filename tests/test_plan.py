@@ -32,6 +32,17 @@ BIG = 1 << 40
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+  """Compilers optimize as they do outside tests, also in the command: what programs then need is what is looked at here."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
 def config(**changes):
   c = base.get_config()
   c.model.path, c.model.dtype = str(MODEL), "float32"

@@ -64,9 +64,9 @@ def test_from_raw_files_to_an_evaluated_policy(model, tmp_path):
   """In an empty folder: arrol-get --from, arrol-train by the recipe's name, arrol-evaluate of what came of it."""
   write_repository(tmp_path / "raw", REPOSITORIES["openai/gsm8k"])
   small = ["--config=gsm8k_qwen3_06b", *(f"--config.{x}" for x in (
-    "steps=2", "rollout.prompts=2", "rollout.group_size=2", "rollout.slots=4", "rollout.row_buckets=1", "rollout.max_new=160",
-    "prune.cold_start=1", "optim.micro_tokens=2048", "optim.length_buckets=1", "optim.tail_sizes=0", "eval.every=1",
-    "log.backends=jsonl"))]
+    "steps=2", "rollout.prompts=2", "rollout.group_size=2", "rollout.slots=4", "rollout.row_buckets=1",
+    "rollout.length_buckets=1", "rollout.max_new=160", "prune.cold_start=1", "optim.micro_tokens=2048",
+    "optim.length_buckets=1", "optim.tail_sizes=0", "eval.every=1", "log.backends=jsonl"))]
 
   def run(name, *argv):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

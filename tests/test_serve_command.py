@@ -106,9 +106,8 @@ def test_a_vote_without_answers_gives_the_best_trace_that_was_not_stopped():
 @pytest.mark.slow
 def test_the_command_serves_an_exported_policy_and_drains(exported):
   """SIGTERM while a call streams: the call ends as it should, no new one is taken, and the exit status is 0."""
-  environment = os.environ | {"XLA_FLAGS": ""}
   process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *OPTIONS, f"--config.model.path={exported}", "--port=0"],
-                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   line = process.stdout.readline()
   assert line.startswith("serving run at http://127.0.0.1:"), line + process.stderr.read()
   port = int(line.rsplit(":", 1)[1])

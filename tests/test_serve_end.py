@@ -33,7 +33,7 @@ FOREVER = {"prompt": PROMPT, "ignore_eos": True, "stream": True}
 def command(*options):
   """A server in a process of its own: (process, port)."""
   process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *LONG, "--port=0", *options], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": ""})
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
   try:
     line = process.stdout.readline()
     assert line.startswith("serving "), line + process.stderr.read()
@@ -114,7 +114,7 @@ def test_half_a_body_and_sigterm_end_cleanly_and_a_port_is_taken_before_a_model_
   with command() as (process, port):
     start = time.monotonic()
     second = subprocess.run([sys.executable, "-m", "arrol_jax.serve", *LONG, f"--port={port}"], cwd=ROOT, capture_output=True,
-                            text=True, env=os.environ | {"XLA_FLAGS": ""})
+                            text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
     assert second.returncode == 2 and "cannot listen" in second.stderr and len(second.stderr.splitlines()) == 1
     assert "loaded" not in second.stderr and time.monotonic() - start < 30
     half = socket.create_connection(("127.0.0.1", port))

@@ -320,7 +320,8 @@ def test_sharded_is_unsharded(whole, shape):
   on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
   assert on_a_device(sums) == on_a_device(params["policy"])  # not whole everywhere
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)
-  same(grads, whole[0], 1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole[0]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max())  # small elements are sums that cancel
   for name, value in whole[1].items():
     assert float(metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
   cut = lambda x: max(x.addressable_shards[0].data.shape) < max(x.shape)
