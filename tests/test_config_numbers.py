@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 import pytest
 
-from arrol_jax import config
+from arrol_jax import config, config_ranges
 from arrol_jax.types import UserError
 from configs import base, quickstart
 
@@ -26,7 +26,7 @@ def numeric(c, prefix=""):
 
 NAMES = numeric(base.get_config())
 MAY_BE_NEGATIVE = {"prune.strength", "reward.success"}
-OPTIONAL = {name for name in NAMES if config._value(base.get_config(), name) is None}
+OPTIONAL = {name for name in NAMES if config_ranges.value_of(base.get_config(), name) is None}
 
 
 def refused(name, value, **others):
@@ -34,7 +34,7 @@ def refused(name, value, **others):
   c = quickstart.get_config()
   for key, x in {name: value, **others}.items():
     section, _, last = key.rpartition(".")
-    (config._value(c, section) if section else c)[last] = x
+    (config_ranges.value_of(c, section) if section else c)[last] = x
   with pytest.raises(UserError) as e:
     config.check(c, files=False)
   assert "\n" not in str(e.value)

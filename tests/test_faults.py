@@ -129,10 +129,10 @@ def test_nan_stops_before_the_save_and_names_the_step(tmp_path, plain, what):
   spoil = lambda tree: jax.tree.map(lambda x: x * float("nan"), tree)
   step = 1
 
-  def spoilt_accumulate(u, params, grads, metrics, batch, scalars):
+  def spoilt_accumulate(u, params, grads, metrics, batch, *others):
     if step == 5 and what == "loss":
       batch = batch.replace(advantages=batch.advantages * float("nan"))
-    grads, metrics = accumulate(u, params, grads, metrics, batch, scalars)
+    grads, metrics = accumulate(u, params, grads, metrics, batch, *others)
     return spoil(grads) if step == 5 and what == "gradient" else grads, metrics
 
   def spoilt_apply(state, grads, scalars, examples, **settings):

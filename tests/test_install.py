@@ -130,8 +130,11 @@ def test_help_tells_every_flag_its_default_and_an_example(name, capsys, monkeypa
 
 def test_help_knows_every_config_key():
   c, _ = config.parse(["x", "--config=quickstart"])
-  leaves = [name for a, x in c.items() for name in ([f"{a}.{b}" for b in x] if hasattr(x, "keys") else [a])]
-  assert sorted(name for name, _, _ in usage.keys()) == sorted(leaves)
+  def leaves(section, before=""):
+    below = lambda key, x: leaves(x, f"{before}{key}.") if hasattr(x, "keys") else [before + key]
+    return [name for key, x in section.items() for name in below(key, x)]
+
+  assert sorted(name for name, _, _ in usage.keys()) == sorted(leaves(c))
   assert all(default for _, default, _ in usage.keys())
 
 

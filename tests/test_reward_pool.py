@@ -152,13 +152,13 @@ def test_killing_workers_loses_nothing():
   with Grader(2) as grader:
     pending = grader.grade_async(items)
     killed = 0
-    while not pending.done() and killed < 6:
+    while not pending.done() and killed < 2:  # each once: who is killed over the same item twice is thought to be its victim
       for worker in list(grader._shared.workers):
         process = worker.process
         if process is not None:
           os.kill(process.pid, signal.SIGKILL)
           killed += 1
-      time.sleep(1.5 if killed else 0.01)  # as soon as they are there
+      time.sleep(0.01)  # as soon as they are there
     assert killed
     assert [graded.reward for graded in pending.result()] == [float(i % 2 == 0) for i in range(200)]
 
