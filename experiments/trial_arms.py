@@ -53,10 +53,12 @@ ARMS = {
   "budget_max_variance": Arm("ours, and of the survivors PODS' half is learned from", _OURS | {"learn.keep": 0.5}, True),
   "chosen": Arm("ours without pruning: GRPO on the half of twice as many prompts that promises most",
                 {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=2.0),
+  "chosen4": Arm("the same, the quarter of four times as many prompts",
+                 {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=4.0),
   "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
   "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
 # How many seeds each has (from 1 on), in the queue's order: the pairs that the question is about first, and most of them.
-SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5),
+SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 5},
          dict.fromkeys(("published", "max_variance", "random", "budget_chosen"), 3),
          dict.fromkeys(("budget035", "budget_max_variance", "budget_wide"), 3))
 

@@ -58,9 +58,10 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
 
 def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   order = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k"])]
-  assert len(order) == len(set(order)) == 20 + 12 + 9
+  assert len(order) == len(set(order)) == 20 + 5 + 12 + 9
   assert order[:20] == [(arm, seed) for seed in range(1, 6) for arm in ("plain", "plain8", "budget", "chosen")]
-  assert order[20:32] == [(arm, seed) for seed in (1, 2, 3) for arm in ("published", "max_variance", "random", "budget_chosen")]
+  assert order[20:25] == [("chosen4", seed) for seed in range(1, 6)]
+  assert order[25:37] == [(arm, seed) for seed in (1, 2, 3) for arm in ("published", "max_variance", "random", "budget_chosen")]
   assert {arm for arm, _ in order} == trial_arms.ARMS.keys()
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain@1e-6", trial_arms.SPARE_SEED)
 
