@@ -113,7 +113,7 @@ class Rollout:
   confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off
   posterior: float = float("nan")   # q at the last of them, METHOD section 3
   keep_probability: float = 1.0             # product of the probabilities p with which it was kept
-  rule_probability: float = 1.0              # the same by the rule, where a held-out rollout's survival is 1
+  rule_probability: float = 1.0              # the same by the rule, where a held-out rollout's keep_probability is 1
   holdout: bool = False             # kept whatever the rule said
   final: float = float("nan")       # the head's logit at its last token, where a head was given
   reward: float = float("nan")      # any finite number; NaN where pruned

@@ -30,7 +30,6 @@ import pytest
 
 from arrol_jax.learning import update
 from arrol_jax.learning.batching import BinShape
-from arrol_jax.learning.head_training import head_loss
 from arrol_jax.learning.losses import GRPO, LossConfig
 from arrol_jax.models import sharding, transformer
 from arrol_jax.pruning.head import Features
@@ -114,10 +113,10 @@ def test_head_loss_is_the_loop(weight):
   """A weighted mean over the examples; those of weight 0 are not there."""
   examples = EXAMPLES.replace(weight=weight)
   expected = head_loop(examples)
-  assert float(head_loss(PARAMS["head"], examples)) == pytest.approx(expected, rel=2e-4) and expected > 0.05
+  assert float(update.head_loss(PARAMS["head"], examples)) == pytest.approx(expected, rel=2e-4) and expected > 0.05
   spoilt = np.where(weight[:, None] > 0, EXAMPLES.features.last, 1e3).astype(np.float32)
   again = examples.replace(features=Features(spoilt), reward=np.where(weight > 0, EXAMPLES.reward, 1 - EXAMPLES.reward))
-  assert float(head_loss(PARAMS["head"], again)) == float(head_loss(PARAMS["head"], examples))
+  assert float(update.head_loss(PARAMS["head"], again)) == float(update.head_loss(PARAMS["head"], examples))
 
 
 def test_the_batch_is_a_fair_one():
@@ -166,7 +165,7 @@ def test_remat_and_chunks_do_not_change_the_gradient(whole):
 def test_gradient_is_the_slope_of_the_loss(whole):
   """Walking a little along the gradient of the policy (of the head) changes its loss by the squared norm a unit."""
   losses = {"policy": lambda params: micro_loss(config(KL), params, BATCH, scalars())[0],
-            "head": lambda params: head_loss(params, EXAMPLES)}
+            "head": lambda params: update.head_loss(params, EXAMPLES)}
   for part, loss in losses.items():
     grads = whole[0][part]
     norm = math.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(grads)))

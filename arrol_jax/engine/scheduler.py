@@ -180,7 +180,17 @@ class Sequence:
 
 class Run:
   """Which request sits in which slot. Between two calls of `advance` requests may be added and cancelled: `Engine.run` is a
-  closed list of them, a server an open one."""
+  closed list of them, a server an open one.
+
+  What holds between two calls of `advance`:
+  - A request is in one place: in `waiting`, in one slot, or ended, its rollout in `finished` once; a cancelled one in none.
+  - `slot_to_request` has an entry a row of `slots`; None is a row that the device has ended too. The device may have ended more
+    than the host has seen: their slots are given to others only after `look`.
+  - `in_flight` is the oldest segment first, each with who sat where when it began, so that tokens go to them wherever slots moved
+    since. While requests wait none is left in it, else at most one (those added later find one).
+  - Rows and columns are among `counts` and `lengths`, and the columns hold all that segments in flight can say.
+  - `count` <= response tokens on the device <= `started`, for each request in a slot.
+  """
 
   def __init__(self, engine: Engine, key: jax.Array, sampling: Sampling):
     self.e, self.key, self.sampling = engine, key, sampling

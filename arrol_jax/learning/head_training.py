@@ -16,7 +16,7 @@ import optax
 from arrol_jax.learning import ridge
 from arrol_jax.learning.losses import binary_cross_entropy
 from arrol_jax.pruning import linear_head
-from arrol_jax.pruning.head import Features, empty_features, is_linear, quality_logit
+from arrol_jax.pruning.head import Features, empty_features, quality_logit
 from arrol_jax.pruning.table import Calibration, update
 from arrol_jax.types import Examples, Rollout, TrainState
 
@@ -61,14 +61,6 @@ def update_tables(tables: Calibration, score: jax.Array, reward: jax.Array, weig
   if tables.positive.ndim == 1:
     return update(tables, score[0], reward, weight[0])
   return jax.vmap(lambda t, s, w: update(t, s, reward, w))(tables, score, weight)
-
-
-def head_loss(head: dict, examples: Examples) -> jax.Array:
-  """Binary cross-entropy of the head's logits against the rewards (METHOD section 2), their weighted mean, f32[]."""
-  if is_linear(head):  # fitted in closed form, see `fit_linear`
-    return jnp.zeros((), jnp.float32)
-  bce = binary_cross_entropy(quality_logit(head, examples.features), examples.reward)
-  return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
 
 
 def no_linear(width: int, decisions: int, center: bool) -> tuple[dict, ridge.Ridge]:
@@ -134,7 +126,7 @@ def refit(head: dict, recent: Recent, features: Features, reward: jax.Array, wei
           optimizer: optax.GradientTransformation) -> tuple[dict, Recent]:
   """Adds n <= R features (reward, weight f32[n]; weight 0 adds nothing) and takes `passes` full-batch steps on the ring."""
   size, used = recent.reward.shape[0], weight > 0
-  # Readings that count come one after the other; the others fall off the ring's end.
+  # Features that count come one after the other; the others fall off the ring's end.
   place = jnp.where(used, (recent.next + jnp.cumsum(used.astype(jnp.int32)) - 1) % size, size)
   put = lambda ring, new: ring.at[place].set(new.astype(ring.dtype), mode="drop")
   recent = recent.replace(features=jax.tree.map(put, recent.features, features), reward=put(recent.reward, reward),

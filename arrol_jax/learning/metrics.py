@@ -122,8 +122,8 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   scored = [r for r in kept if r.decided]
   within = [auc([r.score for r in g if r.decided], [r.success for r in g if r.decided]) for g in groups.values()]
   score, right = [r.score for r in scored], [r.success for r in scored]
-  # Controls are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
-  controls = [r for r in scored if r.holdout]
+  # Held-out rollouts are kept whatever the rule says: what it would have done to the right ones is not biased by survival.
+  held_out = [r for r in scored if r.holdout]
   by_place = head_metrics(kept, detect) if detect else {}
   generated = sum(len(r.tokens) for r in rollouts)
   by_place |= expected_signals(list(started.values()))
@@ -148,6 +148,6 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "head_ece": calibration_error([r.posterior for r in scored], right),
     "head_brier": mean((r.posterior - r.success)**2 for r in scored),
     "head_spearman": spearman(score, [r.reward for r in scored]),
-    "false_prune": mean(1 - r.rule_probability for r in controls if r.success > 0),
+    "false_prune": mean(1 - r.rule_probability for r in held_out if r.success > 0),
     "survivors_fewest": min(survivors), "survivors_histogram": np.bincount(survivors).tolist(),  # groups by survivors
   }

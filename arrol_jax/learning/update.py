@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from arrol_jax.learning import losses
-from arrol_jax.learning.head_training import head_loss
 from arrol_jax.learning.logprobs import token_logprobs
-from arrol_jax.learning.losses import LossConfig
+from arrol_jax.learning.losses import LossConfig, binary_cross_entropy
 from arrol_jax.models import transformer
 from arrol_jax.models.sharding import constrain
 from arrol_jax.models.sharing import shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.pruning.head import is_linear, quality_logit
 from arrol_jax.types import Batch, Examples, TrainState, join
 
 
@@ -103,6 +103,14 @@ def _pin(c: PolicyConfig, grads: dict) -> dict:
 def zeros(c: PolicyConfig, params: dict) -> tuple[dict, dict]:
   """Empty sums for `accumulate`."""
   return _pin(c, jax.tree.map(jnp.zeros_like, params)), {name: jnp.zeros((), jnp.float32) for name in METRICS}
+
+
+def head_loss(head: dict, examples: Examples) -> jax.Array:
+  """Binary cross-entropy of the head's logits against the rewards (METHOD section 2), their weighted mean, f32[]."""
+  if is_linear(head):  # fitted in closed form, see head_training.fit_linear
+    return jnp.zeros((), jnp.float32)
+  bce = binary_cross_entropy(quality_logit(head, examples.features), examples.reward)
+  return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))

@@ -6,7 +6,7 @@ logits and quality logit. Further inputs (METHOD 9.6): the mean of these states 
 mean and lowest log-prob. States are scaled to unit root-mean-square, because their scale differs by an order of magnitude between
 model families, and log-probs by a logarithm. The engine took them: the loss does not reach the backbone.
 
-Left out: the loss (learning/losses.py), further passes (learning/head_training.py) and what follows from the logit (rule.py).
+Left out: the loss (learning/update.py), further passes (learning/head_training.py) and what follows from the logit (rule.py).
 """
 
 
@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 
 class QualityHead(nnx.Module):
-  """Reading -> logit f32[...]. The last layer starts at zero: an untrained head says 0 (q = prior) of everything."""
+  """Features -> logit f32[...]. The last layer starts at zero: an untrained head says 0 (q = prior) of everything."""
 
   def __init__(self, width: int, hidden: int, key: jax.Array, inputs: tuple[str, ...] = ("last",)):
     for i, name in enumerate(inputs):

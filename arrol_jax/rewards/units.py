@@ -102,8 +102,8 @@ _RATE = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([A-Za-z]{{1,3}}\s*/\s*(?:(?:s|sec|h
                    r"|c?m\^\{?[23]\}?))\.?")
 _TOKEN = re.compile(r"[^\W\d_]+|/|\^\{?(-?[0-9])\}?")
 _SIGN = re.compile(
-  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$|\\(?:textdollar|mathdollar|pounds|textsterling"
-  r"|mathsterling)(?![A-Za-z])"
+  r"^(?P<minus>[-+]?\s*)(?P<text>\\text\{\s*)?(?P<sign>(?:US|AU|CA|A|C|S|HK|NT|NZ)?\s*\\?\$"
+  r"|\\(?:textdollar|mathdollar|pounds|textsterling|mathsterling)(?![A-Za-z])"
   r"|\\(?:euro|texteuro)(?![A-Za-z])(?:\{\})?|\\(?:yen|textyen)(?![A-Za-z])|[€£¥₹₩₽₺₫₦¢]|(?:Rs|INR|USD|EUR|GBP|CAD|AUD|CNY|RMB"
   r"|JPY)\b\.?)"
   r"\s*(?P<close>\}?)\s*(?P<minus_too>-?)\s*(?=[-0-9.\\(\s])")
