@@ -40,6 +40,21 @@ def test_the_shipped_values_and_the_ends_of_their_ranges_are_fine():
     config.check(config.parse(["train.py", QUICKSTART, *(f"--config.{x}" for x in overrides)])[0])
 
 
+@pytest.mark.parametrize("old, new, value", [("prune.control", "prune.holdout", 0.25),
+                                             ("rollout.rounds", "rollout.resampling", 3)])
+def test_keys_of_a_release_ago_are_read_with_a_word(old, new, value, tmp_path, capsys):
+  """On the command line and in a config file."""
+  read = lambda c: c[new.split(".")[0]][new.split(".")[1]]
+  c, _ = config.parse(["train.py", QUICKSTART, f"--config.{old}={value}"])
+  assert read(c) == value and capsys.readouterr().out.count(f"{old} is called {new} now") == 1
+  file = tmp_path / "old.py"
+  file.write_text(f"from configs import quickstart\ndef get_config():\n  c = quickstart.get_config()\n"
+                  f"  c.{old} = {value}\n  return c\n")
+  c, _ = config.parse(["train.py", f"--config={file}"])
+  names = (name.split(".")[1] for name in (old, new))
+  assert read(c) == value and "{} is called {} now".format(*names) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spelling", [["--workdir=DIR"], ["-workdir=DIR"], ["--workdir", "DIR"]])
 def test_a_workdir_is_known_to_be_given(spelling):
   _, flags = config.parse(["evaluate.py", QUICKSTART, *spelling])

@@ -103,6 +103,11 @@ def test_files_are_short():
   assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
 
 
+def test_the_readme_is_read_to_its_end():
+  lines = (ROOT / "README.md").read_text().splitlines()
+  assert len(lines) <= 150 and max(map(len, lines)) <= 130
+
+
 def test_functions_are_short():
   """All but a `main`, which may be a script that reads from top to bottom, and a `get_config`, which is a list."""
   long = {}
