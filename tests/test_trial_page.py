@@ -107,7 +107,7 @@ def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   text = trial_page.page([CPU])
   assert "Failed: published_seed1 after 3 steps, commit abc: NaN" in text
   assert "made with other settings than the arm has now: random_seed1." in text
-  assert "Not run (9): " in text and "plain_seed2" in text
+  assert "Not run (10): " in text and "plain_seed2" in text
   assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
   assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
   assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
@@ -210,4 +210,4 @@ def test_comparisons_are_counted(elsewhere):
 
 def test_a_page_of_nothing(elsewhere):
   (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
-  assert "Not run (15)" in trial_page.page([CPU])
+  assert "Not run (16)" in trial_page.page([CPU])
