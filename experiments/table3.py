@@ -61,7 +61,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     notes.append(f"{line['problems']} problems, {line['samples']} samples at temperature {line['temperature']}; bootstrap "
                  "intervals over problems. Rules vote on the same samples, so intervals of differences are too wide.")
     tables.bars(figure.subplots(), [what for _, what, _ in RULES], [mean[key] for key, _, _ in RULES],
-                f"Table 3, voted answers after training with pruning ({scale.name}); bars: 95% over problems and, at 1.96, seeds",
+                f"Table 3, voted answers after training with pruning ({scale.name}); bars: 95% over problems and seeds",
                 unit="% right")
   columns = ("vote", *(f"after {arm}, seed {seed}" for arm, seed in arms),
              *(f"published, seed {seed}, stopped early" for seed in scale.seeds[:len(stopped)]), "paper (1.7B, 8B; AIME'24)")

@@ -24,22 +24,15 @@ BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from w
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A figure with the half-width of its 95% interval (NaN: none) and, where there are several, that of each seed.
-
-  half takes the spread over seeds at 1.96 standard errors; student takes it at Student's t for so few seeds (NaN: one seed, or no
-  spread of seeds in it), which for two is 12.7 in place of 1.96.
-  """
+  """A figure with the half-width of its 95% interval (NaN: none; over seeds by Student's t) and, where there are several, that of
+  each seed."""
   value: float
   half: float
   each: tuple[float, ...] = ()
-  student: float = float("nan")
 
   def __sub__(self, other: "Estimate") -> "Estimate":
     """The difference as if both were independent: too wide where they share problems."""
-    student = np.hypot(*(x.half if np.isnan(x.student) else x.student for x in (self, other)))
-    known = not (np.isnan(self.student) and np.isnan(other.student))
-    return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)),
-                    student=float(student) if known else float("nan"))
+    return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)))
 
   def text(self, form: str = ".1f", unit: str = "") -> str:
     out = format(self.value, form) + unit + ("" if np.isnan(self.half) else f" ± {format(self.half, form.replace('+', ''))}")
@@ -100,9 +93,8 @@ class Table:
 def over_seeds(values: list[float], within: float) -> Estimate:
   """Mean over seeds; its interval from `within` (the half-width over problems, which seeds share) and the spread of seeds."""
   n = len(values)
-  error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-  student = float(np.hypot(within, stats.t.ppf(0.975, n - 1) * error)) if n > 1 else float("nan")
-  return Estimate(float(np.mean(values)), float(np.hypot(within, 1.96 * error)), tuple(values), student)
+  spread = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+  return Estimate(float(np.mean(values)), float(np.hypot(within, spread)), tuple(values))
 
 
 def accuracy(jobs: list[Job], when: str = "eval_after") -> Estimate | None:
@@ -190,17 +182,13 @@ def cell(x: Estimate | None, form: str = ".1f", unit: str = "") -> str:
 
 
 def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f", unit: str = "") -> list[str]:
-  """Whether a difference that the paper has above zero is so here: a line, none where it was not measured. A difference beyond
-  the interval that Student's t over the seeds does not bear out contradicts nothing yet."""
+  """Whether a difference that the paper has above zero is so here: a line, none where it was not measured."""
   if difference is None:
     return []
   low, high = difference.value - difference.half, difference.value + difference.half
   head = "Undecided (the interval holds 0)"
   if low > 0 or high < 0:
     head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
-    if abs(difference.value) <= difference.student:
-      paper += f"; undecided by Student's t over the seeds (± {format(difference.student, form)})"
-      head = head if low > 0 else "Against the paper's direction, but undecided"
   measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
   return [f"{head}: {what} {measured}; paper {paper}."]
 
@@ -210,8 +198,7 @@ def by_seed(what: str, base: Estimate | None, other: Estimate | None) -> list[st
   if not base or not other or len(base.each) < 2 or len(base.each) != len(other.each):
     return []
   each = ", ".join(f"{b - a:+.1f}" for a, b in zip(base.each, other.each, strict=True))
-  return [f"{what}, seed by seed: {each}. ± takes the spread of seeds at 1.96 standard errors; Student's t for two seeds is "
-          "12.7."]
+  return [f"{what}, seed by seed: {each}. ± is by Student's t over seeds, for two of them 12.7 standard errors."]
 
 
 def all_above(values, bound: float) -> str:
