@@ -281,16 +281,16 @@ def _check(c: ConfigDict) -> None:
     value = value_of(c, name)
     need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
   need(c.stop_seconds is None or c.optim.schedule == "constant",
-        f"optim.schedule is {c.optim.schedule!r}; stop_seconds leaves the last step open, so it must be 'constant'")
+       f"optim.schedule is {c.optim.schedule!r}; stop_seconds leaves the last step open, so it must be 'constant'")
   need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),
-        f"eval.at_seconds is {tuple(c.eval.at_seconds)}; it takes seconds above 0, such as (60.0,)")
+       f"eval.at_seconds is {tuple(c.eval.at_seconds)}; it takes seconds above 0, such as (60.0,)")
   need(c.model.attention in IMPLEMENTATIONS,
-        f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+       f"model.attention is {c.model.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
   need(c.model.remat in REMAT, f"model.remat is {c.model.remat!r}; it must be one of {', '.join(REMAT)}")
   need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype is {c.model.dtype!r}; it must be float32 or bfloat16")
   targets = c.model.lora.targets
   need(isinstance(targets, tuple | list) and len(targets) == len(set(targets)) > 0 and set(targets) <= set(MATRICES),
-        f"model.lora.targets is {targets!r}; it takes some of {', '.join(MATRICES)}, each once, such as ('q', 'v')")
+       f"model.lora.targets is {targets!r}; it takes some of {', '.join(MATRICES)}, each once, such as ('q', 'v')")
   _check_best(c)
 
 
@@ -308,7 +308,7 @@ def _check_quality(c: ConfigDict) -> None:
       raise UserError(f"{name}: {e}") from e
   if q.fit != "ridge":
     need(set(q.inputs) <= set(INPUTS),
-          f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
+         f"quality.inputs is {tuple(q.inputs)}; with quality.fit=adam it takes some of {', '.join(INPUTS)}")
 
 
 def _check_best(c: ConfigDict) -> None:
@@ -326,7 +326,7 @@ def _check_data(c: ConfigDict) -> None:
     sources.check(one, split, c.data.folder)
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
     need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
-          f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
+         f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
   need(not c.eval.at_seconds or held_out != [], "eval.at_seconds evaluates data.eval during training, and data.eval is empty")
   need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
   need("{problem}" in c.data.template, "data.template has no {problem} in it")
@@ -336,23 +336,24 @@ def _check_prune(c: ConfigDict) -> None:
   p, r = c.prune, c.rollout
   detect = tuple(p.detect)
   need(r.candidates is None or r.candidates >= r.prompts,
-        f"rollout.candidates is {r.candidates}; it must be at least rollout.prompts ({r.prompts}), or None")
+       f"rollout.candidates is {r.candidates}; it must be at least rollout.prompts ({r.prompts}), or None")
   if detect[:1] == (0,):  # the choice of prompts, before any token
     detect = detect[1:]
   need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
-        f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
+       f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
   need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "
-        "come before the end of a response")
+       "come before the end of a response")
   need(all(d % r.segment == 0 for d in detect),
-        f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
+       f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
   if "." in p.rule:
     try:
       own_rule(p.rule)
     except ValueError as e:
       raise UserError(f"prune.rule: {e}") from e
-  need("." in p.rule or p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
+  else:
+    need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
   need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
   need(0 < p.p_min <= p.keep <= p.p_max <= 1, f"prune.keep is {p.keep}; it must lie between p_min ({p.p_min}) and p_max "
-        f"({p.p_max}), and these in (0, 1]")
+       f"({p.p_max}), and these in (0, 1]")

@@ -45,10 +45,10 @@ def check_ranges(c: ConfigDict) -> None:
   for name in ("rollout.temperature", "eval.temperature"):  # logits are divided by it
     need(value_of(c, name) == 0 or value_of(c, name) >= 1e-4, f"{name} is {value_of(c, name)}; it must be at least 0.0001")
   need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, "
-        f"of which a step has rollout.prompts ({c.rollout.prompts})")
+       f"of which a step has rollout.prompts ({c.rollout.prompts})")
   r = c.reward
   need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
-        "1, so it must lie above 0 and be at most 1")
+       "1, so it must lie above 0 and be at most 1")
 
 
 def value_of(c: ConfigDict, name: str):

@@ -33,6 +33,9 @@ def names(matrix: str) -> tuple[str, str]:
   return f"{matrix}_lora_a", f"{matrix}_lora_b"
 
 
+_IN_MERGED = {name for parts in MERGED.values() for part in parts for name in names(part)}
+
+
 def adapter_weights(lora: Lora, weights: dict) -> dict:
   """Of one layer: {name: transformer.Weight}, cut over the mesh as the matrices of `weights` are. A is drawn with the variance of
   PEFT's, 1 / (3 inputs)."""
@@ -80,8 +83,7 @@ def merge_layer(w: dict) -> dict:
       own = own.reshape(len(own), m, heads, h) if part == "q" else own
       wide.append(jnp.zeros((len(own), *shape[whole]), own.dtype).at[place[part]].set(own))
     out[b] = jnp.concatenate(wide)
-  gone = {name for parts in MERGED.values() for part in parts for name in names(part)}
-  return out | {name: x for name, x in w.items() if "_lora_" in name and name not in gone}
+  return out | {name: x for name, x in w.items() if "_lora_" in name and name not in _IN_MERGED}
 
 
 def merged_axes(axes: dict) -> dict:
@@ -91,5 +93,4 @@ def merged_axes(axes: dict) -> dict:
   for name, parts in MERGED.items():
     if any(names(part)[0] in axes for part in parts):
       out |= dict(zip(names(name), whole[name], strict=True))
-  gone = {name for parts in MERGED.values() for part in parts for name in names(part)}
-  return out | {name: x for name, x in axes.items() if name not in gone}
+  return out | {name: x for name, x in axes.items() if name not in _IN_MERGED}

@@ -255,14 +255,12 @@ def decoding_params(c: PolicyConfig, params: dict, dtype: str, weights: str | No
 
   What fsdp splits is cast and comes together a stacked array at a time: by layer it would be hundreds of small collectives.
   """
-  if weights is None:
-    cast = lambda x, axes: constrain(x.astype(dtype), *axes, table=DECODE)
-    axes = logical_axes(c)
-    return unstack(jax.tree.map(cast, params, axes | {"layers": axes["layers"] | adapter_axes(c)}))
-  params = unstack(params)
-  params = quantize_all(params) if weights == "int8" else params
-  cast = lambda x: x if isinstance(x, Int8) else x.astype(dtype)
-  return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Int8))
+  if weights == "int8":
+    cast = lambda x: x if isinstance(x, Int8) else x.astype(dtype)
+    return jax.tree.map(cast, quantize_all(unstack(params)), is_leaf=lambda x: isinstance(x, Int8))
+  cast = lambda x, axes: constrain(x.astype(dtype), *axes, table=DECODE)
+  axes = logical_axes(c)
+  return unstack(jax.tree.map(cast, params, axes | {"layers": axes["layers"] | adapter_axes(c)}))
 
 
 def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:

@@ -6,6 +6,7 @@ import time
 from arrol_jax.serving.calls import HOPELESS, Piece
 from arrol_jax.serving.openai_api import Asked, Limits
 from arrol_jax.serving.scoring import Likelihoods
+from arrol_jax.serving.trace import Text
 from arrol_jax.serving.votes import Vote
 
 
@@ -18,21 +19,15 @@ class Offsets:
   """Where in a text each of its tokens begins, in characters. A token that goes on within a character begins where that does."""
 
   def __init__(self, tokenizer):
-    self.decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
-    self.tokens: list[int] = []
-    self.known, self.read, self.length = 0, 0, 0  # tokens whose text is whole, those before them as context; characters
+    self.text, self.tokens = Text(tokenizer), []
 
   def add(self, tokens: list[int]) -> list[int]:
     """The offsets of the next tokens."""
     out = []
     for token in tokens:
-      out.append(self.length)
+      out.append(len(self.text.whole))
       self.tokens.append(token)
-      # Decoded behind the tokens before it: some tokenizers drop a space at the start.
-      before, text = self.decode(self.tokens[self.known:self.read]), self.decode(self.tokens[self.known:])
-      if len(text) > len(before) and not text.endswith("\ufffd"):
-        self.length += len(text) - len(before)
-        self.known, self.read = self.read, len(self.tokens)
+      self.text.of(self.tokens)
     return out
 
 
