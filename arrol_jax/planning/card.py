@@ -20,7 +20,7 @@ from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.planning.compiling import abstract_state, per_chip
+from arrol_jax.planning.compiling import abstract_state, per_chip, reference
 from arrol_jax.types import UserError
 
 SHARE = 0.94  # of a card that programs may fill; its driver and libraries take the rest
@@ -49,8 +49,8 @@ def count(c: ConfigDict, model: PolicyConfig, limit: int) -> Needs:
   held = {"trained weights, optimizer, head": per_chip(state.changing)}
   if state.base is not None:
     held["frozen weights"] = per_chip(state.base)
-  elif assemble.loss(c).kl_weight:
-    held["reference weights"] = per_chip(state.params["policy"])
+  elif reference(c, state):
+    held["reference weights"] = reference(c, state)
   gradients = per_chip(state.params["policy"])
   out = Needs(held, {"update": {"gradients": 2 * gradients} | update(c, model),  # their sum, and a micro-batch's
                      "optimizer": {"gradients": gradients, "optimizer's step": gradients}})

@@ -61,6 +61,11 @@ def per_chip(tree) -> int:
   return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 
+def reference(c: ConfigDict, state: TrainState) -> int:
+  """Bytes a chip of the weights that a KL term compares with: a copy, unless they are frozen anyway."""
+  return per_chip(state.params["policy"]) if assemble.loss(c).kl_weight and state.base is None else 0
+
+
 def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState:
   """assemble_state.init_state's result as shapes with shardings."""
   optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
@@ -176,8 +181,8 @@ class Step:
       self.hold("parameters, optimizer, head", per_chip(state.changing))
       if state.base is not None:
         self.hold("frozen weights", per_chip(state.base))
-      elif assemble.loss(self.c).kl_weight:
-        self.hold("reference parameters", per_chip(state.params["policy"]))
+      elif reference(self.c, state):
+        self.hold("reference parameters", reference(self.c, state))
       always = dict(self.held)
       if "generation" in phases:
         self.generation(state)

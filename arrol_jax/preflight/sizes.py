@@ -15,7 +15,7 @@ from arrol_jax.engine.memory import decode_weights
 from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import batching
 from arrol_jax.models.files.weights import Policy
-from arrol_jax.planning.compiling import abstract_state, per_chip
+from arrol_jax.planning.compiling import abstract_state, per_chip, reference
 from arrol_jax.preflight.page import Page, size
 from arrol_jax.types import TrainState, UserError
 
@@ -36,7 +36,7 @@ def shapes(page: Page, c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh) -
   r, state = c.rollout, abstract_state(c, loaded.config, mesh)
   limit, _ = device_memory()
   on_device = jax.local_devices()[0].platform != "cpu" and limit is not None
-  held = per_chip(state) + _reference(c, state)
+  held = per_chip(state) + reference(c, state)
   engine = assemble.engine(c, loaded, mesh, r.max_new, state.policy, (limit - held, limit) if on_device else None)
   started, config = r.prompts * r.group_size, assemble.step_config(c, loaded)
   chosen = f", chosen from {assemble.candidates(c)}" if assemble.candidates(c) > r.prompts else ""
@@ -54,15 +54,10 @@ def shapes(page: Page, c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh) -
   return engine, state
 
 
-def _reference(c: ConfigDict, state: TrainState) -> int:
-  """Bytes a device of the weights that a KL term compares with: a copy, unless they are frozen anyway."""
-  return per_chip(state.params["policy"]) if assemble.loss(c).kl_weight and state.base is None else 0
-
-
 def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: TrainState) -> None:
   """Bytes a device, in the two phases of a step."""
   mesh, policy = engine.mesh, loaded.config
-  weights, frozen, reference = per_chip(state.params["policy"]), per_chip(state.base), _reference(c, state)
+  weights, frozen, compared = per_chip(state.params["policy"]), per_chip(state.base), reference(c, state)
   sampling = assemble.sampling(c, loaded)
   numbers = sum(x.size for x in jax.tree.leaves(state.policy))
   decode = decode_weights(engine, state.policy, sampling.dtype)
@@ -70,11 +65,11 @@ def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: Tra
   token = kv_cache.bytes_per_token(policy.layers, policy.kv_heads, policy.head_dim, sampling.cache_dtype) // shards
   cache = engine.rows // (mesh.shape["data"] * mesh.shape["fsdp"]) * engine.lengths(sampling)[-1] * token
   rest = per_chip(state.changing) - weights
-  held = weights + frozen + reference + rest
+  held = weights + frozen + compared + rest
   if frozen and sum(x.size for x in jax.tree.leaves(state.params["policy"])) > numbers // 2:
     page.warn(f"model.lora.rank is {c.model.lora.rank}: the adapters hold more numbers than the model; a smaller one, or all "
               "weights (model.lora.rank=0), would learn as much with less")
-  parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", reference),
+  parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", compared),
            ("optimizer and head", rest)]
   page.say(f"{numbers:,} parameters; a device holds " + ", ".join(f"{name} {size(n)}" for name, n in parts if n))
   rolling, learning = held + decode + cache, held + weights
