@@ -164,7 +164,8 @@ def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int,
                               prefill_rows=min(r.prompts, 32), weights=r.weights)
   if r.slots is not None:
     return build(r.slots)
-  fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory)
+  # What runs ahead stays while the update needs room too.
+  fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory, share=0.5 if r.ahead else 1.0)
   return build(most if fits is None else min(most, fits))
 
 

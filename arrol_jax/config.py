@@ -246,7 +246,7 @@ def check(c: ConfigDict, files: bool = True) -> None:
 
 
 def remarks(c: ConfigDict) -> list[str]:
-  """What a config asks for that does nothing, a line each."""
+  """What a config asks for that does nothing, or lacks something beside it, a line each."""
   out, usual = [], defaults().model.lora
   unused = [f"model.lora.{name}" for name in ("alpha", "targets") if c.model.lora[name] != usual[name]]
   if unused and not c.model.lora.rank:
@@ -256,6 +256,9 @@ def remarks(c: ConfigDict) -> list[str]:
   if named and c.optim.epochs * c.optim.minibatches == 1:
     out.append(f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs "
                "or optim.minibatches")
+  if c.rollout.ahead and c.loss.correction == "none":
+    out.append("rollout.ahead: tokens drawn before the last update are learned from as if the policy had drawn them; "
+               "loss.correction=truncate weighs them")
   return out
 
 
@@ -273,6 +276,8 @@ def _check(c: ConfigDict) -> None:
   need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
   need(r.weights in (None, "int8"), f"rollout.weights is {r.weights!r}; it must be 'int8' or left out")
   need(r.attention in CACHE_ATTENTION, f"rollout.attention is {r.attention!r}; it must be one of {', '.join(CACHE_ATTENTION)}")
+  need(not (r.ahead and r.resampling > 1), f"rollout.resampling is {r.resampling}; with rollout.ahead it must be 1, as how many "
+       "prompts a step takes is not known before its end")
   _check_quality(c)
   need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):

@@ -15,6 +15,7 @@ _RANGES = [
               "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every "
               "eval.subset mesh.data mesh.fsdp mesh.tensor"),
   (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new eval.sampled log.rollouts"),
+  (0, 16, "rollout.ahead"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
   (1, 2**16, "prune.bins quality.hidden"), (1, 2**10, "reward.workers"), (1, 2**24, "reward.memory"), (0, 2, "optim.tail_sizes"),
   (0, 2**10, "model.lora.rank"),

@@ -62,6 +62,13 @@ class RolledOut(NamedTuple):
   learned: list[Rollout]    # those to learn from: all, or what dynamic sampling chose
   rounds: int = 1           # of prompts taken
   sec_reward: float = 0.0   # waited for grades after the last token
+  chosen: tuple = ()        # of prompts that were chosen: Chosen, one a round
+
+
+class Chosen(NamedTuple):
+  """What was known of prompts when they were chosen."""
+  states: np.ndarray   # f32[P,D]
+  success: np.ndarray  # f32[P]    predicted
 
 
 class Clock:
@@ -86,15 +93,14 @@ class TrainingStep:
   engine: Engine
   config: StepConfig
   reference: dict | None = None  # the reference policy's parameters, where the loss has a KL term
-  state: TrainState | None = None  # while a step runs, for `chosen`
-  seen: list = dataclasses.field(default_factory=list)  # of the chosen prompts: states f32[P,D], predicted success f32[P]
+  state: TrainState | None = None  # while a step runs, for `choose`
 
   def __call__(self, state: TrainState, roll_out: Callable, pruning: bool) -> tuple[TrainState, RolledOut, dict]:
     """roll_out(decide) -> RolledOut, with the engine loaded. pruning False scores and keeps every rollout."""
     c, clock = self.config, Clock()
 
     # ---- 1. roll out
-    self.state, self.seen = state, []
+    self.state = state
     self.engine.load(state.policy, c.dtype)
     rolled = roll_out(decision.make_decide(state.params["head"], state.calibration, c.rule, pruning, features=True))
     self.engine.params = None  # the update needs the room
@@ -148,8 +154,8 @@ class TrainingStep:
       state = head_training.refit_head(state, examples, passes=c.passes, optimizer=c.head_optimizer)
 
     chosen = {}
-    if self.seen:
-      states, q = (np.concatenate(x) for x in zip(*self.seen, strict=True))
+    if rolled.chosen:
+      states, q = (np.concatenate(x) for x in zip(*rolled.chosen, strict=True))
       chosen = {"prompt_variance": float(np.mean(q * (1 - q)))}
       state = state.replace(prompts=candidates.learn(state.prompts, rolled.rollouts, states, c.prompt_strength, c.head_half_life))
     sums = {k: sum(counts[k] for _, counts in parts) for k in ("trained", "rows_trained")}
@@ -161,11 +167,10 @@ class TrainingStep:
     return state, metrics | {"head_norm": float(norm), "lr": lr, "tokens_trained": sums["trained"],
                              "rows_trained": sums["rows_trained"]}
 
-  def chosen(self, prompts: list, count: int, key: jax.Array) -> list:
-    """`count` of the candidates `prompts`, those whose own states promise most signal (METHOD 10.2); called while rolling out,
-    with the engine loaded."""
+  def choose(self, prompts: list, count: int, key: jax.Array) -> tuple[list, Chosen]:
+    """`count` of the candidates `prompts`, those whose own states promise most signal (METHOD 10.2), and what was known of them;
+    called while rolling out, with the engine loaded."""
     states = self.engine.prompt_states([p.tokens for p in prompts], self.config.sampling)
     keep, q = candidates.choose(self.state.prompts, states, np.int32(count), np.float32(self.config.explore), key)
     index = np.flatnonzero(jax.device_get(keep))
-    self.seen.append((states[index], np.asarray(q)[index]))
-    return [prompts[i] for i in index]
+    return [prompts[i] for i in index], Chosen(states[index], np.asarray(q)[index])

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from arrol_jax import assemble, assemble_state, config as configuration, step_programs
 from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
-from arrol_jax.learning.generation import Asked
+from arrol_jax.learning.ahead import Ahead
+from arrol_jax.learning.generation import Asked, Wanted
 from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
@@ -81,6 +82,7 @@ def main():
         return {}
       if not hosts.agree(os.path.exists(path)):
         same = c.eval.max_new in (0, c.rollout.max_new)  # then the training's programs serve
+        ahead and ahead.drop()  # its slots' memory is needed
         held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.policy)
         held_out.watch = stop.check
         held_out.load(state.policy, c.model.dtype)
@@ -94,30 +96,44 @@ def main():
           write_json(path, results)
       return hosts.agree(read_json(path) if hosts.first() else None)
 
+    asked, how = Asked(c.rollout.group_size, c.rollout.temperature), assemble.grading(c, loaded, grader)
+
+    def prompts_of(step: int, n: int = 0, count: int = c.rollout.prompts) -> tuple[dict, tuple]:
+      """A step's n-th batch of prompts, numbered, and what was known of them where they were chosen."""
+      # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
+      taken, chosen = assemble.candidates(c), ()
+      batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, taken)
+      if taken > c.rollout.prompts:
+        batch, *chosen = train_step.choose(batch, count, assemble.key(c, assemble.CHOICE, step))
+      return dict(enumerate(batch[:count], n * c.rollout.prompts)), tuple(chosen)
+
+    def begin(step: int) -> Wanted:
+      """What a step wants rolled out, where steps run ahead."""
+      batch, chosen = prompts_of(step)
+      first = step * c.rollout.prompts * c.rollout.group_size
+      return Wanted(batch, asked, c.rollout.max_new, how, first, chosen=chosen)
+
     def roll_out(step: int, decide) -> RolledOut:
       """Step's rollouts, those to learn from, and seconds waited for grades."""
-      waited = []
+      waited, chosen = [], []
 
       def one(n: int, count: int) -> list:
-        # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
-        taken = assemble.candidates(c)
-        batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, taken)
-        if taken > c.rollout.prompts:
-          batch = train_step.chosen(batch, count, assemble.key(c, assemble.CHOICE, step))
-        batch = batch[:count]
-        asked = Asked(c.rollout.group_size, c.rollout.temperature)
+        batch, known = prompts_of(step, n, count)
         done, seconds = generation.generate(
-          engine, dict(enumerate(batch, n * c.rollout.prompts)), asked,
-          assemble.key(c, assemble.TRAIN, step), config.sampling, assemble.grading(c, loaded, grader), decide)
+          engine, batch, asked, assemble.key(c, assemble.TRAIN, step), config.sampling, how, decide)
         waited.append(seconds)
+        chosen.extend(known)
         return done
 
-      if c.rollout.resampling == 1:
+      if ahead:
+        rollouts, seconds, chosen = ahead.generate(step, decide)
+        out = RolledOut(rollouts, rollouts, 1, seconds, chosen)
+      elif c.rollout.resampling == 1:
         rollouts = one(0, c.rollout.prompts)
-        out = RolledOut(rollouts, rollouts, 1, sum(waited))
+        out = RolledOut(rollouts, rollouts, 1, sum(waited), tuple(chosen))
       else:
         learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
-        out = RolledOut(rollouts, learned, rounds, sum(waited))
+        out = RolledOut(rollouts, learned, rounds, sum(waited), tuple(chosen))
       stop.check()
       return out
 
@@ -127,6 +143,9 @@ def main():
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.policy)
     engine.watch = stop.check
     train_step = TrainingStep(engine, config, reference)
+    ahead = None
+    if c.rollout.ahead:
+      ahead = Ahead(engine, config.sampling, assemble.key(c, assemble.TRAIN), begin, c.steps, c.rollout.ahead)
     programs = assemble.programs(c, engine, config, state)
     bar = tqdm(total=len(programs), desc="compiling", unit="program", disable=not hosts.first())
 

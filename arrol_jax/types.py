@@ -101,9 +101,10 @@ class Rollout:
   prompt: int                  # index of its prompt (group) in the step
   prompt_tokens: np.ndarray    # i32[L]
   tokens: np.ndarray           # i32[T]   response, the stop token included
-  logprobs: np.ndarray         # f32[T]
+  logprobs: np.ndarray         # f32[T]   under the policy that drew it
   stopped: bool = False        # ended with a stop token (False: cut by its limit, or pruned)
   pruned: bool = False
+  stale: int = 0               # so many of its first tokens were drawn before the last update (rollout.ahead)
   problem: object = None       # data.Problem, where there is one
   scores: tuple = ()           # the head's logit at each detection length reached,
   posteriors: tuple = ()       # what the table made of it,

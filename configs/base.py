@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
                                # channel; evaluation and serving too); None: model.dtype. See logprob_gap, loss.correction
   c.rollout.attention = "auto"  # over the cache: "xla", "triton" (NVIDIA), "tpu" or "auto"
   c.rollout.resampling = 1         # above 1: DAPO's dynamic sampling in at most so many rounds, later ones as large as needed
+  c.rollout.ahead = 0          # slots that a step's last rollouts leave free begin so many of the next steps: see loss.correction
   c.rollout.segment = 32       # decode steps between two looks of the host; divides prune.detect
   c.rollout.row_buckets = 4    # compiled row counts: slots, slots/2, slots/4, ...
   c.rollout.length_buckets = 4  # compiled cache lengths, evenly spaced (one where attention reads each row's own length)

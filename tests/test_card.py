@@ -61,6 +61,18 @@ def test_adapters_hold_two_bytes_a_frozen_weight():
   assert with_kl.held == needs.held  # the reference is the base
 
 
+def test_what_runs_ahead_stays_while_the_policy_is_updated():
+  """So it gets half of what is free, where it would take all."""
+  plain, ahead = (card.count(recipe(**LENGTHS, rollout__slots=64, rollout__prompts=4, rollout__ahead=x), BIG, 10**12)
+                  for x in (0, 1))
+  for phase in ("update", "optimizer"):
+    assert ahead.peak(phase) - plain.peak(phase) == plain.phases["generation"]["cache"] > 10**9
+  assert ahead.peak("generation") == plain.peak("generation")
+  many = {"rollout__prompts": 512, "rollout__max_new": 1024, "rollout__max_prompt": 256}
+  rows = [card.count(recipe(**many, rollout__ahead=x), BIG, 80 * 10**9).slots for x in (0, 2)]
+  assert 0.3 * rows[0] < rows[1] < 0.5 * rows[0]
+
+
 def test_int8_decode_weights_are_half():
   """And a scale an output channel; nothing else changes."""
   plain, small = (card.count(recipe(rollout__slots=64, rollout__weights=x), BIG, 10**12).phases for x in (None, "int8"))

@@ -15,19 +15,20 @@ from arrol_jax.types import UserError
 
 
 def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
-                   memory: tuple[int, int] | None = None) -> int | None:
+                   memory: tuple[int, int] | None = None, share: float = 1.0) -> int | None:
   """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
 
   Call it with all that stays in memory (parameters, optimizer state) in place, or give a device's `memory`: bytes free and
-  bytes in all. Raises UserError where not even one group of `group_size` rollouts fits, with what would.
+  bytes in all. share: of what is free, for the engine. Raises UserError where not even one group of `group_size` rollouts
+  fits, with what would.
   """
   if memory:
-    return _slots_in(engine, sampling, group_size, params, *memory)
+    return _slots_in(engine, sampling, group_size, params, int(share * memory[0]), memory[1])
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
   free, limit = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
-  return _slots_in(engine, sampling, group_size, params, free, limit)
+  return _slots_in(engine, sampling, group_size, params, int(share * free), limit)
 
 
 def decode_weights(engine: Engine, params: dict, dtype: str) -> int:

@@ -42,29 +42,48 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   last token. Prompts are numbered without a gap. progress(rollout) is called for each that ends. With several
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
-  tokenizer, grader = grading[:2]
-  samples, temperature = asked if isinstance(asked, Asked) else Asked(asked)
-  requests = [Request(p * samples + g, p, prompt.tokens, engine.max_new, temperature)
-              for p, prompt in prompts.items() for g in range(samples)]
-  pending = []
+  wanted = Wanted(prompts, asked, engine.max_new, grading, progress=progress)
+  return wanted.graded(engine.run(wanted.requests, key, sampling, decide=decide, on_done=wanted.ended))
 
-  def on_done(rollout: Rollout):
+
+class Wanted:
+  """A step's rollouts from requests to rewards, see `generate`. first: the engine's number of its first request, a multiple of
+  the samples; rollouts that have ended are numbered from 0. chosen: what was known of the prompts, for who asks."""
+
+  def __init__(self, prompts: dict, asked: Asked | int, max_new: int, grading: Grading, first: int = 0,
+               progress: Callable | None = None, chosen: tuple = ()):
+    samples, temperature = asked if isinstance(asked, Asked) else Asked(asked)
+    self.prompts, self.grading, self.progress, self.first, self.samples = prompts, grading, progress, first, samples
+    self.requests = [Request(first + p * samples + g, first // samples + p, prompt.tokens, max_new, temperature)
+                     for p, prompt in prompts.items() for g in range(samples)]
+    self.left, self.pending, self.chosen = len(self.requests), [], chosen
+
+  def has(self, rollout: Rollout) -> bool:
+    """Whether a rollout that has just ended is one of these."""
+    return self.first <= rollout.request < self.first + len(self.requests)
+
+  def ended(self, rollout: Rollout) -> None:
+    """Hands it to the grader, whose answer `graded` waits for."""
+    rollout.request, rollout.prompt = rollout.request - self.first, rollout.prompt - self.first // self.samples
+    self.left -= 1
     if hosts.mine(rollout.request):
-      rollout.text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+      rollout.text = self.grading.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
       if not rollout.pruned:
-        pending.append((rollout, grader.grade_async([(rollout.text, prompts[rollout.prompt].problem.answer)])))
-    progress and progress(rollout)
+        answer = self.prompts[rollout.prompt].problem.answer
+        self.pending.append((rollout, self.grading.grader.grade_async([(rollout.text, answer)])))
+    self.progress and self.progress(rollout)
 
-  rollouts = engine.run(requests, key, sampling, decide=decide, on_done=on_done)
-  waited = time.perf_counter()
-  for rollout, waiting in pending:
-    rollout.reward, rollout.reason = waiting.result()[0]
-  parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
-  for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
-    r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
-    r.success_at, r.problem = grading.success, prompts[r.prompt].problem
-  _tell_failures(grading, [r.reason for r in rollouts if not r.pruned])
-  return rollouts, time.perf_counter() - waited
+  def graded(self, rollouts: list[Rollout]) -> tuple[list[Rollout], float]:
+    """All of them, in the order of the requests, with their rewards, and the seconds waited for grades."""
+    waited = time.perf_counter()
+    for rollout, waiting in self.pending:
+      rollout.reward, rollout.reason = waiting.result()[0]
+    parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
+    for r in rollouts:  # requests are numbered without a gap, and each process read its own in their order
+      r.text, r.reward, r.reason = parts[r.request % len(parts)].pop(0)
+      r.success_at, r.problem = self.grading.success, self.prompts[r.prompt].problem
+    _tell_failures(self.grading, [r.reason for r in rollouts if not r.pruned])
+    return rollouts, time.perf_counter() - waited
 
 
 def _tell_failures(grading: Grading, reasons: list[str]) -> None:

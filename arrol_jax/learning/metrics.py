@@ -130,6 +130,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
   total_signal = sum(len(g) * float(np.var([r.reward for r in g])) for g in groups.values())
   return by_place | {
     "signal_per_1k_tokens": 1000.0 * total_signal / max(generated, 1),
+    "stale": sum(r.stale for r in rollouts) / max(generated, 1),
     "reward": mean(r.reward for r in kept),
     # Horvitz-Thompson: a survivor kept with probability p stands for 1/p rollouts
     "reward_ipw": sum(r.reward / r.keep_probability for r in kept) / len(rollouts),

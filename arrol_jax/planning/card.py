@@ -56,6 +56,9 @@ def count(c: ConfigDict, model: PolicyConfig, limit: int) -> Needs:
                      "optimizer": {"gradients": gradients, "optimizer's step": gradients}})
   try:
     out.slots, out.phases["generation"] = generation(c, model, state.policy, limit - sum(held.values()), limit)
+    if c.rollout.ahead:
+      for phase in ("update", "optimizer"):
+        out.phases[phase]["cache of what runs ahead"] = out.phases["generation"]["cache"]
   except UserError as e:
     out.error = str(e)
   return out

@@ -186,7 +186,8 @@ class Step:
       always = dict(self.held)
       if "generation" in phases:
         self.generation(state)
-      self.held = always
+      ahead = (HELD["init slots"], HELD["prefill"]) if self.c.rollout.ahead else ()  # stay with the rollouts that are under way
+      self.held = always | {name: size for name, size in self.held.items() if name in ahead}
       if "training" in phases:
         self.training(state)
     return self
