@@ -138,12 +138,14 @@ def test_dropping_begins_the_next_step_anew(mesh, one_after_another, head, table
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_step_begins_too_early(mesh, most):
-  """With slots for all steps at once: so many begin beside the one that is waited for, and none beyond the last."""
+  """With slots for all steps at once: so many begin beside the one that is waited for, and none beyond the last. (Of which all
+  ended while others were waited for, begins none.)"""
   with jax.set_mesh(mesh):
     steps = Ahead(engine(mesh, STEPS * SIZE), SAMPLING, KEY, wanted, STEPS, most)
     for step in range(STEPS):
       steps.generate(step)
-      assert set(steps.under_way) == set(range(step + 1, min(step + most + 1, STEPS)))
+      allowed = set(range(step + 1, min(step + most + 1, STEPS)))
+      assert set(steps.under_way) <= allowed and (step > 0 or set(steps.under_way) == allowed)
 
 
 # ---- a run
