@@ -2,6 +2,7 @@
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
+- with many rows a trace's text goes out less often than every segment (`gap`): it costs the host by the piece;
 - a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
 Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
 (engine/programs.py).
@@ -25,6 +26,8 @@ from arrol_jax.serving.prefixes import PrefixCache
 FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
 SOME, MIDDLE = 16, 8  # and so many, of these; also a few more while someone waits for the first token
 MANY = 32             # beyond so many what the host does with each piece counts more
+PIECES = 1200         # a second of all traces together, about, where more than SOME live
+LONGEST = 0.25        # seconds between two pieces of a trace, about, however many live
 
 
 class PacedRun(Run):
@@ -94,6 +97,11 @@ class PacedRun(Run):
     tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
     return _prefill(self.e.config, self.e.params, tokens, length, rows=self.e.prefill_rows, width=self.e.max_prompt,
                     sampling=self.sampling)
+
+
+def gap(live: int) -> float:
+  """Seconds for which what a trace says is kept back after a piece of it, unless it ends, while so many live."""
+  return 0.0 if live <= SOME else min(LONGEST, live / PIECES)
 
 
 def widths(max_prompt: int) -> list[int]:
