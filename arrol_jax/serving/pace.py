@@ -27,7 +27,7 @@ FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
 SOME, MIDDLE = 16, 8  # and so many, of these; also a few more while someone waits for the first token
 MANY = 32             # beyond so many what the host does with each piece counts more
 PIECES = 1200         # a second of all traces together, about, where more than SOME live
-LONGEST = 0.25        # seconds between two pieces of a trace, about, however many live
+LONGEST = 0.2         # seconds between two pieces of a trace, about, however many live
 
 
 class PacedRun(Run):
