@@ -31,7 +31,8 @@ TOKENIZER = load_policy("experiments/arithmetic/signs").tokenizer
 
 
 class Says:
-  """A Run without a model: every row says the tokens SAID each turn. `trouble` may break it."""
+  """A PacedRun without a model: every row says the tokens SAID each turn. `trouble` may break it."""
+  spare = 0.0
 
   def __init__(self, on_seat):
     self.on_seat, self.waiting, self.slot_to_request, self.finished, self.trouble = on_seat, [], [None] * ROWS, [], None

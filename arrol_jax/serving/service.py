@@ -127,8 +127,8 @@ class Service:
     try:
       with jax.set_mesh(self.engine.mesh):
         while self._take_in():
-          if not self.run.advance(self.decide, self._report):
-            self._report()
+          self.run.advance(self.decide, self._report)
+          self._report()
           self._beat = time.monotonic()
     except BaseException as e:
       self.failure = e
@@ -147,7 +147,7 @@ class Service:
           self._taken -= late.call.n
 
   def _take_in(self) -> bool:
-    """Starts and cancels what was asked for, waiting for it if there is nothing to do. False: closed and done."""
+    """Starts and cancels what was asked for, waiting for it while nothing else is to be done. False: closed and done."""
     while True:
       idle = not self.traces
       if idle and self._closing and self._inbox.empty():
@@ -155,7 +155,8 @@ class Service:
       if idle:
         self._turn()
       try:
-        asked = self._inbox.get(block=idle)
+        spare = None if idle else max(0.0, self.run.spare)
+        asked = self._inbox.get(spare != 0, spare)
       except queue.Empty:
         return True
       if asked is _CLOSE or asked is _CUT:
