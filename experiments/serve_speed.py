@@ -4,9 +4,9 @@
                                     [--workdir=RUN] --out=FILE            # at most five minutes on one H100
   python -m experiments.serve_speed --config=quickstart --at_once=4,8 --calls=2 --max_tokens=16 --config.rollout.slots=8   # a CPU
 
-One process holds the model: the bare engine runs first, then the server over the same engine, its HTTP side in a process of its
-own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the same order, with at most --at_once of them
-running. A JSON line a case:
+One process holds the model: the bare engine runs first, then the server over the same engine, with the HTTP side in a process of
+its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
+same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
   lone             one call after another: time to the first token, and between tokens
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd

@@ -11,7 +11,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from helpers_serve import FOREVER, LONG, MODEL, PROMPT, ROOT, ask, begun, command, export
+from helpers_serve import FOREVER, LONG, MODEL, ROOT, ask, begun, command, export
 import pytest
 
 from arrol_jax import assemble_service, config as configuration, serve

@@ -54,7 +54,7 @@ class Says:
       if x is None and self.waiting:
         self.slot_to_request[i] = self.waiting.pop(0)
         self.on_seat(self.slot_to_request[i])
-    meanwhile()
+    meanwhile and meanwhile()
     time.sleep(0.005)
     if self.trouble == "breaks":
       raise OSError("the device is gone")

@@ -138,7 +138,8 @@ class Front:
 
   def _submit(self, calls: list[tuple[int, Call]]) -> None:
     try:
-      tickets = self.service.submit_all([call for _, call in calls], [functools.partial(self._say, number) for number, _ in calls])
+      told = [functools.partial(self._say, number) for number, _ in calls]
+      tickets = self.service.submit_all([call for _, call in calls], told)
     except Exception as e:
       self._send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
       return

@@ -1,7 +1,8 @@
 """From a listening socket to the end: connections that hold on without asking are closed, a signal drains, a second one cuts.
 
-It runs in the process of remote.py, which is told of signals. The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
-streams end with an error event, other calls get a 503, and the process says how many they were.
+The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
+streams end with an error event, other calls get a 503, and the process says how many they were. This is the HTTP side's process
+(remote.py); signals come to the engine's, which tells it.
 """
 
 import asyncio

@@ -2,8 +2,8 @@
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
-- the segment after the one that runs is started when half of that is over (`spare`): who ended with the one before has been told by
-  then, and whose call comes in return is in it, not in the one after;
+- with more rows the segment after the one that runs is started when half of that is over (`spare`): who ended with the one before
+  has been told by then, and the call that comes in return is in it, not in the one after;
 - with many rows a trace's text goes out less often than every segment (`gap`): it costs the host by the piece;
 - a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
 Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
@@ -72,8 +72,10 @@ class PacedRun(Run):
 
   @property
   def spare(self) -> float:
-    """Seconds until the next segment should be started."""
-    return self.began + self.flying[0] * self.step_seconds / 2 - time.monotonic() if self.in_flight else 0.0
+    """Seconds until the next segment should be started; none where few live, whose segments are over soon."""
+    if not self.in_flight or len(self.slot_to_request) - self.slot_to_request.count(None) <= SOME:
+      return 0.0
+    return self.began + self.flying[0] * self.step_seconds / 2 - time.monotonic()
 
   def limit(self, steps: int) -> np.ndarray | None:
     """How many steps the segment's program is told to take; None: it is the one that takes a whole segment."""

@@ -145,6 +145,7 @@ def main(listener: int, connection: int) -> int:
   for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
     signal.signal(name, lambda *_: None)
   connection = Connection(connection)
+  from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; a second's import, while the model loads)
   try:
     limits, *settings, standing = connection.recv()
   except (EOFError, OSError):

@@ -126,9 +126,12 @@ class Service:
     """Decodes until closed and empty. What the engine raises goes to every caller, into `failure`, and on."""
     try:
       with jax.set_mesh(self.engine.mesh):
+        told = True
         while self._take_in():
-          self.run.advance(self.decide, self._report)
-          self._report()
+          started = self.run.advance(self.decide, None if told else self._report)
+          told = not started or self.run.spare > 0  # else it is told when the device has the next segment
+          if told:
+            self._report()
           self._beat = time.monotonic()
     except BaseException as e:
       self.failure = e

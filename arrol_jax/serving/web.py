@@ -107,7 +107,8 @@ class Web:
 
 def make_app(service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
              access: Access = ANYONE) -> Starlette:
-  """The server of a Service, or a Remote one. Its lifespan runs the engine's thread; broken() is called if that dies. app.state.web is the Web."""
+  """The server of a Service, or a Remote one. Its lifespan runs the engine's thread; broken() is called if that dies.
+  app.state.web is the Web."""
   web = Web(service, limits, access)
 
   async def health(ready: bool, request):
@@ -332,9 +333,7 @@ async def _events(call: Running):
     except Exception:
       yield event(refusal("the server failed; its log says why", 500))
       return
-  if answer.asked.usage:
-    yield event(answer.closing())
-  yield "data: [DONE]\n\n"
+  yield (event(answer.closing()) if answer.asked.usage else "") + "data: [DONE]\n\n"
 
 
 async def _unless_gone(request: Request, said: Callable) -> bool:
