@@ -10,6 +10,7 @@ Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metr
 import functools
 import ipaddress
 import os
+import signal
 import socket
 import sys
 
@@ -17,8 +18,8 @@ from ml_collections import ConfigDict
 
 from arrol_jax import config as configuration
 from arrol_jax.assemble_service import load
-from arrol_jax.serving.lifecycle import listen
-from arrol_jax.serving.web import Access, make_app
+from arrol_jax.serving.front import Front
+from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
 
 FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any free one"),
@@ -42,12 +43,13 @@ def main():
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])
   workdir = flags.workdir if flags["workdir"].present else None
-  with _bind(flags.host, number["port"]) as listener:  # before a model is loaded for nothing
+  with Front(_bind(flags.host, number["port"])) as front:  # bound before a model is loaded for nothing
     service, limits = load(c, workdir, number["queue"], steady, flags.name, number["prefix_cache"])
     _tell(f"loaded {limits.model}: {service.engine.rows} slots, prompts of at most {limits.max_prompt} tokens")
     service.warm_up(_tell)
-    status = listen(lambda started, broken: make_app(service, limits, started, broken, access), listener, number["drain"],
-                    number["keep_alive"])
+    for name in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(name, lambda *_: front.stop())
+    status = front.run(service, limits, access, number["drain"], number["keep_alive"])
   if status:
     sys.exit(status)
 

@@ -102,7 +102,13 @@ def void(_) -> None:
 
 
 def resident(pid: int) -> float:
-  return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+  """MiB of a process and those that it started."""
+  try:
+    mine = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+  except FileNotFoundError:  # a worker that has just ended
+    return 0.0
+  started = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+  return mine + sum(map(resident, map(int, started.split())))
 
 
 def health(port: int) -> dict:

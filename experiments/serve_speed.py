@@ -4,9 +4,9 @@
                                     [--workdir=RUN] --out=FILE            # at most five minutes on one H100
   python -m experiments.serve_speed --config=quickstart --at_once=4,8 --calls=2 --max_tokens=16 --config.rollout.slots=8   # a CPU
 
-One process holds the model: the bare engine runs first, then the server over the same engine, whose calls come from another
-process over HTTP. Both get the same prompts, lengths (ignore_eos) and seeds in the same order, with at most --at_once of them
-running. A JSON line a case:
+One process holds the model: the bare engine runs first, then the server over the same engine, with the HTTP side in a process of
+its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
+same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
   lone             one call after another: time to the first token, and between tokens
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
@@ -26,16 +26,15 @@ import time
 
 import jax
 import numpy as np
-import uvicorn
 
 from arrol_jax import assemble, config as configuration, grade, serve
 from arrol_jax.engine.scheduler import Request
 from arrol_jax.serving import openai_api
 from arrol_jax.serving.calls import Call, seed_of
 from arrol_jax.serving.fields import Refused
-from arrol_jax.serving.lifecycle import Patient
+from arrol_jax.serving.front import Front
 from arrol_jax.serving.service import Service
-from arrol_jax.serving.web import make_app
+from arrol_jax.serving.web import ANYONE
 from arrol_jax.types import UserError
 from experiments.serve_load import quantile
 
@@ -130,19 +129,18 @@ def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
 
 @contextlib.contextmanager
 def serving(service: Service, limits):
-  """The server over a service, in a thread: its port."""
-  service.warm_up(lambda text: print(text, file=sys.stderr, flush=True))
-  ready, listener = threading.Event(), socket.create_server(("127.0.0.1", 0), backlog=1024)
-  app = make_app(service, limits, started=ready.set)
-  web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", http=Patient))
-  thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
-  thread.start()
-  try:
-    ready.wait(60)
-    yield listener.getsockname()[1]
-  finally:
-    web.should_exit = True
-    thread.join(60)
+  """The server over a service, as the command has it, with the HTTP side in a process of its own: its port."""
+  listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+  port = listener.getsockname()[1]
+  with Front(listener, said=sys.stderr) as front:
+    service.warm_up(lambda text: print(text, file=sys.stderr, flush=True))
+    thread = threading.Thread(target=front.run, args=(service, limits, ANYONE, 10.0, 60))
+    thread.start()
+    try:
+      yield port
+    finally:
+      front.stop()
+      thread.join(60)
 
 
 def ask(port: int, bodies: list[dict], at_once: int) -> tuple[list[dict], float]:

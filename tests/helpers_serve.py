@@ -3,8 +3,13 @@
 import contextlib
 import http.client
 import json
+import os
 from pathlib import Path
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from types import SimpleNamespace
 from unittest import mock
@@ -84,3 +89,35 @@ def events(port, body, path="/v1/completions"):
   status, text = ask(port, body | {"stream": True}, path)
   assert status == 200 and text.endswith("\n\ndata: [DONE]\n\n")
   return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+
+
+FOLDER = tempfile.TemporaryDirectory()
+MODEL = "--config.model.path=" + with_positions(shutil.copytree(ROOT / "experiments/arithmetic/signs", f"{FOLDER.name}/signs"))
+# A config whose training data are not here, and answers that take their time.
+LONG = ["--config=configs/gsm8k_qwen05b.py", MODEL, "--config.model.dtype=float32", "--config.rollout.max_prompt=16",
+        "--config.rollout.max_new=20000", "--config.rollout.slots=2", "--config.rollout.row_buckets=1",
+        "--config.rollout.length_buckets=1"]
+FOREVER = {"prompt": PROMPT, "ignore_eos": True, "stream": True}
+
+
+@contextlib.contextmanager
+def command(*options):
+  """A server in a process of its own: (process, port)."""
+  process = subprocess.Popen([sys.executable, "-m", "arrol_jax.serve", *LONG, "--port=0", *options], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+  try:
+    line = process.stdout.readline()
+    assert line.startswith("serving "), line + process.stderr.read()
+    yield process, int(line.rsplit(":", 1)[1])
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def begun(port, body=FOREVER):
+  """A connection whose stream has begun, and its answer."""
+  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+  connection.request("POST", "/v1/completions", json.dumps(body))
+  answer = connection.getresponse()
+  assert answer.status == 200 and answer.readline().startswith(b"data: ")
+  return connection, answer

@@ -3,9 +3,8 @@
 import math
 import time
 
-from arrol_jax.serving.calls import HOPELESS, Piece
+from arrol_jax.serving.calls import HOPELESS, Likelihoods, Piece
 from arrol_jax.serving.openai_api import Asked, Limits
-from arrol_jax.serving.scoring import Likelihoods
 from arrol_jax.serving.trace import Text
 from arrol_jax.serving.votes import Vote
 

@@ -1,6 +1,7 @@
 """What callers and the engine's thread tell each other: calls go in, pieces of traces come out."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +43,42 @@ class Piece(NamedTuple):
   cut: bool = False      # with `finish`: a stop string ended it before the engine did, which scored a later state
 
 
+class Likelihoods(NamedTuple):
+  """Of T tokens, each given those before it (scoring.py)."""
+  logprobs: np.ndarray  # f32[T]    NaN for the first
+  tokens: np.ndarray    # i32[T,K]  the likeliest there, K = scoring.MOST_ALTERNATIVES or the vocabulary
+  likeliest: np.ndarray  # f32[T,K]  their log-probs
+
+
+@dataclasses.dataclass
+class Totals:
+  """Counts since the start."""
+  prompt_tokens: int = 0
+  tokens: int = 0     # handed out
+  traces: int = 0
+  hopeless: int = 0
+  cancelled: int = 0  # or cut
+
+
+class Standing(NamedTuple):
+  """How the engine's side stands."""
+  running: int    # traces in slots
+  beat: float     # time.monotonic() of when its thread last came round
+  totals: Totals
+  prefixes: tuple[int, int, int, int] = (0, 0, 0, 1)  # PrefixCache.counts
+
+
 class Ticket:
   """A call that was taken. on_piece(Piece, or an Exception if it never ends) is called from the engine's thread."""
 
-  def __init__(self, call: Call, on_piece: Callable):
-    self.call, self.on_piece = call, on_piece
+  def __init__(self, call: Call, on_piece: Callable, number: int = 0):
+    self.call, self.on_piece, self.number = call, on_piece, number  # number: between processes (remote.py)
+
+
+def check_room(taken: int, calls: list[Call], most: int) -> None:
+  """Raises Full where with these calls more than `most` traces would run or wait."""
+  if taken + sum(call.n for call in calls) > most:
+    raise Full(f"{taken} traces are running or waiting and {most} is the most")
 
 
 def seed_of(seed: int, trace: int) -> int:

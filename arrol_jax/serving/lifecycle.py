@@ -1,14 +1,13 @@
 """From a listening socket to the end: connections that hold on without asking are closed, a signal drains, a second one cuts.
 
 The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
-streams end with an error event, other calls get a 503, and the process says how many they were.
+streams end with an error event, other calls get a 503, and the process says how many they were. This is the HTTP side's process
+(remote.py); signals come to the engine's, which tells it.
 """
 
 import asyncio
-from collections.abc import Callable
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -16,7 +15,8 @@ import threading
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from arrol_jax.serving.web import Web
+from arrol_jax.serving.openai_api import Limits
+from arrol_jax.serving.web import Access, Web, make_app
 
 MAX_HEAD = 64 << 10  # bytes of a request's head
 HEAD_SECONDS = 15.0  # for a request's head to come whole
@@ -74,10 +74,20 @@ class Server(uvicorn.Server):
     self.loop = asyncio.get_running_loop()
     await super().startup(sockets)
 
-  def handle_exit(self, sig, frame):
-    """A signal came."""
+  @contextlib.contextmanager
+  def capture_signals(self):
+    """They are not for this process."""
+    yield
+
+  def stop(self):
+    """A signal came. From any thread."""
     first, self.should_exit = not self.should_exit, True
     self.loop.call_soon_threadsafe(self._begin_drain if first else self._cut)
+
+  def broken(self):
+    """The engine broke, and all calls have been told. From any thread."""
+    self.should_exit = True
+    self.loop.call_soon_threadsafe(self.loop.call_later, GRACE, setattr, self, "force_exit", True)
 
   def _begin_drain(self):
     self.web.stop_taking()
@@ -89,17 +99,15 @@ class Server(uvicorn.Server):
     self.loop.call_later(GRACE, setattr, self, "force_exit", True)
 
 
-def listen(make: Callable, listener: socket.socket, drain: float, keep_alive: int) -> int:
-  """Serves the app that make(started, broken) gives until a signal or a failure of the engine; the exit status: 0 only where
-  every call that was taken got its answer."""
+def listen(remote, limits: Limits, listener: socket.socket, access: Access, drain: float, keep_alive: int) -> int:
+  """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
+  answer."""
   url = "http://{}:{}".format(*listener.getsockname()[:2])
-  app = make(lambda: print(f"serving {app.state.web.limits.model} at {url}", flush=True),
-             lambda: setattr(server, "should_exit", True))
-  server, web = Server(app, drain, keep_alive), app.state.web
-  for name in (signal.SIGTERM, signal.SIGINT):  # the server takes them, and raises them again at its end: to nothing
-    signal.signal(name, lambda *_: None)
+  app = make_app(remote, limits, lambda: print(f"serving {limits.model} at {url}", flush=True), lambda: server.broken(), access)
+  server = Server(app, drain, keep_alive)
+  remote.on_stop = server.stop
   server.run(sockets=[listener])
-  return _end(web)
+  return _end(app.state.web)
 
 
 def _end(web: Web) -> int:

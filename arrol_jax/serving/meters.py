@@ -3,8 +3,6 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-from arrol_jax.serving.service import Service
-
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -12,7 +10,7 @@ _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 class Meters:
   """Counts of the HTTP side, and the service's as they stand when asked."""
 
-  def __init__(self, service: Service):
+  def __init__(self, service):
     self.registry, self.service = CollectorRegistry(), service
     more = {"registry": self.registry}
     self.answers = Counter("arrol_requests", "Calls answered, by HTTP status; 499: the client left", ["status"], **more)
@@ -26,7 +24,7 @@ class Meters:
     self.registry.register(self)
 
   def collect(self):
-    s, t = self.service, self.service.totals
+    s, t = self.service, self.service.standing.totals
     yield GaugeMetricFamily("arrol_traces_running", "Traces in slots", value=s.running)
     yield GaugeMetricFamily("arrol_traces_waiting", "Traces without a slot", value=s.waiting)
     yield GaugeMetricFamily("arrol_traces_most", "Traces that may run or wait", value=s.most)
@@ -36,14 +34,12 @@ class Meters:
     yield CounterMetricFamily("arrol_traces", "Traces finished", value=t.traces)
     yield CounterMetricFamily("arrol_traces_hopeless", "Traces that the quality head stopped", value=t.hopeless)
     yield CounterMetricFamily("arrol_traces_cancelled", "Traces whose client left", value=t.cancelled)
-    kept = s.kept
-    yield CounterMetricFamily("arrol_prefix_cache_queries", "Prompt tokens looked up", value=kept.asked if kept else 0)
-    yield CounterMetricFamily("arrol_prefix_cache_hits", "Prompt tokens that were there and not prefilled again",
-                              value=kept.found if kept else 0)
+    asked, found, used, size = s.standing.prefixes
+    yield CounterMetricFamily("arrol_prefix_cache_queries", "Prompt tokens looked up", value=asked)
+    yield CounterMetricFamily("arrol_prefix_cache_hits", "Prompt tokens that were there and not prefilled again", value=found)
     yield GaugeMetricFamily("arrol_prefix_cache_hit_rate", "Hits by queries since the start",
-                            value=kept.found / kept.asked if kept and kept.asked else 0.0)
-    yield GaugeMetricFamily("arrol_prefix_cache_usage", "Share of the kept blocks' places that is taken",
-                            value=len(kept.numbers) / kept.size if kept else 0.0)
+                            value=found / asked if asked else 0.0)
+    yield GaugeMetricFamily("arrol_prefix_cache_usage", "Share of the kept blocks' places that is taken", value=used / size)
 
   def text(self, accept: str) -> tuple[bytes, str]:
     """The page and its content type, in the format that a scraper accepts."""

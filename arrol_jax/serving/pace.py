@@ -2,11 +2,15 @@
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
+- with more rows the segment after the one that runs is started when half of that is over (`spare`): who ended with the one before
+  has been told by then, and the call that comes in return is in it, not in the one after;
+- with many rows a trace's text goes out less often than every segment (`gap`): it costs the host by the piece;
 - a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
 Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
 (engine/programs.py).
 """
 
+import collections
 from collections.abc import Callable
 import functools
 import time
@@ -25,6 +29,8 @@ from arrol_jax.serving.prefixes import PrefixCache
 FEW, SHORT = 4, 2     # so many living rows have segments of so many steps
 SOME, MIDDLE = 16, 8  # and so many, of these; also a few more while someone waits for the first token
 MANY = 32             # beyond so many what the host does with each piece counts more
+PIECES = 1200         # a second of all traces together, about, where more than SOME live
+LONGEST = 0.2         # seconds between two pieces of a trace, about, however many live
 
 
 class PacedRun(Run):
@@ -36,6 +42,8 @@ class PacedRun(Run):
                steady: bool = False, kept: PrefixCache | None = None):
     super().__init__(engine, jax.random.key(0), sampling)
     self.detect, self.on_seat, self.steady, self.kept = detect, on_seat, steady, kept
+    self.flying: collections.deque[int] = collections.deque()  # steps of the segments under way
+    self.began, self.step_seconds = 0.0, 0.0  # when the device began the oldest of them, and what a step takes
     # Kept prefixes are of whole blocks: block by block there is no telling what was kept.
     self.widths = [kept.block] if kept and steady else widths(engine.max_prompt)
 
@@ -50,7 +58,24 @@ class PacedRun(Run):
 
   def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
     steps = self.steps([sequence for sequence in self.slot_to_request if sequence])
+    if not self.in_flight:
+      self.flying.clear()
+      self.began = time.monotonic()
+    self.flying.append(steps)
     super().start_segment(decide, self.limit(steps) if most is None else most)
+
+  def look(self) -> None:
+    super().look()
+    now = time.monotonic()
+    took = (now - self.began) / self.flying.popleft()
+    self.step_seconds, self.began = min(took, 1.1 * self.step_seconds or took), now  # a compilation's seconds are not believed
+
+  @property
+  def spare(self) -> float:
+    """Seconds until the next segment should be started; none where few live, whose segments are over soon."""
+    if not self.in_flight or len(self.slot_to_request) - self.slot_to_request.count(None) <= SOME:
+      return 0.0
+    return self.began + self.flying[0] * self.step_seconds / 2 - time.monotonic()
 
   def limit(self, steps: int) -> np.ndarray | None:
     """How many steps the segment's program is told to take; None: it is the one that takes a whole segment."""
@@ -94,6 +119,11 @@ class PacedRun(Run):
     tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
     return _prefill(self.e.config, self.e.params, tokens, length, rows=self.e.prefill_rows, width=self.e.max_prompt,
                     sampling=self.sampling)
+
+
+def gap(live: int) -> float:
+  """Seconds for which what a trace says is kept back after a piece of it, unless it ends, while so many live."""
+  return 0.0 if live <= SOME else min(LONGEST, live / PIECES)
 
 
 def widths(max_prompt: int) -> list[int]:

@@ -56,6 +56,11 @@ class PrefixCache:
     self.numbers: collections.OrderedDict[bytes, int] = collections.OrderedDict()  # by name, the least recently used first
     self.asked, self.found = 0, 0  # prompt tokens so far: all of them, and those that were there
 
+  @property
+  def counts(self) -> tuple[int, int, int, int]:
+    """Prompt tokens asked for and found, blocks that are taken, and their places."""
+    return self.asked, self.found, len(self.numbers), self.size
+
   def clear(self) -> None:
     self.numbers.clear()
     self.asked = self.found = 0

@@ -19,31 +19,25 @@ import numpy as np
 from arrol_jax.engine import programs
 from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine
 from arrol_jax.engine.token_counts import BUCKETS, count_tokens
 from arrol_jax.models import transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.layers import split_qkv
 from arrol_jax.pruning import decision
-from arrol_jax.serving.service import Service
+from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.serving.calls import Likelihoods
 
 MOST_ALTERNATIVES = 20
 _BLOCK = 64  # places whose logits are there at once
 
 
-class Likelihoods(NamedTuple):
-  """Of T tokens, each given those before it."""
-  logprobs: np.ndarray  # f32[T]    NaN for the first
-  tokens: np.ndarray    # i32[T,K]  the likeliest there, K = MOST_ALTERNATIVES or the vocabulary
-  likeliest: np.ndarray  # f32[T,K]  their log-probs
-
-
 class Scorer:
-  """Passes over the model that a service serves. Threads may share it; it changes nothing of the service."""
+  """Passes over an engine's model; head and rule are those of its decisions. Threads may share it; it changes nothing."""
 
-  def __init__(self, service: Service):
-    self.service = service
-    e = service.engine
-    room = e.max_prompt + e.max_new
+  def __init__(self, engine: Engine, sampling: Sampling, head: dict | None, rule: PruneRule | None):
+    self.engine, self.sampling, self.head, self.rule = engine, sampling, head, rule
+    room = engine.max_prompt + engine.max_new
     self.lengths = sorted({-(-room * (i + 1) // 4 // _BLOCK) * _BLOCK for i in range(4)})
 
   def _padded(self, tokens: np.ndarray) -> np.ndarray:
@@ -52,24 +46,24 @@ class Scorer:
 
   def likelihoods(self, prompt: np.ndarray, answer: list[int], temperature: float) -> Likelihoods:
     """Of all tokens of prompt and answer. temperature: the answer's, 0 counting as 1; the prompt's is 1."""
-    s, tokens = self.service, np.concatenate([prompt, np.asarray(answer, np.int32)])
+    tokens = np.concatenate([prompt, np.asarray(answer, np.int32)])
     padded = self._padded(tokens)
     heat = np.where(np.arange(padded.shape[1]) + 1 < len(prompt), 1.0, temperature or 1.0).astype(np.float32)
-    with jax.set_mesh(s.engine.mesh):
-      out = _likelihoods(s.engine.config, s.engine.params, padded, heat, sampling=s.sampling)
+    with jax.set_mesh(self.engine.mesh):
+      out = _likelihoods(self.engine.config, self.engine.params, padded, heat, sampling=self.sampling)
     logprobs, likeliest, ids = (x[:len(tokens) - 1] for x in jax.device_get(out))
     first = lambda x: np.concatenate([np.full_like(x[:1], -1 if x.dtype == np.int32 else np.nan, shape=(1, *x.shape[1:])), x])
     return Likelihoods(first(logprobs), first(ids), first(likeliest))
 
   def final(self, prompt: np.ndarray, answer: list[int], logprobs: list[float], siblings: Sequence[list[int]] = ()) -> float:
     """The head's logit at the last token of an answer; siblings: the other answers' tokens, for a head that compares them."""
-    s = self.service
+    e, sampling = self.engine, self.sampling
     fed = np.concatenate([prompt, np.asarray(answer[:-1], np.int32)])  # a token's state is that of the step that drew it
-    with jax.set_mesh(s.engine.mesh):
-      states = _states(s.engine.config, s.engine.params, self._padded(fed), len(prompt), len(fed), sampling=s.sampling)
-      slots = _slots(s, states, answer, logprobs, siblings if s.sampling.taps.counts else ())
+    with jax.set_mesh(e.mesh):
+      states = _states(e.config, e.params, self._padded(fed), len(prompt), len(fed), sampling=sampling)
+      slots = _slots(self, states, answer, logprobs, siblings if sampling.taps.counts else ())
       rows = slots.generated.shape[0]
-      out = decision.judge(slots, s.head, s.rule, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32))[2]
+      out = decision.judge(slots, self.head, self.rule, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32))[2]
     return float(out[0])
 
 
@@ -118,7 +112,7 @@ def _states(c, params: dict, tokens: jax.Array, prompt: jax.Array, fed: jax.Arra
   return at(hidden, fed - 1), total(hidden), taps, prompt_state
 
 
-def _slots(s: Service, states: tuple, answer: list[int], logprobs: list[float], siblings: Sequence[list[int]]) -> Slots:
+def _slots(s: Scorer, states: tuple, answer: list[int], logprobs: list[float], siblings: Sequence[list[int]]) -> Slots:
   """An answer as the engine's slot would stand after its last token; siblings behind it, of which only the tokens are known."""
   sampling, rows = s.sampling, 1 + len(siblings)
   hidden, hidden_sum, taps, prompt_state = states

@@ -11,7 +11,6 @@ Left out: HTTP and JSON (web.py, openai_api.py), priorities.
 """
 
 from collections.abc import Callable
-import dataclasses
 import queue
 import threading
 import time
@@ -25,23 +24,14 @@ from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.serving import pace
-from arrol_jax.serving.calls import HOPELESS, Call, Cut, Full, Ticket, seed_of
+from arrol_jax.serving.calls import HOPELESS, Call, Cut, Standing, Ticket, Totals, check_room, seed_of
 from arrol_jax.serving.pace import PacedRun
 from arrol_jax.serving.prefixes import PrefixCache
+from arrol_jax.serving.scoring import Scorer
 from arrol_jax.serving.trace import Trace
 
 _GROUPS = 1 << 20  # numbers of calls come round again; far more than wait at once, and a decision's group fits int32
 _CLOSE, _CUT = object(), object()
-
-
-@dataclasses.dataclass
-class Totals:
-  """Counts since the start."""
-  prompt_tokens: int = 0
-  tokens: int = 0
-  traces: int = 0
-  hopeless: int = 0
-  cancelled: int = 0
 
 
 class Service:
@@ -60,9 +50,10 @@ class Service:
       self.detect = voters.detect if tables is not None else ()
       self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=voters.inputs)
       self.decide = make_decide(self.head, Calibration() if tables is None else tables, self.rule, tables is not None)
-    self.run = self._make_run()
+    self.run, self.scorer = self._make_run(), Scorer(engine, sampling, self.head, self.rule)
     self.totals, self.failure = Totals(), None
     self.on_queue: Callable[[float], None] | None = None  # told how long each trace waited for a slot, in seconds
+    self.on_turn: Callable[[], None] | None = None  # called by the engine's thread when all that was new has been told
     self.traces: dict[int, Trace] = {}  # by id of the rollout
     self._since: dict[Sequence, float] = {}  # when those that wait came
     self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # Ticket to start, (Ticket,) to cancel, _CLOSE, _CUT
@@ -83,8 +74,7 @@ class Service:
     if self.failure is not None:
       raise RuntimeError("the engine broke") from self.failure
     with self._lock:
-      if self._taken + sum(call.n for call in calls) > self.most:
-        raise Full(f"{self._taken} traces are running or waiting and {self.most} is the most")
+      check_room(self._taken, calls, self.most)
       if not self._taken:
         self._beat = time.monotonic()
       self._taken += sum(call.n for call in calls)
@@ -120,6 +110,10 @@ class Service:
     """Seconds since the engine's last step, 0 where there is nothing to do."""
     return time.monotonic() - self._beat if self._taken else 0.0
 
+  @property
+  def standing(self) -> Standing:
+    return Standing(self.running, self._beat, self.totals, *([self.kept.counts] if self.kept else []))
+
   # ---- the engine's thread ----------------------------------------------------------------------------------
 
   def warm_up(self, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -132,8 +126,11 @@ class Service:
     """Decodes until closed and empty. What the engine raises goes to every caller, into `failure`, and on."""
     try:
       with jax.set_mesh(self.engine.mesh):
+        told = True
         while self._take_in():
-          if not self.run.advance(self.decide, self._report):
+          started = self.run.advance(self.decide, None if told else self._report)
+          told = not started or self.run.spare > 0  # else it is told when the device has the next segment
+          if told:
             self._report()
           self._beat = time.monotonic()
     except BaseException as e:
@@ -153,13 +150,16 @@ class Service:
           self._taken -= late.call.n
 
   def _take_in(self) -> bool:
-    """Starts and cancels what was asked for, waiting for it if there is nothing to do. False: closed and done."""
+    """Starts and cancels what was asked for, waiting for it while nothing else is to be done. False: closed and done."""
     while True:
       idle = not self.traces
       if idle and self._closing and self._inbox.empty():
         return False
+      if idle:
+        self._turn()
       try:
-        asked = self._inbox.get(block=idle)
+        spare = None if idle else max(0.0, self.run.spare)
+        asked = self._inbox.get(spare != 0, spare)
       except queue.Empty:
         return True
       if asked is _CLOSE or asked is _CUT:
@@ -203,11 +203,12 @@ class Service:
   def _report(self) -> None:
     """Hands out what is new, and lets go of what has ended."""
     ended = {id(rollout) for rollout in self.run.take_finished()}
-    over, stopped = [], []
+    over, stopped, now, gap = [], [], time.monotonic(), pace.gap(self.running)
     for key, trace in self.traces.items():
-      piece = trace.read(key in ended)
+      piece = trace.read(key in ended, due=now - trace.told >= gap)
       if piece is None:
         continue
+      trace.told = now
       self.totals.tokens += len(piece.tokens)
       if piece.finish:
         over.append(trace)
@@ -219,3 +220,7 @@ class Service:
     if stopped:
       self.run.cancel(stopped)
     self._forget(over)
+    self._turn()
+
+  def _turn(self) -> None:
+    self.on_turn and self.on_turn()

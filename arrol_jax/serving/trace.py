@@ -28,15 +28,16 @@ class Trace:
 
   def __init__(self, ticket: Ticket, number: int, sequence: Sequence, tokenizer, detect: tuple[int, ...] = ()):
     self.ticket, self.number, self.sequence, self.detect = ticket, number, sequence, detect
-    self.pieces, self.sent, self.text = 0, 0, Text(tokenizer)
+    self.pieces, self.sent, self.given, self.text = 0, 0, 0, Text(tokenizer)  # given: tokens handed out
+    self.told = 0.0  # when it last was
     self.tokens: list[int] = []
     self.logprobs: list[float] = []
     self.posteriors: list[float] = []  # one a decision
 
-  def read(self, ended: bool) -> Piece | None:
-    """What is new since the last call; None if nothing is."""
-    pieces = self.sequence.tokens[self.pieces:]
-    if not pieces and not ended:
+  def read(self, ended: bool, due: bool = True) -> Piece | None:
+    """What is new since the last piece; None if nothing is, or if it is not due and the trace goes on."""
+    pieces, stop = self.sequence.tokens[self.pieces:], self.ticket.call.stop
+    if not ended and not (pieces and (due or stop)):
       return None
     before = len(self.tokens)
     self.tokens += np.concatenate([*pieces, np.zeros(0, np.int32)]).astype(int).tolist()
@@ -48,12 +49,14 @@ class Trace:
     if ended:
       text = self.text.decode(self.tokens)
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
-    stop, cut = self.ticket.call.stop, False
+    cut = False
     if any(text.find(s, self.sent) >= 0 for s in stop):
       text, cut, finish = *self._stop(before), "stop"
+    if not (finish or due):
+      return None
     end = len(text) if finish else len(text) - held(text, stop)
-    new, self.sent = text[self.sent:end], max(self.sent, end)
-    return Piece(self.number, new, self.tokens[before:], self.logprobs[before:], finish, rollout if finish else None, cut)
+    new, self.sent, first, self.given = text[self.sent:end], max(self.sent, end), self.given, len(self.tokens)
+    return Piece(self.number, new, self.tokens[first:], self.logprobs[first:], finish, rollout if finish else None, cut)
 
   def _stop(self, before: int) -> tuple[str, bool]:
     """The text up to the first stop string, and whether tokens after it had been drawn: they, and what was made of them, go."""

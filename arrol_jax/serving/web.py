@@ -30,8 +30,6 @@ from arrol_jax.serving.calls import Cut, Full, Piece
 from arrol_jax.serving.fields import Refused
 from arrol_jax.serving.meters import Meters
 from arrol_jax.serving.openai_api import Asked, Limits
-from arrol_jax.serving.scoring import Scorer
-from arrol_jax.serving.service import Service
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +46,12 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*?)\.?)(?::[0-9]*)?")  # a Ho
 
 
 class Web:
-  """What the routes share. `under_way`: calls that were taken and not yet answered to their end."""
+  """What the routes share. service: a Service, or a Remote one; `under_way`: calls that were taken and not yet answered to their
+  end."""
 
-  def __init__(self, service: Service, limits: Limits, access: Access):
+  def __init__(self, service, limits: Limits, access: Access):
     self.service, self.limits, self.access = service, limits, access
-    self.meters, self.bodies, self.scorer = Meters(service), Bodies(), Scorer(service)
+    self.meters, self.bodies, self.scorer = Meters(service), Bodies(), service.scorer
     self.sameness = votes.Sameness()
     self.voting, self.passing = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "second-pass")  # off the others' way
     self.under_way: set[str] = set()
@@ -106,9 +105,10 @@ class Web:
     return ("stopping" if self.bodies.closing.is_set() else "ok"), True
 
 
-def make_app(service: Service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
+def make_app(service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
              access: Access = ANYONE) -> Starlette:
-  """The server. Its lifespan runs the engine's thread; broken() is called if that dies. app.state.web is the Web."""
+  """The server of a Service, or a Remote one. Its lifespan runs the engine's thread; broken() is called if that dies.
+  app.state.web is the Web."""
   web = Web(service, limits, access)
 
   async def health(ready: bool, request):
@@ -180,6 +180,7 @@ def _lifespan(web: Web, started: Callable | None, broken: Callable | None) -> Ca
       web.service.serve()
     except Exception:
       traceback.print_exc()
+    if web.service.failure is not None:
       broken and broken()
 
   @contextlib.asynccontextmanager
@@ -332,9 +333,7 @@ async def _events(call: Running):
     except Exception:
       yield event(refusal("the server failed; its log says why", 500))
       return
-  if answer.asked.usage:
-    yield event(answer.closing())
-  yield "data: [DONE]\n\n"
+  yield (event(answer.closing()) if answer.asked.usage else "") + "data: [DONE]\n\n"
 
 
 async def _unless_gone(request: Request, said: Callable) -> bool:

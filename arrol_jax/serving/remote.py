@@ -1,0 +1,154 @@
+"""The HTTP side in a process of its own, so that it does not share the interpreter with the engine's thread: `Remote` stands
+there for the Service, which lives at the other end of a connection (front.py).
+
+Messages are tuples, pickled, a word first. To the engine's process: ("submit", [(number, Call)]), ("cancel", number),
+("score", number, method of Scorer, arguments), ("close",), ("cut",). From it: ("said", [(number, Piece or exception)], waits for
+a slot in seconds, Standing) after each turn of the engine's thread, ("scored", number, result or exception), ("stop",) for a
+signal, ("end", what went wrong or None). A connection that ends counts as an engine that broke.
+No accelerator is touched here.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+import functools
+import itertools
+from multiprocessing.connection import Connection
+import signal
+import socket
+import threading
+import time
+import traceback
+from types import SimpleNamespace
+import weakref
+
+from arrol_jax.serving.calls import Call, Cut, Standing, Ticket, check_room
+from arrol_jax.serving.lifecycle import listen
+
+
+class Remote:
+  """What the HTTP side asks of a Service. `most`: as the Service's; submit_all and cancel are called from one thread."""
+
+  def __init__(self, connection: Connection, most: int, standing: Standing):
+    self.connection, self.most, self.standing, self.failure = connection, most, standing, None
+    self.on_queue: Callable[[float], None] | None = None
+    self.on_stop: Callable[[], None] | None = None  # called when the other process got a signal
+    self.scorer = SimpleNamespace(**{name: functools.partial(self._score, name) for name in ("likelihoods", "final")})
+    self._numbers, self._sending = itertools.count(), threading.Lock()
+    self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # callers hold them
+    self._scores: dict[int, Future] = {}
+    self._sent, self._woke = self._over, 0.0  # traces handed in; when the first of those under way was
+
+  # ---- called from any thread -------------------------------------------------------------------------------
+
+  def submit_all(self, calls: list[Call], on_piece: list[Callable]) -> list[Ticket]:
+    """As Service.submit_all."""
+    check_room(self._taken, calls, self.most)
+    if not self._taken:
+      self._woke = time.monotonic()
+    self._sent += sum(call.n for call in calls)
+    tickets = [Ticket(call, told, next(self._numbers)) for call, told in zip(calls, on_piece, strict=True)]
+    self._tickets.update({ticket.number: ticket for ticket in tickets})
+    self._send("submit", [(ticket.number, ticket.call) for ticket in tickets])
+    self._check()
+    return tickets
+
+  def cancel(self, ticket: Ticket) -> None:
+    self._send("cancel", ticket.number)
+
+  def close(self) -> None:
+    self._send("close")
+
+  def cut(self) -> None:
+    self._send("cut")
+
+  @property
+  def running(self) -> int:
+    return self.standing.running
+
+  @property
+  def waiting(self) -> int:
+    return max(0, self._taken - self.running)
+
+  @property
+  def still(self) -> float:
+    return time.monotonic() - max(self.standing.beat, self._woke) if self._taken else 0.0
+
+  @property
+  def _over(self) -> int:
+    return self.standing.totals.traces + self.standing.totals.cancelled
+
+  @property
+  def _taken(self) -> int:
+    """Traces that run or wait; never fewer than the Service knows of."""
+    return self._sent - self._over
+
+  def _score(self, name: str, *args):
+    """A method of the Service's Scorer; waits for it."""
+    number, out = next(self._numbers), Future()
+    self._scores[number] = out
+    self._send("score", number, name, args)
+    self._check()
+    return out.result()
+
+  def _check(self) -> None:
+    """After something was asked for: if the engine broke before that was noted, nobody will answer."""
+    if self.failure is not None:
+      raise RuntimeError("the engine broke") from self.failure
+
+  def _send(self, *message) -> None:
+    try:
+      with self._sending:
+        self.connection.send(message)
+    except OSError:
+      pass  # the other process has ended: the reading thread finds out
+
+  # ---- the reading thread -----------------------------------------------------------------------------------
+
+  def serve(self) -> None:
+    """Hands on what comes, until the engine's thread has ended; what broke it, or the line to it, is in `failure` then."""
+    try:
+      while (message := self.connection.recv())[0] != "end":
+        self._take(*message)
+      self.failure = message[1] and RuntimeError(message[1])
+    except (EOFError, OSError):
+      self.failure = RuntimeError("the engine's process has ended")
+    except Exception as e:
+      self.failure = e
+      traceback.print_exc()
+    end = self.failure or Cut("the server stopped before this call was done")
+    for ticket in list(self._tickets.values()):
+      ticket.on_piece(end)
+    for score in list(self._scores.values()):
+      score.set_exception(end)
+
+  def _take(self, word: str, *rest) -> None:
+    if word == "said":
+      pieces, waits, self.standing = rest
+      for number, piece in pieces:
+        ticket = self._tickets.get(number)
+        if ticket is not None:
+          ticket.on_piece(piece)
+      for seconds in waits:
+        self.on_queue and self.on_queue(seconds)
+    elif word == "scored":
+      number, result = rest
+      settle = self._scores.pop(number)
+      settle.set_exception(result) if isinstance(result, Exception) else settle.set_result(result)
+    elif word == "stop":
+      self.on_stop()
+    else:
+      raise ValueError(f"no such message: {word!r}")
+
+
+def main(listener: int, connection: int) -> int:
+  """The process: serves at a listening socket, both given as file descriptors; the exit status."""
+  for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
+    signal.signal(name, lambda *_: None)
+  connection = Connection(connection)
+  from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; a second's import, while the model loads)
+  try:
+    limits, *settings, standing = connection.recv()
+  except (EOFError, OSError):
+    return 0  # the model could not be loaded, which has been said
+  remote = Remote(connection, limits.max_traces, standing)
+  return listen(remote, limits, socket.socket(fileno=listener), *settings)

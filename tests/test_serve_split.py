@@ -1,0 +1,230 @@
+"""The HTTP side's own process: what callers and the engine tell each other gets across, and no end of either hangs the other."""
+
+import contextlib
+import http.client
+import json
+import socket
+import tempfile
+import threading
+import time
+from types import SimpleNamespace
+
+from helpers_serve import FOREVER, PROMPT, ask, begun, command, events
+import numpy as np
+import pytest
+
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Sequence
+from arrol_jax.models import sharding
+from arrol_jax.models.files.weights import load_policy
+from arrol_jax.serving import pace
+from arrol_jax.serving.calls import Call, Likelihoods
+from arrol_jax.serving.front import Front
+from arrol_jax.serving.openai_api import Limits
+from arrol_jax.serving.service import Service
+from arrol_jax.serving.trace import Trace
+from arrol_jax.serving.web import Access
+from arrol_jax.types import Rollout
+
+ROWS, QUEUE, SAID = 4, 2, [3, 4]
+TOKENIZER = load_policy("experiments/arithmetic/signs").tokenizer
+
+
+class Says:
+  """A PacedRun without a model: every row says the tokens SAID each turn. `trouble` may break it."""
+  spare = 0.0
+
+  def __init__(self, on_seat):
+    self.on_seat, self.waiting, self.slot_to_request, self.finished, self.trouble = on_seat, [], [None] * ROWS, [], None
+
+  def add(self, request):
+    self.waiting.append(Sequence(request, Rollout(request.index, request.prompt, request.tokens, None, None)))
+    return self.waiting[-1]
+
+  def cancel(self, gone):
+    self.waiting = [x for x in self.waiting if x not in gone]
+    self.slot_to_request = [None if x in gone else x for x in self.slot_to_request]
+
+  def take_finished(self):
+    out, self.finished = self.finished, []
+    return out
+
+  def advance(self, decide, meanwhile):
+    for i, x in enumerate(self.slot_to_request):
+      if x is None and self.waiting:
+        self.slot_to_request[i] = self.waiting.pop(0)
+        self.on_seat(self.slot_to_request[i])
+    meanwhile and meanwhile()
+    time.sleep(0.005)
+    if self.trouble == "breaks":
+      raise OSError("the device is gone")
+    for i, x in enumerate(self.slot_to_request):
+      if x:
+        x.tokens.append(np.array(SAID))
+        x.logprobs.append(np.array([-0.5, -0.25]))
+        x.count += 2
+        if x.count >= x.request.max_tokens:
+          x.rollout.features = (lambda: "cannot be pickled",) if self.trouble == "cannot be told" else ()
+          self.finished.append(x.rollout)
+          self.slot_to_request[i] = None
+    return any(self.slot_to_request)
+
+
+class Quick(Service):
+  def _make_run(self):
+    return Says(self._seated)
+
+
+@contextlib.contextmanager
+def split():
+  """A server in two processes: port, service, front, and `ended()`, which waits for run's status."""
+  engine = SimpleNamespace(rows=ROWS, max_prompt=16, max_new=10**6, mesh=sharding.make_mesh())
+  service = Quick(engine, Sampling(None, (), "float32"), TOKENIZER, QUEUE)
+  limits = Limits("mine", 16, 10**6, service.most, 19, TOKENIZER, None, 8, False, False)
+  listener, status = socket.create_server(("127.0.0.1", 0)), []
+  port = listener.getsockname()[1]
+  with tempfile.TemporaryFile("w+") as said, Front(listener, said) as front:
+    thread = threading.Thread(target=lambda: status.append(front.run(service, limits, Access(), 10.0, 5)))
+    thread.start()
+
+    def ended():
+      thread.join(20)
+      assert not thread.is_alive() and front.process.returncode is not None
+      said.seek(0)
+      return status[0], said.read().splitlines()[1:]
+
+    try:
+      yield SimpleNamespace(port=port, service=service, front=front, ended=ended)
+    finally:
+      front.process.kill()
+      thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def server():
+  with split() as out:
+    yield out
+    out.front.stop()
+    assert out.ended() == (0, ["drained"])
+
+
+def until(condition):
+  for _ in range(500):
+    if condition():
+      return True
+    time.sleep(0.01)
+  return False
+
+
+def test_calls_get_their_text_and_numbers_get_across(server):
+  text = TOKENIZER.decode(SAID * 8)
+  status, answer = ask(server.port, {"prompt": PROMPT, "n": 3, "max_tokens": 16, "logprobs": 0})
+  assert status == 200 and [c["text"] for c in answer["choices"]] == [text] * 3
+  assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.25] * 8
+  parts = events(server.port, {"prompt": PROMPT, "max_tokens": 16})
+  assert "".join(p["choices"][0]["text"] for p in parts) == text and len(parts) == 8  # a turn's tokens each
+  lines = dict(line.rsplit(" ", 1) for line in ask(server.port, None, "/metrics", "GET")[1].splitlines())
+  found = [float(lines[f"arrol_{name}"]) for name in ("traces_total", "tokens_total", "queue_seconds_count", "traces_most")]
+  assert found == [4, 64, 4, ROWS + QUEUE]
+
+
+def test_a_client_that_leaves_ends_its_call_and_a_full_server_says_so(server):
+  cancelled = server.service.totals.cancelled
+  connection, answer = begun(server.port, FOREVER | {"n": ROWS + QUEUE - 1, "max_tokens": 10**6})
+  assert until(lambda: ask(server.port, None, "/health", "GET")[1].items() >= {"running": ROWS, "waiting": QUEUE - 1}.items())
+  assert ask(server.port, {"prompt": PROMPT, "n": 2, "max_tokens": 4})[0] == 429
+  answer.close()
+  connection.close()
+  assert until(lambda: server.service.totals.cancelled == cancelled + ROWS + QUEUE - 1) and not server.service.running
+  assert until(lambda: ask(server.port, None, "/health", "GET")[1]["waiting"] == 0)
+  assert ask(server.port, {"prompt": PROMPT, "n": ROWS + QUEUE, "max_tokens": 4})[0] == 200
+
+
+def test_second_passes_are_made_where_the_model_is(server, capsys):
+  asked = []
+
+  def likelihoods(prompt, answer, temperature):
+    asked.append((prompt.tolist(), answer, temperature))
+    if len(asked) > 1:
+      raise ValueError("too long")
+    return Likelihoods(np.full(len(prompt), -1.5, np.float32), np.zeros((len(prompt), 1), np.int32), np.zeros((len(prompt), 1)))
+
+  server.service.scorer.likelihoods = likelihoods
+  body = {"prompt": "1+2>", "echo": True, "max_tokens": 0, "logprobs": 1, "temperature": 0.5}
+  status, answer = ask(server.port, body)
+  assert status == 200 and answer["choices"][0]["logprobs"]["token_logprobs"] == [-1.5] * 4
+  assert asked == [(TOKENIZER.encode("1+2>"), [], 0.5)]
+  assert ask(server.port, body)[0] == 500 and "too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trouble", ["breaks", "cannot be told"])
+def test_an_engine_that_breaks_is_told_to_all_and_ends_it(trouble, capsys):
+  with split() as server:
+    connection, answer = begun(server.port, {"prompt": PROMPT, "stream": True, "max_tokens": 200})
+    server.service.run.trouble = trouble
+    last = answer.read().decode().strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 500
+    connection.close()
+    assert server.ended() == (1, []) and "Traceback" in capsys.readouterr().err
+
+
+def test_a_killed_http_side_is_told_in_one_line(capsys):
+  with split() as server:
+    connection, answer = begun(server.port, FOREVER | {"max_tokens": 10**6})
+    server.front.process.kill()
+    with contextlib.suppress(http.client.IncompleteRead):
+      answer.read()
+    connection.close()
+    assert server.ended() == (1, [])
+    assert capsys.readouterr().err == "error: the HTTP side was killed (signal 9)\n" and not server.service.running
+
+
+@pytest.mark.parametrize("reader", ["http", "engine"])
+def test_a_message_that_makes_no_sense_ends_both(reader, capsys):
+  with split() as server:
+    connection, answer = begun(server.port, FOREVER | {"max_tokens": 10**6})
+    if reader == "http":
+      server.front._send("nonsense")
+      assert b'"code": 500' in answer.read()
+    else:
+      server.service.cancel = None  # so that nothing can be made of the next message
+      answer.close()
+    connection.close()
+    assert server.ended() == (1, []) and ("killed" in capsys.readouterr().err) == (reader == "engine")
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_killed_engine():
+  """Whoever lived would hold stdout open."""
+  with command() as (process, port):
+    connection, answer = begun(port)
+    process.kill()
+    said = answer.read().decode()
+    assert "the server failed" in said and "[DONE]" not in said
+    connection.close()
+    out, err = process.communicate(timeout=20)
+    assert out == "" and "Traceback" not in err
+    with pytest.raises(ConnectionRefusedError):
+      ask(port, None, "/health", "GET")
+
+
+def test_with_many_traces_pieces_are_fewer_and_longer():
+  assert pace.gap(1) == pace.gap(pace.SOME) == 0
+  for live in (20, 64, 256, 4096):
+    assert pace.gap(live) <= pace.LONGEST and (live / pace.gap(live) <= 1250 or pace.gap(live) == pace.LONGEST)
+
+
+@pytest.mark.parametrize("stop, ends", [((), 4), (("cd",), 3)])
+def test_what_is_not_due_waits_for_the_next_piece_but_no_stop_string_does(stop, ends):
+  letters = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "".join(map(chr, tokens)))
+  sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
+  trace, pieces = Trace(SimpleNamespace(call=Call(None, 9, stop=stop)), 0, sequence, letters), []
+  for i, part in enumerate(["a", "b", "c", "dx", "e"]):
+    for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
+      kept.append(np.array([ord(x) for x in part]))
+    pieces.append(trace.read(ended=i == 4, due=i == 0))
+    if pieces[-1] and pieces[-1].finish:
+      break
+  assert i == ends and pieces[1:-1] == [None] * (ends - 1)
+  said = [(p.text, "".join(map(chr, p.tokens)), len(p.logprobs)) for p in (pieces[0], pieces[-1])]
+  assert said == [("a", "a", 1), ("b", "bcd", 3) if stop else ("bcdxe", "bcdxe", 5)]
