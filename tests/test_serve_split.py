@@ -1,5 +1,6 @@
 """The HTTP side's own process: what callers and the engine tell each other gets across, and no end of either hangs the other."""
 
+import collections
 import contextlib
 import http.client
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from arrol_jax.engine.sampling import Sampling
-from arrol_jax.engine.scheduler import Sequence
+from arrol_jax.engine.scheduler import Run, Sequence
 from arrol_jax.models import sharding
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.serving import pace
@@ -228,3 +229,22 @@ def test_what_is_not_due_waits_for_the_next_piece_but_no_stop_string_does(stop, 
   assert i == ends and pieces[1:-1] == [None] * (ends - 1)
   said = [(p.text, "".join(map(chr, p.tokens)), len(p.logprobs)) for p in (pieces[0], pieces[-1])]
   assert said == [("a", "a", 1), ("b", "bcd", 3) if stop else ("bcdxe", "bcdxe", 5)]
+
+
+def test_calls_in_return_are_waited_for_half_a_segment_where_many_live(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+  monkeypatch.setattr(Run, "look", lambda run: run.in_flight.pop(0))
+  run = object.__new__(pace.PacedRun)
+  run.flying, run.in_flight, run.began, run.step_seconds = collections.deque([8, 16]), ["segment"] * 2, 100.0, 0.0
+  run.slot_to_request = [None] * 4 + ["trace"] * (pace.SOME + 1)
+  now[0] = 100.4  # the first took 0.05 a step, so that the second takes 0.8
+  run.look()
+  assert run.spare == pytest.approx(0.4)
+  now[0] = 100.6
+  assert run.spare == pytest.approx(0.2)
+  run.slot_to_request[-1] = None
+  assert run.spare == 0
+  now[0] = 200.0  # a compilation was in it
+  run.look()
+  assert run.step_seconds == pytest.approx(0.055) and run.spare == 0
