@@ -8,13 +8,14 @@ import jax
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble, assemble_state
+from arrol_jax.models import sharding
 from arrol_jax.serving import prompts
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.prefixes import PrefixCache
 from arrol_jax.serving.service import Service
 from arrol_jax.types import UserError
 
-PREFILL_ROWS = 4  # calls arrive one by one: a prefill of many rows would be mostly padding
+PREFILL_ROWS = 4, 16  # prompts prefilled at once at most; on a GPU, where few of them take no less time
 CPU_SLOTS = 16    # where none are asked for: what a CPU decodes at once without each row being slow
 
 
@@ -35,7 +36,8 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     assemble.check_tables(c, loaded)
     assemble.warn(loaded, [])
     kept = _prefix_cache(c, loaded, kept_mib)  # before the slots take what memory is left
-    engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params), prefill_rows=PREFILL_ROWS)
+    engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params),
+                                 prefill_rows=PREFILL_ROWS[sharding.platform() == "gpu"])
     loaded.params = None
   how = dataclasses.replace(assemble.sampling(c, loaded), top_p=None, confidence=assemble.TOP_K,
                             pool=assemble.pools(c, loaded.head))

@@ -88,7 +88,7 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
             (init, "prefill"), waves),
     Program(segment, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], out[init]),
             {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
-            1 if decoding.asks_nobody(c.sampling) else e.segment // math.gcd(e.segment, decoding.STRIDE)),
+            1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE)),
     Program(decided, decision.decide, judged, {}, (init,), segments)]
   if at:
     listed += [Program("score" + at, decision.decide, lambda out: judged(out, False), {}, (init,), segments),

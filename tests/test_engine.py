@@ -1,12 +1,14 @@
 """Continuous batching changes nothing: every request gets the tokens it would get alone, whatever its company."""
 
+import functools
+
 from hypothesis import HealthCheck, given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.engine import memory
+from arrol_jax.engine import memory, programs
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Decision, Engine, Request
 from arrol_jax.models import sharding, transformer
@@ -52,6 +54,19 @@ def same(a, b):
   assert a.request == b.request and a.stopped == b.stopped
   np.testing.assert_array_equal(a.tokens, b.tokens)
   np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, None])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_off_a_gpu_a_segment_may_end_early(platform, temperature, monkeypatch):
+  """There a loop of unknown length keeps the host waiting; a training run leaves the temperature to its requests too."""
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  sampling = Sampling(temperature, (7, 13), "float32", attention="xla")
+  slots = jax.eval_shape(lambda: programs.init_slots(C, 4, 16, sampling))
+  params = jax.eval_shape(lambda p: transformer.decoding_params(C, p, "float32", None), PARAMS)
+  outline = jax.make_jaxpr(functools.partial(programs._generate, C, steps=4, sampling=sampling))(params, slots)
+  loops = [e.primitive.name for e in outline.eqns if e.primitive.name in ("while", "scan")]
+  assert loops == ["scan" if platform == "gpu" else "while"]
 
 
 def test_the_requests_are_a_fair_mix(alone):

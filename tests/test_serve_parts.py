@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _least_where_asked, sample
+from arrol_jax.engine.scheduler import Request
 from arrol_jax.models import transformer
 from arrol_jax.serving import pace, votes
 from arrol_jax.serving.calls import Call, Piece
@@ -73,7 +74,27 @@ def test_few_rows_have_short_segments_that_end_at_decisions(server):
     sequences[0].started, sequences[1].started = 10, 14
     assert run.steps(sequences[:2] + sequences[5:20]) == 2  # the second is two tokens before its decision
     sequences[1].started = 16
-    assert run.steps(sequences[:2] + sequences[5:20]) == 6
+    assert run.steps(sequences[:2] + sequences[5:20]) == 2  # of six: 2 and 8 are there
+    sequences[0].started = 15
+    assert run.steps(sequences[:2] + sequences[5:20]) == 1
+
+
+def test_on_a_gpu_each_size_of_a_segment_is_a_program_that_asks_nobody(server, monkeypatch):
+  """And a run of them says what one program for any number of steps says."""
+  s, texts = server.service, {}
+  requests = [Request(i, i, np.arange(2, 6, dtype=np.int32), 21, temperature=1.0) for i in range(6)]
+  with jax.set_mesh(s.engine.mesh):
+    for platform in ("cpu", "gpu"):
+      monkeypatch.setattr(pace.programs, "asks_nobody", lambda on=platform == "gpu": on)
+      run = pace.PacedRun(s.engine, s.sampling)
+      told = [run.told(n) for n in run.sizes]
+      assert told == [{"steps": n} if platform == "gpu" else {"most": n} for n in run.sizes] and len(run.sizes) > 1
+      assert list(run.told(1)) == ["most"]  # a decision that comes sooner
+      rollouts = [run.add(request).rollout for request in requests]
+      while run.advance():
+        pass
+      texts[platform] = [r.tokens.tolist() for r in rollouts]
+  assert texts["cpu"] == texts["gpu"] and {len(x) for x in texts["gpu"]}
 
 
 def test_prompts_are_padded_to_what_they_need():

@@ -170,10 +170,10 @@ def segment_program(quantized: bool = False):
   return _segment_int8 if sharding.platform() == "gpu" and quantized else segment
 
 
-def asks_nobody(sampling: Sampling) -> bool:
-  """Whether a segment takes all its steps whoever is left. A GPU's loop of unknown length asks the host, which then cannot run
-  a segment ahead; a server's (it leaves the temperature to its calls) ends early all the same, so a lone call is answered."""
-  return sharding.platform() == "gpu" and sampling.temperature is not None
+def asks_nobody() -> bool:
+  """Whether a segment takes all its steps whoever is left. A GPU's loop of unknown length asks the host, which stands still
+  meanwhile and cannot run a segment ahead."""
+  return sharding.platform() == "gpu"
 
 
 _WINDOW = 32.0          # tokens that `Slots.recent` looks back over, about
@@ -238,7 +238,7 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   said = tuple(jnp.zeros((rows, steps), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
   several = lambda count, x: jax.lax.fori_loop(0, count, lambda _, y: step(y), x)
   start = jnp.int32(0), slots, said
-  if asks_nobody(sampling) and most is None:
+  if asks_nobody() and most is None:
     _, slots, said = several(steps, start)
     return slots, *said
   stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)

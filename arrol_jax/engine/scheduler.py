@@ -314,13 +314,15 @@ class Run:
     prefix = programs.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
-  def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
-    """Starts the next segment (of `most` steps, i32[], if given) and the decision after it, without waiting for either."""
+  def start_segment(self, decide: Callable | None, steps: int | None = None, most: np.ndarray | None = None) -> None:
+    """Starts the next segment and the decision after it, without waiting for either. steps: other than the engine's, a program
+    each; most i32[]: so many of them."""
+    steps = steps or self.e.segment
     self.slots, *said = programs.generate_segment(
-      self.e.config, self.e.params, self.slots, steps=self.e.segment, sampling=self.sampling, most=most)
+      self.e.config, self.e.params, self.slots, steps=steps, sampling=self.sampling, most=most)
     for sequence in self.slot_to_request:
       if sequence:
-        sequence.started += self.e.segment if most is None else int(most)
+        sequence.started += steps if most is None else int(most)
     lengths = {sequence.started for sequence in self.slot_to_request if sequence}  # of the rows that have not ended
     self.slots, decision = decide(self.slots, lengths) if decide else (self.slots, None)
     # Copies: the slots' own buffers are donated to the next program before the host may have read them. Whole on every device,

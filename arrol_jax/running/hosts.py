@@ -77,12 +77,15 @@ def _slurm_tasks() -> int:
 def check_devices() -> None:
   """UserError where JAX finds no device of the kind that its environment asks for.
 
-  Before the first look, GPUs are told to leave matrix products to their vendor's library: on an H100 (experiments/LOG.md) that is
-  faster in decoding and in the update than the kernels which XLA's search takes instead, and saves the search.
+  Before the first look, GPUs are told, where XLA_FLAGS do not speak of it (measured: experiments/LOG.md), to leave matrix
+  products to their vendor's library, which is faster in decoding and in the update than the kernels that XLA's search takes instead, and
+  saves the search; and to put all kernels into graphs, however few stand together, so that small batches decode faster.
   """
-  flags = os.environ.get("XLA_FLAGS", "")
-  if "xla_gpu_enable_triton_gemm" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  for name, value in (("xla_gpu_enable_triton_gemm", "false"), ("xla_gpu_graph_min_graph_size", "1")):
+    if not any(name in flag for flag in flags):
+      flags.append(f"--{name}={value}")
+  os.environ["XLA_FLAGS"] = " ".join(flags)
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX asserts where no plugin for the platform is installed

@@ -54,15 +54,16 @@ class PacedRun(Run):
     fresh = any(not sequence.started for sequence in live)
     most = SHORT if len(live) <= FEW else MIDDLE if len(live) <= (MANY if fresh else SOME) else self.e.segment
     due = [length - sequence.started for sequence in live for length in self.detect]
-    return min([self.e.segment, most, *(n for n in due if n > 0)])
+    most = min([self.e.segment, most, *(n for n in due if n > 0)])
+    return max((n for n in self.sizes if n <= most), default=most)
 
-  def start_segment(self, decide: Callable | None, most: np.ndarray | None = None) -> None:
+  def start_segment(self, decide: Callable | None) -> None:
     steps = self.steps([sequence for sequence in self.slot_to_request if sequence])
     if not self.in_flight:
       self.flying.clear()
       self.began = time.monotonic()
     self.flying.append(steps)
-    super().start_segment(decide, self.limit(steps) if most is None else most)
+    super().start_segment(decide, **self.told(steps))
 
   def look(self) -> None:
     super().look()
@@ -77,10 +78,16 @@ class PacedRun(Run):
       return 0.0
     return self.began + self.flying[0] * self.step_seconds / 2 - time.monotonic()
 
-  def limit(self, steps: int) -> np.ndarray | None:
-    """How many steps the segment's program is told to take; None: it is the one that takes a whole segment."""
-    one_program = self.steady or sharding.platform() == "cpu"  # where asking after each step costs nothing
-    return None if steps == self.e.segment and not one_program else np.int32(steps)
+  @property
+  def sizes(self) -> list[int]:
+    """Steps that segments have, but for those that end before a decision which comes sooner."""
+    return sorted({min(n, self.e.segment) for n in (SHORT, MIDDLE, self.e.segment)})
+
+  def told(self, steps: int) -> dict:
+    """How a segment of so many steps is asked for. On a GPU, where a loop of unknown length costs (programs.asks_nobody), by a
+    program of its own; elsewhere one program takes any number."""
+    own = programs.asks_nobody() and not self.steady and steps in self.sizes
+    return {"steps": steps} if own else {"most": np.int32(steps)}
 
   # ---- prompts
 
@@ -108,9 +115,15 @@ class PacedRun(Run):
   def most_prompts(self) -> int:
     return 1 if self.steady else self.e.prefill_rows
 
+  @property
+  def prompt_counts(self) -> list[int]:
+    """Prompts that prefill programs take, ascending; a row a shard of the mesh at least."""
+    counts = {max(n, self.shards) for n in (1, FEW, self.e.prefill_rows)}
+    return sorted(n for n in counts if n <= max(self.most_prompts, self.shards) and n % self.shards == 0)
+
   def prefill(self, prompts: list[np.ndarray], width: int) -> Prefix:
     """Prompts of at most `width` tokens that are not kept; the result has always the same shape."""
-    rows = self.shards if len(prompts) == 1 else self.e.prefill_rows  # a row a shard of the mesh
+    rows = next(n for n in self.prompt_counts if n >= len(prompts))
     if self.kept:
       return self.kept.prefill(self.e, self.sampling, prompts, rows, width)
     tokens, length = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
@@ -145,7 +158,7 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
   """Compiles all that serving needs, on idle slots, and says how far it is. make() gives a fresh run."""
   run, start = make(), time.monotonic()
   shapes = [(rows, length) for length in run.lengths for rows in reversed(run.counts)]
-  prompt_shapes = [(count, width) for width in run.widths for count in sorted({1, run.most_prompts})]
+  prompt_shapes = [(count, width) for width in run.widths for count in run.prompt_counts]
   for i, (count, width) in enumerate(prompt_shapes):
     tell(f"compiling prompts of {width} tokens, {count} at once ({i + 1} of {len(prompt_shapes) + len(shapes)}, "
          f"{time.monotonic() - start:.0f} s so far)")
@@ -157,8 +170,9 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
     state.add(Request(0, 0, np.zeros(1, np.int32), 1))
     state.slots = programs.init_slots(state.e.config, rows, length, state.sampling)
     state.slot_to_request, state.length = [None] * rows, length
-    for steps in (SHORT, state.e.segment):
-      Run.start_segment(state, decide, state.limit(steps))
+    small = rows <= next(n for n in run.counts if n >= min(MANY, run.counts[-1]))
+    for steps in state.sizes if small or state.detect else state.sizes[-1:]:
+      Run.start_segment(state, decide, **state.told(steps))
     state.assign(list(state.waiting))
     if rows > run.counts[0]:
       state.take([], run.counts[run.counts.index(rows) - 1], length)
