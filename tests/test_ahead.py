@@ -175,6 +175,8 @@ def test_no_step_begins_too_early(mesh, most):
       steps.generate(step)
       allowed = set(range(step + 1, min(step + most + 1, STEPS)))
       assert set(steps.under_way) <= allowed and (step > 0 or set(steps.under_way) == allowed)
+      assert (steps.run is None) == (not steps.under_way)  # its slots are given back
+  assert steps.run is None
 
 
 # ---- a run

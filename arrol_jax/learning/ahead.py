@@ -60,6 +60,8 @@ class Ahead:
       self.run.look()
     self._report()
     del self.under_way[step]
+    if not self.under_way:  # nothing that an update would have to leave room for
+      self.drop()
     return *wanted.graded([sequence.rollout for sequence in sequences]), wanted.chosen
 
   def _begun(self, step: int) -> tuple[Wanted, list[Sequence]]:
