@@ -20,7 +20,17 @@ from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
 from arrol_jax.pruning.own_rule import own_rule
-from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, missing, nearness, solve_delta, survival, survival_with_floor
+from arrol_jax.pruning.rule import (
+  PruneRule,
+  at_least,
+  group_survival,
+  lift,
+  missing,
+  nearness,
+  solve_delta,
+  survival,
+  survival_with_floor,
+)
 from arrol_jax.pruning.table import Calibration
 
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
@@ -138,7 +148,7 @@ def _threshold(rule, slots, tables, posterior, which, group, decided):
 
 def _budget(rule, slots, tables, posterior, which, group, decided):
   """METHOD 10.1: over the whole batch, the set of largest expected signal. Finished rollouts count with what their last token
-  promises."""
+  promises, until their slots are others'."""
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
   return budget_probability(posterior, slots.group, decided, _others(slots, decided), **rule.limits(), identity=request)
 
