@@ -1,6 +1,7 @@
 """Steps whose rollouts run ahead of the update: the same rollouts as one step after another, by the policies that they say."""
 
 import math
+from unittest import mock
 
 from helpers_train import arguments, assert_refused, command, read, run, timeless
 import jax
@@ -10,7 +11,7 @@ import pytest
 from arrol_jax import config
 from arrol_jax.data.problems import Problem, Prompt
 from arrol_jax.engine.sampling import Sampling
-from arrol_jax.engine.scheduler import Engine
+from arrol_jax.engine.scheduler import Engine, Run
 from arrol_jax.learning.ahead import Ahead
 from arrol_jax.learning.generation import Grading, Wanted
 from arrol_jax.models import sharding, transformer
@@ -122,6 +123,34 @@ def test_stale_tokens_are_the_old_policys_and_say_so(mesh):
         assert abs(r.logprobs[r.stale] - old[r.stale]) > 1e-3
 
 
+def test_rows_of_a_group_have_one_prompt(mesh):
+  """Kernels read a group's prompt once: whoever joins a group under way has its keys and values bit for bit, also in a step after
+  the one that is waited for."""
+  joined = []
+
+  def advance(run, *args):
+    going, groups = plain(run, *args), {}
+    for row, sequence in enumerate(run.slot_to_request):
+      if sequence:
+        groups.setdefault(sequence.request.prompt, []).append(row)
+    for prompt, rows in groups.items():
+      length = len(prompts_of(prompt // PROMPTS)[prompt % PROMPTS].tokens) - 1  # the last token's are each row's own
+      joined.append(len({run.slot_to_request[row] in before for row in rows}) > 1 and prompt // PROMPTS > step)
+      for keys in (columns.k[:, :, :length] for columns in run.slots.cache):
+        assert all(np.array_equal(keys[:, row], keys[:, rows[0]]) for row in rows)
+    return going
+
+  plain = Run.advance
+  with jax.set_mesh(mesh), mock.patch.object(Run, "advance", advance):
+    e = engine(mesh, SIZE)
+    steps = Ahead(e, SAMPLING, KEY, wanted, STEPS, 3)
+    for step in range(STEPS):
+      e.load((OLD, NEW)[step % 2], "float32")
+      before = {x for x in steps.run.slot_to_request if x} if step else set()
+      steps.generate(step)
+  assert any(joined)  # under a new policy, a group of a later step
+
+
 def test_dropping_begins_the_next_step_anew(mesh, one_after_another, head, table):
   """As an evaluation in between does: the rollouts are the same, none is stale."""
   with jax.set_mesh(mesh):
@@ -146,6 +175,8 @@ def test_no_step_begins_too_early(mesh, most):
       steps.generate(step)
       allowed = set(range(step + 1, min(step + most + 1, STEPS)))
       assert set(steps.under_way) <= allowed and (step > 0 or set(steps.under_way) == allowed)
+      assert (steps.run is None) == (not steps.under_way)  # its slots are given back
+  assert steps.run is None
 
 
 # ---- a run

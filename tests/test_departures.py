@@ -93,6 +93,20 @@ def test_a_floor_of_survivors(head, table, standing):
   assert np.asarray(fixed.keep).reshape(2, 8).sum(1).tolist() == [3, 3] and np.allclose(fixed.keep_probability, 3 / 8)
 
 
+@pytest.mark.parametrize("draw", ["bernoulli", "systematic"])
+def test_a_floor_counts_those_who_do_not_decide(head, table, standing, draw):
+  """Where slots are refilled rows reach the length one by one. In the first group one decides, and one that has finished and two
+  under way are enough; in the second two decide and one other is not cut; in the third two decide and nobody else is left."""
+  decided, generated = jnp.array([0, 4, 5, 8, 9]), np.array([8, 4, 12, 4] + [8, 8, 12, 12] + [8, 8, 0, 0] + [0] * 4, np.int32)
+  slots = standing.replace(group=jnp.repeat(jnp.arange(4, dtype=jnp.int32), 4), generated=jnp.asarray(generated),
+                           active=jnp.asarray(generated > 0).at[jnp.array([1, 7])].set(False),
+                           pruned=jnp.zeros(16, bool).at[7].set(True))
+  decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", draw=draw, floor=3), slots)
+  assert np.flatnonzero(decision.decided).tolist() == decided.tolist()
+  np.testing.assert_allclose(decision.keep_probability[decided], [0.01, 1, 1, 1, 1], rtol=1e-5)
+  assert decision.keep[decided].tolist() == [False, True, True, True, True]
+
+
 def test_controls_are_never_cut_and_the_rules_probability_is_noted(head, table, standing):
   decision = decide_once(head, table, PruneRule((8,), keep=0.01, p_min=0.01, kind="random", holdout=0.5), standing)
   survival = np.asarray(decision.keep_probability)

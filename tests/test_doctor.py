@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 import shutil
 from types import SimpleNamespace
 from unittest import mock
@@ -229,6 +230,12 @@ def test_adapters(tmp_path):
 def test_a_model_larger_than_the_memory(tmp_path):
   with mock.patch("arrol_jax.preflight.sizes.device_memory", lambda: (2**20, "a small one")):
     refused(tmp_path / "run", "a device are needed before any activation", "a small one has 1.0 MiB")
+
+
+def test_what_runs_ahead_needs_its_cache_while_learning(tmp_path):
+  seen = examined(tmp_path / "run", rollout__ahead=1, loss__correction="truncate")
+  cache = re.search(r"weights .* and cache (.* MiB):", seen.page)[1]
+  assert f"gradients 2.3 MiB and cache {cache}:" in seen.page
 
 
 # ---- the folder of a run

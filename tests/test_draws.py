@@ -167,7 +167,7 @@ def test_a_threshold_with_a_floor_says_who_goes_on_for_sure(floor):
   group, decided = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True] * 5 + [False])
   rule = PruneRule((8,), keep=0.5, kind="threshold", floor=floor)
   keep, p = decision._draw(rule, jax.random.split(jax.random.key(0), 6), (posterior >= 0.5).astype(jnp.float32), posterior, group,
-                           decided)
+                           decided, floor)
   np.testing.assert_array_equal(p[:5], keep[:5].astype(np.float32))
   want = {0: [1, 0, 0, 0, 0], 1: [1, 0, 0, 1, 0], 2: [1, 0, 1, 1, 1], 5: [1] * 5}[floor]
   assert keep[:5].astype(int).tolist() == want and bool(keep[5])

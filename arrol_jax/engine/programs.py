@@ -147,8 +147,10 @@ take_columns = jax.jit(kv_cache.take, static_argnames=("length",))
 @functools.partial(jax.jit, static_argnames=("length",))
 def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> Slots:
   rest = jax.tree.map(lambda x: x[rows], slots)
-  # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist.
-  return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1))
+  # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist. It is a copy of another
+  # row: without tokens it is nobody's sibling.
+  return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1),
+                      generated=jnp.where(valid, rest.generated, 0))
 
 
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling,

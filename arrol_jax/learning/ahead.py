@@ -46,9 +46,10 @@ class Ahead:
     wanted, sequences = self._begun(step)
     for sequence in sequences:
       sequence.rollout.stale = sequence.count
-    # A group that has begun goes on with its prompt's keys and values; of the others' prompts those of an older policy go.
-    begun, (where, prefix) = {x.request.prompt for x in sequences if x not in self.run.waiting}, self.run.prefixes
-    self.run.prefixes = {prompt: i for prompt, i in where.items() if prompt in begun}, prefix
+    # Of prompts that an older policy read, only those go on whose groups are under way: rows of a group share theirs bit for bit.
+    seated, (where, prefix) = {x.request.prompt for x in self.run.slot_to_request if x}, self.run.prefixes
+    where = {prompt: i for prompt, i in where.items() if prompt in seated}
+    self.run.prefixes = where, prefix if where else None
     while wanted.left:
       behind = max(self.under_way) + 1
       if not self.run.waiting and None in self.run.slot_to_request and behind <= step + self.most and behind < self.steps:
@@ -59,6 +60,8 @@ class Ahead:
       self.run.look()
     self._report()
     del self.under_way[step]
+    if not self.under_way:  # nothing that an update would have to leave room for
+      self.drop()
     return *wanted.graded([sequence.rollout for sequence in sequences]), wanted.chosen
 
   def _begun(self, step: int) -> tuple[Wanted, list[Sequence]]:

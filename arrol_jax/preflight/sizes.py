@@ -72,9 +72,11 @@ def memory(page: Page, c: ConfigDict, loaded: Policy, engine: Engine, state: Tra
   parts = [("trained weights" if frozen else "weights", weights), ("frozen weights", frozen), ("reference", compared),
            ("optimizer and head", rest)]
   page.say(f"{numbers:,} parameters; a device holds " + ", ".join(f"{name} {size(n)}" for name, n in parts if n))
-  rolling, learning = held + decode + cache, held + weights
+  under_way = cache if c.rollout.ahead else 0  # the next steps' rollouts
+  rolling, learning = held + decode + cache, held + weights + under_way
   page.say(f"while rolling out also decode weights {size(decode)} and cache {size(cache)}: {size(rolling)}")
-  page.say(f"while learning also gradients {size(weights)}: {size(learning)}, and activations")
+  page.say(f"while learning also gradients {size(weights)}"
+           f"{f' and cache {size(under_way)}' if under_way else ''}: {size(learning)}, and activations")
   limit, where = device_memory()
   if limit is None:
     page.say(f"{where} does not say how much memory it has")

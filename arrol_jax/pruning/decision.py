@@ -20,7 +20,17 @@ from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
 from arrol_jax.pruning.own_rule import own_rule
-from arrol_jax.pruning.rule import PruneRule, at_least, group_survival, lift, nearness, solve_delta, survival, survival_with_floor
+from arrol_jax.pruning.rule import (
+  PruneRule,
+  at_least,
+  group_survival,
+  lift,
+  missing,
+  nearness,
+  solve_delta,
+  survival,
+  survival_with_floor,
+)
 from arrol_jax.pruning.table import Calibration
 
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
@@ -79,10 +89,16 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
     rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
-  keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided)
+  floor = missing(rule.floor, slots.group, _others(slots, decided)) if rule.floor else 0
+  keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided, floor)
   slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
   return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,
                          seen if features else None)
+
+
+def _others(slots: Slots, decided: jax.Array) -> jax.Array:
+  """Rows bool[B] that are not up for a decision and were not cut: finished, or between boundaries."""
+  return ~decided & ~slots.pruned & (slots.generated > 0)
 
 
 def judge(slots: Slots, head: dict, rule: PruneRule, decided: jax.Array, which: jax.Array) -> tuple:
@@ -95,7 +111,7 @@ def judge(slots: Slots, head: dict, rule: PruneRule, decided: jax.Array, which: 
   x = vector(slots, rule.inputs, len(slots.cache))
   one = lambda c: linear_head.LinearHead(**{k: v[c] for k, v in head.items() if k in linear_head.NAMES})
   group = slots.group * len(rule.detect) + which.astype(jnp.int32)
-  ended = ~decided & ~slots.pruned & (slots.generated > 0)
+  ended = _others(slots, decided)
   logits = []
   for c in range(len(rule.detect)):
     logits.append(linear_head.to_logit(one(c), linear_head.score(one(c), x, group, decided)))
@@ -132,10 +148,9 @@ def _threshold(rule, slots, tables, posterior, which, group, decided):
 
 def _budget(rule, slots, tables, posterior, which, group, decided):
   """METHOD 10.1: over the whole batch, the set of largest expected signal. Finished rollouts count with what their last token
-  promises."""
-  settled = ~decided & ~slots.pruned & (slots.generated > 0)
+  promises, until their slots are others'."""
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
-  return budget_probability(posterior, slots.group, decided, settled, **rule.limits(), identity=request)
+  return budget_probability(posterior, slots.group, decided, _others(slots, decided), **rule.limits(), identity=request)
 
 
 def _own(rule, slots, tables, posterior, which, group, decided):
@@ -147,10 +162,11 @@ KEEP_PROBABILITY = {"group": _group, "budget": _budget, "confidence": _confidenc
 
 
 def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: jax.Array, group: jax.Array,
-          decided: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw and floor."""
+          decided: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw, and `floor` i32[B] of those of its group
+  that decide, where the rule has one."""
   if rule.draw == "systematic":
-    probability = lift(rule.floor, probability, group, decided) if rule.floor else probability
+    probability = lift(floor, probability, group, decided) if rule.floor else probability
     over = jnp.zeros_like(group) if rule.kind == "budget" and not rule.floor else group  # the budget is the batch's
     return draw(key, jnp.where(decided, probability, 1.0), method="systematic", groups=over), probability
   u = jax.vmap(jax.random.uniform)(key)
@@ -158,7 +174,7 @@ def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: ja
   if not rule.floor:
     return keep, probability
   if rule.kind == "threshold":  # nothing is drawn: who goes on does so for sure
-    keep |= at_least(rule.floor, -posterior, group, decided)
+    keep |= at_least(floor, -posterior, group, decided)
     return keep, jnp.where(decided, keep.astype(jnp.float32), probability)
-  keep |= at_least(rule.floor, nearness(u, probability), group, decided)
-  return keep, survival_with_floor(rule.floor, u, probability, group, decided)
+  keep |= at_least(floor, nearness(u, probability), group, decided)
+  return keep, survival_with_floor(floor, u, probability, group, decided)

@@ -34,8 +34,8 @@ class PruneRule:
   "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a group whose tokens are most
   confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`; "threshold", for inference, stops those
   whose posterior is below `keep` or the row's own (sampling.SamplingParams); MODULE.FUNCTION is the user's (own_rule.py).
-  draw: "bernoulli" or "systematic", a fixed number a group (the budget's: of the batch). floor: rows of a group that survive a
-  decision at least. holdout: share of rollouts that are never cut.
+  draw: "bernoulli" or "systematic", a fixed number a group (the budget's: of the batch). floor: rows of a group that
+  are left at least, finished ones and those between decisions counted (`missing`). holdout: share of rollouts that are never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
@@ -153,8 +153,15 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
   return jnp.where(decided, solved(jnp.broadcast_to(jnp.asarray(tilt, jnp.float32), q.shape)), kappa)
 
 
+def missing(floor, group, others):
+  """How many rows of its group must survive a decision for the group to have `floor`, the `others` bool[B] counted, which are not
+  up for it: i32[B]. Those who have yet to decide count too, as the last of them will find that they are missing."""
+  return jnp.maximum(floor - jnp.sum((group[:, None] == group[None, :]) & others[None, :], axis=1), 0)
+
+
 def at_least(floor, order, group, decided):
-  """The `floor` decided rows of each group that come first by `order` f32[B] (`nearness` to surviving): bool[B]."""
+  """The `floor` (one number, or i32[B], its group's) decided rows of each group that come first by `order` f32[B] (`nearness` to
+  surviving): bool[B]."""
   ahead = comes_before(order) & (group[:, None] == group[None, :]) & decided[None, :]
   return decided & (jnp.sum(ahead, axis=1) < floor)
 
@@ -170,6 +177,7 @@ def survival_with_floor(floor, u, p, group, decided):
   rank = jnp.sum(comes_before(order) & same, axis=1)
   wanted = jnp.where(rank < floor, floor, floor - 1)  # the others' floor-th lowest, by its rank among all
   bar = jnp.min(jnp.where(same & (rank[None, :] == wanted[:, None]), order[None, :], jnp.inf), axis=1)
+  bar = jnp.where(floor > 0, bar, 0.0)
   lifted = jnp.where(p > 0, jnp.minimum(1.0, p * jnp.maximum(1.0, bar)), (rank < floor).astype(p.dtype))
   return jnp.where(decided, lifted, p)
 

@@ -78,8 +78,9 @@ def check_devices() -> None:
   """UserError where JAX finds no device of the kind that its environment asks for.
 
   Before the first look, GPUs are told, where XLA_FLAGS do not speak of it (measured: experiments/LOG.md), to leave matrix
-  products to their vendor's library, which is faster in decoding and in the update than the kernels that XLA's search takes instead, and
-  saves the search; and to put all kernels into graphs, however few stand together, so that small batches decode faster.
+  products to their vendor's library, which is faster in decoding and in the update than the kernels that XLA's search takes
+  instead, and saves the search; and to put all kernels into graphs, however few stand together, so that small batches decode
+  faster.
   """
   flags = os.environ.get("XLA_FLAGS", "").split()
   for name, value in (("xla_gpu_enable_triton_gemm", "false"), ("xla_gpu_graph_min_graph_size", "1")):
