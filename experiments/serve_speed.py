@@ -114,16 +114,16 @@ def problems(path: str) -> list[dict]:
 
 
 def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
-  """Tokens a second of the engine alone with so many slots, all calls known from the start."""
-  s = b.service
+  """Tokens a second of the engine alone with so many slots, all calls known from the start. None wants top_p."""
+  s, sampling = b.service, dataclasses.replace(b.service.sampling, top_p=1.0)
   engine = dataclasses.replace(s.engine, rows=at_once, prefill_rows=min(32, at_once))
   calls = [b.read(body) for body in bodies]
   requests = [Request(seed_of(call.seed, 0), i, call.tokens, call.max_tokens, ignore_stop=True) for i, call in enumerate(calls)]
   with jax.set_mesh(engine.mesh):
-    engine.warm_up(s.sampling)
-    engine.run([r._replace(max_tokens=1) for r in requests[:at_once]], jax.random.key(0), s.sampling)
+    engine.warm_up(sampling)
+    engine.run([r._replace(max_tokens=1) for r in requests[:at_once]], jax.random.key(0), sampling)
     start = time.monotonic()
-    said = engine.run(requests, jax.random.key(0), s.sampling)
+    said = engine.run(requests, jax.random.key(0), sampling)
   return sum(len(r.tokens) for r in said) / (time.monotonic() - start)
 
 

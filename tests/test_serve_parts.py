@@ -1,6 +1,7 @@
 """What a server adds to plain decoding: pace, second passes over an answer, votes at a bounded price, who may call, its state."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import socket
@@ -82,14 +83,15 @@ def test_few_rows_have_short_segments_that_end_at_decisions(server):
 def test_on_a_gpu_each_size_of_a_segment_is_a_program_that_asks_nobody(server, monkeypatch):
   """And a run of them says what one program for any number of steps says."""
   s, texts = server.service, {}
-  requests = [Request(i, i, np.arange(2, 6, dtype=np.int32), 21, temperature=1.0) for i in range(6)]
+  requests = [Request(i, i, np.arange(2, 6, dtype=np.int32), 21, temperature=1.0, top_p=[1.0, 0.5][i == 5]) for i in range(6)]
   with jax.set_mesh(s.engine.mesh):
     for platform in ("cpu", "gpu"):
       monkeypatch.setattr(pace.programs, "asks_nobody", lambda on=platform == "gpu": on)
       run = pace.PacedRun(s.engine, s.sampling)
       told = [run.told(n) for n in run.sizes]
-      assert told == [{"steps": n} if platform == "gpu" else {"most": n} for n in run.sizes] and len(run.sizes) > 1
-      assert list(run.told(1)) == ["most"]  # a decision that comes sooner
+      quiet = dataclasses.replace(s.sampling, top_p=1.0)  # without the branch
+      assert told == [{"steps": n, "sampling": quiet} if platform == "gpu" else {"most": n} for n in run.sizes]
+      assert list(run.told(1)) == list(run.told(run.sizes[-1], top_p=True)) == ["most"]  # a decision that comes sooner; a branch
       rollouts = [run.add(request).rollout for request in requests]
       while run.advance():
         pass

@@ -314,12 +314,13 @@ class Run:
     prefix = programs.prefill(self.e.config, self.e.params, tokens, length, sampling=self.sampling)
     self.prefixes = ({p: i for i, p in enumerate(prompts)}, prefix)
 
-  def start_segment(self, decide: Callable | None, steps: int | None = None, most: np.ndarray | None = None) -> None:
+  def start_segment(self, decide: Callable | None, steps: int | None = None, most: np.ndarray | None = None,
+                    sampling: Sampling | None = None) -> None:
     """Starts the next segment and the decision after it, without waiting for either. steps: other than the engine's, a program
-    each; most i32[]: so many of them."""
+    each; most i32[]: so many of them. sampling: other than the run's, but with the same slots."""
     steps = steps or self.e.segment
     self.slots, *said = programs.generate_segment(
-      self.e.config, self.e.params, self.slots, steps=steps, sampling=self.sampling, most=most)
+      self.e.config, self.e.params, self.slots, steps=steps, sampling=sampling or self.sampling, most=most)
     for sequence in self.slot_to_request:
       if sequence:
         sequence.started += steps if most is None else int(most)

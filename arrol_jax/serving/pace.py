@@ -12,6 +12,7 @@ Segments always end where a decision of the quality head is due. Left out: what 
 
 import collections
 from collections.abc import Callable
+import dataclasses
 import functools
 import time
 
@@ -63,7 +64,7 @@ class PacedRun(Run):
       self.flying.clear()
       self.began = time.monotonic()
     self.flying.append(steps)
-    super().start_segment(decide, **self.told(steps))
+    super().start_segment(decide, **self.told(steps, any(x and x.request.top_p < 1 for x in self.slot_to_request)))
 
   def look(self) -> None:
     super().look()
@@ -83,11 +84,13 @@ class PacedRun(Run):
     """Steps that segments have, but for those that end before a decision which comes sooner."""
     return sorted({min(n, self.e.segment) for n in (SHORT, MIDDLE, self.e.segment)})
 
-  def told(self, steps: int) -> dict:
-    """How a segment of so many steps is asked for. On a GPU, where a loop of unknown length costs (programs.asks_nobody), by a
-    program of its own; elsewhere one program takes any number."""
-    own = programs.asks_nobody() and not self.steady and steps in self.sizes
-    return {"steps": steps} if own else {"most": np.int32(steps)}
+  def told(self, steps: int, top_p: bool = False) -> dict:
+    """How a segment of so many steps is asked for. On a GPU, where the host has to wait for a loop of unknown length and for a
+    branch (programs.asks_nobody), by a program of its own without either, unless a row wants top_p, which has both; elsewhere one
+    program takes any number of steps."""
+    if not programs.asks_nobody() or self.steady or top_p or steps not in self.sizes:
+      return {"most": np.int32(steps)}
+    return {"steps": steps, "sampling": dataclasses.replace(self.sampling, top_p=self.sampling.top_p or 1.0)}
 
   # ---- prompts
 
@@ -171,8 +174,9 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
     state.slots = programs.init_slots(state.e.config, rows, length, state.sampling)
     state.slot_to_request, state.length = [None] * rows, length
     small = rows <= next(n for n in run.counts if n >= min(MANY, run.counts[-1]))
-    for steps in state.sizes if small or state.detect else state.sizes[-1:]:
-      Run.start_segment(state, decide, **state.told(steps))
+    sizes = state.sizes if small or state.detect else state.sizes[-1:]
+    for told in [state.told(steps) for steps in sizes] + [state.told(SHORT, top_p=True)]:
+      Run.start_segment(state, decide, **told)
     state.assign(list(state.waiting))
     if rows > run.counts[0]:
       state.take([], run.counts[run.counts.index(rows) - 1], length)
