@@ -62,6 +62,8 @@ def main():
   with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
     hosts.together(lambda: check_can_go_on(workdir))
     stop = stack.enter_context(hosts.Watch())
+    hosts.say(f"{jax.device_count()} x {jax.devices()[0].device_kind} after {time.time() - started:.0f} s; "
+              f"loading {c.model.path}")
     loaded = hosts.together(lambda: assemble.load(c, mesh, training=True))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
@@ -70,6 +72,8 @@ def main():
     config = assemble.step_config(c, loaded)
     hosts.together(lambda: assemble_state.check_export(c, workdir, loaded.tokenizer))
     inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
+    hosts.say(f"{loaded.config.num_params() / 1e6:,.1f}M parameters, {len(train_prompts):,} problems to train on and "
+              f"{sum(map(len, eval_prompts.values())):,} held out, after {time.time() - started:.0f} s")
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
 
