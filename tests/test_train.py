@@ -126,7 +126,8 @@ def test_config_json_is_the_config(whole):
 
 def test_the_end_is_announced(whole):
   last = (whole / "out.txt").read_text().splitlines()
-  assert last[0].startswith("compiled ") and last[1].startswith("held-out accuracy before: test ")
+  assert "; loading " in last[0] and "M parameters, 2,000 problems to train on and 4 held out" in last[1]
+  assert last[2].startswith("compiled ") and last[3].startswith("held-out accuracy before: test ")
   assert last[-2].startswith("held-out accuracy after:  test ")
   assert last[-1] == f"{whole}: {STEPS} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there"
 
