@@ -75,8 +75,11 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
   fresh = lambda: fold_all(jax.random.key(0), row)
   keys = fresh if at else lambda: jax.eval_shape(fresh)
 
+  past = jax.ShapeDtypeStruct((2, len(c.rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(e.mesh))
+
   def judged(out, due: bool = True) -> tuple:
-    return slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due
+    known = past if due and c.rule.kind == "budget" else None
+    return slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due, known
 
   def results(out, made: bool = True) -> tuple:
     ended = out[decided]

@@ -13,7 +13,7 @@ from arrol_jax.pruning import budget
 from arrol_jax.pruning.draws import draw
 
 keep_set = jax.jit(budget.keep_set)
-by_threshold = jax.jit(budget.by_threshold)
+marginal_loss = jax.jit(budget.marginal_loss)
 
 
 def signal(q, group, rows):
@@ -148,8 +148,8 @@ def test_the_threshold_of_a_decision_makes_the_same_decision(floor):
     q, group, decided, settled = batch(seed, groups=8)
     for share in (0.2, 0.5, 0.9, 1.0):
       keep, threshold = keep_set(q, group, decided, settled, round(share * decided.sum()), floor=floor)
-      again = by_threshold(q, group, decided, settled, threshold, floor=floor)
-      tie = budget.marginal_loss(q, group, decided, settled, floor=floor) == threshold  # a group's last two, which go together
+      again = marginal_loss(q, group, decided, settled, floor=floor) > threshold
+      tie = marginal_loss(q, group, decided, settled, floor=floor) == threshold  # a group's last two, which go together
       np.testing.assert_array_equal(again, keep & ~tie)
       assert np.sum(np.asarray(keep & tie)) <= 2
 
@@ -157,16 +157,70 @@ def test_the_threshold_of_a_decision_makes_the_same_decision(floor):
 def test_a_carried_threshold_meets_the_budget_of_rows_that_come_one_by_one():
   """Rows decide alone, the rest of the group standing; the threshold is that of the last 500 decisions."""
   losses, kept, rng = np.full(500, np.nan, np.float32), [], np.random.default_rng(0)
-  carried, price = jax.jit(budget.carried_threshold), jax.jit(budget.marginal_loss)
-  assert float(carried(losses, 0.5)) == -np.inf
+  carried = jax.jit(budget.carried_threshold)
+  assert float(carried(losses, 0.5)[0]) == -np.inf
   for i in range(1500):
     q, group, _, _ = batch(int(rng.integers(1 << 30)), groups=1, each=8)
     decided = np.arange(8) == rng.integers(8)
-    threshold = float(carried(losses, 0.4))
-    kept.append(bool(np.all(by_threshold(q, group, decided, ~decided, threshold))))
-    losses[i % 500] = float(price(q, group, decided, ~decided)[decided][0])
+    threshold = float(carried(losses, 0.4)[0])
+    price = float(marginal_loss(q, group, decided, ~decided)[decided][0])
+    kept.append(price > threshold)
+    losses[i % 500] = price
   assert np.mean(kept[500:]) == pytest.approx(0.4, abs=0.05)
-  assert float(carried(losses, 1.0)) == -np.inf
+  assert float(carried(losses, 1.0)[0]) == -np.inf
+
+
+def test_those_that_tie_at_the_threshold_share_what_is_left():
+  losses = np.array([0.0, 0.1, 0.1, 0.1, 0.3, np.nan], np.float32)
+  for kappa, threshold, share in ((0.4, 0.1, 1 / 3), (0.8, 0.0, 0.0), (0.9, 0.0, 0.5), (0.2, 0.1, 0.0), (0.1, 0.3, 0.5)):
+    got = budget.carried_threshold(losses, kappa)
+    np.testing.assert_allclose(got, (threshold, share), atol=1e-5)
+
+
+LIMITS = {"kappa": 0.5, "p_min": 0.02, "p_max": 1.0}
+carried_probability = jax.jit(functools.partial(budget.carried_probability, **LIMITS))
+systematic = jax.jit(lambda keys, p: draw(keys, p, method="systematic", groups=jnp.zeros(p.shape, jnp.int32)))
+
+
+def test_without_a_past_the_batch_has_its_own_budget():
+  """And what it was is remembered by boundary, the latest first."""
+  q, group, decided, settled = batch(5, groups=6)
+  which, nothing = (np.arange(len(q)) % 2).astype(np.int32), np.full((2, 2, 40), np.nan, np.float32)
+  p, after = carried_probability(q, group, decided, settled, which, nothing)
+  np.testing.assert_array_equal(p, budget.budget_probability(q, group, decided, settled, **LIMITS))
+  now = [marginal_loss(q, group, decided, settled), p]
+  for seen, values in zip(np.asarray(after), map(np.asarray, now), strict=True):
+    for boundary in range(2):
+      mine = values[decided & (which == boundary)]
+      np.testing.assert_array_equal(seen[boundary], np.r_[mine, np.full(40 - len(mine), np.nan)])
+  first = decided & (which == 0)
+  later, again = carried_probability(q, group, first, settled, which, after)
+  np.testing.assert_array_equal(again[:, 1], after[:, 1])  # nobody stood at the second
+  np.testing.assert_array_equal(again[1, 0], np.r_[np.asarray(later)[first], after[1, 0]][:40])
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_rows_that_come_a_few_at_a_time_keep_the_share_and_more_signal_than_by_few_budgets(adjacent):
+  """Waves of 6 rows of 32 groups of 16; who has been kept stands as settled. The whole batch at once keeps most."""
+  rng, kept, won = np.random.default_rng(1), [], []
+  for n in range(5):
+    chance = rng.beta(0.6, 1.2, 32)
+    q = np.clip(np.repeat(chance, 16) + rng.normal(0, 0.15, 512), 0, 1).astype(np.float32)
+    group, order = np.repeat(np.arange(32, dtype=np.int32), 16), np.arange(512) if adjacent else rng.permutation(512)
+    signals = []
+    for carries, size in ((False, 6), (True, 6), (False, 512)):
+      past, stands = np.full((2, 1, 512), np.nan, np.float32), np.zeros(512, bool)
+      for start in range(0, 512, size):
+        now = np.isin(np.arange(512), order[start:start + size])
+        p, after = carried_probability(q, group, now, stands, np.zeros(512, np.int32), past)
+        past = after if carries else past
+        stands |= now & np.asarray(systematic(jax.random.split(jax.random.key(1000 * n + start), 512), jnp.where(now, p, 1.0)))
+      signals.append(signal(q, group, stands))
+      kept += [stands.mean()] * carries
+    won.append([signals[1] / signals[0], signals[1] / signals[2]])
+  few, all_at_once = np.mean(won, axis=0)
+  assert np.mean(kept) == pytest.approx(0.5, abs=0.02) and np.ptp(kept) < 0.1
+  assert few > 1.03 and 0.8 < all_at_once < 1.0
 
 
 # ---- signal

@@ -16,11 +16,11 @@ from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
 from arrol_jax.learning.generation import Grading, generate
 from arrol_jax.learning.head_training import update_calibration
-from arrol_jax.models import transformer
+from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.decision import decide as decision_program, make_decide
 from arrol_jax.pruning.head import Features, quality_logit
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Graded, Grader
@@ -209,6 +209,31 @@ def test_pruning_off_scores_all_and_keeps_all(mesh, head, table, decided, unprun
     assert not a.pruned and a.keep_probability == 1.0 and a.decided == b.decided
     assert a.score == pytest.approx(b.score, abs=1e-6, nan_ok=True)
     assert a.posterior == pytest.approx(b.posterior, nan_ok=True)
+
+
+@pytest.mark.parametrize("devices", [(), (2, 2)])
+def test_the_budget_of_refilled_slots_is_carried_over(devices, head, table):
+  """Eight slots for twenty rollouts: later decisions go by the prices of those before, with nothing compiled for it."""
+  rule, seen = dataclasses.replace(RULE, kind="budget", keep=0.5, p_min=0.02, p_max=1.0, draw="systematic"), []
+  with jax.set_mesh(mesh := sharding.make_mesh(*devices)):
+    plain = make_decide(head, table, rule, True)
+    e, programs_before = dataclasses.replace(engine(mesh), row_buckets=1), decision_program._cache_size()
+    def decide(slots, lengths=None):
+      slots, decision = plain(slots, lengths)
+      seen.append(jax.device_get((decision.decided, decision.rule_probability)))
+      return slots, decision
+    out = e.run(requests(), KEY, SAMPLING, decide=decide)
+  programs = decision_program._cache_size()
+  assert devices or programs == programs_before + 2  # one at boundaries, one between them
+  waves = [p[decided] for decided, p in seen if decided.any()]
+  assert len(waves) > 2
+  first, later = waves[0], np.concatenate(waves[1:])
+  assert np.mean(first) == pytest.approx(0.5) and abs(np.mean(later) - 0.5) < 0.25
+  assert any(r.pruned for r in out) and any(r.decided and not r.pruned for r in out)
+  with jax.set_mesh(mesh):  # another step knows nothing of this one
+    again = e.run(requests(), KEY, SAMPLING, decide=make_decide(head, table, rule, True))
+  assert [(r.pruned, r.keep_probability) for r in out] == [(r.pruned, r.keep_probability) for r in again]
+  assert decision_program._cache_size() == programs
 
 
 # ---- generate and measure

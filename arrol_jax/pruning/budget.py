@@ -30,6 +30,7 @@ import jax.numpy as jnp
 # Binary places: of a posterior in sums, of q (1 - q) and of a loss. 4,096 rows of one group fit into 31 bits.
 _Q_BITS, _V_BITS = 18, 20
 _NEVER = jnp.iinfo(jnp.int32).max
+_MAKE_UP = 64  # decisions within which a share that was missed is made up for
 
 
 def keep_set(q, group, decided, settled, count, *, floor=0, identity=None):
@@ -47,34 +48,28 @@ def keep_set(q, group, decided, settled, count, *, floor=0, identity=None):
   return ~dropped, jnp.where(paid >= 0, _as_loss(paid), -jnp.inf)
 
 
-def by_threshold(q, group, decided, settled, threshold, *, floor=0, identity=None):
-  """Where rows decide at different times: a group drops its cheapest row while that costs at most `threshold` f32[].
-
-  With the threshold that `keep_set` returned, the same rows give the same choice, but that all go which tie at the threshold.
-  Others that stand in the group are to be given as settled, whether finished or between boundaries. Returns: bool[B], True where
-  not decided.
-  """
-  return marginal_loss(q, group, decided, settled, floor=floor, identity=identity) > threshold
-
-
 def marginal_loss(q, group, decided, settled, *, floor=0, identity=None):
   """The price at which each decided row is dropped: the dearest loss on its group's way there, f32[B] in [0, 1].
 
-  inf where not decided, or kept by the floor. A price does not depend on a budget, so past ones tell a threshold:
-  `carried_threshold`.
+  inf where not decided, or kept by the floor. A price does not depend on a budget: with the threshold that `keep_set` returned,
+  rows that cost more are its choice, but that all go which tie there; and where rows decide at different times, past prices tell
+  a threshold (`carried_threshold`). Others of the group are to be given as settled, finished or between boundaries.
   """
   return _as_loss(_peel(q, group, decided, settled, floor, identity).cost)
 
 
 def carried_threshold(losses, kappa):
-  """The threshold at which the share `kappa` of past decisions would have been kept: f32[].
+  """The threshold above which the share `kappa` of past decisions would have been kept, and with those that tie there: f32[], and
+  which share of these is to be kept, f32[].
 
   losses f32[R]: `marginal_loss` of decided rows, inf with the floor's; NaN where the ring is still empty. -inf, which keeps all,
   where there is none, or where kappa is 1.
   """
-  ordered = jnp.sort(losses)  # NaN last
-  dropped = jnp.round((1.0 - kappa) * jnp.sum(~jnp.isnan(losses))).astype(jnp.int32)
-  return jnp.where(dropped > 0, ordered[jnp.maximum(dropped - 1, 0)], -jnp.inf)
+  ordered, known = jnp.sort(losses), jnp.sum(~jnp.isnan(losses)).astype(jnp.float32)  # NaN last
+  dropped = (1.0 - kappa) * known
+  threshold = jnp.where(dropped > 0, ordered[jnp.maximum(jnp.ceil(dropped).astype(jnp.int32) - 1, 0)], -jnp.inf)
+  below, tied = (jnp.sum(x).astype(jnp.float32) for x in (losses < threshold, losses == threshold))
+  return threshold, jnp.clip(1.0 - (dropped - below) / jnp.maximum(tied, 1.0), 0.0, 1.0)
 
 
 def budget_probability(q, group, decided, settled, *, kappa, p_min, p_max, identity=None):
@@ -89,6 +84,30 @@ def budget_probability(q, group, decided, settled, *, kappa, p_min, p_max, ident
   from_top = size - 1 - _rank(peel, group)
   share = jnp.clip(size * (kappa - p_min) / max(p_max - p_min, 1e-6) - from_top, 0.0, 1.0)
   return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
+
+
+def carried_probability(q, group, decided, settled, which, past, *, kappa, p_min, p_max, identity=None):
+  """`budget_probability` where rows may decide at different times: p_max for those whose price is above the threshold of past and
+  present prices together, p_min for the rest, between them for those that tie. The share that the threshold is for makes up for
+  what earlier decisions kept too many or too few, so the mean stays near kappa. Where no decided row's boundary has a past it is
+  `budget_probability` itself.
+
+  which i32[B]: the boundary at which a row stands. past f32[2,C,R]: prices and probabilities of the last decisions at each
+  boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
+  """
+  by_batch = budget_probability(q, group, decided, settled, kappa=kappa, p_min=p_min, p_max=p_max, identity=identity)
+  price = marginal_loss(q, group, decided, settled, identity=identity)
+  here = decided[None, :] & (which[None, :] == jnp.arange(past.shape[1])[:, None])  # bool[C,B]
+  known = jnp.concatenate([jnp.where(here, price[None, :], jnp.nan), past[0]], axis=1)
+  owed = jnp.nansum(kappa - past[1], axis=1) / jnp.maximum(jnp.sum(here, axis=1), _MAKE_UP).astype(jnp.float32)
+  sure = (jnp.clip(kappa + owed, p_min, p_max) - p_min) / max(p_max - p_min, 1e-6)  # share of the rows that have p_max
+  threshold, tied = jax.vmap(carried_threshold)(known, sure)
+  share = jnp.where(price == threshold[which], tied[which], (price > threshold[which]).astype(price.dtype))
+  carried = jnp.any(decided & ~jnp.isnan(past[0, which, 0]))
+  p = jnp.where(decided & carried, p_min + (p_max - p_min) * share, by_batch)
+  order = jnp.argsort(jnp.isnan(known), axis=1, stable=True)[:, :past.shape[2]]
+  chances = jnp.concatenate([jnp.where(here, p[None, :], jnp.nan), past[1]], axis=1)
+  return p, jnp.stack([jnp.take_along_axis(x, order, axis=1) for x in (known, chances)])
 
 
 def expected_signal(q, group, keep, settled):

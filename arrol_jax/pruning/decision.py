@@ -13,9 +13,10 @@ import numpy as np
 
 from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.scheduler import Decision
+from arrol_jax.models import sharding
 from arrol_jax.pruning import linear_head, table as tables_
 from arrol_jax.pruning.baselines import top_share
-from arrol_jax.pruning.budget import budget_probability
+from arrol_jax.pruning.budget import budget_probability, carried_probability
 from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
@@ -33,6 +34,7 @@ from arrol_jax.pruning.rule import (
 )
 from arrol_jax.pruning.table import Calibration
 
+PAST = 512  # decisions at a boundary that are remembered
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
 _DRAW, _HOLDOUT = 0x7FFFFFFF, 0x7FFF0000
 
@@ -56,8 +58,24 @@ NO_HEAD = Voters()
 def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool, features: bool = False) -> Callable:
   """decide(slots, lengths) for Engine.run; tables [C,Q], one a detection length. pruning False scores and keeps every rollout;
   features: rollouts bring home what the head read."""
-  due = lambda lengths: lengths is None or bool(lengths & set(rule.detect))
-  return lambda slots, lengths=None: decide(slots, head, tables, rule, np.bool_(pruning), features, due(lengths))
+  past = nothing_decided(rule)
+
+  def one(slots: Slots, lengths: set[int] | None = None) -> tuple[Slots, Decision]:
+    nonlocal past
+    due = lengths is None or bool(lengths & set(rule.detect))
+    slots, decision, after = decide(slots, head, tables, rule, np.bool_(pruning), features, due, past if due else None)
+    past = after if due else past
+    return slots, decision
+
+  return one
+
+
+def nothing_decided(rule: PruneRule) -> jax.Array | None:
+  """What `decide` knows of earlier decisions before the first, f32[2,C,R] (budget.carried_probability); None: no rule asks."""
+  if rule.kind != "budget":
+    return None
+  mesh, nothing = jax.sharding.get_mesh(), np.full((2, len(rule.detect), PAST), np.nan, np.float32)
+  return jnp.asarray(nothing) if mesh.empty else sharding.put(nothing, sharding.replicated(mesh))
 
 
 def features_of(slots: Slots, head: dict) -> Features:
@@ -69,9 +87,9 @@ def features_of(slots: Slots, head: dict) -> Features:
 
 @functools.partial(jax.jit, static_argnames=("rule", "features", "due"), donate_argnames=("slots",))
 def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: jax.Array,
-           features: bool, due: bool = True) -> tuple[Slots, Decision]:
-  """The program behind `make_decide`: slots with the rows that go on, and what was decided. due False: no row stands at a
-  detection length, as at most boundaries; all are scored."""
+           features: bool, due: bool = True, past: jax.Array | None = None) -> tuple[Slots, Decision, jax.Array | None]:
+  """The program behind `make_decide`: slots with the rows that go on, what was decided, and `past` with it. due False: no row
+  stands at a detection length, as at most boundaries; all are scored. past: see `nothing_decided`."""
   tables = jax.tree.map(lambda x: jnp.atleast_2d(x)[:len(rule.detect)], tables)  # [C,Q]; the last token's is the votes'
   here = slots.generated[:, None] == jnp.asarray(rule.detect, jnp.int32)[None, :]  # bool[B,C]
   decided, which = slots.active & jnp.any(here, axis=1), jnp.argmax(here, axis=1)
@@ -84,8 +102,11 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
 
   rule_probability = jnp.ones_like(score)
   if due and rule.kind != "max_variance":
-    kept = KEEP_PROBABILITY.get(rule.kind, _own if "." in rule.kind else _published)
-    by_rule = kept(rule, slots, tables, posterior, which, group, decided)
+    if rule.kind == "budget":
+      by_rule, past = _budget(rule, slots, posterior, which, decided, past)
+    else:
+      kept = KEEP_PROBABILITY.get(rule.kind, _own if "." in rule.kind else _published)
+      by_rule = kept(rule, slots, tables, posterior, which, group, decided)
     rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
@@ -93,7 +114,7 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided, floor)
   slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
   return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,
-                         seen if features else None)
+                         seen if features else None), past
 
 
 def _others(slots: Slots, decided: jax.Array) -> jax.Array:
@@ -146,11 +167,15 @@ def _threshold(rule, slots, tables, posterior, which, group, decided):
   return (posterior >= least).astype(jnp.float32)
 
 
-def _budget(rule, slots, tables, posterior, which, group, decided):
-  """METHOD 10.1: over the whole batch, the set of largest expected signal. Finished rollouts count with what their last token
-  promises, until their slots are others'."""
+def _budget(rule, slots, posterior, which, decided, past):
+  """METHOD 10.1: over the whole batch, the set of largest expected signal, or by the threshold of earlier decisions where rows
+  decide at different times. Finished rollouts count with what their last token promises, until their slots are others'."""
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
-  return budget_probability(posterior, slots.group, decided, _others(slots, decided), **rule.limits(), identity=request)
+  rows = posterior, slots.group, decided, _others(slots, decided)
+  if past is None:
+    return budget_probability(*rows, **rule.limits(), identity=request), None
+  keep, past = carried_probability(*rows, which, past, **rule.limits(), identity=request)
+  return keep, sharding.constrain(past, None, None, None)
 
 
 def _own(rule, slots, tables, posterior, which, group, decided):
@@ -158,7 +183,7 @@ def _own(rule, slots, tables, posterior, which, group, decided):
   return own_rule(rule.kind)(posterior, group, decided, **rule.limits())
 
 
-KEEP_PROBABILITY = {"group": _group, "budget": _budget, "confidence": _confidence, "threshold": _threshold}
+KEEP_PROBABILITY = {"group": _group, "confidence": _confidence, "threshold": _threshold}
 
 
 def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: jax.Array, group: jax.Array,
