@@ -178,7 +178,7 @@ def test_those_that_tie_at_the_threshold_share_what_is_left():
 
 
 LIMITS = {"kappa": 0.5, "p_min": 0.02, "p_max": 1.0}
-carried_probability = jax.jit(functools.partial(budget.carried_probability, **LIMITS))
+carried_probability = jax.jit(functools.partial(budget.carried_probability, limits=LIMITS))
 systematic = jax.jit(lambda keys, p: draw(keys, p, method="systematic", groups=jnp.zeros(p.shape, jnp.int32)))
 
 

@@ -174,7 +174,7 @@ def _budget(rule, slots, posterior, which, decided, past):
   rows = posterior, slots.group, decided, _others(slots, decided)
   if past is None:
     return budget_probability(*rows, **rule.limits(), identity=request), None
-  keep, past = carried_probability(*rows, which, past, **rule.limits(), identity=request)
+  keep, past = carried_probability(*rows, which, past, rule.limits(), identity=request)
   return keep, sharding.constrain(past, None, None, None)
 
 
