@@ -92,8 +92,8 @@ def carried_probability(q, group, decided, settled, which, past, limits, identit
   what earlier decisions kept too many or too few, so the mean stays near kappa. Where no decided row's boundary has a past it is
   `budget_probability` itself.
 
-  which i32[B]: the boundary at which a row stands. limits: kappa, p_min and p_max. past f32[2,C,R]: prices and probabilities of the last decisions at each
-  boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
+  which i32[B]: the boundary at which a row stands. limits: kappa, p_min and p_max. past f32[2,C,R]: prices and probabilities of
+  the last decisions at each boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
   """
   kappa, p_min, p_max = (limits[name] for name in ("kappa", "p_min", "p_max"))
   by_batch = budget_probability(q, group, decided, settled, **limits, identity=identity)
