@@ -116,8 +116,9 @@ def decode_floor(c, a, work: Workload, slots: int, limits: dict, shared: bool = 
 
 
 def make_engine(a, c, mesh, slots: int) -> tuple[Engine, Sampling]:
+  """An engine, and how it draws: as in a training run, where the temperature is the request's (1)."""
   return (Engine(c, mesh, slots, a.prompt, a.max_new, a.segment, a.row_buckets, weights=a.weights),
-          Sampling(1.0, (), a.dtype, a.cache, a.decode_attention))
+          Sampling(None, (), a.dtype, a.cache, a.decode_attention, top_p=1.0))
 
 
 def fake_rollouts(c, a, lengths: np.ndarray) -> list[Rollout]:
