@@ -60,7 +60,8 @@ def without_name(gold: str, answer: str) -> tuple[str, str] | None:
     same = "\\text" in gold_name[1] and gold_name[1].casefold() == answer_name[1].casefold()
     return (gold_name[2], answer_name[2]) if same else None
   if (gold_name is None and "=" in gold) or (answer_name is None and "=" in answer):
-    return gold, answer  # an equation on one side: its counterpart is no assignment
+    gold, answer = (name[2] if name and "=" not in text else text for name, text in ((gold_name, gold), (answer_name, answer)))
+    return gold, answer  # an equation on one side: its counterpart is no assignment, but x\in\{2,5\} is x=2\lor x=5
   return (gold_name[2] if gold_name else gold), (answer_name[2] if answer_name else answer)
 
 
@@ -70,6 +71,18 @@ def _assigned(text: str) -> re.Match | None:
   own = found and len(found[1]) == 1 and text[1] == "=" and re.search(
     rf"(?<![A-Za-z]){found[1]}(?![A-Za-z])", re.sub(r"\\[A-Za-z]+|_\{[^{}]*\}", " ", found[2]))
   return None if own else found
+
+
+_TUPLE = re.compile(rf"\(({_LETTER}(?:,{_LETTER})+)\)=(\(.*\))")
+
+
+def assignments(text: str) -> str:
+  """(x,y)=(4,9) as x=4,y=9; other text as it is."""
+  found = _TUPLE.fullmatch(text)
+  values = cut(found[2][1:-1], (",", ";")) if found and closes_at_end(found[2]) else None
+  if values is None or len(values) != found[1].count(",") + 1:
+    return text
+  return ",".join(f"{name}={one}" for name, one in zip(found[1].split(","), values, strict=True))
 
 
 def _coordinates(text: str) -> str:
