@@ -25,9 +25,9 @@ from arrol_jax.rewards.parts import (
   NAME,
   RELATION,
   as_set,
-  assignments,
   bare,
   forward,
+  in_order,
   names,
   split,
   without_builder,
@@ -57,7 +57,7 @@ def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -
   """Whether two canonical answers are the same mathematics, `decide` being asked about single expressions."""
   gold, answer = without_builder(bare(gold)), without_builder(bare(answer))
   if gold[:1] != answer[:1] and "(" in (gold[:1], answer[:1]) and "=" in gold and "=" in answer:
-    gold, answer = assignments(gold), assignments(answer)
+    gold, answer = in_order(gold, answer)
   if gold == answer:
     return True
   shorter = without_qualifier(gold), without_qualifier(answer)

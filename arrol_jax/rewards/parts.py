@@ -76,13 +76,17 @@ def _assigned(text: str) -> re.Match | None:
 _TUPLE = re.compile(rf"\(({_LETTER}(?:,{_LETTER})+)\)=(\(.*\))")
 
 
-def assignments(text: str) -> str:
-  """(x,y)=(4,9) as x=4,y=9; other text as it is."""
-  found = _TUPLE.fullmatch(text)
-  values = cut(found[2][1:-1], (",", ";")) if found and closes_at_end(found[2]) else None
-  if values is None or len(values) != found[1].count(",") + 1:
-    return text
-  return ",".join(f"{name}={one}" for name, one in zip(found[1].split(","), values, strict=True))
+def in_order(gold: str, answer: str) -> tuple[str, str]:
+  """(x,y)=(4,9) beside y=9,x=4 as two tuples in the first one's order; other pairs as they are."""
+  found = _TUPLE.fullmatch(gold) or _TUPLE.fullmatch(answer)
+  other = answer if found and found[0] == gold else gold
+  parts = [part.partition("=") for part in cut(other, (",", ";")) or ()]
+  named = {name: one for name, _, one in parts}
+  order = found[1].split(",") if found else []
+  if sorted(order) != sorted(name for name, _, _ in parts) or len(named) < len(order):
+    return gold, answer
+  same = f"({','.join(named[name] for name in order)})"
+  return (found[2], same) if found[0] == gold else (same, found[2])
 
 
 def _coordinates(text: str) -> str:
