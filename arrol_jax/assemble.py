@@ -5,6 +5,7 @@ The only module besides the entry points that reads the config; everything below
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,10 @@ def encoded(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
 def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
   """Hashes of what a run begins with (workdir.INPUTS) and is evaluated on. All processes must call it."""
   problems, tokens = digests(train)
+  m = loaded.config  # what its weights' shapes do not tell
+  model = repr((m.heads, m.kv_heads, m.head_dim, m.rope_theta, m.rope_scaling, m.norm_eps, sorted(map(int, loaded.eos_ids))))
   return {"problems": problems, "tokens": tokens, "weights": digest(loaded.params),
+          "model": hashlib.sha256(model.encode()).hexdigest()[:16],
           "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts]))}
 
 
@@ -137,7 +141,7 @@ def warn(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> None:
 
 
 def warnings(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> list[str]:
-  """A line for each thing about the tokenizer or its chat template that trains or evaluates something else than is meant, and what to set."""
+  """A line for each thing about the tokenizer or its chat template that trains or evaluates something else than is meant."""
   out = []
   stops, bos, text = loaded.eos_ids, getattr(loaded.tokenizer, "bos_token_id", None), loaded.tokenizer.convert_ids_to_tokens
   if not stops:

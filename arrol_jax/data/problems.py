@@ -178,8 +178,9 @@ def lost(prompts: list[Prompt], tokenizer, system: str | None = None) -> list[st
                f"{without[0].problem.id!r}: set data.chat to false, or mend the template")
   gone = [(p, missing) for p in looked_at if (missing := set(bare(p.text)) - set(bare(tokenizer.decode(p.tokens.tolist()))))]
   if gone:
-    out.append(f"the tokenizer has no token for {', '.join(map(repr, sorted(gone[0][1])[:8]))} in {len(gone)} of {len(looked_at)} "
-               f"prompts, first {gone[0][0].problem.id!r}, and leaves that out: set data.template and data.train to what it reads")
+    first, missing = gone[0]
+    out.append(f"the tokenizer has no token for {', '.join(map(repr, sorted(missing)[:8]))} in {len(gone)} of {len(looked_at)} "
+               f"prompts, first {first.problem.id!r}, and leaves that out: set data.template and data.train to what it reads")
   return out
 
 

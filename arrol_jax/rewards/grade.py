@@ -88,8 +88,9 @@ def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool |
   (kind, golds), (answer_kind, answers) = gold_parts, answer_parts
   if ("\\text" in gold or "\\text" in answer) and ("one" in (kind, answer_kind) or kind != answer_kind):
     return _same_words(gold, answer, outermost)
-  if {kind, answer_kind} == {"list", "union"} and all(
-      re.match(r"[(\[].*,.*[)\]]$", part) for part in golds + answers) and re.search(r"\\lor|\\infty", gold if kind == "list" else answer):
+  listed = gold if kind == "list" else answer
+  if {kind, answer_kind} == {"list", "union"} and re.search(r"\\lor|\\infty", listed) and all(
+      re.match(r"[(\[].*,.*[)\]]$", part) for part in golds + answers):
     kind = answer_kind = "union"  # (-\infty,2) or (3,\infty)
   if kind != answer_kind:
     relations = [RELATION.search(text) is not None for text in (gold, answer)]

@@ -17,11 +17,11 @@ import signal
 
 from arrol_jax.rewards.grade import Graded, settle
 
-# What parameters of reward functions are called elsewhere, so that f(ground_truth, completion) is not called the wrong way round.
-_MEANT = dict.fromkeys("completion prediction predicted pred solution_str generation generated output model_output model_response "
-                       "model_answer".split(), "response")
-_MEANT |= dict.fromkeys("ground_truth groundtruth gt truth gold gold_answer reference reference_answer ref target label expected "
-                        "correct_answer".split(), "answer")
+# What parameters of reward functions are called elsewhere: f(ground_truth, completion) must not be called the wrong way round.
+_MEANT = dict.fromkeys("completion prediction predicted pred solution_str generation generated output model_output "
+                       "model_response model_answer".split(), "response")
+_MEANT |= dict.fromkeys("ground_truth groundtruth gt truth gold gold_answer reference reference_answer ref target "
+                        "label expected correct_answer".split(), "answer")
 LARGEST = 1e150  # group statistics square rewards, in double precision
 inside = False  # whether this process is a worker
 

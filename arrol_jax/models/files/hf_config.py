@@ -125,7 +125,7 @@ def _refuse(file: Path, family: Family, raw: dict) -> None:
 def _rope(file: Path, raw: dict, length: int) -> tuple[float, Scaling | None]:
   rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
   if not isinstance(rope, dict):
-    raise UserError(f"{file}: rope_scaling is {rope!r}; it must be an object such as {{\"rope_type\": \"yarn\", \"factor\": 4.0}}, or null")
+    raise UserError(f'{file}: rope_scaling is {rope!r}; it must be an object such as {{"rope_type": "yarn", "factor": 4.0}}')
   if any(isinstance(x, dict) for x in rope.values()):
     raise UserError(f"{file}: rope_parameters that differ by layer type ({', '.join(rope)}) are not supported")
   theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
