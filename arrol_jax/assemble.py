@@ -5,6 +5,7 @@ The only module besides the entry points that reads the config; everything below
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from arrol_jax import step_programs
 from arrol_jax.data import sources
-from arrol_jax.data.problems import Prompt, digests, encode_prompts
+from arrol_jax.data.problems import Prompt, digests, encode_prompts, lost
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.engine.sampling import Sampling, Taps
 from arrol_jax.engine.scheduler import Engine
@@ -126,18 +127,21 @@ def encoded(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
 def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
   """Hashes of what a run begins with (workdir.INPUTS) and is evaluated on. All processes must call it."""
   problems, tokens = digests(train)
+  m = loaded.config  # what its weights' shapes do not tell
+  model = repr((m.heads, m.kv_heads, m.head_dim, m.rope_theta, m.rope_scaling, m.norm_eps, sorted(map(int, loaded.eos_ids))))
   return {"problems": problems, "tokens": tokens, "weights": digest(loaded.params),
+          "model": hashlib.sha256(model.encode()).hexdigest()[:16],
           "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts]))}
 
 
-def warn(loaded: Policy, prompts: list[Prompt]) -> None:
+def warn(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> None:
   """Prints `warnings`."""
-  for text in warnings(loaded, prompts):
+  for text in warnings(c, loaded, prompts):
     hosts.warn(text)
 
 
-def warnings(loaded: Policy, prompts: list[Prompt]) -> list[str]:
-  """A line for each thing about the tokenizer that trains or evaluates something else than is meant, and what to set."""
+def warnings(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> list[str]:
+  """A line for each thing about the tokenizer or its chat template that trains or evaluates something else than is meant."""
   out = []
   stops, bos, text = loaded.eos_ids, getattr(loaded.tokenizer, "bos_token_id", None), loaded.tokenizer.convert_ids_to_tokens
   if not stops:
@@ -151,7 +155,7 @@ def warnings(loaded: Policy, prompts: list[Prompt]) -> list[str]:
   if twice:
     out.append(f"{twice} of {len(prompts)} prompts begin with {text(bos)!r} twice, as the tokenizer or the chat template writes "
                "one too: take it out of data.template and the problems, or set add_bos_token to false in tokenizer_config.json")
-  return out
+  return out + (lost(prompts, loaded.tokenizer, c.data.system) if prompts else [])
 
 
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,

@@ -34,7 +34,7 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
       del state  # the optimizer's part is not needed
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)
-    assemble.warn(loaded, [])
+    assemble.warn(c, loaded, [])
     kept = _prefix_cache(c, loaded, kept_mib)  # before the slots take what memory is left
     engine = dataclasses.replace(assemble.eval_engine(c, loaded, mesh, loaded.params),
                                  prefill_rows=PREFILL_ROWS[sharding.platform() == "gpu"])

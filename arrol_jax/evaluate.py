@@ -50,7 +50,7 @@ def main():
       assemble.check_tables(c, loaded)
     # All of them before the first is evaluated: a fault in the last must not cost the hours that the others take.
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
-    assemble.warn(loaded, [prompt for prompts in prompts_of.values() for prompt in prompts])
+    assemble.warn(c, loaded, [prompt for prompts in prompts_of.values() for prompt in prompts])
     engine, results = assemble.eval_engine(c, loaded, mesh, loaded.params), {}
     for path, prompts in prompts_of.items():
       result = finite(assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration))

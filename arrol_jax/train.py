@@ -68,7 +68,7 @@ def main():
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in sources.benchmark_names(c.data.eval).items()}
-    assemble.warn(loaded, train_prompts)
+    assemble.warn(c, loaded, train_prompts)
     config = assemble.step_config(c, loaded)
     hosts.together(lambda: assemble_state.check_export(c, workdir, loaded.tokenizer))
     inputs = assemble.inputs(loaded, train_prompts, eval_prompts)

@@ -108,6 +108,27 @@ def test_what_train_warns_of(tmp_path):
   warned(tmp_path / "run", "begin with '<bos>' twice", data__template="<bos><bos>{problem}")
 
 
+@pytest.mark.parametrize("template, overrides, words", [
+  ("1+1=", {}, "the chat template leaves the problem out, or a part of it, in 256 of 256 prompts, first 'train-0'"),
+  ("{{ messages[-1]['content'][:2] }}", {}, "leaves the problem out, or a part of it"),
+  ("{{ messages[-1]['content'] }}", {"data__system": "1+1=2;"}, "leaves the system message out"),
+  (None, {"data__template": "Sum {problem}"}, "no token for 'm', 's', 'u' in 256 of 256 prompts"),
+])
+def test_prompts_that_lose_a_part_of_what_was_meant(tmp_path, template, overrides, words):
+  """By the chat template or by the tokenizer; where nothing is lost nothing is said."""
+  if template:
+    overrides |= {"data__chat": True, "model__path": changed(tmp_path, tokenizer_config={"chat_template": template})}
+  warned(tmp_path / "run", words, **overrides)
+
+
+def test_a_chat_that_keeps_everything(tmp_path):
+  template = "{% for m in messages %}{{ m['content'] | trim }} {% endfor %}"
+  model = changed(tmp_path, tokenizer_config={"chat_template": template})
+  seen = examined(tmp_path / "run", model__path=model, data__chat=True, data__system="1+1=2;", rollout__max_prompt=22,
+                  rollout__max_new=40)
+  assert (seen.status, seen.warnings) == (0, [])
+
+
 def test_a_tokenizer_with_more_ids_than_the_embedding(tmp_path):
   model = with_token(tmp_path)
   warned(tmp_path / "run", "20 ids", "19 rows", model__path=model)

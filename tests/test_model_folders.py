@@ -73,6 +73,8 @@ def test_adapters_single_files_and_other_formats_say_what_to_do(tmp_path):
   other = copy(SINGLE, tmp_path / "bin")
   (other / "model.safetensors").rename(other / "pytorch_model.bin")
   assert "no weights here" in message(other) and "pytorch_model.bin is not read" in message(other)
+  (other / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  assert "is a Git LFS pointer" in message(other) and "git lfs pull" in message(other)
 
 
 def test_a_name_on_the_hub_says_how_to_fetch_it():

@@ -208,6 +208,7 @@ def test_a_task_is_read_and_graded_with_its_imports_before_the_deadline(tmp_path
 
 @pytest.mark.parametrize("source, message", [
   ("nope", r"nope\.jsonl does not exist .*known: gsm8k, math"), ("no/file.jsonl", "no/file.jsonl does not exist"),
+  ("hf:", "hf:: names nothing"), ("hf:?split=train", "names nothing"), ("tfds:", "names nothing"),
   ("tfds:nope", r"nope\.jsonl does not exist"), ("tfds:gsm8k?a=1", "no options"), ("hf:x/y?wheels=4", "unknown wheels"),
   ("reasoning_gym:basic_arithmetic", "how many entries"), ("gsm8k,gsm8k", "id 'p0' was used before, in .*line 1"),
   ("hf:x/y?pattern=(", "not a regular expression"), ("hf:x/y?pattern=abc", "has no group"),

@@ -135,6 +135,14 @@ def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_another_programs_log_is_not_wiped(tmp_path):
+  """metrics.jsonl in a folder that no run of ours began in."""
+  log = tmp_path / "metrics.jsonl"
+  log.write_text('{"loss": 1}\n')
+  assert_refused(command(*arguments(tmp_path)), "metrics.jsonl is there, and no config.json", "move it away")
+  assert log.read_text() == '{"loss": 1}\n' and not (tmp_path / "config.json").exists()
+
+
 def test_a_mistake_at_the_real_command_line():
   result = subprocess.run([sys.executable, "-m", "arrol_jax.train", QUICKSTART, "--config.stpes=3"], cwd=ROOT,
                           text=True, capture_output=True)

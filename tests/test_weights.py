@@ -291,6 +291,8 @@ def test_missing_folder_weights_and_config(tmp_path):
   ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}}, "rope type 'longrope'"),
   ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling llama3 needs"),
   ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+  ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be an object"),
+  ({"rope_scaling": {"factor": 2.0}}, "has a factor (2.0) and no rope_type"),
   ({"num_key_value_heads": 3}, "not a multiple"),
   ({"num_key_value_heads": "two"}, "wrong kind"),
   ({"rms_norm_eps": "small"}, "wrong kind"),

@@ -206,6 +206,17 @@ def test_weights_that_changed_are_refused(own):
   refused_and_left_alone(folder / "run", "the weights of model.path changed since this run began", **settings)
 
 
+@pytest.mark.parametrize("name, key, value", [("config", "rms_norm_eps", 1e-3), ("generation_config", "eos_token_id", 14)])
+def test_a_models_settings_that_changed_are_refused(own, name, key, value):
+  """Those that its weights do not show; a run that began before they were kept goes on."""
+  (folder, settings), file = own, own[0] / "model" / f"{name}.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+  refused_and_left_alone(folder / "run", "what config.json and generation_config.json of model.path say", **settings)
+  path = folder / "run" / "inputs.json"
+  path.write_text(json.dumps({name: x for name, x in read(path).items() if name != "model"}))
+  run(folder / "run", **settings)
+
+
 def test_a_tokenizer_that_changed_is_refused(own):
   folder, settings = own
   file = folder / "model" / "tokenizer.json"
@@ -247,6 +258,12 @@ def test_a_damaged_json_file_is_one_line(done, tmp_path, name, advice, text):
     (folder / name).unlink()
     result = command(*arguments(folder, **FAST))
     assert result.status == 0 and read(folder / "summary.json")["steps"] == 3
+
+
+def test_a_section_without_keys_is_one_line(copied):
+  path = copied / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"optim": None}))
+  refused_and_left_alone(copied, "config.json: damaged (optim has no keys)", "put it back")
 
 
 def test_a_summary_without_steps_is_one_line(copied):

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import unicodedata
 import zlib
 
 import numpy as np
@@ -163,6 +164,24 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   if not prompts:
     raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")
   return prompts, [p for p in encoded if not 0 < len(p.tokens) <= max_prompt]
+
+
+def lost(prompts: list[Prompt], tokenizer, system: str | None = None) -> list[str]:
+  """What a chat template or the tokenizer leaves out of the prompts, a line each, from 256 of them; spaces do not count."""
+  looked_at, out = spaced(prompts, 256), []
+  bare = lambda text: "".join(unicodedata.normalize("NFKC", text).casefold().split())
+  if system is not None and not any(bare(system) in bare(p.text) for p in looked_at):
+    out.append("the chat template leaves the system message out: write it into data.template, or take data.system away")
+  without = [p for p in looked_at if bare(p.problem.problem) not in bare(p.text)]
+  if without:
+    out.append(f"the chat template leaves the problem out, or a part of it, in {len(without)} of {len(looked_at)} prompts, first "
+               f"{without[0].problem.id!r}: set data.chat to false, or mend the template")
+  gone = [(p, missing) for p in looked_at if (missing := set(bare(p.text)) - set(bare(tokenizer.decode(p.tokens.tolist()))))]
+  if gone:
+    first, missing = gone[0]
+    out.append(f"the tokenizer has no token for {', '.join(map(repr, sorted(missing)[:8]))} in {len(gone)} of {len(looked_at)} "
+               f"prompts, first {first.problem.id!r}, and leaves that out: set data.template and data.train to what it reads")
+  return out
 
 
 def digests(prompts: list[Prompt]) -> tuple[str, str]:

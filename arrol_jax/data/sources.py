@@ -95,6 +95,8 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
     return "jsonl", source, {}
   name, _, query = rest.partition("?")
   options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+  if kind in ("tfds", "hf") and not name:
+    raise UserError(f"{source}: names nothing; write {'hf:OWNER/NAME or hf:FOLDER' if kind == 'hf' else 'tfds:FILE.jsonl'}")
   if kind == "tfds" and query:
     raise UserError(f"{source}: tfds: takes a file or a benchmark, no options")
   if kind == "hf" and not options.keys() <= _HF_KEYS:

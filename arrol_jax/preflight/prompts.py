@@ -78,7 +78,7 @@ def tokenizer(page: Page, c: ConfigDict, loaded: Policy, prompts: Iterable[Promp
   """Stop tokens, and what train.py warns of."""
   name = loaded.tokenizer.convert_ids_to_tokens
   page.say(", ".join(f"{name(i)} ({i})" for i in loaded.eos_ids) or "none")
-  page.warnings += assemble.warnings(loaded, list(prompts))
+  page.warnings += assemble.warnings(c, loaded, list(prompts))
   ids = len(loaded.tokenizer)
   if ids > loaded.config.vocab:
     page.warn(f"the tokenizer has {ids:,} ids and the model's embedding {loaded.config.vocab:,} rows: a prompt with one of the "

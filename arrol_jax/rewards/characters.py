@@ -52,6 +52,8 @@ def latex(text: str) -> str:
       out.append(f"\\frac{{{parts[0]}}}{{{parts[1]}}}")  # ½
     elif len(parts) == 1 and parts[0].isascii() and parts[0].isalpha():
       out.append(parts[0])  # a letter in a font of its own
+    elif unicodedata.decomposition(character).startswith("<small>"):
+      out.append(*parts)  # ﹥
     else:
       out.append(str(unicodedata.decimal(character, character)))
   return "".join(out)

@@ -18,16 +18,17 @@ SEARCH_S = 1.0  # what a pattern of the user's may take on one response; `regex`
 # Answer formats by name. A marker takes what follows it on its line, up to the next marker: **Final Answer:** 12.
 PATTERNS = {
   "boxed": None,
-  "answer": r"(?i:answer)[*_`]{0,3}[ \t]*+[:：][ \t*_]*+([^\n]+)",
+  "answer": r"(?i:answer(?:[ \t]+is)?)[*_`]{0,3}[ \t]*+[:：][ \t*_]*+([^\n]+)",
   "hashes": r"####[ \t]*+([^\n]+)",
   "first_hashes": r"(?s)\A.*?####[ \t]*+([^\n]+)",
 }
-_MARKERS = {"answer": re.compile(r"(?i:answer)[*_`]{0,3}[ \t]*[:：]"), "hashes": re.compile("####"),
+_MARKERS = {"answer": re.compile(r"(?i:answer(?:[ \t]+is)?)[*_`]{0,3}[ \t]*[:：]"), "hashes": re.compile("####"),
             "first_hashes": re.compile("####")}
 # What stands around an answer on its line: "The final answer is $12$. I hope it is correct."
 _LEAD = re.compile(
   r"(?i)[\s*_`]*(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+)?"
-  r"(?:(?:answer|result|solution|value)\s*(?:is|:|=)|it\s+is\b|it's\b)[\s:*_]*(?=\S)")
+  r"(?:(?:answer|result|solution|value)\s*(?:is|:|=)|it\s+is\b|it's\b|there\s+(?:is|are)\b"
+  r"|(?:[a-z]+\s+){1,6}?(?:is|are|equals)\b(?!\s+(?:not|more|less|at|between|no|either|either|divisible)\b))[\s:*_]*(?=\S)")
 _TRAIL = re.compile(r"(?i)[.。]?\s*i\s+hope\s+(?:it|this)\s+(?:is|helps)[^\n]*$")
 
 

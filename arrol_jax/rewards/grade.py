@@ -27,6 +27,7 @@ from arrol_jax.rewards.parts import (
   as_set,
   bare,
   forward,
+  in_order,
   names,
   split,
   without_builder,
@@ -55,6 +56,8 @@ Decide = Callable[[str, str], bool | None]
 def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -> bool | None:
   """Whether two canonical answers are the same mathematics, `decide` being asked about single expressions."""
   gold, answer = without_builder(bare(gold)), without_builder(bare(answer))
+  if gold[:1] != answer[:1] and "(" in (gold[:1], answer[:1]) and "=" in gold and "=" in answer:
+    gold, answer = in_order(gold, answer)
   if gold == answer:
     return True
   shorter = without_qualifier(gold), without_qualifier(answer)
@@ -85,6 +88,10 @@ def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool |
   (kind, golds), (answer_kind, answers) = gold_parts, answer_parts
   if ("\\text" in gold or "\\text" in answer) and ("one" in (kind, answer_kind) or kind != answer_kind):
     return _same_words(gold, answer, outermost)
+  listed = gold if kind == "list" else answer
+  if {kind, answer_kind} == {"list", "union"} and re.search(r"\\lor|\\infty", listed) and all(
+      re.match(r"[(\[].*,.*[)\]]$", part) for part in golds + answers):
+    kind = answer_kind = "union"  # (-\infty,2) or (3,\infty)
   if kind != answer_kind:
     relations = [RELATION.search(text) is not None for text in (gold, answer)]
     sets = {kind, answer_kind} <= {"union", "()", "(]", "[)", "[]", "one", "set", "list"} and "\\setminus" in gold + answer
@@ -142,15 +149,17 @@ def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide, kee
 
 # --- words --------------------------------------------------------------------------------------------------
 
-_SYNONYMS = {"dne": "doesnotexist", "undefined": "undefined", "nosolutionexists": "nosolution", "nosolutions": "nosolution"}
+_SYNONYMS = {"dne": "doesnotexist"}
+_SOLUTIONS = re.compile(r"^there(?:is|are|exists?)(?=no)|(?<=solution)(?:s?exists?|s)$")
 
 
 def _words(text: str) -> list[str]:
   """The words of an answer in words, without case, spaces, quotes, full stops; single letters (choices) sorted."""
   text = re.sub(r"\\text\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).replace("\\lor", ",").replace("{}", "")
+  text = re.sub(r"\\[{}]", "", text)
   words = re.sub(r"\s|(?<![0-9])\.|\.(?![0-9])|[`\"]|''|(?<=[A-Za-z])-(?=[A-Za-z])", "", text).casefold().split(",")
   words = [re.sub(r"^\((.)\)$", r"\1", word) for word in words if word]
-  words = [_SYNONYMS.get(word, word) for word in words]
+  words = [_SOLUTIONS.sub("", _SYNONYMS.get(word, word)) for word in words]
   return sorted(words) if all(len(word) == 1 for word in words) else words
 
 
@@ -265,6 +274,9 @@ def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tu
   return _judge(gold, found)
 
 
+_SUM = re.compile(r"([a-z](?:\+[a-z])+)=(.+)")  # m+n=57
+
+
 def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
   """`judge` of a gold and a final answer whose texts differ."""
   (gold, *gold_unit), (found, *found_unit) = canonical(raw_gold), canonical(raw_found)
@@ -276,12 +288,14 @@ def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
   chosen = _same_choice(gold if len(gold) == 1 else raw_gold, found if len(found) == 1 else raw_found)
   if chosen is not None and (chosen or len(gold) == 1):
     return CORRECT if chosen else WRONG
+  if not found_unit[0]:
+    found = units.without_same(found, gold_unit[0])
   if units.differ(tuple(gold_unit), tuple(found_unit)) or any(gold_unit) and found.endswith("%"):
     return WRONG
   expected = integer(gold)
   if expected is not None:
     found = forward(without_qualifier(found))
-    name = NAME.fullmatch(found)
+    name = NAME.fullmatch(found) or _SUM.fullmatch(found)
     found = bare(name[2] if name and "=" in found else found)
     return CORRECT if integer(found.removesuffix("%")) == expected else WRONG
   verdict = equivalent(gold, found, lambda _gold, _answer: None)

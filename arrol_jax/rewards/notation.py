@@ -73,7 +73,12 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\", r"\\(?:blacksquare|square|checkmark|qed|qedsymbol|Box)(?![A-Za-z])\s*\.?\s*$", ""), ("\\cr", r"\\cr(?![A-Za-z]"
     r")", r"\\\\"),
   ("\\surd", r"\\surd(?![A-Za-z])", r"\\sqrt"), ("\\sqrt", r"\\sqrt\s*([0-9]{2,})", r"\\sqrt{\1}"),
-  ("\\mathbb", r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"), (":", r":=|\\coloneqq(?![A-Za-z])", "="),
+  ("\\Bbb", r"\\Bbb(?![A-Za-z])", r"\\mathbb"), ("\\big", r"\\big(cup|cap)(?![A-Za-z])", r"\\\1 "),
+  ("\\mathbb", r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+  ("\\mathbb", r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus "),
+  ("\\text", r"\\text\{\s*([,;])\s*\}", r"\1 "),
+  ("C", r"\{\s*\}\s*([\^_])\s*(?:\{(\w+)\}|(\w))\s*C\s*_\s*(?:\{(\w+)\}|(\w))", r"\\binom{\2\3}{\4\5}"),
+  (":", r":=|\\coloneqq(?![A-Za-z])", "="),
   (":", r"^\\text\{\s*([A-Za-z ]+)(?::\s*\}|\}\s*:)(?=\s*[^\s])", r"\\text{\1}="), ("..", r"\.\s?\.\s?\.(?=\s*,)", r"\\dots "),
   ("to", r"(?<=[0-9])\s*(?:\\text\{\s*to\s*\}|(?<=\s)to(?=\s))\s*(?=[0-9])", ":"),
   ("{\\text", r"\^\s*\{\\text\{\s*(-?[0-9])\s*\}\}", r"^{\1}"),
@@ -104,6 +109,8 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\bar", r"\\bar(?![A-Za-z])", r"\\overline"), ("\\back", r"\\backslash(?![A-Za-z])", r"\\setminus "),
   ("-", r"\\((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
   ("_", rf"_\s*(?:\{{\s*)?\\text\{{\s*({_BASE})\s*\}}\s*\}}?", lambda base: f"_{{{_BASES[base[1]]}}}"),
+  ("base", rf"_\s*\{{\s*(?:\\text\{{\s*)?base[\s-]*\}}?\s*({_BASE}|[0-9]+)\s*\}}?\s*\}}",
+   lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
   ("base", rf"(?<=[0-9A-F])\)?\s*(?:\\text\{{\s*)?\(?\s*(?:in\s+)?base(?:[\s-]+|(?=\s*\}}))\}}?\s*({_BASE}|[0-9]+)"
    r"\s*\)?\s*(?:\}|$)",
    lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
@@ -174,6 +181,8 @@ def _rows(text: str) -> str:
     return text
   lines = [line.strip().rstrip(",;. ") for line in rows[2].split("\\\\")]
   lines = [re.sub(r"&\s*(?==|<|>|\\le|\\ge)|(?<==)\s*&", "", line) for line in lines if line]
+  if system and any("&" in line for line in lines):
+    return "\\begin{pieces}" + "\\\\".join(lines) + "\\end{pieces}"
   if rows[1] == "matrix" and not system or any("&" in line for line in lines):
     return text.replace("{cases}", "{pieces}")
   return ",".join(lines)

@@ -60,7 +60,8 @@ def without_name(gold: str, answer: str) -> tuple[str, str] | None:
     same = "\\text" in gold_name[1] and gold_name[1].casefold() == answer_name[1].casefold()
     return (gold_name[2], answer_name[2]) if same else None
   if (gold_name is None and "=" in gold) or (answer_name is None and "=" in answer):
-    return gold, answer  # an equation on one side: its counterpart is no assignment
+    gold, answer = (name[2] if name and "=" not in text else text for name, text in ((gold_name, gold), (answer_name, answer)))
+    return gold, answer  # an equation on one side: its counterpart is no assignment, but x\in\{2,5\} is x=2\lor x=5
   return (gold_name[2] if gold_name else gold), (answer_name[2] if answer_name else answer)
 
 
@@ -70,6 +71,22 @@ def _assigned(text: str) -> re.Match | None:
   own = found and len(found[1]) == 1 and text[1] == "=" and re.search(
     rf"(?<![A-Za-z]){found[1]}(?![A-Za-z])", re.sub(r"\\[A-Za-z]+|_\{[^{}]*\}", " ", found[2]))
   return None if own else found
+
+
+_TUPLE = re.compile(rf"\(({_LETTER}(?:,{_LETTER})+)\)=(\(.*\))")
+
+
+def in_order(gold: str, answer: str) -> tuple[str, str]:
+  """(x,y)=(4,9) beside y=9,x=4 as two tuples in the first one's order; other pairs as they are."""
+  found = _TUPLE.fullmatch(gold) or _TUPLE.fullmatch(answer)
+  other = answer if found and found[0] == gold else gold
+  parts = [part.partition("=") for part in cut(other, (",", ";")) or ()]
+  named = {name: one for name, _, one in parts}
+  order = found[1].split(",") if found else []
+  if sorted(order) != sorted(name for name, _, _ in parts) or len(named) < len(order):
+    return gold, answer
+  same = f"({','.join(named[name] for name in order)})"
+  return (found[2], same) if found[0] == gold else (same, found[2])
 
 
 def _coordinates(text: str) -> str:

@@ -97,6 +97,7 @@ _LONGEST = 60  # characters of a bare unit and what stands before it
 _TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
 _ORDINAL = re.compile(r"(?<=[0-9])(?:\s*-)?(?:\^\s*\{?\s*)?(?:\\text\{\s*(st|nd|rd|th)\s*\}|\s*(st|nd|rd|th))\s*\}?$")
 _RANKED = re.compile(r"^([0-9]+)(?:\^?\{?\s*(\\text\{\s*)?)(?:st|nd|rd|th)\s*(\}{0,2})\s+(?=[a-z]{3}|\\text\{)")  # 57th day
+_TEXT_RANK = re.compile(r"^\\text\{\s*([0-9]+)(?:st|nd|rd|th)\s*\}$")
 _SQUARED = re.compile(r"per\s+(seconds?|minutes?|hours?)\s+(square|cube)d(?![a-z])")
 _RATE = re.compile(rf"([^A-Za-z\\]*[0-9])\s+([A-Za-z]{{1,3}}\s*/\s*(?:(?:s|sec|h|hr|min|L|mL|kg|mol|day)(?:{_EXPONENT})?"
                    r"|c?m\^\{?[23]\}?))\.?")
@@ -144,6 +145,7 @@ def split_unit(text: str) -> tuple[str, str]:
   too. Ordinals (57th) lose their ending.
   """
   text = _RANKED.sub(lambda rank: f"{rank[1]} {'' if rank[3] else rank[2] or ''}", text)
+  text = _TEXT_RANK.sub(r"\1", text)
   text = _SQUARED.sub(r"per \2 \1", text)
   text = _QUOTIENT.sub(r"\1/\2", _KILO_OHM.sub(lambda k: f"\\text{{{k[1] or k[2]}Ω}}", text))
   text = _MICRO.sub(lambda unit: f"\\text{{μ{unit[1] or unit[2]}}}" if unit.end() == len(text) else unit[0], text)
@@ -253,6 +255,15 @@ def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
     degrees = {"degree": 1} in (gold_powers, powers) and {*gold_powers, *powers} <= {"degree", "celsius", "fahrenheit"}
     return gold_powers != powers and not degrees
   return _words(gold_unit) != _words(unit)
+
+
+_LETTERS_AFTER = re.compile(rf"(.*(?:[0-9}})]|\\pi)) ?((?:[A-Za-z]++(?:{_EXPONENT})?+/?+)++)")
+
+
+def without_same(text: str, unit: str) -> str:
+  """`text` less letters at its end that name the unit which the other answer has: 4h where that is 4 hours."""
+  found = _LETTERS_AFTER.fullmatch(text) if unit else None
+  return found[1] if found and measure(found[2]) is not None and measure(found[2]) == measure(unit) else text
 
 
 def _name(word: str) -> str | None:

@@ -4,7 +4,7 @@ A worker imports this package's rewards and the reward function's module, nothin
 ends them. Left out: deadlines, which are the parent's to keep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import contextlib
 from importlib import import_module
 import inspect
@@ -17,6 +17,11 @@ import signal
 
 from arrol_jax.rewards.grade import Graded, settle
 
+# What parameters of reward functions are called elsewhere: f(ground_truth, completion) must not be called the wrong way round.
+_MEANT = dict.fromkeys("completion prediction predicted pred solution_str generation generated output model_output "
+                       "model_response model_answer".split(), "response")
+_MEANT |= dict.fromkeys("ground_truth groundtruth gt truth gold gold_answer reference reference_answer ref target "
+                        "label expected correct_answer".split(), "answer")
 LARGEST = 1e150  # group statistics square rewards, in double precision
 inside = False  # whether this process is a worker
 
@@ -88,22 +93,34 @@ def load(path: str) -> Callable:
 def bind(function: Callable, pattern: str | None, success: float = 1.0) -> Callable[[str, str], Graded]:
   """`function` as a grader of (response, answer).
 
-  Its parameters called response, answer and pattern get what they are called; a response or an answer that no parameter is called
-  goes to the next one in order that has no default. Others keep their defaults. A reward of at least `success` is "correct".
+  Its parameters called response, answer and pattern get what they are called, those without a default also by other libraries'
+  names (completion, ground_truth: _MEANT); a response or an answer that no parameter is called goes to the next one in order that
+  has no default. Others keep their defaults. A reward of at least `success` is "correct".
   Raises TypeError for what cannot be called like that; the grader raises NoReward where the result is no finite number.
   """
   positional, named = _places(function)
 
   def run(response: str, answer: str) -> Graded:
     values = {"response": response, "answer": answer, "pattern": pattern}
-    reward = as_reward(function(*(values[role] for role in positional), **{name: values[name] for name in named}))
+    reward = as_reward(function(*(values[role] for role in positional), **{name: values[role] for name, role in named.items()}))
     return Graded(reward, "correct" if reward >= success else "wrong")
 
   return run
 
 
-def _places(function: Callable) -> tuple[list[str], list[str]]:
-  """Which of response, answer and pattern a function takes by position, in their order, and which by name."""
+def _roles(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
+  """The parameters, by name, that say themselves which of response, answer and pattern they take."""
+  parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+  roles = {p.name: p.name for p in parameters if p.name in ("response", "answer", "pattern")}
+  for p in parameters:
+    role = _MEANT.get(p.name.lower())
+    if role is not None and p.default is p.empty and role not in roles.values():
+      roles[p.name] = role
+  return roles
+
+
+def _places(function: Callable) -> tuple[list[str], dict[str, str]]:
+  """Which of response, answer and pattern a function takes by position, in their order, and which by name: {parameter: which}."""
   if inspect.isclass(function) or not callable(function):
     raise TypeError(f"it is {'a class' if inspect.isclass(function) else type(function).__name__!r}, not a function")
   if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
@@ -114,13 +131,11 @@ def _places(function: Callable) -> tuple[list[str], list[str]]:
     raise TypeError(f"its parameters cannot be read ({e})") from e
   parameters = signature.parameters.values()
   wants = f"it is called with (response, answer) and takes {signature}"
-  roles = [name for name in ("response", "answer", "pattern") if name in signature.parameters
-           and signature.parameters[name].kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY,
-                                                   inspect.Parameter.POSITIONAL_ONLY)]
-  left = [name for name in ("response", "answer") if name not in roles]
-  positional, named, in_order = [], [], True  # in_order: no parameter before this one was left to its default
+  roles = _roles(parameters)
+  left = [role for role in ("response", "answer") if role not in roles.values()]
+  positional, named, in_order = [], {}, True  # in_order: no parameter before this one was left to its default
   for p in parameters:
-    role = p.name if p.name in roles else None
+    role = roles.get(p.name)
     if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
       if role is None and left and p.default is p.empty:
         role = left.pop(0)
@@ -130,18 +145,19 @@ def _places(function: Callable) -> tuple[list[str], list[str]]:
         in_order = False
       elif in_order:
         positional.append(role)
-      elif p.kind is p.POSITIONAL_ONLY or role != p.name:
+      elif p.kind is p.POSITIONAL_ONLY or p.name not in roles:
         raise TypeError(f"{wants}: {p.name} comes after a parameter with a default")
       else:
-        named.append(role)
+        named[p.name] = role
     elif p.kind is p.VAR_POSITIONAL and in_order:
       positional, left = positional + left, []
     elif p.kind is p.KEYWORD_ONLY:
       if role is None and p.default is p.empty:
         raise TypeError(f"{wants}: nothing to give {p.name}")
-      named += [role] * (role is not None)
+      if role is not None:
+        named[p.name] = role
     elif p.kind is p.VAR_KEYWORD:
-      named, left = named + left, []
+      named, left = named | {role: role for role in left}, []
   if left:
     raise TypeError(f"{wants}: no parameter for the {' and the '.join(left)}; call one so")
   return positional, named

@@ -7,11 +7,9 @@ checkpoint.py's, other logs loggers.py's.
 """
 
 from collections.abc import Iterator
-import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import socket
@@ -19,7 +17,8 @@ import socket
 import jax
 import numpy as np
 
-from arrol_jax.types import Rollout, UserError
+from arrol_jax.running.rollout_lines import finite, in_full, in_short
+from arrol_jax.types import UserError
 
 
 class Logs:
@@ -68,27 +67,6 @@ class Logs:
       file.close()
 
 
-def in_short(r: Rollout) -> dict:
-  """What every log of rollouts says of one."""
-  return {"prompt": r.prompt, "text": r.text, "tokens": len(r.tokens), "pruned": r.pruned, "score": finite(r.score),
-          "posterior": finite(r.posterior), "survival": finite(r.keep_probability), "reward": finite(r.reward),
-          "reason": r.reason}
-
-
-def in_full(r: Rollout, rollouts: list[Rollout]) -> dict:
-  """What rollouts.jsonl says of it besides: its problem, its decisions, and how its group fared, among the step's `rollouts`."""
-  problem = dataclasses.asdict(r.problem) if r.problem else {}
-  group = sorted((x for x in rollouts if x.prompt == r.prompt), key=lambda x: x.request)
-  short = lambda x: float(f"{x:.4g}") if math.isfinite(x) else None
-  column = lambda of: [short(of(x)) for x in group]
-  return {f"problem_{name}" if name in ("id", "source") else name: value for name, value in problem.items()} | {
-    "stopped": r.stopped, "right": finite(r.success), "scores": list(map(finite, r.scores)),
-    "posteriors": list(map(finite, r.posteriors)), "keep_probabilities": list(map(finite, r.keep_probabilities)),
-    "member": [x.request for x in group].index(r.request), "group": {
-      "tokens": [len(x.tokens) for x in group], "pruned": [x.pruned for x in group], "score": column(lambda x: x.score),
-      "posterior": column(lambda x: x.posterior), "reward": column(lambda x: x.reward), "right": column(lambda x: x.success)}}
-
-
 def check_workdir(workdir: str, c, defaults=None) -> None:
   """Makes the folder, or checks that what it holds belongs to this config. defaults: what keys have that it does not name."""
   try:
@@ -112,7 +90,12 @@ def stored_config(workdir: str, defaults=None) -> dict | None:
   """config.json with today's keys; None without one."""
   if not os.path.exists(f"{workdir}/config.json"):
     return None
-  return filled(renamed(read_json(f"{workdir}/config.json")), json.loads(to_json(defaults)) if defaults else {})
+  path = f"{workdir}/config.json"
+  stored, usual = renamed(read_json(path)), json.loads(to_json(defaults)) if defaults else {}
+  broken = next((name for name, x in usual.items() if isinstance(x, dict) and not isinstance(stored.get(name, {}), dict)), None)
+  if broken:
+    raise UserError(f"{path}: damaged ({broken} has no keys); {_remedy(path)}")
+  return filled(stored, usual)
 
 
 def is_run(folder: str | os.PathLike) -> bool:
@@ -177,9 +160,12 @@ def check_can_go_on(workdir: str) -> None:
   """UserError where steps were done and saved, and no checkpoint of them is there: starting anew would wipe their results."""
   if newest_checkpoint(workdir):
     return
-  steps, stored = steps_done(workdir), stored_config(workdir)
+  steps, stored, log = steps_done(workdir), stored_config(workdir), f"{workdir}/metrics.jsonl"
+  if stored is None and os.path.isfile(log) and os.path.getsize(log):
+    raise UserError(f"{log} is there, and no config.json or checkpoints that tell whose it is: move it away, or choose another "
+                    "--workdir")
   if not steps and stored:  # past the second save the first was on disk
-    logged = max((record["step"] for _, record in records(f"{workdir}/metrics.jsonl") if record), default=0)
+    logged = max((record["step"] for _, record in records(log) if record), default=0)
     steps = logged if logged > 2 * stored.get("checkpoint", {}).get("every", logged) else 0
   if steps:
     policy = f"; {workdir}/policy, as model.path of another --workdir, trains on" if os.path.isdir(f"{workdir}/policy") else ""
@@ -195,6 +181,7 @@ def check_length(workdir: str, start: int, steps: int) -> None:
 
 # What a run begins with, by its name in inputs.json.
 INPUTS = {"problems": "the problems of data.train", "weights": "the weights of model.path",
+          "model": "what config.json and generation_config.json of model.path say (heads, rope, norm, stop tokens)",
           "tokens": "what the tokenizer makes of the prompts (tokenizer, chat template)"}
 
 
@@ -301,13 +288,6 @@ def write_json(path: str, value: dict) -> None:
     json.dump({k: finite(v) for k, v in value.items()}, f, indent=2)
     f.write("\n")
   os.replace(path + ".part", path)
-
-
-def finite(x):
-  """JSON has no NaN: null stands for "undefined here". Works through nested dicts."""
-  if isinstance(x, dict):
-    return {k: finite(v) for k, v in x.items()}
-  return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 # ---- what makes two runs the same

@@ -124,12 +124,16 @@ def _refuse(file: Path, family: Family, raw: dict) -> None:
 
 def _rope(file: Path, raw: dict, length: int) -> tuple[float, Scaling | None]:
   rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+  if not isinstance(rope, dict):
+    raise UserError(f'{file}: rope_scaling is {rope!r}; it must be an object such as {{"rope_type": "yarn", "factor": 4.0}}')
   if any(isinstance(x, dict) for x in rope.values()):
     raise UserError(f"{file}: rope_parameters that differ by layer type ({', '.join(rope)}) are not supported")
   theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
   kind = rope.get("rope_type", rope.get("type", "default"))
   if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
     raise UserError(f"{file}: partial_rotary_factor is not supported")
+  if not {"rope_type", "type"} & rope.keys() and rope.get("factor") not in (None, 1):
+    raise UserError(f"{file}: rope_scaling has a factor ({rope['factor']!r}) and no rope_type, so nobody would use it")
   readers = {"linear": _linear, "dynamic": _linear, "llama3": _llama3, "yarn": _yarn}
   if kind == "default":
     return theta, None

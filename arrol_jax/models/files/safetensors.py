@@ -41,7 +41,11 @@ def read_header(path: Path) -> dict[str, Stored]:
     raise UserError(f"{path}: no such file")
   size = path.stat().st_size
   with open(path, "rb") as f:
-    length = int.from_bytes(f.read(8), "little")
+    first = f.read(8)
+    if first == b"version ":  # of a Git LFS pointer
+      raise UserError(f"{path}: is a Git LFS pointer, not the file that it stands for: run `git lfs pull` in that folder, or "
+                      "fetch the model again (arrol-get)")
+    length = int.from_bytes(first, "little")
     if size < 8 or length > size - 8:
       raise UserError(f"{path}: truncated or not a safetensors file (its header should end at byte {8 + length}, "
                       f"the file ends at {size})")
