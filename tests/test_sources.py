@@ -223,7 +223,8 @@ def test_faults(folder, source, message):
 
 
 @pytest.mark.parametrize("source, folder, words", [
-  ("data/gsm8k_train.jsonl", "", "; arrol-get gsm8k writes it"), ("there/math500.jsonl", "", "; arrol-get math500 --dir=there writes"),
+  ("data/gsm8k_train.jsonl", "", "; arrol-get gsm8k writes it"),
+  ("there/math500.jsonl", "", "; arrol-get math500 --dir=there writes"),
   ("gsm8k", "data", "; arrol-get gsm8k writes it"), ("dapo_math_17k.jsonl", "", "; arrol-get dapo-math-17k --dir=. writes it")])
 def test_a_file_that_arrol_get_writes(tmp_path, monkeypatch, source, folder, words):
   """Who trains before arrol-get is told of it."""
