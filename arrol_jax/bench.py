@@ -19,7 +19,7 @@ import sys
 
 import jax
 
-from arrol_jax import config as configuration
+from arrol_jax import config as configuration, usage
 from arrol_jax.benchmarks.decoding import decode
 from arrol_jax.benchmarks.kernels import bench_attention, bench_gather
 from arrol_jax.benchmarks.measuring import PRESETS, peak_bytes
@@ -53,7 +53,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def main():
   hosts.check_devices()
-  p = argparse.ArgumentParser(prog="arrol-bench", description=__doc__, formatter_class=Help)
+  p = usage.Parser(prog="arrol-bench", description=__doc__, formatter_class=Help)
   p.add_argument("case", choices=CASES, help="what to measure")
   p.add_argument("--shape", default="tiny", help=f"the model's: {', '.join(ZOO)}")
   p.add_argument("--rows", default="64", help="rollouts; for `attention` several row counts, separated by commas")

@@ -85,6 +85,7 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     config_flag = ("config", "NAME|FILE", f"a run that is shipped ({', '.join(shipped.names())}), or a file")
     print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
+  argv, off = _switched_off(argv)
   argv, path = _config_of(argv)
   if path is None:
     path, stored = _config_of_run(argv)
@@ -102,6 +103,8 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; every option is --NAME=VALUE")
+  for section, _, name in (key.rpartition(".") for key in off):
+    setattr(value_of(config, section) if section else config, name, None)
   for section, name in (x.split(".") for x in _PATHS):
     if section in config and name in config[section] and isinstance(config[section][name], str):
       config[section][name] = _with_home(config[section][name])
@@ -128,11 +131,24 @@ def _with_home(text: str) -> str:
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
+def _switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
+  """The command line without --config.KEY=None, and such KEYs: those that may be None, where it is the last word on them. (By
+  themselves the flags take no None for a number.)"""
+  may = {f"--config.{name}" for name, default, _ in usage.keys() if default == "None"}
+  last = {name: value for name, _, value in (a.partition("=") for a in argv)}
+  off = [name for name in last if name in may and last[name] == "None"]
+  given = lambda a: a.partition("=")[0] not in off and not (a.partition("=")[0] in may and a.endswith("=None"))
+  return [a for a in argv if given(a)], [name.removeprefix("--config.") for name in off]
+
+
 def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
   """config.json of the run whose folder the command line names, and what it says."""
   given = [value if equals else following for (flag, equals, value), following in
            zip([a.partition("=") for a in argv], [*argv[1:], ""]) if flag in ("--workdir", "-workdir")]
   if not given or not is_run(given[-1]):
+    word = next(iter(argv[1:]), "")
+    if is_run(word) or word in shipped.names():  # arrol-look and arrol-chat take a folder without a flag
+      raise UserError(f"unexpected argument {word!r}; write --{'workdir' if is_run(word) else 'config'}={word}")
     raise UserError(f"no --config=NAME or --config=FILE given{f', and {given[-1]} holds no run' if given else ''}; shipped ones: "
                     f"{', '.join(shipped.names())}")
   c, file = defaults(), os.path.join(given[-1], "config.json")
@@ -239,7 +255,7 @@ def check(c: ConfigDict, files: bool = True) -> None:
   try:
     if files:
       check_model(c)
-      _check_data(c)
+      check_data(c)
     _check(c)
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
@@ -324,7 +340,8 @@ def _check_best(c: ConfigDict) -> None:
   need(best is None or c.eval.every is not None, f"checkpoint.best={best} goes by evaluations during training: set eval.every")
 
 
-def _check_data(c: ConfigDict) -> None:
+def check_data(c: ConfigDict) -> None:
+  """Raises UserError unless every source can be there; reads nothing."""
   train, held_out = sources.split_list(c.data.train), sources.split_list(c.data.eval)
   need(train != [], "data.train is empty; give a JSONL file")
   for one, split in [(one, "train") for one in train] + [(one, "test") for one in held_out]:

@@ -25,7 +25,7 @@ from arrol_jax.types import UserError
 def main():
   c, flags = configuration.parse(sys.argv, doc=__doc__)
   hosts.check_devices()
-  configuration.check(c)
+  configuration.check(c, files=False)
   loggers.names(c.log.backends)
   page, workdir, defaults = Page(), flags.workdir, configuration.defaults()
   with ExitStack() as stack:
@@ -36,8 +36,9 @@ def main():
       stack.enter_context(jax.set_mesh(mesh))
     whole = bool(begun) and stored_inputs(workdir) is not None and mesh is not None
     model = page.section("model", lambda: policy(page, c, mesh, whole))
+    there = page.section("data", lambda: sources_are_there(c))
     page.section("export", lambda: assemble_state.check_export(c, workdir, model.tokenizer), model)
-    train = page.section("problems", lambda: prompts.train_prompts(page, c, model), model)
+    train = page.section("problems", lambda: prompts.train_prompts(page, c, model), model, there)
     held_out = page.section("held out", lambda: prompts.held_out_prompts(page, c, model, train), model, train)
     page.section("prompt", lambda: prompts.one_prompt(page, model, train), train)
     page.section("stop tokens", lambda: prompts.tokenizer(page, c, model, train), train)
@@ -67,8 +68,14 @@ def devices(page: Page, c) -> jax.sharding.Mesh:
   return mesh
 
 
+def sources_are_there(c) -> bool:
+  configuration.check_data(c)
+  return True
+
+
 def policy(page: Page, c, mesh: jax.sharding.Mesh, whole: bool):
   """The model from its headers, or with its weights."""
+  configuration.check_model(c)
   loaded = assemble.load(c, mesh, training=True) if whole else assemble.opened(c, training=True)
   m = loaded.config
   page.say(f"{m.family}, {m.layers} layers of width {m.width}, {m.heads} heads over {m.kv_heads} of keys and values, "

@@ -12,14 +12,14 @@ import functools
 import os
 import sys
 
-from arrol_jax import config as configuration
+from arrol_jax import config as configuration, usage
 from arrol_jax.data import hub_sets
 from arrol_jax.models.files import hub
 from arrol_jax.types import UserError
 
 
 def main():
-  p = argparse.ArgumentParser(prog="arrol-get", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = usage.Parser(prog="arrol-get", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(hub_sets.SETS)}, or a model's OWNER/NAME")
   p.add_argument("--dir", help="folder to write to (default: data for data sets, the hub's cache for models)")
   p.add_argument("--from", dest="folder", help="folder that holds the data set's files (default: None, they are downloaded)")

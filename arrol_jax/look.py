@@ -11,13 +11,13 @@ import functools
 import os
 from pathlib import Path
 
-from arrol_jax import config as configuration
+from arrol_jax import config as configuration, usage
 from arrol_jax.reporting import page, run_folder
 from arrol_jax.types import UserError
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="arrol-look")
+  parser = usage.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="arrol-look")
   parser.add_argument("run", help="the run's folder (what --workdir was)")
   parser.add_argument("--out", metavar="FILE", help="where the page goes (default: RUN/look.html)")
   asked = parser.parse_args()

@@ -1,7 +1,7 @@
 """An OpenAI-compatible HTTP endpoint over the engine, with the head's votes; from a model, a checkpoint or an exported policy.
 
   arrol-serve --config=quickstart --port=8000                      # the config's model
-  arrol-serve --config=quickstart --workdir=DIR --port=8000        # DIR's newest checkpoint of that run
+  arrol-serve --workdir=DIR --name=mine --port=8000                # a run's newest checkpoint, by its own config
   arrol-serve --config=quickstart --config.model.path=DIR/policy   # a run's exported policy and head
 The config's data need not be there; flags take - and _ alike (docs/serving.md says more).
 Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metrics. openai_api.py says which fields are taken.

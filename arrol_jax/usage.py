@@ -1,11 +1,20 @@
 """What `--help` prints: what a command does with examples, its flags, and every config key, each with its default."""
 
+import argparse
 import re
 import textwrap
 
 from arrol_jax.running import shipped
+from arrol_jax.types import UserError
 
 WIDTH = 118
+
+
+class Parser(argparse.ArgumentParser):
+  """For commands without a config: a mistake is one line, like every other."""
+
+  def error(self, message: str):
+    raise UserError(f"{message} ({self.prog} -h tells all)")
 
 
 def text(doc: str, flags: list[tuple[str, object, str]]) -> str:

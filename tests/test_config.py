@@ -90,3 +90,15 @@ def test_each_held_out_source_has_a_result_of_its_own(monkeypatch, tmp_path, cap
   with pytest.raises(SystemExit) as e:
     run(1)
   assert e.value.code == 2 and "holds step 2 and steps is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, every", [(["eval.every=None"], None), (["eval.every=None", "eval.every=5"], 5),
+                                          (["eval.every=5", "eval.every=None"], None), ([], 20)])
+def test_what_a_recipe_sets_can_be_switched_off(words, every):
+  """None takes back a number and a name, and the last word counts; a key that cannot be None stays what it was, or is refused."""
+  c, _ = config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.checkpoint.best=held_out_accuracy",
+                       "--config.checkpoint.best=None", "--config.stop_seconds=None", *(f"--config.{w}" for w in words)])
+  assert (c.eval.every, c.checkpoint.best, c.stop_seconds, c.steps) == (every, None, None, 100)
+  config.check(c, files=False)
+  with pytest.raises(UserError, match="steps=None"):
+    config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.steps=None"])

@@ -235,6 +235,14 @@ def test_the_rest_is_told_all_the_same(tmp_path, functions):
   assert "2,000 read" in seen.page and "programs" not in seen.page
 
 
+def test_what_is_not_there_hides_nothing_else(tmp_path):
+  """Before the data are brought, and before the model is: the page goes on with what needs neither."""
+  seen, _ = refused(tmp_path / "run", "none.jsonl does not exist", data__train="none.jsonl")
+  assert "593,344 parameters" in seen.page and "programs to compile" in seen.page and "read" not in seen.page
+  seen = examined(tmp_path / "run", data__train="none.jsonl", model__path="no/such/model")
+  assert seen.status == 2 and len(seen.errors) == 2 and "devices       1 of" in seen.page
+
+
 def test_adapters(tmp_path):
   """More numbers than the model has is a warning; what lies where they go is found before the run, as train.py finds it."""
   seen = warned(tmp_path / "run", "model.lora.rank is 256", model__lora__rank=256, rollout__weights="int8")

@@ -11,6 +11,7 @@ import sys
 import tomllib
 import zipfile
 
+from helpers_train import assert_refused, in_process
 import pytest
 
 from arrol_jax import config, usage
@@ -105,6 +106,17 @@ def test_shipped_files_are_found_only_where_nothing_else_is(tmp_path, monkeypatc
   assert shipped.find(data) == data
   with pytest.raises(UserError, match="no such config file"):
     config.parse(["train.py", "--config=none"])
+
+
+@pytest.mark.parametrize("name, argv, words", [
+  ("look", [], "arguments are required: run"), ("get", ["gsm8k", "--form=x"], "unrecognized arguments: --form=x"),
+  ("bench", ["decodee"], "invalid choice: 'decodee'"), ("train", ["quickstart"], "write --config=quickstart"),
+  ("evaluate", ["{run}"], "write --workdir={run}")])
+def test_a_wrong_command_line_is_one_line(tmp_path, name, argv, words):
+  (tmp_path / "config.json").write_text('{"rollout": {}}')
+  filled = lambda text: text.replace("{run}", str(tmp_path))
+  done = in_process(importlib.import_module(f"arrol_jax.{name}"), *map(filled, argv))
+  assert_refused(done, filled(words))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

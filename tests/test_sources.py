@@ -223,6 +223,19 @@ def test_faults(folder, source, message):
       sources.check(source, "train", str(folder))
 
 
+@pytest.mark.parametrize("source, folder, words", [
+  ("data/gsm8k_train.jsonl", "", "; arrol-get gsm8k writes it"),
+  ("there/math500.jsonl", "", "; arrol-get math500 --dir=there writes"),
+  ("gsm8k", "data", "; arrol-get gsm8k writes it"), ("dapo_math_17k.jsonl", "", "; arrol-get dapo-math-17k --dir=. writes it")])
+def test_a_file_that_arrol_get_writes(tmp_path, monkeypatch, source, folder, words):
+  """Who trains before arrol-get is told of it."""
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="does not exist.*" + words):
+    sources.check(source, "train", folder)
+  with pytest.raises(UserError, match=r"mine\.jsonl does not exist$"):
+    sources.check("data/mine.jsonl", "train", folder)
+
+
 def test_a_name_without_a_folder_and_a_missing_package(monkeypatch):
   with pytest.raises(UserError, match=r"gsm8k is no \.jsonl file; .*data\.folder"):
     sources.check("gsm8k", "train")

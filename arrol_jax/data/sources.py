@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 
+from arrol_jax.data.hub_sets import SETS
 from arrol_jax.data.problems import NOT_JSONL, Problem, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
 from arrol_jax.rewards.extract import check_pattern
@@ -120,7 +121,7 @@ def _file(name: str, split: str, folder: str) -> str:
     if not os.path.exists(path):
       hub = f"; a data set of the Hugging Face hub is written hf:{name}" if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not (
         name.endswith((".jsonl", ".gz"))) else ""
-      raise UserError(f"data: {name} does not exist{hub}")
+      raise UserError(f"data: {name} does not exist{hub}{_how_to_get(path)}")
     if os.path.isdir(path):
       raise UserError(f"data: {name} is a folder; give a .jsonl file in it, or hf:{name} for a data set's folder")
     return path
@@ -132,8 +133,16 @@ def _file(name: str, split: str, folder: str) -> str:
       path = os.path.join(folder, one + ending)
       if os.path.exists(path):
         return path
-  raise UserError(f"data: {os.path.join(folder, file)}.jsonl does not exist (data.folder, benchmark {name!r}; known: "
-                  f"{', '.join(BENCHMARKS)})")
+  path = os.path.join(folder, f"{file}.jsonl")
+  raise UserError(f"data: {path} does not exist (data.folder, benchmark {name!r}; known: {', '.join(BENCHMARKS)})"
+                  f"{_how_to_get(path)}")
+
+
+def _how_to_get(path: str) -> str:
+  """The command that writes a file of this name there, where there is one."""
+  folder, file = os.path.split(path)
+  return next((f"; arrol-get {name}{'' if folder == 'data' else f' --dir={folder or os.curdir}'} writes it"
+               for name, one in SETS.items() if file in {f"{ours}.jsonl" for ours in one.files}), "")
 
 
 def _huggingface(source: str, name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
