@@ -340,17 +340,17 @@ def _check_best(c: ConfigDict) -> None:
   need(best is None or c.eval.every is not None, f"checkpoint.best={best} goes by evaluations during training: set eval.every")
 
 
-def check_data(c: ConfigDict) -> None:
-  """Raises UserError unless every source can be there; reads nothing."""
-  train, held_out = sources.split_list(c.data.train), sources.split_list(c.data.eval)
-  need(train != [], "data.train is empty; give a JSONL file")
+def check_data(c: ConfigDict, training: bool = True) -> None:
+  """Raises UserError unless every source can be there, those to train on where it is for training; reads nothing."""
+  train, held_out = sources.split_list(c.data.train) if training else [], sources.split_list(c.data.eval)
+  need(train != [] or not training, "data.train is empty; give a JSONL file")
   for one, split in [(one, "train") for one in train] + [(one, "test") for one in held_out]:
     sources.check(one, split, c.data.folder)
   for one in train + held_out + sources.split_list(c.eval.benchmarks):
     need(not one.startswith("reasoning_gym:") or c.reward.function is not None,
          f"{one}: its answers need the task's own judgement: set reward.function=arrol_jax.rewards.gym.score")
-  need(not c.eval.at_seconds or held_out != [], "eval.at_seconds evaluates data.eval during training, and data.eval is empty")
-  need(c.eval.every is None or held_out != [], "eval.every evaluates on data.eval during training, and data.eval is empty")
+  for name, given in (("eval.at_seconds", c.eval.at_seconds), ("eval.every", c.eval.every is not None)):
+    need(not (training and given) or held_out != [], f"{name} evaluates data.eval during training, and data.eval is empty")
   need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 

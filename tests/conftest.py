@@ -5,6 +5,7 @@ import gc
 from importlib.metadata import version
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,6 +22,9 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 if "PYTEST_XDIST_WORKER" not in os.environ and version("jaxlib").startswith("0.10."):  # an XLA without these flags would end
   os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]).strip()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell started the tests in the background; some of them send it
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402

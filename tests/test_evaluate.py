@@ -58,6 +58,13 @@ def test_a_model_and_a_checkpoint_are_told_apart(monkeypatch, capsys, run_with_c
   assert status == 0 and broken["step"] == 3 and broken["accuracy"] == 0.0 and broken["truncated"] == 1.0
 
 
+def test_problems_to_train_on_need_not_be_here(monkeypatch, capsys):
+  status, lines, _ = call(evaluate, monkeypatch, capsys, *SMALL, "--config.data.train=gone.jsonl", "--config.eval.every=3")
+  assert status == 0 and json.loads(lines[-1])["problems"] == 8
+  status, _, err = call(evaluate, monkeypatch, capsys, *SMALL, "--config.data.eval=gone.jsonl")
+  assert status == 2 and "gone.jsonl" in err.splitlines()[-1]
+
+
 def test_a_runs_folder_is_enough(monkeypatch, capsys, run_with_checkpoint):
   """Its config is taken, flags go before it, keys that are no longer known are named; the results stand in a table too."""
   c, _ = configuration.parse(["prog", *SMALL])

@@ -86,7 +86,7 @@ def test_rollout_metrics_by_hand():
     "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
-    "signal": pytest.approx(3 * 2 / 9 / 4), "signal_per_1k_tokens": pytest.approx(1000 * 3 * 2 / 9 / 116),
+    "signal": pytest.approx(3 * 2 / 9 / 4), "signal_per_1k_tokens": pytest.approx(1000 * 3 * 2 / 9 / 116), "stale": 0.0,
     "ungraded": 0.0,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
     "tokens_saved": pytest.approx(20 / 0.5 + 30 / 0.25 + 6 + 12 / 0.4 + 24 / 0.8 - 116),

@@ -166,7 +166,7 @@ def test_logits_follow_the_scaling(tmp_path):
   (dict(rope_scaling=YARN | {"beta_fast": "x"}), "yarn needs beta_fast"),
   (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "llama3 needs low_freq_factor"),
   (dict(rope_scaling=YARN | {"partial_rotary_factor": 0.5}), "partial_rotary_factor is not supported"),
-  (dict(rope_scaling="yarn"), "wrong kind"),
+  (dict(rope_scaling="yarn"), "must be an object such as"),
 ])
 def test_what_cannot_be_is_one_line(changes, words):
   with pytest.raises(UserError, match=words) as e:

@@ -110,7 +110,8 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
     rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
-  floor = missing(rule.floor, slots.group, _others(slots, decided)) if rule.floor else 0
+  counts = rule.floor and rule.kind != "threshold"  # there the best of those that are asked goes on, whoever has ended
+  floor = missing(rule.floor, slots.group, _others(slots, decided)) if counts else rule.floor
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided, floor)
   slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
   return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,

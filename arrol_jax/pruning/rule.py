@@ -34,8 +34,9 @@ class PruneRule:
   "lowest" and "highest" keep the least and the most promising by the table; "confidence" those of a group whose tokens are most
   confident (DeepConf); "max_variance" (PODS) lets all run to the end, see `down_sample`; "threshold", for inference, stops those
   whose posterior is below `keep` or the row's own (sampling.SamplingParams); MODULE.FUNCTION is the user's (own_rule.py).
-  draw: "bernoulli" or "systematic", a fixed number a group (the budget's: of the batch). floor: rows of a group that
-  are left at least, finished ones and those between decisions counted (`missing`). holdout: share of rollouts that are never cut.
+  draw: "bernoulli" or "systematic", a fixed number a group (the budget's: of the batch). floor: rows of a group that are left at
+  least, finished ones and those between decisions counted (`missing`), but by a threshold. holdout: share of rollouts that are
+  never cut.
   """
   detect: tuple[int, ...]
   keep: float = 0.5
