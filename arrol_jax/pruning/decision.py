@@ -188,9 +188,10 @@ KEEP_PROBABILITY = {"group": _group, "confidence": _confidence, "threshold": _th
 
 
 def _draw(rule: PruneRule, key: jax.Array, probability: jax.Array, posterior: jax.Array, group: jax.Array,
-          decided: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw, and `floor` i32[B] of those of its group
-  that decide, where the rule has one."""
+          decided: jax.Array, floor: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Who goes on, bool[B], and with which probability each did, f32[B]: the rule's draw, and where it has a floor, `floor` i32[B]
+  (None: the rule's) of those of a row's group that decide."""
+  floor = rule.floor if floor is None else floor
   if rule.draw == "systematic":
     probability = lift(floor, probability, group, decided) if rule.floor else probability
     over = jnp.zeros_like(group) if rule.kind == "budget" and not rule.floor else group  # the budget is the batch's
