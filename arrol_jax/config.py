@@ -4,6 +4,7 @@ configs/base.py says what every key means. Only entry points import this module.
 """
 
 from collections.abc import Callable
+import contextlib
 import errno
 import math
 import os
@@ -250,15 +251,23 @@ def _end(status: int) -> None:
   sys.exit(status)
 
 
-def check(c: ConfigDict, files: bool = True) -> None:
-  """Raises UserError for values that cannot work together, before anything is loaded. files False: nor need they be there."""
+@contextlib.contextmanager
+def _keys_are_there():
+  """A key that a config lacks is the user's mistake."""
   try:
-    if files:
-      check_model(c)
-      check_data(c)
-    _check(c)
+    yield
   except (AttributeError, KeyError) as e:
     raise UserError(f"the config has no key {_key_of(e)}; start from configs/base.py") from e
+
+
+@_keys_are_there()
+def check(c: ConfigDict, files: bool = True, training: bool = True) -> None:
+  """Raises UserError for values that cannot work together, before anything is loaded. files False: nor need they be there;
+  training False: nor need the problems to train on."""
+  if files:
+    check_model(c)
+    check_data(c, training)
+  _check(c)
 
 
 def remarks(c: ConfigDict) -> list[str]:
@@ -278,6 +287,7 @@ def remarks(c: ConfigDict) -> list[str]:
   return out
 
 
+@_keys_are_there()
 def check_model(c: ConfigDict) -> None:
   """Raises UserError unless model.path is a place on this machine, something that is shipped, or a hub id."""
   need(c.model.path != "", "model.path is empty; give a Hugging Face folder, a .gguf file or a hub id such as Qwen/Qwen3-0.6B")
@@ -340,6 +350,7 @@ def _check_best(c: ConfigDict) -> None:
   need(best is None or c.eval.every is not None, f"checkpoint.best={best} goes by evaluations during training: set eval.every")
 
 
+@_keys_are_there()
 def check_data(c: ConfigDict, training: bool = True) -> None:
   """Raises UserError unless every source can be there, those to train on where it is for training; reads nothing."""
   train, held_out = sources.split_list(c.data.train) if training else [], sources.split_list(c.data.eval)

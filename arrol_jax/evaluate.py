@@ -13,7 +13,6 @@ import json
 import sys
 
 import jax
-from ml_collections import ConfigDict
 
 from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.data import sources
@@ -28,7 +27,7 @@ FLAGS = {"step": ("newest", "which of --workdir's checkpoints: newest, best, or 
 def main():
   c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   hosts.connect()
-  hosts.together(lambda: check(c))
+  hosts.together(lambda: configuration.check(c, training=False))
   paths = sources.split_list(f"{c.data.eval},{c.eval.benchmarks}")
   if not paths:
     raise UserError("nothing to evaluate; set data.eval or eval.benchmarks to JSONL files or benchmarks")
@@ -59,13 +58,6 @@ def main():
       results[path] = result
     if hosts.first():
       tell(results)
-
-
-def check(c: ConfigDict) -> None:
-  """As configuration.check, but for the problems to train on, which need not be here."""
-  configuration.check_model(c)
-  configuration.check_data(c, training=False)
-  configuration.check(c, files=False)
 
 
 def tell(results: dict[str, dict]) -> None:

@@ -102,3 +102,15 @@ def test_what_a_recipe_sets_can_be_switched_off(words, every):
   config.check(c, files=False)
   with pytest.raises(UserError, match="steps=None"):
     config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.steps=None"])
+
+
+@pytest.mark.parametrize("section, key, look", [
+  ("data", "template", config.check_data), ("model", "path", config.check_model), ("data", "template", config.check),
+  ("prune", "floor", lambda c: config.check(c, files=False))])
+def test_a_key_that_is_not_there_is_one_line_wherever_it_is_looked_for(section, key, look):
+  """arrol-doctor checks the data and the model by themselves."""
+  c = config.parse(["x", QUICKSTART])[0]
+  with c.unlocked():
+    del c[section][key]
+  with pytest.raises(UserError, match=f"no key '{key}'; start from configs/base.py"):
+    look(c)
