@@ -129,17 +129,16 @@ def main():
         chosen.extend(known)
         return done
 
+      rounds = 1
       if ahead:
-        rollouts, seconds, chosen = ahead.generate(step, decide)
-        out = RolledOut(rollouts, rollouts, 1, seconds, chosen)
+        rollouts, *waited, chosen = ahead.generate(step, decide)
+        learned = rollouts
       elif c.rollout.resampling == 1:
-        rollouts = one(0, c.rollout.prompts)
-        out = RolledOut(rollouts, rollouts, 1, sum(waited), tuple(chosen))
+        learned = rollouts = one(0, c.rollout.prompts)
       else:
         learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
-        out = RolledOut(rollouts, learned, rounds, sum(waited), tuple(chosen))
       stop.check()
-      return out
+      return RolledOut(rollouts, learned, rounds, sum(waited), tuple(chosen))
 
     # ---- state, resume
     reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay

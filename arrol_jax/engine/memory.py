@@ -22,12 +22,12 @@ def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: 
   bytes in all. share: of what is free, for the engine. Raises UserError where not even one group of `group_size` rollouts
   fits, with what would.
   """
-  if memory:
-    return _slots_in(engine, sampling, group_size, params, int(share * memory[0]), memory[1])
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if "bytes_limit" not in stats:
-    return None
-  free, limit = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
+  if memory is None:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+      return None
+    memory = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
+  free, limit = memory
   return _slots_in(engine, sampling, group_size, params, int(share * free), limit)
 
 

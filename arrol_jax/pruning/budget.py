@@ -79,7 +79,11 @@ def budget_probability(q, group, decided, settled, *, kappa, p_min, p_max, ident
   For unbiased estimates (METHOD 9.1): the probabilities are known, so survivors can weigh 1 / p. draws.draw with "systematic" and
   no groups keeps kappa of the batch exactly. A floor is the draw's (rule.lift, rule.at_least).
   """
-  peel = _peel(q, group, decided, settled, 0, identity)
+  return _by_rank(_peel(q, group, decided, settled, 0, identity), group, decided, kappa, p_min, p_max)
+
+
+def _by_rank(peel, group, decided, kappa, p_min, p_max):
+  """`budget_probability` of rows that have been peeled."""
   size = jnp.sum(decided)
   from_top = size - 1 - _rank(peel, group)
   share = jnp.clip(size * (kappa - p_min) / max(p_max - p_min, 1e-6) - from_top, 0.0, 1.0)
@@ -96,8 +100,8 @@ def carried_probability(q, group, decided, settled, which, past, limits, identit
   the last decisions at each boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
   """
   kappa, p_min, p_max = (limits[name] for name in ("kappa", "p_min", "p_max"))
-  by_batch = budget_probability(q, group, decided, settled, **limits, identity=identity)
-  price = marginal_loss(q, group, decided, settled, identity=identity)
+  peel = _peel(q, group, decided, settled, 0, identity)
+  by_batch, price = _by_rank(peel, group, decided, kappa, p_min, p_max), _as_loss(peel.cost)
   here = decided[None, :] & (which[None, :] == jnp.arange(past.shape[1])[:, None])  # bool[C,B]
   known = jnp.concatenate([jnp.where(here, price[None, :], jnp.nan), past[0]], axis=1)
   owed = jnp.nansum(kappa - past[1], axis=1) / jnp.maximum(jnp.sum(here, axis=1), _MAKE_UP).astype(jnp.float32)

@@ -16,7 +16,7 @@ from arrol_jax.engine.scheduler import Decision
 from arrol_jax.models import sharding
 from arrol_jax.pruning import linear_head, table as tables_
 from arrol_jax.pruning.baselines import top_share
-from arrol_jax.pruning.budget import budget_probability, carried_probability
+from arrol_jax.pruning.budget import carried_probability
 from arrol_jax.pruning.draws import draw
 from arrol_jax.pruning.features import vector
 from arrol_jax.pruning.head import Features, inputs_of, is_linear, quality_logit
@@ -110,8 +110,8 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
     rule_probability = jnp.where(pruning & jnp.any(decided), by_rule, rule_probability)
   holdout = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _HOLDOUT)))(slots.key) < rule.holdout
   key = jax.vmap(lambda k, c: jax.random.fold_in(k, _DRAW - c))(slots.key, which)
-  counts = rule.floor and rule.kind != "threshold"  # there the best of those that are asked goes on, whoever has ended
-  floor = missing(rule.floor, slots.group, _others(slots, decided)) if counts else rule.floor
+  # At a threshold the best of those that are asked goes on, whoever has ended.
+  floor = missing(rule.floor, slots.group, _others(slots, decided)) if rule.floor and rule.kind != "threshold" else None
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided, floor)
   slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
   return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,
@@ -172,10 +172,7 @@ def _budget(rule, slots, posterior, which, decided, past):
   """METHOD 10.1: over the whole batch, the set of largest expected signal, or by the threshold of earlier decisions where rows
   decide at different times. Finished rollouts count with what their last token promises, until their slots are others'."""
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
-  rows = posterior, slots.group, decided, _others(slots, decided)
-  if past is None:
-    return budget_probability(*rows, **rule.limits(), identity=request), None
-  keep, past = carried_probability(*rows, which, past, rule.limits(), identity=request)
+  keep, past = carried_probability(posterior, slots.group, decided, _others(slots, decided), which, past, rule.limits(), request)
   return keep, sharding.constrain(past, None, None, None)
 
 

@@ -59,12 +59,13 @@ class PacedRun(Run):
     return max((n for n in self.sizes if n <= most), default=most)
 
   def start_segment(self, decide: Callable | None) -> None:
-    steps = self.steps([sequence for sequence in self.slot_to_request if sequence])
+    live = [sequence for sequence in self.slot_to_request if sequence]
+    steps = self.steps(live)
     if not self.in_flight:
       self.flying.clear()
       self.began = time.monotonic()
     self.flying.append(steps)
-    super().start_segment(decide, **self.told(steps, any(x and x.request.top_p < 1 for x in self.slot_to_request)))
+    super().start_segment(decide, **self.told(steps, any(sequence.request.top_p < 1 for sequence in live)))
 
   def look(self) -> None:
     super().look()
