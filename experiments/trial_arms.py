@@ -57,6 +57,11 @@ ARMS = {
                  {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=4.0),
   "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
   "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
+# The same where a step's free slots begin the next two steps' rollouts: two updates old at most, weighed as such.
+_AHEAD = {"rollout.ahead": 2, "loss.correction": "truncate"}
+AHEAD = {"plain": ARMS["plain"]} | {
+  f"{name}_ahead": dataclasses.replace(ARMS[name], what=f"{ARMS[name].what}; the next two steps' begin in free slots",
+                                       settings=ARMS[name].settings | _AHEAD) for name in ("plain", "budget", "chosen4")}
 # How many seeds each has (from 1 on), in the queue's order: the pairs that the question is about first, and most of them.
 SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 5},
          dict.fromkeys(("published", "max_variance", "random", "budget_chosen"), 3),
@@ -66,8 +71,10 @@ SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 
 @dataclasses.dataclass(frozen=True)
 class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
-  first: the first seed. rates: learning rate of all arms but ours, and of ours. train, test: files of the data's folder, ""
-  where the config has its own. votes: so many seeds of these arms may also vote, as `voting` says."""
+  first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
+  arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours. train, test:
+  files of the data's folder, "" where the config has its own. votes: so many seeds of these arms may also vote, as `voting`
+  says."""
   name: str
   scale: str
   what: str
@@ -81,6 +88,8 @@ class Regime:
   rates: tuple[str, str] | None = (RATE, RATE_OURS)
   train: str = ""
   test: str = ""
+  ours: tuple[str, ...] = ("budget", "chosen")
+  nulls: tuple[str, ...] = ("plain8", "max_variance")
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -99,6 +108,10 @@ _BY_RATE = {f"{name}@{rate}": dataclasses.replace(ARMS[name], settings=ARMS[name
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
          120.0, _GSM8K, SEEDS, train="gsm8k_train", test="gsm8k_test", voting=_VOTING, votes={"plain": 3, "budget": 3}),
+  Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
+         (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
+         test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",)),
   Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 90.0, 180.0,
          _GSM8K | {"rollout.max_new": 1024}, ({"plain": 3, "plain8": 3, "budget": 3},), train="math_train", test="math500"),
   Regime("tuning", "gpu", "GSM8K: learning rates on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
@@ -107,7 +120,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "math"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)

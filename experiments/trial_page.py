@@ -34,8 +34,7 @@ from experiments.trial_stats import (
   text,
 )
 
-OURS, PLAIN = ("budget", "chosen"), "plain"  # which rollouts, and which prompts: the first is compared with all arms
-NULLS = ("plain8", "max_variance")  # all arms are compared with the better of them too
+PLAIN = "plain"
 AIM, FASTER = 2.3, 1.6  # points of accuracy, the paper's; times as fast a step
 
 
@@ -76,12 +75,12 @@ def moments(regime: Regime) -> list[str]:
 
 
 def compared(results: Results) -> dict[str, list[tuple[str, str]]]:
-  """By heading, arms less another: each less plain, each less the better of NULLS, and the first of OURS less each other."""
-  arms, better = list(results.regime.seeds), better_null(results)
+  """By heading, arms less another: each less plain, each less the better of the nulls, and the first of ours less each other."""
+  arms, better, first = list(results.regime.seeds), better_null(results), results.regime.ours[0]
   out = {f"Each arm minus {PLAIN}": [(arm, PLAIN) for arm in arms]}
   if better:
     out[f"Each arm minus {better} ({why(results)})"] = [(arm, better) for arm in arms]
-  out[f"{OURS[0]} minus each other arm"] = [(OURS[0], arm) for arm in arms if arm not in (PLAIN, better)]
+  out[f"{first} minus each other arm"] = [(first, arm) for arm in arms if arm not in (PLAIN, better)]
   return {head: [(a, b) for a, b in x if a != b] for head, x in out.items()}
 
 
@@ -142,9 +141,9 @@ def verdict(results: Results, arm: str, other: str) -> str:
 
 
 def better_null(results: Results) -> str | None:
-  """That of NULLS with the higher accuracy at the whole budget on the seeds that both have, among those with two runs or more,
-  where there is one."""
-  there = [arm for arm in NULLS if results.there.get(arm)]
+  """That of the nulls with the higher accuracy at the whole budget on the seeds that both have, among those with two runs or
+  more, where there is one."""
+  there = [arm for arm in results.regime.nulls if results.there.get(arm)]
   both = [arm for arm in there if len(results.there[arm]) > 1] or there
   seeds = set.intersection(*(set(results.there[arm]) for arm in both)) if both else set()
   level = lambda arm: mean(accuracy(results.there[arm][seed], "full") or 0.0 for seed in seeds)
@@ -153,10 +152,13 @@ def better_null(results: Results) -> str | None:
 
 def why(results: Results) -> str:
   """How better_null came about."""
-  counts = {arm: len(results.of(arm)) for arm in NULLS}
+  nulls = results.regime.nulls
+  if len(nulls) == 1:
+    return "the fair baseline"
+  counts = {arm: len(results.of(arm)) for arm in nulls}
   if sum(n > 1 for n in counts.values()) == 1 and min(counts.values()) < 2:
-    return f"of {' and '.join(NULLS)} the only one with two runs or more"
-  return f"the better of {' and '.join(NULLS)} at {results.regime.full:g} s, chosen on these very results, which favours it"
+    return f"of {' and '.join(nulls)} the only one with two runs or more"
+  return f"the better of {' and '.join(nulls)} at {results.regime.full:g} s, chosen on these very results, which favours it"
 
 
 def _pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
@@ -235,7 +237,7 @@ def notes(results: Results) -> list[str]:
   cards = sorted({r.about["device"] for r in runs})
   commits = sorted({r.version[0] for r in runs})
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
-  out += [verdict(results, arm, other) for arm in OURS if results.of(arm)
+  out += [verdict(results, arm, other) for arm in results.regime.ours if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
   out += [*halves(results), *reach(results), *multiplicity(results)]
   single = [arm for arm in results.there if len(results.of(arm)) == 1]

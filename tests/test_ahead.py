@@ -10,6 +10,7 @@ import pytest
 
 from arrol_jax import config
 from arrol_jax.data.problems import Problem, Prompt
+from arrol_jax.engine import scheduler
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Run
 from arrol_jax.learning.ahead import Ahead
@@ -70,12 +71,12 @@ def one_after_another(mesh, head, table):
   return out
 
 
-@pytest.fixture(scope="module", params=[(SIZE, (), 1), (SIZE, (), 3), (5, (), 2), (8, (2, 2), 1)],
-                ids=["one ahead", "three ahead", "5 slots", "4 devices"])
+@pytest.fixture(scope="module", params=[(SIZE, (), 1), (SIZE, (), 3), (5, (), 2), (8, (2, 2), 1), (SIZE, (), 2, True)],
+                ids=["one ahead", "three ahead", "5 slots", "4 devices", "a device beside the host"])
 def ahead(request, head, table):
   """The same steps on so many slots, each begun while the one before ends."""
-  rows, devices, most = request.param
-  with jax.set_mesh(mesh := sharding.make_mesh(*devices)):
+  rows, devices, most, *beside = request.param
+  with mock.patch.object(scheduler, "runs_ahead", lambda: bool(beside)), jax.set_mesh(mesh := sharding.make_mesh(*devices)):
     steps = Ahead(engine(mesh, rows), SAMPLING, KEY, wanted, STEPS, most)
     return [steps.generate(step, make_decide(head, table, RULE, True))[0] for step in range(STEPS)]
 

@@ -1,6 +1,7 @@
 """Continuous batching changes nothing: every request gets the tokens it would get alone, whatever its company."""
 
 import functools
+from unittest import mock
 
 from hypothesis import HealthCheck, given, settings, strategies as st
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax.engine import memory, programs
+from arrol_jax.engine import memory, programs, scheduler
 from arrol_jax.engine.sampling import Sampling
-from arrol_jax.engine.scheduler import Decision, Engine, Request
+from arrol_jax.engine.scheduler import Decision, Engine, Request, Run
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.prune import Calibration
@@ -79,6 +80,22 @@ def test_the_requests_are_a_fair_mix(alone):
 def test_tokens_do_not_depend_on_company(mesh, alone, rows):
   for a, b in zip(run(mesh, rows, requests()), alone, strict=True):
     same(a, b)
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 0), ("gpu", 1)])
+def test_while_requests_wait_only_a_device_of_its_own_runs_a_segment_ahead(mesh, alone, platform, most, monkeypatch):
+  monkeypatch.setattr(scheduler, "runs_ahead", lambda: platform == "gpu")
+  with jax.set_mesh(mesh):
+    state, left = Run(engine(mesh, 3), KEY, SAMPLING), set()
+    sequences = [state.add(request) for request in requests()]
+    while state.advance(cut_some):
+      left |= {len(state.in_flight)} if state.waiting else set()
+  assert left == {most} and not state.waiting and not state.in_flight
+  assert sorted(r.request for r in state.take_finished()) == list(range(len(alone)))
+  for sequence, b in zip(sequences, alone, strict=True):
+    a = sequence.rollout
+    np.testing.assert_array_equal(a.tokens, b.tokens[:8] if a.pruned else b.tokens)
+    assert a.stopped == (b.stopped and not a.pruned)
 
 
 def test_sharded_engine_gives_the_same_tokens(alone):
@@ -200,8 +217,10 @@ def test_any_schedule_gives_the_tokens_of_each_request_alone(mesh, alone, data):
   rows = data.draw(st.sampled_from([3, 8, 20]))
   limits = data.draw(st.lists(st.integers(1, 20), min_size=len(alone), max_size=len(alone)))
   wanted = [r._replace(max_tokens=n) for r, n in zip(requests(), limits, strict=True)]
-  decide = cut_some if data.draw(st.booleans()) else None
-  for a, b, limit in zip(run(mesh, rows, wanted, decide=decide), alone, limits, strict=True):
+  decide, beside = cut_some if data.draw(st.booleans()) else None, data.draw(st.booleans())
+  with mock.patch.object(scheduler, "runs_ahead", lambda: beside):
+    said = run(mesh, rows, wanted, decide=decide)
+  for a, b, limit in zip(said, alone, limits, strict=True):
     whole = min(limit, len(b.tokens))
     length = 8 if a.pruned else whole
     assert len(a.tokens) == length and (not a.pruned or whole > 8)

@@ -43,7 +43,11 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     assert shared[:5] == ("token", 0.2, "systematic", 2, 4) and read.setdefault("shared", shared) == shared
     read[run.arm] = c
     config.check(config.parse(list(run.voting("")))[0], files=False)
-  if regime.name != "tuning":
+  if regime.name == "ahead":
+    assert {arm: (c.rollout.ahead, c.loss.correction) for arm, c in read.items() if arm != "shared"} == {
+      "plain": (0, "none"), **dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead"), (2, "truncate"))}
+    assert [read[arm].prune.enabled for arm in ("plain", "plain_ahead", "chosen4_ahead", "budget_ahead")] == [False] * 3 + [True]
+  elif regime.name != "tuning":
     assert not read["plain"].prune.enabled and not read["plain8"].prune.enabled
     assert (read["plain"].rollout.group_size, read["plain8"].rollout.group_size) == (16, 8)
     assert read["budget"].prune.rule == "budget" and read["budget"].quality.fit == "ridge"

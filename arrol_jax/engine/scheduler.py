@@ -187,7 +187,8 @@ class Run:
   - `slot_to_request` has an entry a row of `slots`; None is a row that the device has ended too. The device may have ended more
     than the host has seen: their slots are given to others only after `look`.
   - `in_flight` is the oldest segment first, each with who sat where when it began, so that tokens go to them wherever slots moved
-    since. While requests wait none is left in it, else at most one (those added later find one).
+    since. At most one is left in it: the device may be a segment ahead of what the host has seen. None where the host would only
+    leave slots idle by it: while requests wait for them (those added later find one) and nothing runs beside the host.
   - Rows and columns are among `counts` and `lengths`, and the columns hold all that segments in flight can say.
   - `count` <= response tokens on the device <= `started`, for each request in a slot.
   """
@@ -227,8 +228,7 @@ class Run:
       self.e.watch and self.e.watch()
       self.start_segment(decide)
       meanwhile and meanwhile()
-      # With nobody waiting for a slot the device may be a segment ahead of what the host has seen.
-      while len(self.in_flight) > (0 if self.waiting else 1):
+      while len(self.in_flight) > (0 if self.waiting and not runs_ahead() else 1):
         self.look()
     return started
 
@@ -365,6 +365,11 @@ class Run:
         self.finished.append(out)
         ended.add(id(sequence))
     self.slot_to_request = [None if sequence and id(sequence) in ended else sequence for sequence in self.slot_to_request]
+
+
+def runs_ahead() -> bool:
+  """Whether a device decodes while the host books what came before: better than filling a slot a segment sooner."""
+  return sharding.platform() != "cpu"
 
 
 _row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)

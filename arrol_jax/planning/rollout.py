@@ -1,7 +1,7 @@
 """A step's generation without a device: how long responses are, and which rows decode when, as the engine's scheduler has it.
 
-Left out: that rows of a mesh stay in their shard, that the host learns of an end a segment late where nobody waits, and that
-columns of the cache come in a few lengths where no kernel reads each row's own.
+Left out: that rows of a mesh stay in their shard, that the host learns of an end a segment late, and that columns of the cache
+come in a few lengths where no kernel reads each row's own.
 """
 
 from pathlib import Path
