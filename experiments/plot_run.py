@@ -44,7 +44,7 @@ def plot(workdirs: list[str], out: str) -> None:
     axes[1, 1].plot(m["step"], smooth(m["head_auc"]), color=color, lw=2, label=f"{name}: all rollouts")
     axes[1, 1].plot(m["step"], smooth(m["head_auc_within"]), color=color, lw=2, ls=":", label=f"{name}: within a prompt")
   axes[0, 0].set(title="Reward of all rollouts started", xlabel="step", ylabel="reward (reward_ipw)")
-  axes[0, 1].set(title="The same against wall clock", xlabel="minutes, compilation included", ylabel="reward (reward_ipw)")
+  axes[0, 1].set(title="The same against wall clock", xlabel="minutes of steps", ylabel="reward (reward_ipw)")
   m = next(iter(runs.values()))
   axes[1, 0].stackplot(m["step"], m["rollouts_kept"], m["rollouts_pruned"], step="mid", colors=("C2", "lightgrey"),
                        labels=("kept", "pruned"))

@@ -25,7 +25,7 @@ from arrol_jax.types import UserError
 
 SHARE = 0.94  # of a card that programs may fill; its driver and libraries take the rest
 ESTIMATE = ("An estimate, by count. Beside four peaks of an H100 (experiments/results/card): decoding 4% below to 2% above, the "
-            "update 12% above; an adapters' step in 24 GB of an H200 4% above. The limit is that of "
+            "update 12% above; an adapters' step in 24 GB of an H100 and of an H200 4% above. The limit is that of "
             f"XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE}; if the environment does not say so, JAX takes 0.75 of a card.")
 PHASES = "generation", "update", "optimizer"
 
