@@ -18,6 +18,7 @@ import pytest
 from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _least_where_asked, sample
 from arrol_jax.engine.scheduler import Request
 from arrol_jax.models import transformer
+from arrol_jax.running import hosts
 from arrol_jax.serving import pace, votes
 from arrol_jax.serving.calls import Call, Piece
 from arrol_jax.serving.web import Access
@@ -97,6 +98,23 @@ def test_on_a_gpu_each_size_of_a_segment_is_a_program_that_asks_nobody(server, m
         pass
       texts[platform] = [r.tokens.tolist() for r in rollouts]
   assert texts["cpu"] == texts["gpu"] and {len(x) for x in texts["gpu"]}
+
+
+def test_after_the_warm_up_nothing_compiles_however_calls_come_and_go(server):
+  s, compiling = server.service, hosts.Compiling()
+  engine = dataclasses.replace(s.engine, rows=16, row_buckets=4, length_buckets=1, prefill_rows=4)
+  with jax.set_mesh(engine.mesh):
+    make = lambda: pace.PacedRun(engine, s.sampling)
+    pace.warm_up(make, None, lambda text: None)
+    assert compiling.seconds() > 0
+    run, seen = make(), []
+    for i, (count, tokens) in enumerate([(1, 6), (16, 9), (1, 12), (5, 3), (1, 3), (3, 8)]):
+      for j in range(count):  # from one number of rows to any other, and back
+        run.add(Request(j, 20 * i + j, np.arange(2, 6, dtype=np.int32), tokens, ignore_stop=True))
+      while run.advance():
+        seen.append(len(run.slot_to_request))
+  assert {2, 4, 8, 16} == set(seen) and (2, 16) in zip(seen, seen[1:], strict=False)
+  assert compiling.seconds() == 0
 
 
 def test_prompts_are_padded_to_what_they_need():

@@ -170,15 +170,22 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
   for i, (rows, length) in enumerate(shapes):
     tell(f"compiling {rows} rows of {length} tokens ({len(prompt_shapes) + i + 1} of {len(prompt_shapes) + len(shapes)}, "
          f"{time.monotonic() - start:.0f} s so far)")
-    state = make()
+    state = idle(make(), rows, length)
     state.add(Request(0, 0, np.zeros(1, np.int32), 1))
-    state.slots = programs.init_slots(state.e.config, rows, length, state.sampling)
-    state.slot_to_request, state.length = [None] * rows, length
     small = rows <= next(n for n in run.counts if n >= min(MANY, run.counts[-1]))
     sizes = state.sizes if small or state.detect else state.sizes[-1:]
     for told in [state.told(steps) for steps in sizes] + [state.told(SHORT, top_p=True)]:
       Run.start_segment(state, decide, **told)
     state.assign(list(state.waiting))
-    if rows > run.counts[0]:
-      state.take([], run.counts[run.counts.index(rows) - 1], length)
     jax.block_until_ready(state.slots)
+    for count in (n for n in run.counts if n != rows):  # calls come and go by dozens
+      state = idle(make(), rows, length)
+      state.take([], count, length)
+      jax.block_until_ready(state.slots)
+
+
+def idle(run: PacedRun, rows: int, length: int) -> PacedRun:
+  """The run with so many slots of so many columns, all of them free."""
+  run.slots = programs.init_slots(run.e.config, rows, length, run.sampling)
+  run.slot_to_request, run.length = [None] * rows, length
+  return run
