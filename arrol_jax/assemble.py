@@ -317,9 +317,18 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
 
 
 def schedule(c: ConfigDict) -> Callable:
-  """The policy's learning rate by optimizer steps taken."""
+  """The policy's learning rate by optimizer steps taken; where a run ends by seconds only its warm-up, see `decay`."""
   o = c.optim
-  return update.rate_schedule(o.schedule, o.lr, o.warmup, c.steps, o.epochs * o.minibatches)
+  return update.rate_schedule("constant" if c.stop_seconds else o.schedule, o.lr, o.warmup, c.steps, o.epochs * o.minibatches)
+
+
+def decay(c: ConfigDict, step: int, seconds: float) -> float:
+  """What a run that ends by seconds multiplies that rate with in its step number `step` (from 0), `seconds` of steps behind it:
+  its schedule goes by seconds, or by steps where these end it sooner."""
+  if not c.stop_seconds:
+    return 1.0
+  steps = (step - c.optim.warmup) / max(c.steps - c.optim.warmup, 1)
+  return float(update.decay(c.optim.schedule, max(seconds / c.stop_seconds, steps)))
 
 
 def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:

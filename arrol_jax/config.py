@@ -311,8 +311,6 @@ def _check(c: ConfigDict) -> None:
   for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
     value = value_of(c, name)
     need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
-  need(c.stop_seconds is None or c.optim.schedule == "constant",
-       f"optim.schedule is {c.optim.schedule!r}; stop_seconds leaves the last step open, so it must be 'constant'")
   need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),
        f"eval.at_seconds is {tuple(c.eval.at_seconds)}; it takes seconds above 0, such as (60.0,)")
   need(c.model.attention in IMPLEMENTATIONS,

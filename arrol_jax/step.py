@@ -89,14 +89,16 @@ class Clock:
 
 @dataclasses.dataclass
 class TrainingStep:
-  """step(state, roll_out, pruning) -> (state, what was rolled out, metrics)."""
+  """step(state, roll_out, pruning, decay) -> (state, what was rolled out, metrics)."""
   engine: Engine
   config: StepConfig
   reference: dict | None = None  # the reference policy's parameters, where the loss has a KL term
   state: TrainState | None = None  # while a step runs, for `choose`
 
-  def __call__(self, state: TrainState, roll_out: Callable, pruning: bool) -> tuple[TrainState, RolledOut, dict]:
-    """roll_out(decide) -> RolledOut, with the engine loaded. pruning False scores and keeps every rollout."""
+  def __call__(self, state: TrainState, roll_out: Callable, pruning: bool,
+               decay: float = 1.0) -> tuple[TrainState, RolledOut, dict]:
+    """roll_out(decide) -> RolledOut, with the engine loaded. pruning False scores and keeps every rollout. decay: what the
+    learning rate of the schedule is multiplied with."""
     c, clock = self.config, Clock()
 
     # ---- 1. roll out
@@ -111,14 +113,14 @@ class TrainingStep:
     clock.seconds["sec_generate"] -= rolled.sec_reward
 
     # ---- 2. to 4. batch, update, table
-    state, metrics = self.learn(state, rolled, clock)
+    state, metrics = self.learn(state, rolled, clock, decay)
 
     # ---- 5. metrics
     return state, rolled, rollout_metrics(rolled.rollouts, rolled.learned, c.rule.detect) | metrics | {
       "pruning": pruning, "rounds": rolled.rounds, "groups_learned": len({r.prompt for r in rolled.learned}),
       "sec_reward": rolled.sec_reward, **clock.seconds, "sec_step": clock.total()}
 
-  def learn(self, state: TrainState, rolled: RolledOut, clock: Clock) -> tuple[TrainState, dict]:
+  def learn(self, state: TrainState, rolled: RolledOut, clock: Clock, decay: float = 1.0) -> tuple[TrainState, dict]:
     """What a step's rollouts teach: (state, metrics)."""
     c, model, now = self.config, self.engine.config, int(state.step)
 
@@ -134,11 +136,11 @@ class TrainingStep:
     clock.lap("sec_logprob", parts if self.reference or not c.update.fresh else None)
 
     # ---- 3. update
-    taken, lr = [], update.applied_rate(c.schedule, state)
+    taken, lr = [], decay * update.applied_rate(c.schedule, state)
     for epoch in range(c.epochs):
       for i in np.random.default_rng((c.seed, now, epoch)).permutation(len(parts)) if len(parts) > 1 else (0,):
         batches, counts = parts[i]
-        state, one = update.step(c.update, state, batches, examples, counts | {"temperature": warmth}, c.optimizer)
+        state, one = update.step(c.update, state, batches, examples, counts | {"temperature": warmth}, c.optimizer, decay)
         taken.append(one)
     state = state.replace(step=jax.device_put(np.int32(now + 1), state.step.sharding))
 

@@ -122,7 +122,7 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
     out += [Program("update" + at, update.accumulate, lambda out, batch=batch: (
       u, trained, *out["zeros"], batch, scalars, state.base), {}, ("zeros",), count)]
   out += [Program("optimizer", update.apply, lambda out: (state.changing, out["zeros"][0], scalars, taught),
-                  {"head_weight": u.loss.head_weight, "optimizer": c.optimizer}, ("zeros",)),
+                  {"head_weight": u.loss.head_weight, "optimizer": c.optimizer, "decay": np.float32(1)}, ("zeros",)),
           Program("tables", head_training.update_tables, lambda out: (
             state.calibration, *head_training.table_rows(state.calibration, [], started, (), len(c.rule.detect)),
             head_training.as_scalar(c.half_life)), {}, small=True),

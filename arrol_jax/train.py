@@ -201,7 +201,8 @@ def main():
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
       compiled, earlier = compiling.total, spent
-      state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning)
+      state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning,
+                                          assemble.decay(c, step, spent))
       spent += max(0.0, metrics["sec_step"] - (compiling.total - compiled))
       spent = hosts.agree(spent) if timed else spent  # all must end at one step
       last = step + 1 == c.steps or time_is_over()

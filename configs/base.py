@@ -117,7 +117,8 @@ def get_config() -> ConfigDict:
   c.optim.lr = 1e-6            # policy (paper)
   c.optim.head_lr = 1e-3       # quality head (open in the paper)
   c.optim.warmup = 0           # steps
-  c.optim.schedule = "constant"  # after the warm-up; "linear" and "cosine" go down to 0 at the last step
+  c.optim.schedule = "constant"  # after the warm-up; "linear" and "cosine" go down to 0 at the last step,
+                               # or at stop_seconds by seconds
   c.optim.epochs = 1           # passes over a step's batch,
   c.optim.minibatches = 1      # each in so many optimizer steps of whole groups; 1 and 1: one step, whose ratio is 1
   c.optim.clip_norm = 1.0

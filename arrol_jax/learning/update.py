@@ -115,15 +115,16 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
 def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, head_weight: float,
-          optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
+          optimizer: optax.GradientTransformation, decay: float = 1.0) -> tuple[TrainState, dict]:
   """One optax step over policy and head; metrics {"head_loss", "grad_norm": the policy's, before clipping}, f32[] each.
 
-  grads: the policy's. Parameters for which there was nothing to learn from, no rows or no examples, stay as they are whatever the
-  momentum; the optimizer's state then takes a step of gradient 0.
+  grads: the policy's; decay f32[]: what its step is multiplied with. Parameters for which there was nothing to learn from, no
+  rows or no examples, stay as they are whatever the momentum; the optimizer's state then takes a step of gradient 0.
   """
   loss, head_grads = jax.value_and_grad(head_loss)(state.params["head"], examples)
   all_grads = {"policy": grads, "head": jax.tree.map(lambda x: head_weight * x, head_grads)}
   updates, opt_state = optimizer.update(all_grads, state.opt_state, state.params)
+  updates["policy"] = jax.tree.map(lambda x: decay * x, updates["policy"])
   params = optax.apply_updates(state.params, updates)
   learned = {"policy": scalars["rows"] > 0, "head": jnp.sum(examples.weight) > 0}
   params = {k: jax.tree.map(lambda new, old, k=k: jnp.where(learned[k], new, old), params[k], state.params[k]) for k in params}
@@ -137,14 +138,20 @@ norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+def decay(name: str, gone: np.ndarray | jax.Array, xp=np) -> np.ndarray | jax.Array:
+  """What is left of the learning rate when `gone` of the way is behind, 0 to 1: all of it ("constant"), or ever less, down to 0
+  at the end, linearly or by half a cosine. xp: numpy, or jax.numpy."""
+  left = 1.0 - xp.clip(gone, 0.0, 1.0)
+  return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * xp.cos(xp.pi * left)}[name]
+
+
 def rate_schedule(name: str, lr: float, warmup: int, steps: int, per_step: int = 1) -> Callable:
   """Policy learning rate by optimizer steps taken, of which a training step has `per_step`: linear over `warmup` training steps,
-  then constant, or down to 0 at `steps`, linearly or by half a cosine."""
+  then as `decay` has it over the rest of `steps`."""
   def rate(count):
     xp, step = np if isinstance(count, int) else jnp, count // per_step
     up = xp.minimum(1.0, (step + 1) / max(warmup, 1))
-    left = 1.0 - xp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-    return lr * up * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * xp.cos(xp.pi * left)}[name]
+    return lr * up * decay(name, (step - warmup) / max(steps - warmup, 1), xp)
   return rate
 
 
@@ -176,8 +183,9 @@ def fill_logprobs(u: UpdateConfig, params: dict, reference: dict | None, batches
 
 
 def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Examples, scalars: dict,
-         optimizer: optax.GradientTransformation) -> tuple[TrainState, dict]:
-  """One optimizer step on a whole batch given as micro-batches and the head's examples; metrics are device scalars.
+         optimizer: optax.GradientTransformation, decay: float = 1.0) -> tuple[TrainState, dict]:
+  """One optimizer step on a whole batch given as micro-batches and the head's examples; metrics are device scalars. decay: see
+  `apply`.
 
   Without any survivor there is nothing to learn from: parameters and optimizer state stay as they are.
   """
@@ -188,5 +196,6 @@ def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Exa
   grads, metrics = zeros(u.model, trained)
   for batch in batches:
     grads, metrics = accumulate(u, trained, grads, metrics, batch, scalars, base)
-  state, more = apply(state.changing, grads, scalars, examples, head_weight=u.loss.head_weight, optimizer=optimizer)
+  state, more = apply(state.changing, grads, scalars, examples, head_weight=u.loss.head_weight, optimizer=optimizer,
+                      decay=np.float32(decay))
   return state.replace(base=base), metrics | more

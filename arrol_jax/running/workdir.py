@@ -329,6 +329,7 @@ def lasting(c) -> dict:
       kept[section].pop(name, None)
   if kept.get("optim", {}).get("schedule", "constant") != "constant":  # then the rate depends on where the run ends
     kept["steps"] = c.steps
+    kept |= {"stop_seconds": c.stop_seconds} if c.stop_seconds else {}
   return kept
 
 
