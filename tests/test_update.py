@@ -286,7 +286,7 @@ def test_decay_is_of_the_policys_step_alone(moving):
   before, whole, part = map(jax.device_get, (state, learn(1.0), learn(0.25)))
   jax.tree.map(np.testing.assert_array_equal, (part.params["head"], part.opt_state), (whole.params["head"], whole.opt_state))
   for old, all_of_it, some in zip(*(jax.tree.leaves(x.params["policy"]) for x in (before, whole, part)), strict=True):
-    np.testing.assert_allclose(some - old, 0.25 * (all_of_it - old), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(some - old, 0.25 * (all_of_it - old), rtol=1e-3, atol=4e-7)
 
 
 def test_without_survivors_nothing_is_learnt(moving):
