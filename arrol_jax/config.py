@@ -20,7 +20,7 @@ from arrol_jax import usage
 from arrol_jax.config_ranges import check_ranges, need, value_of
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
-from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, CORRECTIONS, RATIOS
+from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, BASELINES, CORRECTIONS, RATIOS
 from arrol_jax.learning.update import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.files import hub
@@ -308,7 +308,7 @@ def _check(c: ConfigDict) -> None:
   need(c.loss.name in ALGORITHMS, f"loss.name is {c.loss.name!r}; it must be one of {', '.join(ALGORITHMS)}")
   for name, values in (("aggregate", AGGREGATES), ("ratio", RATIOS)):
     need(c.loss[name] in (None, *values), f"loss.{name} is {c.loss[name]!r}; it must be one of {', '.join(values)}")
-  for name, values in (("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
+  for name, values in (("loss.baseline", BASELINES), ("loss.correction", CORRECTIONS), ("optim.schedule", SCHEDULES)):
     value = value_of(c, name)
     need(value in values, f"{name} is {value!r}; it must be one of {', '.join(values)}")
   need(all(isinstance(t, int | float) and 0 < t < math.inf for t in c.eval.at_seconds),

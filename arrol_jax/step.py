@@ -125,7 +125,7 @@ class TrainingStep:
     c, model, now = self.config, self.engine.config, int(state.step)
 
     # ---- 2. batch
-    parts = [batching.pack(part, c.shape, self.engine.mesh, c.update.loss, c.weigh)
+    parts = [batching.pack(part, c.shape, self.engine.mesh, c.update.loss, c.weigh, rolled.rollouts)
              for part in batching.minibatches(rolled.learned, c.minibatches, (c.seed, now))]
     examples = batching.head_examples(rolled.rollouts, state.params["head"], model.width, c.weigh, c.balance, c.short,
                                       len(c.rule.detect))

@@ -110,6 +110,8 @@ def get_config() -> ConfigDict:
   c.loss.kl_weight = config_dict.placeholder(float)
   c.loss.normalize_std = config_dict.placeholder(bool)
   c.loss.head_weight = config_dict.placeholder(float)
+  c.loss.baseline = "survivors"  # advantages are measured from their mean; "started": from that of all rollouts started, where
+                               # a pruned one counts as its posterior says (METHOD 10.7)
   c.loss.correction = "none"   # what sampler and trainer differ by: "truncate" weighs each token by min(ratio, cap), "mask"
   c.loss.correction_cap = 2.0  # each row by its whole ratio, not at all above the cap; for "int8" of rollout
 

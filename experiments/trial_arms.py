@@ -21,10 +21,11 @@ SHARED = {
   "prune.cold_start": 2, "eval.before": False, "eval.samples": 1, "eval.temperature": 0.0, "eval.sampled": 4,
   "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
 
-# The learning rates to choose from, on SPARE_SEED, before the other runs (regime "tuning"), and those that runs have: of all arms
-# but ours, and of ours. TUNED: whether they were chosen so; 3e-6 is what earlier runs had, and the page says so.
-RATES, SPARE_SEED = ("1e-6", "3e-6", "6e-6"), 100
-RATE, RATE_OURS, TUNED = "3e-6", "3e-6", False
+RATE = "3e-6"  # of all arms where a regime says nothing else: not tuned, what earlier runs had
+# Where the rate falls, its height is chosen among these on SPARE_SEED, before the other runs (regime "tuning"): HEIGHT is then of
+# all arms but ours, HEIGHT_OURS of ours, and TUNED says that they were chosen so.
+HEIGHTS, SPARE_SEED = ("3e-6", "6e-6", "1.2e-5"), 100
+HEIGHT, HEIGHT_OURS, TUNED = "6e-6", "6e-6", False
 
 _OURS = {
   "prune.rule": "budget", "prune.p_max": 1.0, "prune.p_min": 0.02, "prune.half_life": 4096.0, "quality.fit": "ridge",
@@ -62,6 +63,10 @@ _AHEAD = {"rollout.ahead": 2, "loss.correction": "truncate"}
 AHEAD = {"plain": ARMS["plain"]} | {
   f"{name}_ahead": dataclasses.replace(ARMS[name], what=f"{ARMS[name].what}; the next two steps' begin in free slots",
                                        settings=ARMS[name].settings | _AHEAD) for name in ("plain", "budget", "chosen4")}
+# The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
+FALLING = {name: dataclasses.replace(arm, settings=arm.settings | {"optim.schedule": "linear"}
+                                     | ({"loss.baseline": "started"} if name == "budget_ahead" else {}))
+           for name, arm in AHEAD.items()}
 # How many seeds each has (from 1 on), in the queue's order: the pairs that the question is about first, and most of them.
 SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 5},
          dict.fromkeys(("published", "max_variance", "random", "budget_chosen"), 3),
@@ -72,9 +77,9 @@ SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 
 class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
-  arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours. train, test:
-  files of the data's folder, "" where the config has its own. votes: so many seeds of these arms may also vote, as `voting`
-  says."""
+  arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours; tuned:
+  whether they were chosen. train, test: files of the data's folder, "" where the config has its own. votes: so many seeds of
+  these arms may also vote, as `voting` says."""
   name: str
   scale: str
   what: str
@@ -85,7 +90,8 @@ class Regime:
   queue: tuple[dict[str, int], ...]
   arms: dict[str, Arm] = dataclasses.field(default_factory=lambda: ARMS)
   first: int = 1
-  rates: tuple[str, str] | None = (RATE, RATE_OURS)
+  rates: tuple[str, str] | None = (RATE, RATE)
+  tuned: bool = False
   train: str = ""
   test: str = ""
   ours: tuple[str, ...] = ("budget", "chosen")
@@ -101,9 +107,9 @@ class Regime:
 
 _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
 _VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
-# Each of two arms by learning rate: "plain@1e-6".
-_BY_RATE = {f"{name}@{rate}": dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.lr": rate})
-            for name in ("plain", "budget") for rate in RATES}
+# Each of two arms by height of the learning rate: "plain_ahead@3e-6".
+_BY_HEIGHT = {f"{name}@{rate}": dataclasses.replace(FALLING[name], settings=FALLING[name].settings | {"optim.lr": rate})
+              for name in ("plain_ahead", "budget_ahead") for rate in HEIGHTS}
 
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
@@ -114,13 +120,17 @@ REGIMES = {regime.name: regime for regime in (
          test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",)),
   Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 90.0, 180.0,
          _GSM8K | {"rollout.max_new": 1024}, ({"plain": 3, "plain8": 3, "budget": 3},), train="math_train", test="math500"),
-  Regime("tuning", "gpu", "GSM8K: learning rates on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
-         (dict.fromkeys(_BY_RATE, 1),), _BY_RATE, SPARE_SEED, None, "gsm8k_train", "gsm8k_test"),
+  Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
+         60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
+         rates=(HEIGHT, HEIGHT_OURS), tuned=TUNED, train="gsm8k_train", test="gsm8k_test",
+         ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
+  Regime("tuning", "gpu", "GSM8K: heights of the falling learning rate on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0,
+         _GSM8K, (dict.fromkeys(_BY_HEIGHT, 1),), _BY_HEIGHT, SPARE_SEED, None, train="gsm8k_train", test="gsm8k_test"),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "falling", "math"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import RESULTS, ROOT, SKIP, TUNED, Regime
+from experiments.trial_arms import RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -244,7 +244,7 @@ def notes(results: Results) -> list[str]:
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
   if len(cards) > 1:
     out += ["- Pairs whose runs were on different devices are left out of differences."]
-  if runs and results.regime.rates and not TUNED:
+  if runs and results.regime.rates and not results.regime.tuned:
     out += [f"- Learning rate {' and '.join(dict.fromkeys(results.regime.rates))} in all arms, as in earlier runs: not tuned."]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]
   out += [f"- Made in several pieces, each of which begins with slower steps: {', '.join(parts)}."] if parts else []

@@ -17,6 +17,7 @@ from arrol_jax.learning.losses import (
   group_advantages,
   kl_estimate,
   overlong_penalty,
+  started_levels,
   surrogate,
   token_weights,
 )
@@ -63,6 +64,41 @@ def test_advantages_of_ragged_groups_in_any_order():
   groups, rewards = np.array([2, 9, 2, 4, 9, 2]), [1, 0, 0, 1, 1, 1]
   third = 1 / 3 / math.sqrt(2 / 9)
   np.testing.assert_allclose(group_advantages(rewards, groups), [third, -1, -2 * third, 0, 1, third], rtol=1e-5)
+
+
+NONE = math.nan
+
+
+def test_levels_of_all_that_a_group_started():
+  """Group 3: one right, two wrong, one pruned that is right with 1/2: mean 3/8, square of the deviation 3/8 - 9/64. Group 8 knows
+  of one wrong and of one pruned without a posterior, which is as the batch is: right with 1/4."""
+  rewards, success = np.array([1, 0, 0, NONE, 0, NONE]), np.array([1, 0, 0, NONE, 0, NONE])
+  out = started_levels(rewards, success, np.array([0.9, 0.9, 0.9, 0.5, 0.9, NONE]), np.array([3, 3, 3, 3, 8, 8]))
+  assert out == {3: pytest.approx((3 / 8, math.sqrt(3 / 8 - 9 / 64))), 8: pytest.approx((1 / 8, math.sqrt(1 / 8 - 1 / 64)))}
+  # Other rewards: a success has 10 or 6, mean 8, a failure 2.
+  out = started_levels(np.array([10, 6, 2, NONE]), np.array([1, 1, 0, NONE]), np.array([0, 0, 0, 0.25]), np.zeros(4, int))
+  assert out[0] == pytest.approx((21.5 / 4, math.sqrt((4.625**2 + 0.625**2 + 3.375**2 + 2.625**2 / 4 + 3.375**2 * 3 / 4) / 4)))
+
+
+def test_where_nothing_is_pruned_all_started_are_the_survivors():
+  rewards, groups = np.array([1, 0, 0.5, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
+  levels = started_levels(rewards, (rewards >= 1).astype(float), np.full(6, NONE), groups)
+  np.testing.assert_allclose(group_advantages(rewards, groups, levels=levels), group_advantages(rewards, groups), rtol=1e-6)
+
+
+def test_a_baseline_of_all_started_is_not_moved_by_whom_the_rule_keeps():
+  """The half that promises most is kept: the survivors' mean is above the group's chance of success, that of all started is not,
+  and a survivor whose chance is between the two has a positive expected advantage by it, a negative one by the survivors'."""
+  rng = np.random.default_rng(0)
+  chance = np.tile([0.1, 0.2, 0.4, 0.7], (4000, 1))
+  rewards = np.where(np.arange(4) >= 2, rng.random(chance.shape) < chance, NONE)
+  groups = np.repeat(np.arange(4000), 4)
+  levels = started_levels(rewards.ravel(), rewards.ravel(), chance.ravel(), groups)
+  means = np.array([mean for mean, _ in levels.values()])
+  assert means.mean() == pytest.approx(chance.mean(), abs=0.01) and np.nanmean(rewards) == pytest.approx(0.55, abs=0.02)
+  third = rewards[:, 2]
+  assert (third - means).mean() == pytest.approx(0.4 - 0.35, abs=0.02)
+  assert (third - np.nanmean(rewards, axis=1)).mean() == pytest.approx(0.4 - 0.55, abs=0.02)
 
 
 def test_no_survivors_no_advantages():

@@ -43,7 +43,10 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     assert shared[:5] == ("token", 0.2, "systematic", 2, 4) and read.setdefault("shared", shared) == shared
     read[run.arm] = c
     config.check(config.parse(list(run.voting("")))[0], files=False)
-  if regime.name == "ahead":
+  if regime.name in ("ahead", "falling"):
+    falling = regime.name == "falling"
+    assert {c.optim.schedule for arm, c in read.items() if arm != "shared"} == {"linear" if falling else "constant"}
+    assert [arm for arm, c in read.items() if arm != "shared" and c.loss.baseline == "started"] == ["budget_ahead"] * falling
     assert {arm: (c.rollout.ahead, c.loss.correction) for arm, c in read.items() if arm != "shared"} == {
       "plain": (0, "none"), **dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead"), (2, "truncate"))}
     assert [read[arm].prune.enabled for arm in ("plain", "plain_ahead", "chosen4_ahead", "budget_ahead")] == [False] * 3 + [True]
@@ -67,7 +70,7 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   assert order[20:25] == [("chosen4", seed) for seed in range(1, 6)]
   assert order[25:37] == [(arm, seed) for seed in (1, 2, 3) for arm in ("published", "max_variance", "random", "budget_chosen")]
   assert {arm for arm, _ in order} == trial_arms.ARMS.keys()
-  assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain@1e-6", trial_arms.SPARE_SEED)
+  assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
 
 
 def test_paths_are_given_and_not_kept():

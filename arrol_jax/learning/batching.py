@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from arrol_jax.learning.losses import GRPO, LossConfig, group_advantages, overlong_penalty
+from arrol_jax.learning.losses import GRPO, LossConfig, group_advantages, overlong_penalty, started_levels
 from arrol_jax.models import sharding
 from arrol_jax.models.sharing import Layout
 from arrol_jax.pruning.head import empty_features, is_linear
@@ -65,21 +65,22 @@ class _Bin:
     return True
 
 
-def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRPO,
-         weigh: tuple[str, ...] = ()) -> tuple[list[Batch], dict]:
+def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRPO, weigh: tuple[str, ...] = (),
+         started: list[Rollout] = ()) -> tuple[list[Batch], dict]:
   """Survivors -> micro-batches, longest rows first, and counts: {"tokens", "rows"} that means are over, {"trained",
   "rows_trained"} that are in.
 
-  Advantages are taken over a group's survivors, from rewards with the loss's overlong penalty. weigh holding "policy": a
+  Advantages are taken over a group's survivors, from rewards with the loss's overlong penalty; with loss.baseline "started" over
+  all of `started`, the step's rollouts, that are of the group. weigh holding "policy": a
   survivor counts 1 / keep probability times (METHOD 9.1), scaled to mean 1, in group means, in the loss with its KL term, and in
   the tokens and rows that means are over: each mean is sum w x / sum w. Old and reference log-probs are the update's to fill.
   """
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.keep_probability if "policy" in weigh else 1.0 for r in kept])
   weights = weights / weights.mean() if kept else weights
-  shaped = np.array([r.reward for r in kept], float)
-  shaped = shaped + overlong_penalty(np.array([len(r.tokens) for r in kept]), loss.longest, loss.overlong)
-  advantages = group_advantages(shaped, np.array([r.prompt for r in kept], int), loss.normalize_std, weights=weights)
+  levels = _started_levels(started, loss) if loss.baseline == "started" else None
+  advantages = group_advantages(_shaped(kept, loss), np.array([r.prompt for r in kept], int), loss.normalize_std,
+                                weights=weights, levels=levels)
   rows = [i for i in range(len(kept)) if advantages[i] or loss.kl_weight]
   counted = float(sum(w * len(r.tokens) for w, r in zip(weights, kept, strict=True)))
   totals = {"tokens": counted, "rows": len(kept), "trained": sum(len(kept[i].tokens) for i in rows),
@@ -93,6 +94,17 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
                   if all(b.tokens <= s.tokens and b.rows <= s.rows for b in part))
       batches.append(_micro_batch(kept, np.stack([advantages, weights]), part, fits, unit))
   return [sharding.put(batch, sharding.rows(mesh)) for batch in batches], totals
+
+
+def _shaped(rollouts: list[Rollout], loss: LossConfig) -> np.ndarray:
+  """Rewards with the loss's overlong penalty, f[B]; NaN of the pruned."""
+  rewards = np.array([r.reward for r in rollouts], float)
+  return rewards + overlong_penalty(np.array([len(r.tokens) for r in rollouts]), loss.longest, loss.overlong)
+
+
+def _started_levels(started: list[Rollout], loss: LossConfig) -> dict[int, tuple[float, float]]:
+  column = lambda name: np.array([getattr(r, name) for r in started], float)
+  return started_levels(_shaped(started, loss), column("success"), column("posterior"), column("prompt").astype(int))
 
 
 def _bins(kept: list[Rollout], rows: list[int], shape: PackShape, unit: int) -> list[list[_Bin]]:

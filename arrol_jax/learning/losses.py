@@ -24,7 +24,9 @@ class LossConfig:
   aggregate: "token" = mean over all response tokens; "sequence" = mean over rows of row means; "constant" = sum over tokens
   by rows and `longest`, the longest response allowed in tokens. ratio: "token", or "sequence" = geometric mean over the row's
   tokens. overlong: share of the longest response over which a growing punishment is added to the reward
-  (`overlong_penalty`), 0 none. correction: what becomes of the difference between sampler and trainer (`correction_weights`).
+  (`overlong_penalty`), 0 none. baseline: whose mean and deviation advantages are taken from, the group's "survivors" (as
+  published) or all that it "started" (`started_levels`). correction: what becomes of the difference between sampler and trainer
+  (`correction_weights`).
   """
   clip_low: float = 0.2
   clip_high: float = 0.2
@@ -35,6 +37,7 @@ class LossConfig:
   ratio: str = "token"
   overlong: float = 0.0
   longest: int = 1
+  baseline: str = "survivors"
   correction: str = "none"
   correction_cap: float = 2.0
 
@@ -45,6 +48,7 @@ DR_GRPO = LossConfig(aggregate="constant", normalize_std=False)
 GSPO = LossConfig(clip_low=3e-4, clip_high=4e-4, ratio="sequence")
 ALGORITHMS = {"grpo": GRPO, "dapo": DAPO, "dr_grpo": DR_GRPO, "gspo": GSPO}
 AGGREGATES, RATIOS = ("token", "sequence", "constant"), ("token", "sequence")
+BASELINES = ("survivors", "started")
 
 
 def overlong_penalty(length: np.ndarray, longest: int, share: float) -> np.ndarray:
@@ -59,7 +63,7 @@ def overlong_penalty(length: np.ndarray, longest: int, share: float) -> np.ndarr
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: bool = True, eps: float = 1e-6,
-                     weights: np.ndarray | None = None) -> np.ndarray:
+                     weights: np.ndarray | None = None, levels: dict[int, tuple[float, float]] | None = None) -> np.ndarray:
   """A_i = (R_i - mean R) / (std R + eps) within each group (METHOD section 1), over the rollouts given: the survivors.
 
   rewards f[B], finite, of at most 1e150 (their squares are summed), groups i[B] -> f32[B]. A group of one, or without variance
@@ -67,6 +71,7 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
   double precision: it runs once a step on the host, where groups are ragged.
   weights f[B]: how many rollouts each stands for (1 / keep probability): in a group's mean and deviation, and as a factor of its
   advantage, scaled to mean 1 over the batch, so that the policy gradient estimates that of all rollouts started.
+  levels: each group's mean and deviation where they are not those of the rollouts given (`started_levels`).
   Raises UserError for advantages above LARGEST_ADVANTAGE, which only normalize_std=False can give.
   """
   rewards, out = np.asarray(rewards, float), np.zeros(len(rewards), np.float32)
@@ -75,13 +80,38 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, normalize_std: boo
     rows = np.flatnonzero(groups == g)
     own, w = rewards[rows], share[rows] / share[rows].sum()
     if np.ptp(own) > 1e-12 * np.abs(own).max():
-      centred = own - np.sum(w * own)
-      advantage = centred / (np.sqrt(np.sum(w * centred**2)) + eps) if normalize_std else centred
+      mean = np.sum(w * own) if levels is None else levels[g][0]
+      deviation = np.sqrt(np.sum(w * (own - mean)**2)) if levels is None else levels[g][1]
+      advantage = (own - mean) / (deviation + eps) if normalize_std else own - mean
       if np.abs(advantage).max() > LARGEST_ADVANTAGE:
         raise UserError(f"rewards of one prompt lie {np.ptp(own):.3g} apart, and loss.normalize_std=False takes that for an "
                         "advantage, whose gradient float32 cannot hold: make the rewards smaller, or divide by their deviation")
       out[rows] = advantage
   return out if weights is None or not len(out) else (out * (share / share.mean())).astype(np.float32)
+
+
+def started_levels(rewards: np.ndarray, success: np.ndarray, posterior: np.ndarray,
+                   groups: np.ndarray) -> dict[int, tuple[float, float]]:
+  """Mean and standard deviation of each group's rewards over all rollouts started (METHOD 10.7).
+
+  Of a pruned rollout nothing is known but its posterior q: it counts as q of the batch's mean reward of a success and 1 - q of
+  that of a failure. A rule that keeps by posteriors keeps rollouts whose mean is not the group's; measured from theirs, a prefix
+  that is better than the policy's average counts as worse.
+  rewards f[B], NaN where pruned; success f[B], 1 or 0; posterior f[B], of the pruned ones, NaN where there is none: then the
+  share of successes; groups i[B].
+  """
+  known = ~np.isnan(rewards)
+  of = lambda rows, default: rewards[known & rows].mean() if np.any(known & rows) else default
+  right, wrong = of(success == 1, 1.0), of(success == 0, 0.0)
+  q = np.where(known, 0.0, np.where(np.isnan(posterior), success[known].mean() if known.any() else 0.5, posterior))
+  mean = np.where(known, rewards, q * right + (1 - q) * wrong)
+  out = {}
+  for g in np.unique(groups):
+    rows = groups == g
+    level = mean[rows].mean()
+    square = np.where(known, (rewards - level)**2, q * (right - level)**2 + (1 - q) * (wrong - level)**2)[rows]
+    out[int(g)] = float(level), float(np.sqrt(square.mean()))
+  return out
 
 
 def surrogate(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *,
