@@ -141,7 +141,7 @@ def _dtype(name: str):
 
 
 def open_policy(path: str | os.PathLike, longest: int = 0) -> Policy:
-  """`load_policy` that reads headers and the tokenizer alone: params are shapes until `read`, and only that they are finite is not
+  """`load_policy` that reads headers and the tokenizer alone: params are shapes until `read`; only that they are finite is not
   checked."""
   given, path = os.fspath(path), Path(path)
   if not path.exists():
