@@ -59,8 +59,8 @@ def test_numbers_of_a_run_make_sense(whole):
 
 
 def test_no_step_compiles_anything(whole):
-  """By jax's own count: what was compiled from shapes, before any weight was read, is what the first step runs; nothing else comes
-  when pruning starts after the second, nor for a checkpoint."""
+  """By jax's own count: what was compiled from shapes, before any weight was read, is what the first step runs; nothing else
+  comes when pruning starts after the second, nor for a checkpoint."""
   assert [line["sec_compile"] for line in read(whole / "metrics.jsonl")] == [0.0] * STEPS
 
 
