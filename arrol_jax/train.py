@@ -24,6 +24,7 @@ from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.ahead import Ahead
 from arrol_jax.learning.generation import Asked, Wanted
+from arrol_jax.models.files import tokenizers
 from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
@@ -56,6 +57,7 @@ def main():
   if done:
     hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
+  tokenizers.import_early()  # while JAX looks for its devices
   lock = hosts.together(lambda: hold(workdir) if hosts.first() else nullcontext())
 
   # ---- mesh, model, data
