@@ -141,10 +141,12 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
   return out
 
 
-def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None) -> float:
+def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
+                  left: threading.Event | None = None) -> float:
   """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
 
-  report(done, of, seconds) is called as each is ready. What is compiled here is found again when the step calls it.
+  report(done, of, seconds) is called as each is ready. left: once it is set, nothing more is begun, and CancelledError raised.
+  What is compiled here is found again when the step calls it.
   """
   start, results = time.perf_counter(), {}
   tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
@@ -152,6 +154,8 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
   def one(program: Program):
     with jax.set_mesh(mesh):
       with tracing:
+        if left and left.is_set():
+          raise concurrent.futures.CancelledError
         lowered = program.jitted.lower(*program.args(results), **program.static)
       compiled = lowered.compile()
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
@@ -178,14 +182,12 @@ class CompilingAhead:
   ends it as soon as what is being compiled is done."""
 
   def __init__(self, programs: list[Program], mesh: Mesh):
-    self.count, self.done, self.left = len(programs), 0, False
+    self.count, self.done, self.left = len(programs), 0, threading.Event()
     self.thread = concurrent.futures.ThreadPoolExecutor(1)
-    self.seconds = self.thread.submit(compile_ahead, programs, mesh, self._note)
+    self.seconds = self.thread.submit(compile_ahead, programs, mesh, self._note, self.left)
 
   def _note(self, done: int, *_) -> None:
     self.done = done
-    if self.left:
-      raise concurrent.futures.CancelledError
 
   def wait(self, report: Callable) -> float:
     """Seconds that all programs took, once they are there; report(how many are) is called several times a second until then."""
@@ -198,5 +200,5 @@ class CompilingAhead:
     return self
 
   def __exit__(self, *_exception) -> None:
-    self.left = True
+    self.left.set()
     self.thread.shutdown(wait=False)

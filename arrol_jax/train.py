@@ -158,15 +158,13 @@ def main():
     ahead = None
     if c.rollout.ahead:
       ahead = Ahead(engine, config.sampling, assemble.key(c, assemble.TRAIN), begin, c.steps, c.rollout.ahead)
-    bar = tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first())
+    with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
+      def so_many(done: int):
+        bar.update(done - bar.n)
+        if not hosts.several():  # several ask while they decode: here they may be at different programs
+          stop.check()
 
-    def so_many(done: int):
-      bar.update(done - bar.n)
-      if not hosts.several():  # several ask while they decode: here they may be at different programs
-        stop.check()
-
-    took = programs.wait(so_many)
-    bar.close()
+      took = programs.wait(so_many)
     hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = evaluate(state, "eval_before") if c.eval.before else {}
     if before:
