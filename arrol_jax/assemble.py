@@ -28,7 +28,7 @@ from arrol_jax.learning.update import Compute, UpdateConfig
 from arrol_jax.models import sharding
 from arrol_jax.models.files import hub
 from arrol_jax.models.files.tokenizers import check_ids
-from arrol_jax.models.files.weights import Policy, load_policy, open_policy
+from arrol_jax.models.files.weights import Policy, open_policy
 from arrol_jax.models.lora import Lora
 from arrol_jax.pruning import features
 from arrol_jax.pruning.decision import Voters
@@ -61,21 +61,19 @@ def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Poli
 
   training: rows are those of rollouts, and of evaluations where there are any; else those of evaluations alone.
   """
-  dtype = c.model.dtype if training and c.model.lora.rank else "float32"
-  return _checked(c, load_policy(hub.local(c.model.path), dtype, mesh, longest=_longest(c, training)), training)
+  loaded = opened(c, training)
+  read_weights(c, loaded, mesh, training)
+  return loaded
+
+
+def read_weights(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, training: bool = False) -> None:
+  """Makes of what is `opened` what is `load`ed."""
+  loaded.read(c.model.dtype if training and c.model.lora.rank else "float32", mesh)
 
 
 def opened(c: ConfigDict, training: bool = False) -> Policy:
   """`load` that reads headers alone: its parameters are shapes, of which nobody knows yet whether they are finite."""
-  return _checked(c, open_policy(hub.local(c.model.path), _longest(c, training)), training)
-
-
-def _longest(c: ConfigDict, training: bool) -> int:
-  return longest_row(c, training, not training or c.data.eval != "")
-
-
-def _checked(c: ConfigDict, loaded: Policy, training: bool) -> Policy:
-  """Says of the policy which adapters are to be trained beside it; UserError where it has no tokenizer that fits."""
+  loaded = open_policy(hub.local(c.model.path), longest_row(c, training, not training or c.data.eval != ""))
   loaded.config = dataclasses.replace(loaded.config, lora=lora(c) if training else None)
   if loaded.tokenizer is None:
     raise UserError(f"{c.model.path} has no tokenizer; put the model's tokenizer files beside its weights")
@@ -159,9 +157,9 @@ def warnings(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> list[str]:
 
 
 def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int, params: dict,
-           memory: tuple[int, int] | None = None) -> Engine:
-  """An engine for the policy in training, `params`; call it with all in place that stays in memory while it runs, or with
-  what `memory` a device has (memory.slots_that_fit)."""
+           memory: tuple[int, int] | None = None, to_come: int = 0) -> Engine:
+  """An engine for the policy in training, `params`, arrays or shapes; call it with all in place that stays in memory while it
+  runs but for `to_come` bytes a device, or with what `memory` a device has (memory.slots_that_fit)."""
   r = c.rollout
   most = r.prompts * r.group_size
   build = lambda rows: Engine(loaded.config, mesh, rows, r.max_prompt, max_new, r.segment, r.row_buckets, r.length_buckets,
@@ -169,7 +167,7 @@ def engine(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, max_new: int,
   if r.slots is not None:
     return build(r.slots)
   # What runs ahead stays while the update needs room too.
-  fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory, share=0.5 if r.ahead else 1.0)
+  fits = slots_that_fit(build(most), sampling(c, loaded), r.group_size, params, memory, 0.5 if r.ahead else 1.0, to_come)
   return build(most if fits is None else min(most, fits))
 
 

@@ -68,7 +68,7 @@ def keep_compilations(folder: str | None) -> None:
     return
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # most programs are small: together they are seconds
 
 
 def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -> tuple[ConfigDict, flags.FlagValues]:

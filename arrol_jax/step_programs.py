@@ -8,6 +8,7 @@ from collections.abc import Callable
 import concurrent.futures
 import math
 import os
+import threading
 import time
 from typing import NamedTuple
 
@@ -140,16 +141,22 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
   return out
 
 
-def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None) -> float:
+def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
+                  left: threading.Event | None = None) -> float:
   """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
 
-  report(done, of, seconds) is called as each is ready. What is compiled here is found again when the step calls it.
+  report(done, of, seconds) is called as each is ready. left: once it is set, nothing more is begun, and CancelledError raised.
+  What is compiled here is found again when the step calls it.
   """
   start, results = time.perf_counter(), {}
+  tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
 
   def one(program: Program):
     with jax.set_mesh(mesh):
-      lowered = program.jitted.lower(*program.args(results), **program.static)
+      with tracing:
+        if left and left.is_set():
+          raise concurrent.futures.CancelledError
+        lowered = program.jitted.lower(*program.args(results), **program.static)
       compiled = lowered.compile()
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(shape, lowered.out_info, compiled.output_shardings)
@@ -168,3 +175,30 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
       pool.shutdown(wait=False, cancel_futures=True)
       raise
   return time.perf_counter() - start
+
+
+class CompilingAhead:
+  """`compile_ahead` in a thread, from `with` on, while the caller does other things; a caller that leaves before all are there
+  ends it as soon as what is being compiled is done."""
+
+  def __init__(self, programs: list[Program], mesh: Mesh):
+    self.count, self.done, self.left = len(programs), 0, threading.Event()
+    self.thread = concurrent.futures.ThreadPoolExecutor(1)
+    self.seconds = self.thread.submit(compile_ahead, programs, mesh, self._note, self.left)
+
+  def _note(self, done: int, *_) -> None:
+    self.done = done
+
+  def wait(self, report: Callable) -> float:
+    """Seconds that all programs took, once they are there; report(how many are) is called several times a second until then."""
+    while not self.seconds.done():
+      concurrent.futures.wait([self.seconds], timeout=0.2)
+      report(self.done)
+    return self.seconds.result()
+
+  def __enter__(self) -> "CompilingAhead":
+    return self
+
+  def __exit__(self, *_exception) -> None:
+    self.left.set()
+    self.thread.shutdown(wait=False)

@@ -24,6 +24,7 @@ from arrol_jax.data import problems, sources
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.ahead import Ahead
 from arrol_jax.learning.generation import Asked, Wanted
+from arrol_jax.models.files import tokenizers
 from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
@@ -56,6 +57,7 @@ def main():
   if done:
     hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
+  tokenizers.import_early()  # while JAX looks for its devices
   lock = hosts.together(lambda: hold(workdir) if hosts.first() else nullcontext())
 
   # ---- mesh, model, data
@@ -64,20 +66,29 @@ def main():
     stop = stack.enter_context(hosts.Watch())
     hosts.say(f"{jax.device_count()} x {jax.devices()[0].device_kind} after {time.time() - started:.0f} s; "
               f"loading {c.model.path}")
-    loaded = hosts.together(lambda: assemble.load(c, mesh, training=True))
+    loaded = hosts.together(lambda: assemble.opened(c, training=True))
+    hosts.together(lambda: assemble_state.check_export(c, workdir, loaded.tokenizer))
+    config = assemble.step_config(c, loaded)
+
+    # ---- programs need shapes alone: they are compiled while weights and problems are read
+    shapes = assemble_state.abstract_state(c, loaded.config, mesh)
+    to_come = assemble_state.per_chip(shapes) + assemble_state.reference(c, shapes)
+    engine = hosts.together(lambda: assemble.engine(c, loaded, mesh, c.rollout.max_new, shapes.policy, to_come=to_come))
+    engine.watch = stop.check
+    compiling = hosts.Compiling()
+    programs = stack.enter_context(step_programs.CompilingAhead(assemble.programs(c, engine, config, shapes), mesh))
+
+    # ---- weights, problems
+    hosts.together(lambda: assemble.read_weights(c, loaded, mesh, training=True))
     train_prompts = assemble.prompts(c, loaded, c.data.train, split="train")
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in sources.benchmark_names(c.data.eval).items()}
     assemble.warn(c, loaded, train_prompts)
-    config = assemble.step_config(c, loaded)
-    hosts.together(lambda: assemble_state.check_export(c, workdir, loaded.tokenizer))
     inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
     hosts.say(f"{loaded.config.num_params() / 1e6:,.1f}M parameters, {len(train_prompts):,} problems to train on and "
               f"{sum(map(len, eval_prompts.values())):,} held out, after {time.time() - started:.0f} s")
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
-
-    compiling = hosts.Compiling()
 
     def evaluate(state, name: str, most: int | None = None) -> dict:
       """Results by source of data.eval, on `most` problems of each; kept in NAME.json."""
@@ -143,23 +154,18 @@ def main():
     # ---- state, resume
     reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble_state.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
-    engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, state.policy)
-    engine.watch = stop.check
     train_step = TrainingStep(engine, config, reference)
     ahead = None
     if c.rollout.ahead:
       ahead = Ahead(engine, config.sampling, assemble.key(c, assemble.TRAIN), begin, c.steps, c.rollout.ahead)
-    programs = assemble.programs(c, engine, config, state)
-    bar = tqdm(total=len(programs), desc="compiling", unit="program", disable=not hosts.first())
+    with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
+      def so_many(done: int):
+        bar.update(done - bar.n)
+        if not hosts.several():  # several ask while they decode: here they may be at different programs
+          stop.check()
 
-    def one_more(*_):
-      bar.update()
-      if not hosts.several():  # several ask while they decode: here they may be at different programs
-        stop.check()
-
-    took = step_programs.compile_ahead(programs, mesh, one_more)
-    bar.close()
-    hosts.say(f"compiled {len(programs)} programs in {took:.0f} s")
+      took = programs.wait(so_many)
+    hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = evaluate(state, "eval_before") if c.eval.before else {}
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")

@@ -108,8 +108,8 @@ class Letters:
   """A tokenizer whose tokens are characters: 1 is BOS, the rest ord(character) + 2."""
   chat_template = "a template"
 
-  def encode(self, text, add_special_tokens=True):
-    return [1] * add_special_tokens + [ord(character) + 2 for character in text]
+  def __call__(self, texts, add_special_tokens, return_attention_mask):
+    return {"input_ids": [[1] * add_special_tokens + [ord(character) + 2 for character in text] for text in texts]}
 
   def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
     assert not tokenize and add_generation_prompt

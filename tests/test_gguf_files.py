@@ -73,6 +73,22 @@ def write(path, name, kind=F32, tensors=None, **metadata):
   return path
 
 
+@pytest.mark.parametrize("order", list(gguf.GGUFEndian))
+def test_metadata_are_what_the_package_reads(tmp_path, order):
+  """Arrays are read by a way of our own: all kinds, empty ones, in both orders of bytes."""
+  writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", endianess=order)
+  for name, value in {"text": ["a", "", "ä b", "x" * 300], "whole": [1, -2, 3], "real": [0.5, 2.0], "flags": [True, False],
+                      "nested": [[1, 2], [3]]}.items():
+    writer.add_array(name, value)
+  writer.add_uint32("after", 7)
+  writer.add_tensor("token_embd.weight", np.ones((2, 4), np.float32))
+  for work in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    work()
+  ours, theirs = ({k: field.contents() for k, field in reader(tmp_path / "m.gguf").fields.items()}
+                  for reader in (gguf_files._Reader, gguf.GGUFReader))
+  assert ours == theirs and ours["text"][2] == "ä b" and ours["after"] == 7
+
+
 @pytest.mark.parametrize("name", ["qwen3_tied", "qwen2_untied", "llama_untied"])
 def test_float32_file_is_exact(name, tmp_path):
   want, expected = fixture(name)[0], np.load(FIXTURES / name / "expected.npz")

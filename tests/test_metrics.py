@@ -7,14 +7,17 @@ import math
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
+from scipy import stats
 
 from arrol_jax.learning.metrics import (
   auc,
+  binomial,
   bootstrap_interval,
   calibration_error,
   expected_signals,
   mean,
   pass_at_k,
+  ranks,
   rollout_metrics,
 )
 from arrol_jax.types import Rollout
@@ -43,6 +46,13 @@ def test_auc_by_hand():
   assert auc([5, 5, 5], [1, 0, 1]) == 0.5
   assert auc([1, 2, 2, 3], [0, 1, 0, 1]) == 3.5 / 4   # the tie of the twos counts half
   assert math.isnan(auc([], []))
+
+
+def test_ranks_and_binomial_chances_are_scipys():
+  values = np.random.default_rng(0).integers(-4, 5, 50) / 2
+  np.testing.assert_array_equal(ranks(values), stats.rankdata(values))
+  for n, p in [(0, 0.3), (1, 0.0), (5, 1.0), (64, 0.3), (1500, 0.6)]:
+    np.testing.assert_allclose(binomial(n, p), stats.binom.pmf(np.arange(n + 1), n, p), rtol=1e-9, atol=1e-300)
 
 
 def test_calibration_error_by_hand():

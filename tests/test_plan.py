@@ -174,13 +174,13 @@ def test_abstract_state_is_the_real_one():
   with jax.set_mesh(mesh):
     loaded = load_policy(c.model.path, mesh=mesh)
     real = assemble_state.init_state(c, loaded, assemble.optimizer(c), mesh, keep_params=False)
-    abstract = compiling.abstract_state(c, SHAPE, mesh)
+    abstract = assemble_state.abstract_state(c, SHAPE, mesh)
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
   first = lambda x: x.addressable_shards[0].data.nbytes
-  assert compiling.per_chip(abstract) == sum(map(first, jax.tree.leaves(real)))
-  assert compiling.per_chip(abstract) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(real))
+  assert assemble_state.per_chip(abstract) == sum(map(first, jax.tree.leaves(real)))
+  assert assemble_state.per_chip(abstract) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(real))
 
 
 def test_abstract_batch_is_what_pack_makes():
@@ -233,7 +233,7 @@ def over(step, limit):
 
 
 def test_without_room_for_a_group_nothing_of_generation_is_compiled():
-  limit = compiling.per_chip(compiling.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))) + 1000
+  limit = assemble_state.per_chip(assemble_state.abstract_state(config(), SHAPE, sharding.make_mesh(1, 4, 2))) + 1000
   step = compiling.Step(config(), SHAPE, sharding.make_mesh(1, 4, 2), limit).run(("generation",))
   assert [p.name for p in step.programs] == list(compiling.GENERATION) and not any(p.fits for p in step.programs)
   assert "one group of 4 rollouts needs" in plan.verdict(step, "here") and compiling.SKIPPED not in plan.verdict(step, "here")

@@ -1,10 +1,12 @@
 """The training step is told once: train, bench and plan run the same programs, with the same arguments, in the same order."""
 
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
+import threading
 from unittest import mock
 
 import jax
@@ -166,3 +168,27 @@ def test_nobody_else_tells_a_steps_order(path, function, uses):
   used = names(tree)
   assert uses <= used and not used & (PIECES | GENERATION)
   assert "update.step" not in {ast.unparse(x) for x in ast.walk(tree) if isinstance(x, ast.Attribute)}
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
+  """As where a mistake is found in the weights: programs that have not begun never do."""
+  under_way, go, begun = threading.Event(), threading.Event(), []
+
+  def program(name, needs=()):
+    def args(results):
+      begun.append(name)
+      under_way.set()
+      assert go.wait(60) and set(results) == set(needs)
+      return (np.zeros(3),)
+    return step_programs.Program(name, jax.jit(lambda x: x + 1), args, {}, needs)
+
+  with step_programs.CompilingAhead([program("first"), program("second", ("first",))], mesh) as ahead:
+    assert under_way.wait(60)
+    if stays:
+      go.set()
+      assert ahead.wait(lambda done: None) > 0
+  go.set()
+  failed = ahead.seconds.exception(60)
+  assert (begun, ahead.done) == ((["first", "second"], 2) if stays else (["first"], 1))
+  assert isinstance(failed, concurrent.futures.CancelledError) != stays

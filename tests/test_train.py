@@ -58,10 +58,10 @@ def test_numbers_of_a_run_make_sense(whole):
   assert any(line["grad_norm"] > 0 for line in lines) and all(line["entropy"] > 0 for line in lines)
 
 
-def test_nothing_is_compiled_after_the_first_step(whole):
-  """By jax's own count: not when pruning starts after the second, nor for a checkpoint."""
-  first, *others = [line["sec_compile"] for line in read(whole / "metrics.jsonl")]
-  assert first < 2.0 and others == [0.0] * (STEPS - 1)
+def test_no_step_compiles_anything(whole):
+  """By jax's own count: what was compiled from shapes, before any weight was read, is what the first step runs; nothing else
+  comes when pruning starts after the second, nor for a checkpoint."""
+  assert [line["sec_compile"] for line in read(whole / "metrics.jsonl")] == [0.0] * STEPS
 
 
 def test_head_and_table_learn_from_step_to_step(whole):

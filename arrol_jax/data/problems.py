@@ -19,6 +19,7 @@ from arrol_jax.types import UserError
 
 NOT_JSONL = ("problems are read from JSON lines: convert it (pandas: to_json(FILE, orient=\"records\", lines=True)), or give its "
              "folder as hf:FOLDER")
+_AT_ONCE = 256  # problems that the tokenizer takes: on all cores, and it asks for Python's lock once
 FIELDS = ("id", "problem", "answer", "source")
 
 
@@ -130,7 +131,7 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
                    spread: Callable = lambda work, items: [work(x) for x in items]) -> tuple[list[Prompt], list[Prompt]]:
   """Prompts of 1 to `max_prompt` tokens, and those left out for having more (or none).
 
-  tokenizer: `encode(text, add_special_tokens=...)`; with `chat`, `apply_chat_template` and a chat template
+  tokenizer: called with many texts at once, as those of transformers are; with `chat`, `apply_chat_template` and a chat template
     too.
   template: the user's text; "{problem}" stands for the problem, other braces (\\boxed{}) for themselves.
   chat: wraps that text as one user message in the tokenizer's chat template, which then writes all special
@@ -148,7 +149,7 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
   if chat and not getattr(tokenizer, "chat_template", None):
     raise UserError("the tokenizer has no chat template: switch chat off, or use an instruct model")
 
-  def encode(problem: Problem) -> tuple[str, np.ndarray]:
+  def written(problem: Problem) -> str:
     text = template.replace("{problem}", problem.problem)
     if chat:
       messages = [] if system is None else [{"role": "system", "content": system}]
@@ -157,9 +158,15 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, chat: bool
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
       except Exception as e:  # a template is a program: some refuse a system message
         raise UserError(f"the chat template refuses these messages ({e}); see data.system and data.chat") from e
-    return text, np.asarray(tokenizer.encode(text, add_special_tokens=not chat), np.int32)
+    return text
 
-  encoded = [Prompt(problem, *made) for problem, made in zip(problems, spread(encode, problems), strict=True)]
+  def encode(some: list[Problem]) -> list[Prompt]:
+    texts = [written(problem) for problem in some]
+    tokens = tokenizer(texts, add_special_tokens=not chat, return_attention_mask=False)["input_ids"]
+    return [Prompt(*made, np.asarray(ids, np.int32)) for *made, ids in zip(some, texts, tokens, strict=True)]
+
+  parts = [problems[i:i + _AT_ONCE] for i in range(0, len(problems), _AT_ONCE)]
+  encoded = [prompt for part in spread(encode, parts) for prompt in part]
   prompts = [p for p in encoded if 0 < len(p.tokens) <= max_prompt]
   if not prompts:
     raise UserError(f"none of {len(problems)} prompts has at most rollout.max_prompt = {max_prompt} tokens")

@@ -15,18 +15,18 @@ from arrol_jax.types import UserError
 
 
 def slots_that_fit(engine: Engine, sampling: Sampling, group_size: int, params: dict,
-                   memory: tuple[int, int] | None = None, share: float = 1.0) -> int | None:
+                   memory: tuple[int, int] | None = None, share: float = 1.0, to_come: int = 0) -> int | None:
   """Slots that the devices' free memory holds beside decode weights and working memory; None where a device tells nothing.
 
-  Call it with all that stays in memory (parameters, optimizer state) in place, or give a device's `memory`: bytes free and
-  bytes in all. share: of what is free, for the engine. Raises UserError where not even one group of `group_size` rollouts
-  fits, with what would.
+  Call it with all that stays in memory (parameters, optimizer state) in place but for `to_come` bytes a device, or give a
+  device's `memory`: bytes free and bytes in all. share: of what is free, for the engine. Raises UserError where not even one
+  group of `group_size` rollouts fits, with what would.
   """
   if memory is None:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
       return None
-    memory = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"])))
+    memory = min(hosts.gather((stats["bytes_limit"] - stats["bytes_in_use"] - to_come, stats["bytes_limit"])))
   free, limit = memory
   return _slots_in(engine, sampling, group_size, params, int(share * free), limit)
 

@@ -2,10 +2,11 @@
 
 NumPy on host records; every figure is defined in docs/metrics.md and named in metrics.jsonl as here. NaN where it is undefined
 (no mixed group, no scored rollout), written as null. What concerns the head, and shares of right ones, takes a rollout's
-success (reward.success); means and variances of rewards, and what is mixed, take rewards as they are. SciPy's statistics
-are imported where they are used: they take half a second, a quarter of every command's start.
+success (reward.success); means and variances of rewards, and what is mixed, take rewards as they are. Ranks and
+binomial chances are written out: to import SciPy's statistics for them took every run's first step a second.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -19,8 +20,7 @@ def auc(score: np.ndarray, label: np.ndarray) -> float:
   positives, negatives = int(label.sum()), int((~label).sum())
   if not positives or not negatives:
     return float("nan")
-  from scipy.stats import rankdata
-  return float((rankdata(score)[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+  return float((ranks(score)[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> float:
@@ -37,8 +37,18 @@ def spearman(score: np.ndarray, label: np.ndarray) -> float:
   """Rank correlation; NaN where one of them does not vary."""
   if len(set(score)) < 2 or len(set(label)) < 2:
     return float("nan")
-  from scipy.stats import rankdata
-  return float(np.corrcoef(rankdata(score), rankdata(label))[0, 1])
+  return float(np.corrcoef(ranks(score), ranks(label))[0, 1])
+
+
+def ranks(values) -> np.ndarray:
+  """Ranks from 1 of finite numbers, ties sharing the mean of theirs, f64[N]."""
+  _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+  return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def binomial(n: int, p: float) -> np.ndarray:
+  """Chances of 0, 1, ..., n successes in n tries of chance p, f64[n+1]."""
+  return functools.reduce(np.convolve, [(1 - p, p)] * n, np.ones(1))
 
 
 def pass_at_k(right: np.ndarray, k: int) -> float:
@@ -79,7 +89,6 @@ def expected_signals(groups: list[list[Rollout]]) -> dict[str, float]:
   """What the posteriors promised of K rho (1 - rho), a group: of the rows that the decisions kept, and on average of as many
   drawn at random (METHOD 10.1; in jnp: pruning/budget.py). Rows that ended before a decision count with their success;
   so it is of rewards 0 and 1."""
-  from scipy.stats import binom
   decided = [[r for r in g if r.decided and not math.isnan(r.posterior)] for g in groups]
   total = sum(map(len, decided))
   share = sum(not r.pruned for rows in decided for r in rows) / max(total, 1)
@@ -93,7 +102,7 @@ def expected_signals(groups: list[list[Rollout]]) -> dict[str, float]:
     kept.append(pairs(np.concatenate([q[stays], settled])) / max(stays.sum() + m, 1))
     k = np.arange(n + 1)
     among = both * k * (k - 1) / max(n * (n - 1), 1) + mixed * k / max(n, 1) + fixed
-    random.append(float(np.sum(binom.pmf(k, n, share) * among / np.maximum(k + m, 1))))
+    random.append(float(np.sum(binomial(n, share) * among / np.maximum(k + m, 1))))
   return {"signal_expected": mean(kept if total else ()), "signal_expected_random": mean(random if total else ())}
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble
+from arrol_jax.assemble_state import abstract_state, per_chip, reference
 from arrol_jax.engine import kv_cache, memory
 from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
-from arrol_jax.planning.compiling import abstract_state, per_chip, reference
 from arrol_jax.types import UserError
 
 SHARE = 0.94  # of a card that programs may fill; its driver and libraries take the rest

@@ -4,18 +4,16 @@ Nothing is allocated and no weights are read: arguments are shapes with sharding
 """
 
 import dataclasses
-import math
 import re
 import sys
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble, assemble_state, step_programs
-from arrol_jax.learning.candidates import nothing_known
-from arrol_jax.models import sharding, transformer
+from arrol_jax import assemble, step_programs
+from arrol_jax.assemble_state import abstract_state, per_chip, reference
+from arrol_jax.models import transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.planning import hlo
@@ -53,41 +51,6 @@ class Program:
   @property
   def fits(self) -> bool:
     return not self.error and max(self.in_step, self.peak) <= self.limit
-
-
-def per_chip(tree) -> int:
-  """Bytes of a tree of shapes with shardings on one chip, a tile's padding not counted; of what has no sharding, all."""
-  local = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
-  return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
-
-
-def reference(c: ConfigDict, state: TrainState) -> int:
-  """Bytes a chip of the weights that a KL term compares with: a copy, unless they are frozen anyway."""
-  return per_chip(state.params["policy"]) if assemble.loss(c).kl_weight and state.base is None else 0
-
-
-def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: Mesh) -> TrainState:
-  """assemble_state.init_state's result as shapes with shardings."""
-  optimizer, everywhere = assemble.optimizer(c), sharding.replicated(mesh)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  shard = lambda tree, axes: jax.tree.map(place, tree, sharding.shardings(axes, tree, mesh, sharding.TRAIN))
-  weights, base = shard(transformer.abstract_params(model), transformer.logical_axes(model)), None
-  if model.lora:
-    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.model.dtype, sharding=x.sharding), weights)
-    adapters = jax.eval_shape(lambda: transformer.init_adapters(model, jax.random.key(0)))
-    weights = shard(adapters, transformer.adapter_axes(model))
-  fresh = jax.eval_shape(lambda: assemble_state.fresh_head(c, model.width))
-  head, recent, tables = jax.tree.map(lambda x: place(x, everywhere), fresh)
-  params = {"policy": weights, "head": head}
-  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (assemble_state.init_state).
-  at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
-  follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
-  opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
-  chooses = assemble.candidates(c) > c.rollout.prompts
-  prompts = jax.eval_shape(lambda: nothing_known(model.width)) if chooses else None
-  prompts = jax.tree.map(lambda x: place(x, everywhere), prompts)
-  return TrainState(params, opt_state, tables, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), recent,
-                    prompts, base)
 
 
 def out_of_memory(message: str) -> tuple[int, str]:

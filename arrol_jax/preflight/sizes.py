@@ -10,12 +10,12 @@ import jax
 from ml_collections import ConfigDict
 
 from arrol_jax import assemble
+from arrol_jax.assemble_state import abstract_state, per_chip, reference
 from arrol_jax.engine import kv_cache
 from arrol_jax.engine.memory import decode_weights
 from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import batching
 from arrol_jax.models.files.weights import Policy
-from arrol_jax.planning.compiling import abstract_state, per_chip, reference
 from arrol_jax.preflight.page import Page, size
 from arrol_jax.types import TrainState, UserError
 

@@ -7,6 +7,8 @@ Left out: writing GGUF, mixtures of experts, yarn and linear rope scaling, Sente
 
 import functools
 from pathlib import Path
+import struct
+import sys
 from typing import NamedTuple
 
 import gguf
@@ -16,6 +18,8 @@ from arrol_jax.models.files.safetensors import Stored
 from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 from arrol_jax.types import UserError
 
+ARRAY = gguf.GGUFValueType.ARRAY
+SWAPPED = ">Q" if sys.byteorder == "little" else "<Q"  # a length of the other byte order
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 # GGUF name of a layer's tensor, after "blk.<i>." -> Hugging Face's, after "model.layers.<i>."
 LAYER_NAMES = {
@@ -35,10 +39,8 @@ class GGUF(NamedTuple):
 
 
 class _Reader(gguf.GGUFReader):
-  """The package's reader, except that bytes past the end of the file are an error instead of an empty array.
-
-  Without the check a damaged length would read on for ever. It reads through a plain array, because a vocabulary takes
-  half a million slices and those of a memmap are several times slower.
+  """The package's reader, except that bytes past the end of the file are an error instead of an empty array (a damaged length
+  would read on for ever), and that an array's elements are not three objects each: a vocabulary has half a million.
   """
 
   def _get(self, offset, dtype, count=1, override_order=None):
@@ -52,6 +54,32 @@ class _Reader(gguf.GGUFReader):
   @functools.cached_property
   def _plain(self):
     return np.asarray(self.data)
+
+  def _get_field_parts(self, orig_offs, raw_type):
+    """(bytes, parts, which parts are values, types) of a value: an array's numbers are one part, its strings one each."""
+    kind = self._get(orig_offs, np.uint32)[0] if raw_type == ARRAY else None
+    if kind in (None, ARRAY):  # no array, or an array of arrays
+      return super()._get_field_parts(orig_offs, raw_type)
+    kind, count, start = gguf.GGUFValueType(kind), int(self._get(orig_offs + 4, np.uint64)[0]), int(orig_offs) + 12
+    if kind == gguf.GGUFValueType.STRING:
+      parts, end = self._strings(start, count)
+    else:
+      parts = [self._get(start, self.gguf_scalar_to_np[kind], count)]
+      end = start + parts[0].nbytes
+    return end - int(orig_offs), parts, range(len(parts)), [ARRAY, kind]
+
+  def _strings(self, at: int, count: int) -> tuple[list[memoryview], int]:
+    """`count` strings that stand one after the other from byte `at`, and where they end."""
+    view, length, out = memoryview(self._plain), struct.Struct("=Q" if self.byte_order == "I" else SWAPPED), []
+    for _ in range(count):
+      if at + 8 > len(view):
+        raise EOFError("truncated")
+      end = at + 8 + length.unpack_from(view, at)[0]
+      if end > len(view):
+        raise EOFError("truncated")
+      out.append(view[at + 8:end])
+      at = end
+    return out, at
 
   def _build_tensors(self, start_offs, fields):
     tensors = []

@@ -7,8 +7,10 @@ is looked up, never guessed: an unknown one is an error. Left out: SentencePiece
 `transformers` takes seconds to import, so it is imported where it is needed.
 """
 
+import contextlib
 import os
 from pathlib import Path
+import threading
 
 from arrol_jax.types import UserError
 
@@ -28,12 +30,24 @@ TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+_importing = threading.Lock()  # transformers puts another module in its place meanwhile: two threads must not import it at once
+
+
+def import_early() -> None:
+  """Imports transformers in a thread, while the caller does something else. What is wrong with it is told where it is needed."""
+  def work():
+    with _importing, contextlib.suppress(Exception):
+      from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+  threading.Thread(target=work, name="import transformers").start()
+
+
 def load_tokenizer(folder: Path):
   """The tokenizer of a Hugging Face folder, or None where it has none. UserError: one that cannot be read."""
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
     return None
-  from transformers import AutoTokenizer
-  from transformers.utils import logging
+  with _importing:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
   verbosity = logging.get_verbosity()
   logging.set_verbosity_error()  # it warns of the model's config, which is checked elsewhere
   try:
@@ -55,7 +69,8 @@ def gguf_tokenizer(path: Path, meta: dict):
   if model != "gpt2":
     raise UserError(f"{path}: tokenizer model {model!r} is not supported (only gpt2, byte-level BPE)")
   from tokenizers import AddedToken, Tokenizer, decoders, models
-  from transformers import PreTrainedTokenizerFast
+  with _importing:
+    from transformers import PreTrainedTokenizerFast
 
   tokens, kinds = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type", [])
   pre = meta.get("tokenizer.ggml.pre", "gpt-2")

@@ -55,6 +55,11 @@ class Policy:
   calibration: Calibration | None = None
   head_inputs: tuple[str, ...] = ()   # what the head reads (quality.inputs), and
   detect: tuple[int, ...] = ()        # at which response lengths; () where a folder does not say
+  stored: dict[str, Stored] | None = None  # the files' tensors, where params are shapes that `read` has yet to fill
+
+  def read(self, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, table: dict = sharding.TRAIN) -> None:
+    """Reads the weights of a policy that `open_policy` gave; what there is to say is said at `load_policy`."""
+    self.params, self.stored = _loaded(self.config, self.stored, _dtype(dtype), mesh, table), None
 
   def logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """tokens i32[B,S] (right-padded), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
@@ -79,8 +84,7 @@ class Policy:
     """
     target = Path(path).resolve()
     name = dtype or str(self.params["embed"].dtype)
-    if name not in DTYPES:
-      raise UserError(f"dtype {name!r} is not supported (supported: {', '.join(DTYPES)})")
+    _dtype(name)
     folders.check_replaceable(target, self.tokenizer)
     bos = getattr(self.tokenizer, "bos_token_id", None)
     config = hf_config.config_to_json(self.config, name, self.eos_ids, self.pad_id, bos)
@@ -124,20 +128,21 @@ def load_policy(path: str | os.PathLike, dtype: str = "float32", mesh: jax.shard
   Raises UserError, one line that names the file and the tensor or key: missing path, no weights, unknown or unsupported
   architecture, truncated or corrupt file, missing, unexpected or misshapen tensor, fewer positions than `longest`.
   """
-  if dtype not in DTYPES:
-    raise UserError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
-  policy, stored = _opened(path, longest)
-  policy.params = _loaded(policy.config, stored, DTYPES[dtype], mesh, table)
+  _dtype(dtype)  # told before anything is read
+  policy = open_policy(path, longest)
+  policy.read(dtype, mesh, table)
   return policy
 
 
+def _dtype(name: str):
+  if name not in DTYPES:
+    raise UserError(f"dtype {name!r} is not supported (supported: {', '.join(DTYPES)})")
+  return DTYPES[name]
+
+
 def open_policy(path: str | os.PathLike, longest: int = 0) -> Policy:
-  """`load_policy` that reads headers and the tokenizer alone: params are shapes, and only that they are finite is not checked."""
-  return _opened(path, longest)[0]
-
-
-def _opened(path: str | os.PathLike, longest: int) -> tuple[Policy, dict[str, Stored]]:
-  """A model with shapes for parameters, and the tensors of its files."""
+  """`load_policy` that reads headers and the tokenizer alone: params are shapes until `read`; only that they are finite is not
+  checked."""
   given, path = os.fspath(path), Path(path)
   if not path.exists():
     raise UserError(f"{path}: no such model; give a Hugging Face folder or a GGUF file{folders.how_to_fetch(given)}")
@@ -158,10 +163,10 @@ def _opened(path: str | os.PathLike, longest: int) -> tuple[Policy, dict[str, St
   eos_ids = tokenizers.stop_ids(tokenizer, (generation or {}).get("eos_token_id"), raw.get("eos_token_id"))
   pads = (getattr(tokenizer, "pad_token_id", None), raw.get("pad_token_id"), *eos_ids, 0)
   pad = next(p for p in pads if p is not None)
-  return Policy(config, transformer.abstract_params(config), tokenizer, eos_ids, pad, generation, *quality), stored
+  return Policy(config, transformer.abstract_params(config), tokenizer, eos_ids, pad, generation, *quality, stored)
 
 
-def _opened_gguf(path: Path, longest: int) -> tuple[Policy, dict[str, Stored]]:
+def _opened_gguf(path: Path, longest: int) -> Policy:
   file = gguf_files.open_gguf(path)
   check_positions(file.config, str(path), longest)
   _check(file.config, path, file.tensors)
@@ -170,7 +175,7 @@ def _opened_gguf(path: Path, longest: int) -> tuple[Policy, dict[str, Stored]]:
   eos_ids = tokenizers.stop_ids(tokenizer, *declared)
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
   pad = next(p for p in pads if p is not None)
-  return Policy(file.config, transformer.abstract_params(file.config), tokenizer, eos_ids, pad), file.tensors
+  return Policy(file.config, transformer.abstract_params(file.config), tokenizer, eos_ids, pad, stored=file.tensors)
 
 
 def check_positions(config: PolicyConfig, where: str, longest: int) -> None:
