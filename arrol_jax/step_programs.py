@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from arrol_jax.engine import programs as decoding
+from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import SamplingParams
 from arrol_jax.engine.scheduler import Engine, everywhere, fold_all
 from arrol_jax.learning import batching, head_training, update
@@ -58,46 +59,84 @@ def generation_programs(e: Engine, c: StepConfig, state: TrainState, prompts: in
     smaller = [s for s in shapes if s != (rows, length) and s[0] <= rows and s[1] >= length] if everything else shapes[1:2]
     for n, columns in smaller if len(counts) > 1 or everything else ():  # a layer at a time, the old one deleted before the next
       to, index = f"{at} to {n}x{columns}" if everything else "", np.zeros(n, np.int32)
-      slots = lambda out, at=at: out.get("decode segment" + at, (out["init slots" + at],))[0]
+      slots, needs = to_gather(e.mesh, at)
       out += [Program("gather" + to, decoding.take_columns, lambda out, slots=slots, index=index: (slots(out).cache[0], index),
-                      {"length": columns}, ("init slots" + at,), e.config.layers * (len(counts) - 1))]
+                      {"length": columns}, needs, e.config.layers * (len(counts) - 1))]
       if everything:
         out += [Program("gather rest" + to, decoding.take_rest, lambda out, slots=slots, index=index, columns=columns: (
-          slots(out).replace(cache=()), index, index > 0, columns), {}, ("init slots" + at,))]
+          slots(out).replace(cache=()), index, index > 0, columns), {}, needs)]
+      if moves(e.mesh, at) and (rows, length) == shapes[0]:  # from wherever they come, they have the same shardings
+        of = f" at {n}x{columns}"
+        stood = lambda out, to=to: out["gather rest" + to].replace(cache=(out["gather" + to],) * e.config.layers)
+        out += slot_programs(e, c, state, (n, columns), of, waves, (stood, ("gather" + to, "gather rest" + to)))
   return out
 
 
-def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int, int], at: str, waves: int) -> list[Program]:
-  """What runs on slots of one shape, (rows, columns); at: behind the programs' names."""
-  init, segment, decided = (name + at for name in ("init slots", "decode segment", "decide"))
+def moves(mesh: Mesh, at: str) -> bool:
+  """Whether slots change their shardings from program to program, until they have gone through each once: then what a program
+  is given, of all that is compiled, is what comes out of the one before it."""
+  return bool(at) and mesh.size > 1
+
+
+def to_gather(mesh: Mesh, at: str) -> tuple[Callable, tuple[str, ...]]:
+  """The slots that are gathered, of the results, and what has to be there for it."""
+  if moves(mesh, at):
+    return lambda out: out["decide" + at][0], ("decide" + at,)
+  return lambda out: out.get("decode segment" + at, (out["init slots" + at],))[0], ("init slots" + at,)
+
+
+def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int, int], at: str, waves: int,
+                  gathered: tuple[Callable, tuple[str, ...]] | None = None) -> list[Program]:
+  """What runs on slots of one shape, (rows, columns); at: behind the programs' names. gathered: what gives these slots, of the
+  results, and what it needs, where they are not new."""
+  init, insert, segment, decided = (name + at + " gathered" * bool(gathered)
+                                    for name in ("init slots", "insert", "decode segment", "decide"))
+  begin, needs = gathered or (lambda out: out[init], (init,))
   row, segments = np.zeros(shape[0], np.int32), waves * -(-e.max_new // e.segment)
   own = SamplingParams(*np.zeros((4, shape[0]), np.float32)) if c.sampling.temperature is None else None
-  slots = lambda out: out.get(segment, (out[init],))[0]
+  chained = moves(e.mesh, at)
+  stood = lambda out: out[segment][0] if chained else out.get(segment, (out[init],))[0]
   fresh = lambda: fold_all(jax.random.key(0), row)
   keys = fresh if at else lambda: jax.eval_shape(fresh)
 
   past = jax.ShapeDtypeStruct((2, len(c.rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(e.mesh))
 
-  def judged(out, due: bool = True) -> tuple:
+  def judged(out, due: bool = True, slots: Slots | None = None) -> tuple:
     known = past if due and c.rule.kind == "budget" else None
-    return slots(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due, known
+    return slots or stood(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due, known
 
   def results(out, made: bool = True) -> tuple:
     ended = out[decided]
     return ((*out[segment][1:], ended[0].generated, ended[0].active, ended[1] if made else None),)
 
-  listed = [
-    Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",)),
-    Program("insert" + at, decoding.insert, lambda out: (out[init], out["prefill"], row, keys(), row, row, own), {},
-            (init, "prefill"), waves),
-    Program(segment, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], out[init]),
-            {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
-            1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE)),
-    Program(decided, decision.decide, judged, {}, (init,), segments)]
+  def inserting(name: str, at_first: Callable, *needs: str) -> Program:
+    return Program(name, decoding.insert, lambda out: (at_first(out), out["prefill"], row, keys(), row, row, own), {},
+                   ("prefill", *needs), waves)
+
+  def generating(name: str, at_first: Callable, *needs: str) -> Program:
+    return Program(name, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], at_first(out)),
+                   {"steps": e.segment, "sampling": c.sampling}, ("reshard", *needs), segments,
+                   1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE))
+
+  known, listed = segment if chained else init, []
+  if not gathered:
+    listed += [Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",))]
+  listed += [inserting(insert, begin, *needs)]
+  if gathered or not chained:
+    listed += [generating(segment, begin, *needs)]
+  else:
+    listed += [generating(segment, lambda out: out[insert], insert)]
+  listed += [Program(decided, decision.decide, judged, {}, (known,), segments)]
+  if chained:
+    after = lambda out: out[decided][0]
+    listed += [inserting(insert + " again", after, decided), generating(segment + " again", after, decided),
+               Program(decided + " again", decision.decide, lambda out: judged(out, slots=out[segment + " again"][0]), {},
+                       (segment + " again",), segments)]
   if at:
-    listed += [Program("score" + at, decision.decide, lambda out: judged(out, False), {}, (init,), segments),
-               Program("results" + at, everywhere(e.mesh), results, {}, (segment, decided)),
-               Program("results without a decision" + at, everywhere(e.mesh), lambda out: results(out, False), {},
+    end = decided.removeprefix("decide")
+    listed += [Program("score" + end, decision.decide, lambda out: judged(out, False), {}, (known,), segments),
+               Program("results" + end, everywhere(e.mesh), results, {}, (segment, decided)),
+               Program("results without a decision" + end, everywhere(e.mesh), lambda out: results(out, False), {},
                        (segment, decided))]
   return listed
 
@@ -141,6 +180,13 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
   return out
 
 
+def given(tree) -> tuple:
+  """What a program is compiled for, of its arguments: shapes, dtypes and shardings of arrays, all else itself."""
+  leaves, structure = jax.tree.flatten(tree)
+  array = lambda x: (x.shape, str(x.dtype), str(getattr(x, "sharding", None)))
+  return structure, *(array(x) if hasattr(x, "shape") else repr(x) for x in leaves)
+
+
 def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
                   left: threading.Event | None = None) -> float:
   """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
@@ -148,18 +194,28 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
   report(done, of, seconds) is called as each is ready. left: once it is set, nothing more is begun, and CancelledError raised.
   What is compiled here is found again when the step calls it.
   """
-  start, results = time.perf_counter(), {}
+  start, results, begun = time.perf_counter(), {}, {}
   tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
 
   def one(program: Program):
     with jax.set_mesh(mesh):
-      with tracing:
-        if left and left.is_set():
-          raise concurrent.futures.CancelledError
-        lowered = program.jitted.lower(*program.args(results), **program.static)
-      compiled = lowered.compile()
-    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(shape, lowered.out_info, compiled.output_shardings)
+      args = program.args(results)
+    key = program.jitted, given((args, program.static))
+    made = concurrent.futures.Future()
+    if (same := begun.setdefault(key, made)) is not made:  # the same by another name
+      return same.result()
+    try:
+      with jax.set_mesh(mesh):
+        with tracing:
+          if left and left.is_set():
+            raise concurrent.futures.CancelledError
+          lowered = program.jitted.lower(*args, **program.static)
+        compiled = lowered.compile()
+      shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+      made.set_result(jax.tree.map(shape, lowered.out_info, compiled.output_shardings))
+    except BaseException as e:
+      made.set_exception(e)
+    return made.result()
 
   waiting, running = list(programs), {}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrol_jax import config
+from arrol_jax import config, step
 from arrol_jax.data import problems
+from arrol_jax.engine import scheduler
 from arrol_jax.prune import Calibration
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import fingerprint, to_json
@@ -62,6 +63,22 @@ def test_no_step_compiles_anything(whole):
   """By jax's own count: what was compiled from shapes, before any weight was read, is what the first step runs; nothing else
   comes when pruning starts after the second, nor for a checkpoint."""
   assert [line["sec_compile"] for line in read(whole / "metrics.jsonl")] == [0.0] * STEPS
+
+
+def test_on_a_mesh_no_step_compiles_what_takes_long(tmp_path, monkeypatch, caplog):
+  """Slots change their shardings as they go from program to program, and again where living rows are gathered: all are listed."""
+  plain, begun = step.TrainingStep.__call__, []
+  monkeypatch.setattr(step.TrainingStep, "__call__", lambda *args: (begun.append(len(caplog.records)), plain(*args))[1])
+  gathered, take = [], scheduler.Run.take
+  monkeypatch.setattr(scheduler.Run, "take", lambda *args: (gathered.append(1), take(*args))[1])
+  with jax.log_compiles():
+    run(tmp_path, steps=3, mesh__fsdp=2, rollout__row_buckets=2, prune__cold_start=1, eval__before=False, data__eval="",
+        loss__kl_weight=0.0, checkpoint__export=False)
+    jax.jit(jnp.cbrt)(jnp.ones(3))
+  said = [record.getMessage() for record in caplog.records[begun[0]:]]
+  compiled = {text.split()[1] for text in said if text.startswith("Compiling ")}
+  assert gathered and "jit(cbrt)" in compiled
+  assert not compiled & {"jit(_generate)", "jit(prefill)", "jit(insert)", "jit(accumulate)", "jit(apply)"}
 
 
 def test_head_and_table_learn_from_step_to_step(whole):

@@ -33,6 +33,7 @@ from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.step import RolledOut, StepConfig, TrainingStep
 
 PHASES = ("generate", "logprob", "update")
+TIMED = ("generate", "batch", "logprob", "update", "step")  # a step's seconds; the reward costs none here
 
 
 def bench_update(a, c, mesh) -> list[dict]:
@@ -115,7 +116,7 @@ def bench_step(a, c, mesh, inspect=None) -> list[dict]:
       return RolledOut(done, done)
 
     state, rolled, metrics = one(state, roll_out, detect is not None)
-    return {k: metrics[f"sec_{k}"] for k in (*PHASES, "step")} | {"rows_trained": metrics["rows_trained"]}, rolled.rollouts
+    return {k: metrics[f"sec_{k}"] for k in TIMED} | {"rows_trained": metrics["rows_trained"]}, rolled.rollouts
 
   start = time.perf_counter()
   for one in steps.values():
@@ -127,7 +128,7 @@ def bench_step(a, c, mesh, inspect=None) -> list[dict]:
     trace = jax.profiler.trace(a.profile) if a.profile and detect else contextlib.nullcontext()
     with trace:
       runs = [once(detect) for _ in range(a.runs)]
-    results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in (*PHASES, "step")}, runs
+    results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in TIMED}, runs
   slots = steps[a.detect[0]].engine.rows
   return [step_line(a, c, detect, results, slots, limits) | more | {"compile_s": compile_s, "cache": a.cache or a.dtype,
                                                                        "weights": a.weights or a.dtype}
