@@ -243,7 +243,8 @@ def main():
       print(told(line), flush=True)
   except OutOfTime:
     print(f"{seconds:g} seconds are over: what is missing is left out", flush=True)
-  plot(lines, f"{flags.out}/pooled.png")
+  if lines:
+    plot(lines, f"{flags.out}/pooled.png")
   print(f"{len(lines)} lines in {flags.out}/pooled.jsonl after {time.monotonic() - started:.0f} s", flush=True)
 
 

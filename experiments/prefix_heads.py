@@ -178,6 +178,7 @@ class Trainer:
   def __init__(self, head: str, data: Data, width: int, deadline: float = math.inf):
     """width: the transformer's. deadline: time.monotonic() at which everything raises OutOfTime."""
     self.data, self.deadline = data, deadline
+    self.check_time()
     self.first = HEADS[head][0](jax.random.key(0), *data.states.shape[2:], width)
     self.parameters = parameters(self.first)
     self.host = np.asarray(data.reward), np.asarray(data.there)
@@ -185,6 +186,10 @@ class Trainer:
     self._train = train.lower(self.begun(np.arange(1)), data, batches, np.float32(0), head=head).compile()
     self._score = score.lower(self.first, data, batches, head=head).compile()
     self.compile_seconds = time.monotonic() - started
+
+  def check_time(self) -> None:
+    if time.monotonic() > self.deadline:
+      raise OutOfTime
 
   def begun(self, prompts: np.ndarray, seed: int = 0) -> State:
     """Before any training, but that all are said to be right as often as those of `prompts` are."""
@@ -195,8 +200,7 @@ class Trainer:
 
   def round(self, state: State, prompts: np.ndarray, loss: str, rng: np.random.Generator) -> State:
     """ROUND steps on `prompts`, gone over in an order of their own as often as it takes."""
-    if time.monotonic() > self.deadline:
-      raise OutOfTime
+    self.check_time()
     passes = -(-ROUND * BATCH // len(prompts))
     order = np.concatenate([rng.permutation(prompts) for _ in range(passes)])[:ROUND * BATCH]
     return self._train(state, self.data, order.reshape(ROUND, BATCH).astype(np.int32), np.float32(loss == "pairs"))
