@@ -20,11 +20,13 @@ A gain whose interval is above 0 says that the mean hides something. One that is
 rollouts only. DIR/pooled.png shows AUC within a prompt by length.
 """
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 RESAMPLES = 2000
+LOGPROB = -0.5, 1.0  # about the mean and the deviation of a token's log-prob
 
 
 # ---- figures
@@ -69,9 +72,10 @@ def overall_interval(score: np.ndarray, right: np.ndarray, prompt: np.ndarray) -
   """95% percentile interval of the AUC over all rollouts, by bootstrap over prompts; arrays [R], right bool."""
   pairs = concordance(score, right, prompt)
   size = len(pairs)
-  drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(float)
-  counts = [drawn @ np.bincount(prompt[some], minlength=size) for some in (right, ~right)]
-  return [float(x) for x in np.percentile(np.sum((drawn @ pairs) * drawn, axis=1) / np.maximum(counts[0] * counts[1], 1), [2.5, 97.5])]
+  times = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(float)
+  positive, negative = (times @ np.bincount(prompt[some], minlength=size) for some in (right, ~right))
+  led = np.sum((times @ pairs) * times, axis=1)
+  return [float(x) for x in np.percentile(led / np.maximum(positive * negative, 1), [2.5, 97.5])]
 
 
 def judged(place: Place, score: np.ndarray, mask: np.ndarray, base: np.ndarray | None = None) -> dict:
@@ -93,9 +97,15 @@ def judged(place: Place, score: np.ndarray, mask: np.ndarray, base: np.ndarray |
 # ---- places and heads
 
 
-def place_of(found: Collected, depth: str, length: int) -> tuple[Place, Data]:
-  """What the ridge and what the other heads are fitted on: rollouts longer than `length` tokens."""
+def place_of(found: Collected, depth: str, length: int, logprobs: bool = False) -> tuple[Place, Data]:
+  """What the ridge and what the other heads are fitted on: rollouts longer than `length` tokens. logprobs: a token's state has its
+  log-prob as one dimension more."""
   x = found.states[depth][:, :, :length]
+  if logprobs:
+    surprise = np.zeros((*x.shape[:3], 1), np.float32)
+    for row, r in zip(surprise.reshape(-1, length), (r for step in found.steps for r in step), strict=True):
+      row[:len(r.logprobs)] = (r.logprobs[:length] - LOGPROB[0]) / LOGPROB[1]
+    x = jnp.concatenate([x, jnp.asarray(surprise, x.dtype)], axis=3)
   means = iter(np.asarray(jnp.mean(x, axis=2, dtype=jnp.float32)).reshape(-1, x.shape[3]))
 
   def read(r):  # Place asks once for each, in their order
@@ -147,17 +157,16 @@ def learned(place: Place, data: Data, head: str, width: int, deadline: float, ba
         place, score.reshape(place.shape), later, base["online"])
 
 
-def lines_of(found: Collected, places: list[tuple[str, int]], heads: tuple[str, ...], width: int, strength: float,
-             deadline: float):
-  """Yields all lines, place by place."""
-  for depth, length in places:
-    place, data = place_of(found, depth, length)
-    here, base = {"depth": depth, "length": length}, {}
+def lines_of(found: Collected, asked: "Asked", strength: float, deadline: float):
+  """Yields all lines, place by place; strength: of the ridge; deadline: time.monotonic() at which it raises OutOfTime."""
+  for depth, length in itertools.product(asked.depths, asked.lengths):
+    place, data = place_of(found, depth, length, asked.logprobs)
+    here, base = {"depth": depth, "length": length, "logprobs": asked.logprobs}, {}
     for line, score in ridges(place, strength):
       base.setdefault(line["part"], score)
       yield here | line
-    for head in heads:
-      for line in learned(place, data, head, width, deadline, base):
+    for head in asked.heads:
+      for line in learned(place, data, head, asked.width, deadline, base):
         yield here | line
 
 
@@ -194,14 +203,26 @@ def plot(lines: list[dict], path: str) -> None:
   plt.close(fig)
 
 
+class Asked(NamedTuple):
+  """The flags' values."""
+  lengths: tuple[int, ...]
+  depths: tuple[str, ...]
+  prompts: int
+  heads: tuple[str, ...]
+  width: int
+  seconds: float
+  logprobs: bool
+
+
 FLAGS = {"lengths": ("128,64,192", "response tokens at which heads read, in the order in which they are done"),
          "depths": ("2/3", "shares of the policy's depth whose states they read"), "prompts": ("640", "how many"),
-         "heads": (",".join(HEADS), "which of them"), "width": ("128", f"of the transformer, a multiple of {LANES}"),
+         "heads": (",".join(HEADS), "which of them"),
+         "logprobs": ("no", "yes: each state has its token's log-prob as one dimension more"), "width": ("128", f"of the transformer, a multiple of {LANES}"),
          "seconds": ("280", "ends after so many, with what is done"), "out": ("experiments/results/pooled", "folder for the results")}
 
 
-def settings(c, flags) -> tuple:
-  """Lengths, depths, prompts, heads, width and seconds of the flags. Raises UserError."""
+def settings(c, flags) -> Asked:
+  """What the flags say. Raises UserError."""
   try:
     lengths = tuple(int(x) for x in flags.lengths.split(","))
     count, width, seconds = int(flags.prompts), int(flags.width), float(flags.seconds)
@@ -218,31 +239,33 @@ def settings(c, flags) -> tuple:
   heads = tuple(flags.heads.split(","))
   if set(heads) - set(HEADS):
     raise UserError(f"--heads: of {', '.join(HEADS)}")
-  return lengths, tuple(flags.depths.split(",")), count, heads, width, seconds
+  if flags.logprobs not in ("yes", "no"):
+    raise UserError("--logprobs: yes or no")
+  return Asked(lengths, tuple(flags.depths.split(",")), count, heads, width, seconds, flags.logprobs == "yes")
 
 
 def main():
   started = time.monotonic()
   c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c)
-  lengths, depths, count, heads, width, seconds = settings(c, flags)
+  asked = settings(c, flags)
   os.makedirs(flags.out, exist_ok=True)
-  found = collect(c, depths, max(lengths), count)
+  found = collect(c, asked.depths, max(asked.lengths), asked.prompts)
   about = {"model": os.path.basename(c.model.path), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
            "rollouts": sum(map(len, found.steps)), "steps": len(found.steps), "collect_seconds": time.monotonic() - started,
            "reward": float(np.mean([r.success for step in found.steps for r in step])),
            "command": "python -m experiments.pooled_heads " +
            " ".join(a for a in sys.argv[1:] if "path" not in a and "data." not in a and "--out" not in a)}
   print(f"{about['rollouts']} rollouts and their states after {about['collect_seconds']:.0f} s", flush=True)
-  lines, places = [], [(depth, length) for depth in depths for length in lengths]
+  lines = []
   try:
-    for line in lines_of(found, places, heads, width, c.quality.strength, started + seconds):
+    for line in lines_of(found, asked, c.quality.strength, started + asked.seconds):
       lines.append(line)
       with open(f"{flags.out}/pooled.jsonl", "w") as f:  # after each line: what is done stays
         f.writelines(json.dumps(x | about) + "\n" for x in lines)
       print(told(line), flush=True)
   except OutOfTime:
-    print(f"{seconds:g} seconds are over: what is missing is left out", flush=True)
+    print(f"{asked.seconds:g} seconds are over: what is missing is left out", flush=True)
   if lines:
     plot(lines, f"{flags.out}/pooled.png")
   print(f"{len(lines)} lines in {flags.out}/pooled.jsonl after {time.monotonic() - started:.0f} s", flush=True)
