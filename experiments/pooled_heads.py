@@ -1,6 +1,6 @@
 """Does a head that reads all states of a prefix know more than the ridge on their mean? On a frozen policy.
 
-  python -m experiments.pooled_heads --config=configs/gsm8k_qwen05b.py --lengths=128,64,192 --depths=2/3 --prompts=640 --out=DIR \\
+  python -m experiments.pooled_heads --config=configs/gsm8k_qwen05b.py --lengths=128,64,192 --prompts=640 --out=DIR \\
     --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl
 
 One H100 (untried); --seconds, 280 unless said, ends it with what is done by then. On a CPU, two or three minutes:
@@ -98,8 +98,8 @@ def judged(place: Place, score: np.ndarray, mask: np.ndarray, base: np.ndarray |
 
 
 def place_of(found: Collected, depth: str, length: int, logprobs: bool = False) -> tuple[Place, Data]:
-  """What the ridge and what the other heads are fitted on: rollouts longer than `length` tokens. logprobs: a token's state has its
-  log-prob as one dimension more."""
+  """What the ridge and what the other heads are fitted on: rollouts longer than `length` tokens. logprobs: a token's log-prob is
+  one dimension more of its state."""
   x = found.states[depth][:, :, :length]
   if logprobs:
     surprise = np.zeros((*x.shape[:3], 1), np.float32)
@@ -150,7 +150,8 @@ def learned(place: Place, data: Data, head: str, width: int, deadline: float, ba
     yield {"part": "offline"} | about | {"loss": loss, "seconds": seconds} | judged(place, score, place.there, base["offline"])
     both = np.stack([base["offline"], score], axis=2)
     stacked = ridge_folds_of(place, jnp.asarray(both), True, 1.0)[0]
-    yield {"part": "offline", "head": f"stack of ridge, {head}", "loss": loss} | judged(place, stacked, place.there, base["offline"])
+    yield {"part": "offline", "head": f"stack of ridge, {head}", "loss": loss} | judged(place, stacked, place.there,
+                                                                                         base["offline"])
     if later.any():
       score, seconds = timed(trainer.online, place.shape[0], loss)
       yield {"part": "online"} | about | {"loss": loss, "seconds": seconds} | judged(
@@ -216,9 +217,10 @@ class Asked(NamedTuple):
 
 FLAGS = {"lengths": ("128,64,192", "response tokens at which heads read, in the order in which they are done"),
          "depths": ("2/3", "shares of the policy's depth whose states they read"), "prompts": ("640", "how many"),
-         "heads": (",".join(HEADS), "which of them"),
-         "logprobs": ("no", "yes: each state has its token's log-prob as one dimension more"), "width": ("128", f"of the transformer, a multiple of {LANES}"),
-         "seconds": ("280", "ends after so many, with what is done"), "out": ("experiments/results/pooled", "folder for the results")}
+         "heads": (",".join(HEADS), "which of them"), "width": ("128", f"of the transformer, a multiple of {LANES}"),
+         "logprobs": ("no", "yes: each state has its token's log-prob as one dimension more"),
+         "seconds": ("280", "ends after so many, with what is done"),
+         "out": ("experiments/results/pooled", "folder for the results")}
 
 
 def settings(c, flags) -> Asked:

@@ -17,7 +17,7 @@ from arrol_jax.models.layers import rms_norm
 from configs import quickstart
 from experiments import pooled_heads, prefix_heads, prefix_states
 from experiments.head_fits import FOLDS
-from experiments.prefix_heads import LOSSES, Data, Trainer
+from experiments.prefix_heads import LOSSES, Trainer
 from experiments.prefix_states import Collected
 
 STEPS, PROMPTS, GROUP, LENGTH, WIDE = 4, 15, 8, 6, 8  # prompts of a step
@@ -205,8 +205,9 @@ def test_the_command_writes_a_line_a_head_and_ends_in_time(found, few_rounds, mo
 
 def test_mistakes_are_one_line(monkeypatch, capsys):
   monkeypatch.setattr(pooled_heads.os, "makedirs", lambda *_, **__: None)
-  for flag, word in (("--lengths=8,48", "max_new"), ("--lengths=x", "numbers"), ("--prompts=20", "multiple"), ("--width=40", "32"),
-                     ("--heads=mean,best", "transformer"), ("--seconds=0", "more than 0"), ("--logprobs=1", "yes or no"),
+  for flag, word in (("--lengths=8,48", "max_new"), ("--lengths=x", "numbers"), ("--prompts=20", "multiple"),
+                     ("--width=40", "32"), ("--heads=mean,best", "transformer"),
+                     ("--seconds=0", "more than 0"), ("--logprobs=1", "yes or no"),
                      ("--depths=2", "--depths"), ("--prompts=9600", "holds 2000")):
     monkeypatch.setattr(sys, "argv", ["pooled_heads", "--config=configs/quickstart.py", "--lengths=8", flag])
     with pytest.raises(SystemExit) as e:
