@@ -12,7 +12,7 @@ Rolls out `prompts` training problems once, unpruned, keeps the states of their 
 part     offline: out of fold, five folds by prompt. online: a step's rollouts are scored before the head learns from them; of the
          third step on. Both as in head_ablation.
 head     ridge: the closed form on the mean state, centred within the prompt or not, of strength quality.strength; the others are
-         prefix_heads.HEADS, with both losses. stack: the centred ridge on the scores, out of fold, of ridge and head.
+         prefix_heads.HEADS, by both losses. stack: the centred ridge on the scores, out of fold, of ridge and head.
 auc, auc_within, and gain: on the centred ridge's AUC within a prompt of the same part and place; all with 95% intervals by
          bootstrap over prompts, the gain's paired.
 
@@ -138,13 +138,13 @@ def ridges(place: Place, strength: float):
              "seconds": seconds} | judged(place, score, mask, None if center else base[part]), score
 
 
-def learned(place: Place, data: Data, head: str, width: int, deadline: float, base: dict):
-  """Yields lines of one of HEADS by both losses, and of its stacks; base: the centred ridge's scores f[N,M] by part."""
-  trainer = Trainer(head, data, width, deadline)
+def learned(place: Place, data: Data, head: str, asked: "Asked", deadline: float, base: dict):
+  """Yields lines of one of HEADS by each loss, and of its stacks; base: the centred ridge's scores f[N,M] by part."""
+  trainer = Trainer(head, data, asked.width, deadline)
   about = {"head": head, "parameters": trainer.parameters, "compile_seconds": trainer.compile_seconds}
   fold = place.fold.reshape(data.reward.shape)[:, 0]
   later = place.there & (np.arange(place.shape[0]) >= FIRST)[:, None]
-  for loss in LOSSES:
+  for loss in asked.losses:
     score, seconds = timed(trainer.folds, fold, loss)
     score = score.reshape(place.shape)
     yield {"part": "offline"} | about | {"loss": loss, "seconds": seconds} | judged(place, score, place.there, base["offline"])
@@ -167,7 +167,7 @@ def lines_of(found: Collected, asked: "Asked", strength: float, deadline: float)
       base.setdefault(line["part"], score)
       yield here | line
     for head in asked.heads:
-      for line in learned(place, data, head, asked.width, deadline, base):
+      for line in learned(place, data, head, asked, deadline, base):
         yield here | line
 
 
@@ -213,11 +213,13 @@ class Asked(NamedTuple):
   width: int
   seconds: float
   logprobs: bool
+  losses: tuple[str, ...]
 
 
 FLAGS = {"lengths": ("128,64,192", "response tokens at which heads read, in the order in which they are done"),
          "depths": ("2/3", "shares of the policy's depth whose states they read"), "prompts": ("640", "how many"),
          "heads": (",".join(HEADS), "which of them"), "width": ("128", f"of the transformer, a multiple of {LANES}"),
+         "losses": (",".join(LOSSES), "by which of them"),
          "logprobs": ("no", "yes: each state has its token's log-prob as one dimension more"),
          "seconds": ("280", "ends after so many, with what is done"),
          "out": ("experiments/results/pooled", "folder for the results")}
@@ -238,12 +240,14 @@ def settings(c, flags) -> Asked:
     raise UserError(f"--width: a multiple of {LANES}")
   if not 0 < seconds < math.inf:
     raise UserError("--seconds: more than 0")
-  heads = tuple(flags.heads.split(","))
-  if set(heads) - set(HEADS):
-    raise UserError(f"--heads: of {', '.join(HEADS)}")
+  heads, losses = tuple(flags.heads.split(",")), tuple(flags.losses.split(","))
+  for name, given, known in (("heads", heads, HEADS), ("losses", losses, LOSSES)):
+    if set(given) - set(known):
+      raise UserError(f"--{name}: of {', '.join(known)}")
   if flags.logprobs not in ("yes", "no"):
     raise UserError("--logprobs: yes or no")
-  return Asked(lengths, tuple(flags.depths.split(",")), count, heads, width, seconds, flags.logprobs == "yes")
+  return Asked(lengths, tuple(flags.depths.split(",")), count, heads, width, seconds, flags.logprobs == "yes",
+               losses)
 
 
 def main():

@@ -208,7 +208,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
   for flag, word in (("--lengths=8,48", "max_new"), ("--lengths=x", "numbers"), ("--prompts=20", "multiple"),
                      ("--width=40", "32"), ("--heads=mean,best", "transformer"),
                      ("--seconds=0", "more than 0"), ("--logprobs=1", "yes or no"),
-                     ("--depths=2", "--depths"), ("--prompts=9600", "holds 2000")):
+                     ("--losses=bce,mse", "pairs"), ("--depths=2", "--depths"), ("--prompts=9600", "holds 2000")):
     monkeypatch.setattr(sys, "argv", ["pooled_heads", "--config=configs/quickstart.py", "--lengths=8", flag])
     with pytest.raises(SystemExit) as e:
       pooled_heads.configuration.run(pooled_heads.main)
