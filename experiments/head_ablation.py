@@ -15,7 +15,7 @@ votes    a problem's traces vote, weighed by the ridge at the last token, out of
          as evaluate's; posteriors by a table of the other folds' scores. DeepConf: mean trace confidence.
 
 AUC within a prompt, the mean over prompts with right and wrong rollouts, is the one that balance inside a group needs. Left out:
-heads that pool the prefix with attention; a head of several boundaries at once.
+a head of several boundaries at once; heads that read all states of the prefix (pooled_heads.py).
 """
 
 import json

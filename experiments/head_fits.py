@@ -114,7 +114,12 @@ def ridge_online(place: Place, inputs: tuple[str, ...], center: bool, strength: 
 
 def ridge_folds(place: Place, inputs: tuple[str, ...], center: bool, strength: float) -> tuple[np.ndarray, list[np.ndarray]]:
   """Scores f32[N,M] out of fold; and by fold the logits f32[N,M] of all rollouts as votes take them, each row by itself."""
-  x, score, alone = place.of(inputs), np.zeros(place.shape, np.float32), []
+  return ridge_folds_of(place, place.of(inputs), center, strength)
+
+
+def ridge_folds_of(place: Place, x: jax.Array, center: bool, strength: float) -> tuple[np.ndarray, list[np.ndarray]]:
+  """The same of any features f32[N,M,F] of the place's rollouts."""
+  score, alone = np.zeros(place.shape, np.float32), []
   for f in range(FOLDS):
     mine = place.fold == f
     weight = (place.there & ~mine).astype(np.float32)
