@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 import numpy as np
 
 from arrol_jax.engine import programs as decoding
-from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import SamplingParams
 from arrol_jax.engine.scheduler import Engine, everywhere, fold_all
 from arrol_jax.learning import batching, head_training, update
@@ -89,56 +88,70 @@ def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int,
                   gathered: tuple[Callable, tuple[str, ...]] | None = None) -> list[Program]:
   """What runs on slots of one shape, (rows, columns); at: behind the programs' names. gathered: what gives these slots, of the
   results, and what it needs, where they are not new."""
-  init, insert, segment, decided = (name + at + " gathered" * bool(gathered)
-                                    for name in ("init slots", "insert", "decode segment", "decide"))
+  chained, on = moves(e.mesh, at), _OnSlots(e, c, state, shape[0], waves, at != "")
+  at += " gathered" * bool(gathered)
+  init, insert, segment, decide = (name + at for name in ("init slots", "insert", "decode segment", "decide"))
   begin, needs = gathered or (lambda out: out[init], (init,))
-  row, segments = np.zeros(shape[0], np.int32), waves * -(-e.max_new // e.segment)
-  own = SamplingParams(*np.zeros((4, shape[0]), np.float32)) if c.sampling.temperature is None else None
-  chained = moves(e.mesh, at)
-  stood = lambda out: out[segment][0] if chained else out.get(segment, (out[init],))[0]
-  fresh = lambda: fold_all(jax.random.key(0), row)
-  keys = fresh if at else lambda: jax.eval_shape(fresh)
+  said = lambda out: out.get(segment, (out[init],))[0]
+  listed = [] if gathered else [Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",))]
+  listed += [on.insert(insert, begin, needs)]
+  if chained:
+    first = (begin, needs) if gathered else (lambda out: out[insert], (insert,))
+    said, needs, decided = lambda out: out[segment][0], (segment,), lambda out: out[decide][0]
+    listed += [on.segment(segment, *first), on.insert(insert + " again", decided, (decide,)),
+               on.segment(segment + " again", decided, (decide,)),
+               on.decide(decide + " again", lambda out: out[segment + " again"][0], (segment + " again",))]
+  else:
+    listed += [on.segment(segment, begin, needs)]
+  listed += [on.decide(decide, said, needs)]
+  if at:
+    listed += [on.decide("score" + at, said, needs, due=False), on.results("results" + at, segment, decide),
+               on.results("results without a decision" + at, segment, decide, made=False)]
+  return listed
 
-  past = jax.ShapeDtypeStruct((2, len(c.rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(e.mesh))
 
-  def judged(out, due: bool = True, slots: Slots | None = None) -> tuple:
-    known = past if due and c.rule.kind == "budget" else None
-    return slots or stood(out), state.params["head"], state.calibration, c.rule, np.bool_(True), True, due, known
+class _OnSlots(NamedTuple):
+  """Programs on so many slots, by what gives these of the results and what that needs."""
+  e: Engine
+  c: StepConfig
+  state: TrainState
+  rows: int
+  waves: int
+  here: bool  # on the devices at hand
 
-  def results(out, made: bool = True) -> tuple:
-    ended = out[decided]
-    return ((*out[segment][1:], ended[0].generated, ended[0].active, ended[1] if made else None),)
+  @property
+  def segments(self) -> int:
+    return self.waves * -(-self.e.max_new // self.e.segment)
 
-  def inserting(name: str, at_first: Callable, *needs: str) -> Program:
-    return Program(name, decoding.insert, lambda out: (at_first(out), out["prefill"], row, keys(), row, row, own), {},
-                   ("prefill", *needs), waves)
+  def insert(self, name: str, slots: Callable, needs: tuple[str, ...]) -> Program:
+    row = np.zeros(self.rows, np.int32)
+    own = SamplingParams(*np.zeros((4, self.rows), np.float32)) if self.c.sampling.temperature is None else None
+    fresh = lambda: fold_all(jax.random.key(0), row)
+    keys = fresh if self.here else lambda: jax.eval_shape(fresh)
+    return Program(name, decoding.insert, lambda out: (slots(out), out["prefill"], row, keys(), row, row, own), {},
+                   ("prefill", *needs), self.waves)
 
-  def generating(name: str, at_first: Callable, *needs: str) -> Program:
-    return Program(name, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], at_first(out)),
-                   {"steps": e.segment, "sampling": c.sampling}, ("reshard", *needs), segments,
+  def segment(self, name: str, slots: Callable, needs: tuple[str, ...]) -> Program:
+    e = self.e
+    return Program(name, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], slots(out)),
+                   {"steps": e.segment, "sampling": self.c.sampling}, ("reshard", *needs), self.segments,
                    1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE))
 
-  known, listed = segment if chained else init, []
-  if not gathered:
-    listed += [Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",))]
-  listed += [inserting(insert, begin, *needs)]
-  if gathered or not chained:
-    listed += [generating(segment, begin, *needs)]
-  else:
-    listed += [generating(segment, lambda out: out[insert], insert)]
-  listed += [Program(decided, decision.decide, judged, {}, (known,), segments)]
-  if chained:
-    after = lambda out: out[decided][0]
-    listed += [inserting(insert + " again", after, decided), generating(segment + " again", after, decided),
-               Program(decided + " again", decision.decide, lambda out: judged(out, slots=out[segment + " again"][0]), {},
-                       (segment + " again",), segments)]
-  if at:
-    end = decided.removeprefix("decide")
-    listed += [Program("score" + end, decision.decide, lambda out: judged(out, False), {}, (known,), segments),
-               Program("results" + end, everywhere(e.mesh), results, {}, (segment, decided)),
-               Program("results without a decision" + end, everywhere(e.mesh), lambda out: results(out, False), {},
-                       (segment, decided))]
-  return listed
+  def decide(self, name: str, slots: Callable, needs: tuple[str, ...], due: bool = True) -> Program:
+    """due: whether rows may stand at a boundary."""
+    state, rule = self.state, self.c.rule
+    past = jax.ShapeDtypeStruct((2, len(rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(self.e.mesh))
+    known = past if due and rule.kind == "budget" else None
+    return Program(name, decision.decide, lambda out: (
+      slots(out), state.params["head"], state.calibration, rule, np.bool_(True), True, due, known), {}, needs, self.segments)
+
+  def results(self, name: str, segment: str, decide: str, made: bool = True) -> Program:
+    """What the host reads; made: a decision was."""
+    def args(out) -> tuple:
+      slots, made_of_them = out[decide][:2]
+      return ((*out[segment][1:], slots.generated, slots.active, made_of_them if made else None),)
+
+    return Program(name, everywhere(self.e.mesh), args, {}, (segment, decide))
 
 
 def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, started: int,
@@ -198,6 +211,8 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
   tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
 
   def one(program: Program):
+    if left and left.is_set():
+      raise concurrent.futures.CancelledError
     with jax.set_mesh(mesh):
       args = program.args(results)
     key = program.jitted, given((args, program.static))
@@ -207,8 +222,6 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
     try:
       with jax.set_mesh(mesh):
         with tracing:
-          if left and left.is_set():
-            raise concurrent.futures.CancelledError
           lowered = program.jitted.lower(*args, **program.static)
         compiled = lowered.compile()
       shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
