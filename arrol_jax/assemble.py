@@ -10,6 +10,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -18,8 +19,8 @@ from arrol_jax.data import sources
 from arrol_jax.data.problems import Prompt, digests, encode_prompts, lost
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.engine.sampling import Sampling, Taps
-from arrol_jax.engine.scheduler import Engine
-from arrol_jax.learning import update
+from arrol_jax.engine.scheduler import Engine, everywhere
+from arrol_jax.learning import candidates as choosing, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.evaluation import measure
 from arrol_jax.learning.generation import Asked, Grading
@@ -292,7 +293,20 @@ def programs(c: ConfigDict, engine: Engine, config: StepConfig, state: TrainStat
   started = r.prompts * r.group_size
   out = step_programs.generation_programs(engine, config, state, r.prompts, r.group_size, everything=True)
   out += step_programs.training_programs(mesh, config, state, started, started, everything=True)
+  if state.prompts is not None:
+    out += choosing_programs(c, engine, state)
   return out + [step_programs.Program("checksums", checkpoint.checksums, lambda _: (checkpoint.plain(state),), {}, small=True)]
+
+
+def choosing_programs(c: ConfigDict, engine: Engine, state: TrainState) -> list[step_programs.Program]:
+  """What choosing prompts runs (learning/candidates.py)."""
+  states, shares = np.zeros((candidates(c), engine.config.width), np.float32), np.zeros(c.rollout.prompts, np.float32)
+  learnt, number = states[:c.rollout.prompts], np.float32(0)
+  listed = [("prompt states", everywhere(engine.mesh), lambda out: (out["prefill"].state,), ("prefill",)),
+            ("choose prompts", choosing.choose, lambda _: (state.prompts, states, np.int32(0), number, key(c, CHOICE, 0)), ()),
+            ("learn of prompts", choosing.fit, lambda _: (
+              state.prompts, learnt, shares, shares, number, number, c.quality.half_life), ())]
+  return [step_programs.Program(name, jitted, args, {}, needs, small=True) for name, jitted, args, needs in listed]
 
 
 def compute(c: ConfigDict) -> Compute:

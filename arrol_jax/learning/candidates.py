@@ -42,7 +42,8 @@ def choose(model: PromptModel, states: jax.Array, count: jax.Array, explore: jax
 
 
 @functools.partial(jax.jit, static_argnames=("half_life",))
-def _learn(model: PromptModel, states, reward, weight, strength, started, half_life: float | None) -> PromptModel:
+def fit(model: PromptModel, states, reward, weight, strength, started, half_life: float | None) -> PromptModel:
+  """`learn`, of each prompt's share of successes f32[P] and how many rollouts this stands for f32[P]."""
   sums = ridge.add(model.sums, states, reward, weight, jnp.arange(states.shape[0], dtype=jnp.int32), half_life, started)
   return PromptModel(sums, ridge.solve(sums, strength))
 
@@ -62,4 +63,4 @@ def learn(model: PromptModel, rollouts: list[Rollout], states: np.ndarray, stren
       total[place[r.prompt]] += 1.0 / r.keep_probability
       right[place[r.prompt]] += r.success / r.keep_probability
   started = np.float32(len(rollouts))
-  return _learn(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength), started, half_life)
+  return fit(model, states, right / np.maximum(total, 1e-6), total, np.float32(strength), started, half_life)
