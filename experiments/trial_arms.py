@@ -54,7 +54,7 @@ ARMS = {
   "budget_max_variance": Arm("ours, and of the survivors PODS' half is learned from", _OURS | {"learn.keep": 0.5}, True),
   "chosen": Arm("ours without pruning: GRPO on the half of twice as many prompts that promises most",
                 {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=2.0),
-  "chosen4": Arm("the same, the quarter of four times as many prompts",
+  "chosen4": Arm("ours without pruning: GRPO on the quarter of four times as many prompts that promises most",
                  {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=4.0),
   "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
   "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
