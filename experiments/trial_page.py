@@ -154,7 +154,7 @@ def why(results: Results) -> str:
   """How better_null came about."""
   nulls = results.regime.nulls
   if len(nulls) == 1:
-    return "the fair baseline"
+    return "the regime's only null"
   counts = {arm: len(results.of(arm)) for arm in nulls}
   if sum(n > 1 for n in counts.values()) == 1 and min(counts.values()) < 2:
     return f"of {' and '.join(nulls)} the only one with two runs or more"
