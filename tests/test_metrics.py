@@ -96,6 +96,7 @@ def test_rollout_metrics_by_hand():
     "reward_ipw": pytest.approx((1 / 0.5 + 1 + 1 / 0.4) / 8),
     "rollouts_started": 8, "rollouts_pruned": 3, "rollouts_kept": 5, "rollouts_decided": 7, "keep_ratio": 5 / 8,
     "pos_ratio": pytest.approx((2 / 3 + 1 + 0) / 3), "pos_var": pytest.approx(2 / 9 / 3), "groups_mixed": 1,
+    "baseline_shift": pytest.approx(2 / 3 - (2 + 0.1) / 4),  # of group 0, whose pruned one promised 0.1
     "signal": pytest.approx(3 * 2 / 9 / 4), "signal_per_1k_tokens": pytest.approx(1000 * 3 * 2 / 9 / 116), "stale": 0.0,
     "ungraded": 0.0,
     "tokens_generated": 20 + 30 + 6 + 8 + 12 + 8 + 8 + 24, "tokens_trained": 20 + 30 + 6 + 12 + 24,
@@ -174,12 +175,13 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 
 @pytest.mark.parametrize("step, undefined", [
   # nothing survived
-  ([rollout(0, score=1.0, pruned=True)], {"reward", "pos_ratio", "pos_var", "ungraded", "response_len", "truncated",
-                                          "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
+  ([rollout(0, score=1.0, pruned=True)], {"reward", "baseline_shift", "pos_ratio", "pos_var", "ungraded", "response_len",
+                                          "truncated", "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
   ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman",
                                                   "signal_expected", "signal_expected_random"}),  # nothing was scored
-  ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within"}),
-  ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within", "head_spearman"}),  # no mixed group, one label
+  ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within", "baseline_shift"}),
+  # no mixed group, one label
+  ([rollout(0, reward=1, score=1.0)], {"head_auc", "head_auc_within", "head_spearman", "baseline_shift"}),
 ])
 def test_what_is_undefined_is_nan_and_nothing_else(step, undefined):
   out = rollout_metrics(step)

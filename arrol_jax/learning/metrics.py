@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from arrol_jax.learning.losses import started_levels
 from arrol_jax.types import FAILED, Rollout
 
 
@@ -119,6 +120,15 @@ def by_prompt(rollouts: list[Rollout]) -> dict[int, list[Rollout]]:
   return out
 
 
+def baseline_shift(rollouts: list[Rollout]) -> float:
+  """By how much survivors' mean reward exceeds that of all that their group started (losses.started_levels), the mean over groups
+  whose survivors' rewards differ: what an advantage is off by that is measured from the survivors."""
+  column = lambda name: np.array([getattr(r, name) for r in rollouts], float)
+  levels = started_levels(column("reward"), column("success"), column("posterior"), column("prompt").astype(int))
+  kept = by_prompt([r for r in rollouts if not r.pruned])
+  return mean(mean(r.reward for r in g) - levels[p][0] for p, g in kept.items() if len({r.reward for r in g}) > 1)
+
+
 def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = None, detect: tuple[int, ...] = ()) -> dict:
   """The rollout part of a line of metrics.jsonl. Survivors carry a reward, pruned rollouts none; learned: those that the update
   sees (None: all survivors)."""
@@ -145,7 +155,7 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     "reward_ipw": sum(r.reward / r.keep_probability for r in kept) / len(rollouts),
     "rollouts_started": len(rollouts), "rollouts_pruned": len(rollouts) - len(kept), "rollouts_kept": len(kept),
     "rollouts_decided": sum(r.decided for r in rollouts), "keep_ratio": len(kept) / len(rollouts),
-    "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
+    "baseline_shift": baseline_shift(rollouts), "pos_ratio": mean(ratios), "pos_var": mean(p * (1 - p) for p in ratios),
     # K rho (1 - rho): sum of squared centred rewards, over all groups that started
     "signal": total_signal / len(survivors),
     "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
