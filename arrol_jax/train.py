@@ -278,7 +278,17 @@ def summary_line(result: dict) -> str:
   return ", ".join(f"{k} {100 * v['accuracy']:.1f}% ({v['problems']} problems)" for k, v in result.items())
 
 
-command = functools.partial(configuration.run, main)
+def command() -> None:
+  """The whole process. A run that ends before its programs are compiled does not wait for those that nobody will call."""
+  status = 0
+  try:
+    configuration.run(main)
+  except SystemExit as e:
+    status = e.code or 0
+  if step_programs.compiling():
+    hosts.leave(status)
+  sys.exit(status)
+
 
 if __name__ == "__main__":
   command()

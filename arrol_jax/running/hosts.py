@@ -171,10 +171,10 @@ def spread(work: Callable, items: list) -> list:
 
 
 def leave(status: int) -> None:
-  """Ends this process now, without waiting for the others as a normal end would; they then end too."""
+  """Ends this process now, without waiting for its threads, or for the other processes as a normal end would; they then end too."""
   sys.stdout.flush()
   sys.stderr.flush()
-  if first():
+  if several() and first():
     time.sleep(_LAST_WORDS_S)
   os._exit(status)
 
