@@ -7,6 +7,8 @@ The config's data need not be there; flags take - and _ alike (docs/serving.md s
 Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metrics. openai_api.py says which fields are taken.
 """
 
+from collections.abc import Callable
+import contextlib
 import functools
 import ipaddress
 import os
@@ -43,15 +45,31 @@ def main():
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])
   workdir = flags.workdir if flags["workdir"].present else None
-  with Front(_bind(flags.host, number["port"])) as front:  # bound before a model is loaded for nothing
+  with Front(_bind(flags.host, number["port"])) as front, _on_signal(_give_up):  # bound before a model is loaded for nothing
     service, limits = load(c, workdir, number["queue"], steady, flags.name, number["prefix_cache"])
     _tell(f"loaded {limits.model}: {service.engine.rows} slots, prompts of at most {limits.max_prompt} tokens")
     service.warm_up(_tell)
-    for name in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(name, lambda *_: front.stop())
-    status = front.run(service, limits, access, number["drain"], number["keep_alive"])
+    with _on_signal(lambda *_: front.stop()):
+      status = front.run(service, limits, access, number["drain"], number["keep_alive"])
   if status:
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _on_signal(handler: Callable):
+  before = {name: signal.signal(name, handler) for name in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield
+  finally:
+    for name, handler in before.items():
+      signal.signal(name, handler)
+
+
+def _give_up(number: int, _frame) -> None:
+  """A signal before anything is served: nobody is waiting for an answer."""
+  with contextlib.suppress(OSError):  # print is not to be called in the middle of another print
+    os.write(2, f"{signal.Signals(number).name} while loading: nothing was served\n".encode())
+  sys.exit(128 + number)
 
 
 def _tell(text: str) -> None:

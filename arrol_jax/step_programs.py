@@ -200,6 +200,14 @@ def given(tree) -> tuple:
   return structure, *(array(x) if hasattr(x, "shape") else repr(x) for x in leaves)
 
 
+_COMPILING = "compiling"  # how threads that compile are called
+
+
+def compiling() -> bool:
+  """Whether threads of `compile_ahead` are at work, as after a caller has left it: the interpreter would wait for them."""
+  return any(thread.name.startswith(_COMPILING) for thread in threading.enumerate())
+
+
 def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
                   left: threading.Event | None = None) -> float:
   """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
@@ -231,7 +239,7 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
     return made.result()
 
   waiting, running = list(programs), {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), _COMPILING) as pool:
     try:
       while waiting or running:
         ready = [p for p in waiting if all(name in results for name in p.needs)]
@@ -248,11 +256,11 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
 
 class CompilingAhead:
   """`compile_ahead` in a thread, from `with` on, while the caller does other things; a caller that leaves before all are there
-  ends it as soon as what is being compiled is done."""
+  ends it as soon as what is being compiled is done; a process that ends then need not wait for that (`compiling`)."""
 
   def __init__(self, programs: list[Program], mesh: Mesh):
     self.count, self.done, self.left = len(programs), 0, threading.Event()
-    self.thread = concurrent.futures.ThreadPoolExecutor(1)
+    self.thread = concurrent.futures.ThreadPoolExecutor(1, _COMPILING)
     self.seconds = self.thread.submit(compile_ahead, programs, mesh, self._note, self.left)
 
   def _note(self, done: int, *_) -> None:

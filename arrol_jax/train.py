@@ -6,7 +6,7 @@
 step.py tells what a step does; here are its prompts and rewards, evaluation, checkpoints and logs. Everything random is a
 function of (seed, step), so a checkpoint is the TrainState alone and the same command on the same folder goes on exactly where it
 stopped. With several processes every one of them runs this script (hosts.py); the first writes. SIGTERM, Ctrl-C and SIGHUP save
-and end with status 0; a second Ctrl-C ends at once with status 130.
+and end with status 0 (at once, while it loads and compiles); a second Ctrl-C ends at once with status 130.
 """
 
 from contextlib import ExitStack, closing, nullcontext
@@ -63,7 +63,7 @@ def main():
   # ---- mesh, model, data
   with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
     hosts.together(lambda: check_can_go_on(workdir))
-    stop = stack.enter_context(hosts.Watch())
+    stop = stack.enter_context(hosts.Watch(at_once=not hosts.several()))
     hosts.say(f"{jax.device_count()} x {jax.devices()[0].device_kind} after {time.time() - started:.0f} s; "
               f"loading {c.model.path}")
     loaded = hosts.together(lambda: assemble.opened(c, training=True))
@@ -165,6 +165,7 @@ def main():
           stop.check()
 
       took = programs.wait(so_many)
+    stop.at_once = False
     hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = evaluate(state, "eval_before") if c.eval.before else {}
     if before:
@@ -278,7 +279,17 @@ def summary_line(result: dict) -> str:
   return ", ".join(f"{k} {100 * v['accuracy']:.1f}% ({v['problems']} problems)" for k, v in result.items())
 
 
-command = functools.partial(configuration.run, main)
+def command() -> None:
+  """The whole process. A run that ends before its programs are compiled does not wait for those that nobody will call."""
+  status = 0
+  try:
+    configuration.run(main)
+  except SystemExit as e:
+    status = e.code or 0
+  if step_programs.compiling():
+    hosts.leave(status)
+  sys.exit(status)
+
 
 if __name__ == "__main__":
   command()

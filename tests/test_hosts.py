@@ -186,6 +186,16 @@ def test_shares_of_several_processes_make_the_whole(monkeypatch):
     hosts.together(lambda: 3)
 
 
+def test_where_nothing_is_to_be_saved_the_signal_itself_raises():
+  with pytest.raises(hosts.Preempted, match="SIGTERM"), hosts.Watch(at_once=True):
+    signal.raise_signal(signal.SIGTERM)
+  with hosts.Watch(at_once=True) as watch:
+    watch.at_once = False
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(hosts.Preempted):
+      watch.check()
+
+
 def test_the_watch_raises_at_the_next_call_and_hands_the_signal_back():
   before = signal.getsignal(signal.SIGTERM)
   with hosts.Watch() as watch:

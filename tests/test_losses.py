@@ -80,6 +80,15 @@ def test_levels_of_all_that_a_group_started():
   assert out[0] == pytest.approx((21.5 / 4, math.sqrt((4.625**2 + 0.625**2 + 3.375**2 + 2.625**2 / 4 + 3.375**2 * 3 / 4) / 4)))
 
 
+@pytest.mark.parametrize("least", [2, 5, 9])  # of a success: all, some and none of those known are one
+def test_levels_go_with_the_scale_of_rewards(least):
+  """Rewards in another unit and from another zero give the same advantages, whoever of the batch is right."""
+  rewards, groups = np.array([2, 4, 7, NONE, 3, NONE]), np.array([0, 0, 0, 0, 1, 1])
+  success, posterior = np.where(np.isnan(rewards), NONE, rewards >= least), np.array([0, 0, 0, 0.3, 0, 0.6])
+  (mean, deviation), (moved, wider) = (started_levels(r, success, posterior, groups)[0] for r in (rewards, 100 * rewards - 30))
+  assert (moved, wider) == pytest.approx((100 * mean - 30, 100 * deviation))
+
+
 def test_where_nothing_is_pruned_all_started_are_the_survivors():
   rewards, groups = np.array([1, 0, 0.5, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
   levels = started_levels(rewards, (rewards >= 1).astype(float), np.full(6, NONE), groups)

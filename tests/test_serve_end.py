@@ -95,6 +95,20 @@ def test_half_a_body_and_sigterm_end_cleanly_and_a_port_is_taken_before_a_model_
     half.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it_in_one_line(number, monkeypatch, capfd):
+  before, listener = signal.getsignal(number), serve._bind("127.0.0.1", 0)
+  port = listener.getsockname()[1]
+  monkeypatch.setattr(serve, "_bind", lambda *_: listener)
+  monkeypatch.setattr(serve, "load", lambda *_: signal.raise_signal(number))
+  monkeypatch.setattr(sys, "argv", ["prog", "--config=configs/quickstart.py"])
+  with pytest.raises(SystemExit) as e:
+    configuration.run(serve.main)
+  assert e.value.code == 128 + number and signal.getsignal(number) == before
+  assert capfd.readouterr() == ("", f"{number.name} while loading: nothing was served\n")
+  serve._bind("127.0.0.1", port).close()  # no process is left that would hold it
+
+
 def test_a_port_is_taken_as_soon_as_it_is_bound():
   first = serve._bind("127.0.0.1", 0)
   with first, pytest.raises(UserError, match="cannot listen"):

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
+import subprocess
+import sys
 import threading
 from unittest import mock
 
@@ -192,3 +194,19 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
   failed = ahead.seconds.exception(60)
   assert (begun, ahead.done) == ((["first", "second"], 2) if stays else (["first"], 1))
   assert isinstance(failed, concurrent.futures.CancelledError) != stays
+
+
+def test_a_command_that_ends_meanwhile_does_not_wait_for_it():
+  """Without this a mistake in the data was told, and the process went on for as long as a program takes to compile."""
+  script = """
+import time
+from arrol_jax import step_programs, train
+from arrol_jax.models.sharding import make_mesh
+from arrol_jax.types import UserError
+def main():
+  with step_programs.CompilingAhead([step_programs.Program("slow", None, lambda _: time.sleep(600), {})], make_mesh()):
+    raise UserError("a mistake")
+train.main = main
+train.command()"""
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a mistake\n")

@@ -95,14 +95,16 @@ def started_levels(rewards: np.ndarray, success: np.ndarray, posterior: np.ndarr
   """Mean and standard deviation of each group's rewards over all rollouts started (METHOD 10.7).
 
   Of a pruned rollout nothing is known but its posterior q: it counts as q of the batch's mean reward of a success and 1 - q of
-  that of a failure. A rule that keeps by posteriors keeps rollouts whose mean is not the group's; measured from theirs, a prefix
-  that is better than the policy's average counts as worse.
+  that of a failure; where the batch has none of these, of the highest or lowest reward there is. A rule that keeps by posteriors
+  keeps rollouts whose mean is not the group's; measured from theirs, a prefix that is better than the policy's average counts as
+  worse.
   rewards f[B], NaN where pruned; success f[B], 1 or 0; posterior f[B], of the pruned ones, NaN where there is none: then the
   share of successes; groups i[B].
   """
   known = ~np.isnan(rewards)
+  most, least = (rewards[known].max(), rewards[known].min()) if known.any() else (1.0, 0.0)
   of = lambda rows, default: rewards[known & rows].mean() if np.any(known & rows) else default
-  right, wrong = of(success == 1, 1.0), of(success == 0, 0.0)
+  right, wrong = of(success == 1, most), of(success == 0, least)
   q = np.where(known, 0.0, np.where(np.isnan(posterior), success[known].mean() if known.any() else 0.5, posterior))
   mean = np.where(known, rewards, q * right + (1 - q) * wrong)
   out = {}

@@ -171,10 +171,10 @@ def spread(work: Callable, items: list) -> list:
 
 
 def leave(status: int) -> None:
-  """Ends this process now, without waiting for the others as a normal end would; they then end too."""
+  """Ends this process now. A normal end would wait for its threads, and for the other processes, which then end too."""
   sys.stdout.flush()
   sys.stderr.flush()
-  if first():
+  if several() and first():
     time.sleep(_LAST_WORDS_S)
   os._exit(status)
 
@@ -198,12 +198,15 @@ class Compiling:
 
 class Watch:
   """Notes SIGTERM, Ctrl-C and SIGHUP, and raises Preempted at the same call of `check` in every process. A second Ctrl-C is
-  Python's own: KeyboardInterrupt at once. What the caller's caller ignores (nohup, a background job) stays ignored."""
+  Python's own: KeyboardInterrupt at once. What the caller's caller ignores (nohup, a background job) stays ignored.
+
+  at_once: while it holds, the signal itself raises Preempted: for one process that has nothing to save yet.
+  """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-  def __init__(self):
-    self.told = ""  # the signal's name
+  def __init__(self, at_once: bool = False):
+    self.at_once, self.told = at_once, ""  # told: the signal's name
     self.asked: jax.Array | None = None
 
   def __enter__(self) -> "Watch":
@@ -217,6 +220,8 @@ class Watch:
 
   def _note(self, number: int, _frame) -> None:
     self.told = self.told or signal.Signals(number).name
+    if self.at_once:
+      raise Preempted(self.told)
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
       with contextlib.suppress(OSError):  # print is not to be called in the middle of another print

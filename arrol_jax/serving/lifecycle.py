@@ -103,11 +103,16 @@ def listen(remote, limits: Limits, listener: socket.socket, access: Access, drai
   """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
   answer."""
   url = "http://{}:{}".format(*listener.getsockname()[:2])
-  app = make_app(remote, limits, lambda: print(f"serving {limits.model} at {url}", flush=True), lambda: server.broken(), access)
+  app = make_app(remote, limits, lambda: _say(f"serving {limits.model} at {url}"), lambda: server.broken(), access)
   server = Server(app, drain, keep_alive)
   remote.on_stop = server.stop
   server.run(sockets=[listener])
   return _end(app.state.web)
+
+
+def _say(text: str) -> None:
+  with contextlib.suppress(OSError):  # nobody may be left to read it, or its disk be full: no reason not to serve
+    print(text, flush=True)
 
 
 def _end(web: Web) -> int:
@@ -119,8 +124,7 @@ def _end(web: Web) -> int:
   web.sameness.close()
   if web.service.failure is not None:  # its thread has said how
     return 1
-  with contextlib.suppress(OSError):  # nobody may be left to read it
-    print(f"stopped: {web.cut} calls under way were cut" if web.cut else "drained", flush=True)
+  _say(f"stopped: {web.cut} calls under way were cut" if web.cut else "drained")
   if engine is not None and engine.is_alive():  # in the device's hands: the interpreter would not end
     print("the engine does not answer; leaving without it", file=sys.stderr, flush=True)
     os._exit(1)

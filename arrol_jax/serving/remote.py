@@ -10,11 +10,13 @@ No accelerator is touched here.
 
 from collections.abc import Callable
 from concurrent.futures import Future
+import contextlib
 import functools
 import itertools
 from multiprocessing.connection import Connection
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -112,6 +114,8 @@ class Remote:
       self.failure = message[1] and RuntimeError(message[1])
     except (EOFError, OSError):
       self.failure = RuntimeError("the engine's process has ended")
+      with contextlib.suppress(OSError):  # as its terminal may have
+        print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
     except Exception as e:
       self.failure = e
       traceback.print_exc()
