@@ -278,4 +278,4 @@ class CompilingAhead:
 
   def __exit__(self, *_exception) -> None:
     self.left.set()
-    self.thread.shutdown(wait=False)
+    self.thread.shutdown(wait=self.seconds.done())
