@@ -113,6 +113,18 @@ def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
 
 
+def test_a_regime_has_its_own_questions_and_says_where_it_has_one_null(elsewhere):
+  regime = REGIMES["ahead"]
+  for arm, values in {"plain": (0.3, 0.32), "plain_ahead": (0.33, 0.34), "budget_ahead": (0.31, 0.30)}.items():
+    for seed, accuracy in enumerate(values, 1):
+      made_up(arm, seed, accuracy, regime=regime)
+  text = trial_page.page([regime])
+  assert "Each arm minus plain_ahead (the regime's only null):" in text
+  assert "- budget_ahead - plain, greedy at 120 s: -0.5 ± 19.1 (2) points, undecided" in text
+  assert "- budget_ahead - plain_ahead, greedy at 120 s: -3.0 ± 12.7 (2) points, undecided" in text
+  assert "chosen4_ahead -" not in text and "Learning rate 3e-6 in all arms" in text
+
+
 def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
   """max_variance is better than plain8 on the seeds that both have, though not over all of plain8's."""
   levels = {"plain": (0.30, 0.32), "plain8": (0.28, 0.30, 0.90), "max_variance": (0.31, 0.33), "budget": (0.34, 0.37),
