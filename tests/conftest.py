@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ and version("jaxlib").startswith("0.1
   os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]).strip()
 
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under nohup
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell started the tests in the background; some of them send it
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
