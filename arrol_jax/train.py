@@ -159,12 +159,7 @@ def main():
     if c.rollout.ahead:
       ahead = Ahead(engine, config.sampling, assemble.key(c, assemble.TRAIN), begin, c.steps, c.rollout.ahead)
     with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
-      def so_many(done: int):
-        bar.update(done - bar.n)
-        if not hosts.several():  # several ask while they decode: here they may be at different programs
-          stop.check()
-
-      took = programs.wait(so_many)
+      took = programs.wait(lambda done: bar.update(done - bar.n))
     stop.at_once = False
     hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = evaluate(state, "eval_before") if c.eval.before else {}

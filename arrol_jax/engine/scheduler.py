@@ -129,8 +129,7 @@ class Engine:
       for rows in reversed(counts):
         state = Run(self, jax.random.key(0), sampling)
         state.add(Request(0, 0, prompt, 1))
-        state.slots = programs.init_slots(self.config, rows, length, sampling)
-        state.slot_to_request, state.length = [None] * rows, length
+        state.open_slots(rows, length)
         state.start_segment(decide)
         if decide:
           state.slots, _ = decide(state.slots, None)
@@ -254,13 +253,17 @@ class Run:
     columns += self.e.segment * (1 + len(self.in_flight))
     length = next((n for n in self.lengths if n >= columns), self.lengths[-1])
     if self.slots is None:
-      self.slots = programs.init_slots(self.e.config, rows, length, self.sampling)
-      self.slot_to_request, self.length = [None] * rows, length
+      self.open_slots(rows, length)
     elif rows != len(self.slot_to_request) or length > self.length:
       self.take(live, rows, length)
     if new:
       self.assign(new)
     return True
+
+  def open_slots(self, rows: int, length: int) -> None:
+    """Begins with so many slots of so many columns, all of them free."""
+    self.slots = programs.init_slots(self.e.config, rows, length, self.sampling)
+    self.slot_to_request, self.length = [None] * rows, length
 
   def take(self, live: list[int], rows: int, length: int) -> None:
     """Gathers the slots `live` into `rows` rows of `length` columns, each within its shard of the mesh."""

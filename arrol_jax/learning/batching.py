@@ -78,7 +78,7 @@ def pack(rollouts: list[Rollout], shape: PackShape, mesh, loss: LossConfig = GRP
   kept = [r for r in rollouts if not r.pruned]
   weights = np.array([1.0 / r.keep_probability if "policy" in weigh else 1.0 for r in kept])
   weights = weights / weights.mean() if kept else weights
-  levels = _started_levels(started, loss) if loss.baseline == "started" else None
+  levels = levels_of(started, loss) if loss.baseline == "started" else None
   advantages = group_advantages(_shaped(kept, loss), np.array([r.prompt for r in kept], int), loss.normalize_std,
                                 weights=weights, levels=levels)
   rows = [i for i in range(len(kept)) if advantages[i] or loss.kl_weight]
@@ -102,7 +102,8 @@ def _shaped(rollouts: list[Rollout], loss: LossConfig) -> np.ndarray:
   return rewards + overlong_penalty(np.array([len(r.tokens) for r in rollouts]), loss.longest, loss.overlong)
 
 
-def _started_levels(started: list[Rollout], loss: LossConfig) -> dict[int, tuple[float, float]]:
+def levels_of(started: list[Rollout], loss: LossConfig = GRPO) -> dict[int, tuple[float, float]]:
+  """`started_levels` of a step's rollouts, by their prompt."""
   column = lambda name: np.array([getattr(r, name) for r in started], float)
   return started_levels(_shaped(started, loss), column("success"), column("posterior"), column("prompt").astype(int))
 

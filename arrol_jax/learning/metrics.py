@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from arrol_jax.learning.losses import started_levels
+from arrol_jax.learning.batching import levels_of
 from arrol_jax.types import FAILED, Rollout
 
 
@@ -123,9 +123,7 @@ def by_prompt(rollouts: list[Rollout]) -> dict[int, list[Rollout]]:
 def baseline_shift(rollouts: list[Rollout]) -> float:
   """By how much survivors' mean reward exceeds that of all that their group started (losses.started_levels), the mean over groups
   whose survivors' rewards differ: what an advantage is off by that is measured from the survivors."""
-  column = lambda name: np.array([getattr(r, name) for r in rollouts], float)
-  levels = started_levels(column("reward"), column("success"), column("posterior"), column("prompt").astype(int))
-  kept = by_prompt([r for r in rollouts if not r.pruned])
+  levels, kept = levels_of(rollouts), by_prompt([r for r in rollouts if not r.pruned])
   return mean(mean(r.reward for r in g) - levels[p][0] for p, g in kept.items() if len({r.reward for r in g}) > 1)
 
 

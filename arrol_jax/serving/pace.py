@@ -170,7 +170,8 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
   for i, (rows, length) in enumerate(shapes):
     tell(f"compiling {rows} rows of {length} tokens ({len(prompt_shapes) + i + 1} of {len(prompt_shapes) + len(shapes)}, "
          f"{time.monotonic() - start:.0f} s so far)")
-    state = idle(make(), rows, length)
+    state = make()
+    state.open_slots(rows, length)
     state.add(Request(0, 0, np.zeros(1, np.int32), 1))
     small = rows <= next(n for n in run.counts if n >= min(MANY, run.counts[-1]))
     sizes = state.sizes if small or state.detect else state.sizes[-1:]
@@ -179,13 +180,7 @@ def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callabl
     state.assign(list(state.waiting))
     jax.block_until_ready(state.slots)
     for count in (n for n in run.counts if n != rows):  # calls come and go by dozens
-      state = idle(make(), rows, length)
+      state = make()
+      state.open_slots(rows, length)
       state.take([], count, length)
       jax.block_until_ready(state.slots)
-
-
-def idle(run: PacedRun, rows: int, length: int) -> PacedRun:
-  """The run with so many slots of so many columns, all of them free."""
-  run.slots = programs.init_slots(run.e.config, rows, length, run.sampling)
-  run.slot_to_request, run.length = [None] * rows, length
-  return run
