@@ -8,7 +8,8 @@ One process holds the model: the bare engine runs first, then the server over th
 its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
 same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
-  lone             one call after another: time to the first token, and between tokens
+  lone             one call after another: time to the first token, and between tokens; the bare engine's with one slot beside it: a
+                   call of one token (a prefill), a decode step, and the bound that first tokens are to keep, a prefill and 3 steps
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
   vote             N = 16 on the problems, also stopping early: accuracy, tokens, seconds (needs a quality head: --workdir)
 What --seconds leave no time for is said to be skipped. Nothing is downloaded.
@@ -127,6 +128,28 @@ def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
   return sum(len(r.tokens) for r in said) / (time.monotonic() - start)
 
 
+def alone(b: Bench) -> dict:
+  """Of the engine with one slot, asked directly: seconds of a prompt's prefill with its first token, and of a decode step."""
+  s, sampling, long = b.service, dataclasses.replace(b.service.sampling, top_p=1.0), b.longest // 2
+  engine = dataclasses.replace(s.engine, rows=1, prefill_rows=1)
+  calls = [b.read(body) for body in b.bodies(FEW)]
+
+  def seconds(length: int) -> float:
+    taken = []
+    for i, call in enumerate(calls):
+      start = time.monotonic()
+      engine.run([Request(seed_of(call.seed, 0), i, call.tokens, length, ignore_stop=True)], jax.random.key(0), sampling)
+      taken.append(time.monotonic() - start)
+    return quantile(taken[1:], 0.5)
+
+  with jax.set_mesh(engine.mesh):
+    engine.warm_up(sampling)
+    seconds(long)
+    first = seconds(1)
+    step = (seconds(long) - first) / (long - 1)
+  return {"prefill_s": first, "step_s": step, "bound_s": first + 3 * step}
+
+
 @contextlib.contextmanager
 def serving(service: Service, limits):
   """The server over a service, as the command has it, with the HTTP side in a process of its own: its port."""
@@ -219,9 +242,10 @@ def main():
   for at_once in b.at_once:
     speed[at_once] = bare(b, b.bodies(at_once * int(flags.calls)), at_once)
     b.tell("bare", at_once=at_once, calls=at_once * int(flags.calls), tokens_s=speed[at_once])
+  bound = alone(b)
   with serving(b.service, b.limits) as port:
     replies, _ = ask(port, b.bodies(FEW), 1)
-    b.tell("lone", calls=FEW, **waits(replies[1:]))
+    b.tell("lone", calls=FEW, **waits(replies[1:]), **bound)
     for at_once in b.at_once:
       b.late("served") or throughput(b, port, "served", at_once, speed[at_once])
   b.late("deterministic") or steady(b)

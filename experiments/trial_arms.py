@@ -22,10 +22,10 @@ SHARED = {
   "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
 
 RATE = "3e-6"  # of all arms where a regime says nothing else: not tuned, what earlier runs had
-# Where the rate falls, its height is chosen among these on SPARE_SEED, before the other runs (regime "tuning"): HEIGHT is then of
-# all arms but ours, HEIGHT_OURS of ours, and TUNED says that they were chosen so.
-HEIGHTS, SPARE_SEED = ("3e-6", "6e-6", "1.2e-5"), 100
-HEIGHT, HEIGHT_OURS, TUNED = "6e-6", "6e-6", False
+# Where the rate falls, its height is chosen among these by the runs of regime "tuning": a seed that no other run has, and SPARE
+# problems, the last of the training file, that none of them trains on. Until these runs are there it is HEIGHT.
+HEIGHTS, SPARE_SEED, SPARE, HEIGHT = ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), 100, 1319, "6e-6"
+TUNED_ON = "plain_ahead", "budget_ahead"  # whose best height all arms but ours have, and whose ours has
 
 _OURS = {
   "prune.rule": "budget", "prune.p_max": 1.0, "prune.p_min": 0.02, "prune.half_life": 4096.0, "quality.fit": "ridge",
@@ -78,7 +78,8 @@ class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
   arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours; tuned:
-  whether they were chosen. train, test: files of the data's folder, "" where the config has its own. votes: so many seeds of
+  whether they were chosen. train, test: files of the data's folder, "" where the config has its own; spare: so many problems, the
+  last of `train`, are held out in place of `test`. votes: so many seeds of
   these arms may also vote, as `voting` says."""
   name: str
   scale: str
@@ -94,6 +95,7 @@ class Regime:
   tuned: bool = False
   train: str = ""
   test: str = ""
+  spare: int = 0
   ours: tuple[str, ...] = ("budget", "chosen")
   nulls: tuple[str, ...] = ("plain8", "max_variance")
   voting: dict = dataclasses.field(default_factory=dict)
@@ -109,7 +111,24 @@ _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 60
 _VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
 # Each of two arms by height of the learning rate: "plain_ahead@3e-6".
 _BY_HEIGHT = {f"{name}@{rate}": dataclasses.replace(FALLING[name], settings=FALLING[name].settings | {"optim.lr": rate})
-              for name in ("plain_ahead", "budget_ahead") for rate in HEIGHTS}
+              for name in TUNED_ON for rate in HEIGHTS}
+
+
+def heights() -> tuple[tuple[str, str], bool]:
+  """The falling rate's height of all arms but ours, and of ours, by what stands in the results of regime "tuning": the one with
+  the highest mean of greedy and sampled accuracy at the end, the lower of two alike. And whether all those runs are there."""
+  found = {}
+  for name in _BY_HEIGHT:
+    path = ROOT / RESULTS / "tuning" / f"{name}_seed{SPARE_SEED}" / "run.json"
+    if not path.exists():
+      return (HEIGHT, HEIGHT), False
+    full = json.loads(path.read_text())["full"]
+    found[name] = full["accuracy"] + full["sampled"]["accuracy"]
+  plain, ours = (max(HEIGHTS, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in TUNED_ON)
+  return (plain, ours), True
+
+
+_CHOSEN, _TUNED = heights()
 
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
@@ -118,14 +137,16 @@ REGIMES = {regime.name: regime for regime in (
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
          test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",)),
-  Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 90.0, 180.0,
-         _GSM8K | {"rollout.max_new": 1024}, ({"plain": 3, "plain8": 3, "budget": 3},), train="math_train", test="math500"),
+  Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 60.0, 120.0,
+         _GSM8K | {"rollout.max_new": 1024}, (dict.fromkeys(("plain", "plain_ahead", "budget_ahead", "chosen4_ahead"), 3),), AHEAD,
+         train="math_train", test="math500", ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
-         rates=(HEIGHT, HEIGHT_OURS), tuned=TUNED, train="gsm8k_train", test="gsm8k_test",
+         rates=_CHOSEN, tuned=_TUNED, train="gsm8k_train", test="gsm8k_test",
          ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
-  Regime("tuning", "gpu", "GSM8K: heights of the falling learning rate on a spare seed", "configs/gsm8k_qwen05b.py", 60.0, 120.0,
-         _GSM8K, (dict.fromkeys(_BY_HEIGHT, 1),), _BY_HEIGHT, SPARE_SEED, None, train="gsm8k_train", test="gsm8k_test"),
+  Regime("tuning", "gpu", "GSM8K: heights of the falling learning rate, on a spare seed and spare training problems",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_BY_HEIGHT, 1),), _BY_HEIGHT, SPARE_SEED, None,
+         train="gsm8k_train", spare=SPARE),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
@@ -151,6 +172,11 @@ class Run:
   @property
   def workdir(self) -> Path:
     return Path("runs/trial") / self.regime.name / self.name
+
+  @property
+  def split(self) -> tuple[Path, Path]:
+    """Where the parts of the training file stand that a regime with `spare` trains on, and is evaluated on."""
+    return tuple(Path("runs/trial") / self.regime.name / f"{self.regime.train}_{part}.jsonl" for part in ("fit", "spare"))
 
   @property
   def votes(self) -> bool:
@@ -182,7 +208,8 @@ class Run:
   def _paths(self, model: str, data: str) -> dict:
     r, found = self.regime, {"model.path": model} if model else {}
     if data and r.train:
-      found |= {"data.folder": data, "data.train": f"{data}/{r.train}.jsonl", "data.eval": f"{data}/{r.test}.jsonl"}
+      paths = map(str, self.split) if r.spare else (f"{data}/{r.train}.jsonl", f"{data}/{r.test}.jsonl")
+      found |= {"data.folder": data} | dict(zip(("data.train", "data.eval"), paths, strict=True))
     return found
 
 

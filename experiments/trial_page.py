@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import HEIGHTS, RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -140,6 +140,15 @@ def verdict(results: Results, arm: str, other: str) -> str:
           f"{aim}.")
 
 
+def rates(regime: Regime) -> str:
+  """The learning rates, and where they are from."""
+  if not regime.tuned:
+    return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
+  ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
+  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of {', '.join(HEIGHTS)} on one seed that "
+          "no other run has, on training problems that were held out (regime `tuning`).")
+
+
 def better_null(results: Results) -> str | None:
   """That of the nulls with the higher accuracy at the whole budget on the seeds that both have, among those with two runs or
   more, where there is one."""
@@ -244,8 +253,8 @@ def notes(results: Results) -> list[str]:
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
   if len(cards) > 1:
     out += ["- Pairs whose runs were on different devices are left out of differences."]
-  if runs and results.regime.rates and not results.regime.tuned:
-    out += [f"- Learning rate {' and '.join(dict.fromkeys(results.regime.rates))} in all arms, as in earlier runs: not tuned."]
+  if runs and results.regime.rates:
+    out += [rates(results.regime)]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]
   out += [f"- Made in several pieces, each of which begins with slower steps: {', '.join(parts)}."] if parts else []
   out += [f"- Failed: {x['arm']}_seed{x['seed']} after {x['steps']} steps, commit {x['commit']}: {x['problem']}"

@@ -149,6 +149,7 @@ def train(run: Run, call: Call) -> bool:
     saved = newest_checkpoint(str(workdir))
     if not saved:  # what a killed process left: its evaluations are not those of the run that begins now
       shutil.rmtree(workdir, ignore_errors=True)
+    split(run, call.data)
     call.say(run, f"goes on after step {saved}" if saved else "begins")
     problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
     note_piece(run, call.version, time.monotonic() - begun)
@@ -167,6 +168,16 @@ def train(run: Run, call: Call) -> bool:
     workdir.rmdir()
   pieces_of(run).unlink()
   return True
+
+
+def split(run: Run, data: str) -> None:
+  """The files of Run.split, where its regime holds problems of the training file out and they are not there."""
+  for path, part in zip(run.split, (slice(-run.regime.spare), slice(-run.regime.spare, None)), strict=True):
+    if run.regime.spare and not (ROOT / path).exists():
+      lines = Path(data, f"{run.regime.train}.jsonl").read_text().splitlines(keepends=True)
+      half = ROOT / f"{path}.{os.getpid()}"  # several processes may be here
+      half.write_text("".join(lines[part]))
+      half.rename(ROOT / path)
 
 
 def vote(run: Run, call: Call) -> bool:

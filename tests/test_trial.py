@@ -43,7 +43,7 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     assert shared[:5] == ("token", 0.2, "systematic", 2, 4) and read.setdefault("shared", shared) == shared
     read[run.arm] = c
     config.check(config.parse(list(run.voting("")))[0], files=False)
-  if regime.name in ("ahead", "falling"):
+  if regime.name in ("ahead", "falling", "math"):
     falling = regime.name == "falling"
     assert {c.optim.schedule for arm, c in read.items() if arm != "shared"} == {"linear" if falling else "constant"}
     assert [arm for arm, c in read.items() if arm != "shared" and c.loss.baseline == "started"] == ["budget_ahead"] * falling
@@ -74,11 +74,34 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
 
 
 def test_paths_are_given_and_not_kept():
-  run = Run(REGIMES["math"], "budget", 1)
+  run = Run(REGIMES["math"], "budget_ahead", 1)
   argv = run.training("/here/model.gguf", "/here")
   assert {"--config.model.path=/here/model.gguf", "--config.data.train=/here/math_train.jsonl",
           "--config.data.eval=/here/math500.jsonl"} <= set(argv)
   assert "/here" not in json.dumps(run.settings)
+
+
+def test_heights_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewhere):
+  tuning, default = REGIMES["tuning"], (trial_arms.HEIGHT,) * 2
+  levels = dict(zip(tuning.seeds, (0.30, 0.34, 0.33, 0.20, 0.31, 0.30, 0.35, 0.35), strict=True))  # plain's, then ours
+  for arm, level in levels.items():
+    assert trial_arms.heights() == (default, False)
+    folder = elsewhere / trial_arms.RESULTS / "tuning" / f"{arm}_seed{trial_arms.SPARE_SEED}"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level / 2}}}))
+  assert trial_arms.heights() == (("6e-6", "1.2e-5"), True)  # of two alike the lower
+
+
+def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsewhere, tmp_path):
+  run, lines = Run(REGIMES["tuning"], "plain_ahead@3e-6", 100), [f'{{"id": {i}}}\n' for i in range(2000)]
+  (tmp_path / "gsm8k_train.jsonl").write_text("".join(lines))
+  run.folder.mkdir(parents=True)
+  (elsewhere / run.split[0]).parent.mkdir(parents=True)
+  trial_queue.split(run, str(tmp_path))
+  given = dict(a.removeprefix("--config.").partition("=")[::2] for a in run.training("m", str(tmp_path)))
+  fit, spare = ((elsewhere / given[name]).read_text() for name in ("data.train", "data.eval"))
+  assert fit + spare == "".join(lines) and spare.count("\n") == trial_arms.SPARE
+  trial_queue.split(Run(REGIMES["falling"], "plain", 1), "nowhere")
 
 
 # ---- the queue
