@@ -45,6 +45,7 @@ FLAGS = {"out": ("", "a file for the lines, besides stdout"), "problems": ("", "
          "votes": ("64", "problems to vote on"), "stop_below": ("0.2", "posterior below which a trace ends early"),
          "seconds": ("270", "after which no further case begins")}
 N = 16
+SHORT = 8  # decode steps of a segment where one call is timed
 FEW = 16  # calls that the lone caller makes
 
 
@@ -130,23 +131,22 @@ def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
 
 def alone(b: Bench) -> dict:
   """Of the engine with one slot, asked directly: seconds of a prompt's prefill with its first token, and of a decode step."""
-  s, sampling, long = b.service, dataclasses.replace(b.service.sampling, top_p=1.0), b.longest // 2
-  engine = dataclasses.replace(s.engine, rows=1, prefill_rows=1)
+  s, sampling = b.service, dataclasses.replace(b.service.sampling, top_p=1.0)
+  engine = dataclasses.replace(s.engine, rows=1, prefill_rows=1, segment=SHORT)
   calls = [b.read(body) for body in b.bodies(FEW)]
 
-  def seconds(length: int) -> float:
+  def seconds(segments: int) -> float:
     taken = []
     for i, call in enumerate(calls):
-      start = time.monotonic()
+      length, start = 1 + segments * SHORT, time.monotonic()
       engine.run([Request(seed_of(call.seed, 0), i, call.tokens, length, ignore_stop=True)], jax.random.key(0), sampling)
       taken.append(time.monotonic() - start)
     return quantile(taken[1:], 0.5)
 
   with jax.set_mesh(engine.mesh):
     engine.warm_up(sampling)
-    seconds(long)
-    first = seconds(1)
-    step = (seconds(long) - first) / (long - 1)
+    step = (seconds(3) - seconds(1)) / (2 * SHORT)
+    first = seconds(1) - SHORT * step
   return {"prefill_s": first, "step_s": step, "bound_s": first + 3 * step}
 
 
