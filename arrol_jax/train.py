@@ -9,7 +9,9 @@ stopped. With several processes every one of them runs this script (hosts.py); t
 and end with status 0 (at once, while it loads and compiles); a second Ctrl-C ends at once with status 130.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
+import dataclasses
 import functools
 import math
 import os
@@ -17,14 +19,19 @@ import sys
 import time
 
 import jax
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from arrol_jax import assemble, assemble_state, config as configuration, step_programs
 from arrol_jax.data import problems, sources
+from arrol_jax.engine.sampling import Sampling
+from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import generation, resampling
 from arrol_jax.learning.ahead import Ahead
-from arrol_jax.learning.generation import Asked, Wanted
+from arrol_jax.learning.generation import Asked, Grading, Wanted
 from arrol_jax.models.files import tokenizers
+from arrol_jax.models.files.weights import Policy
+from arrol_jax.rewards import Grader
 from arrol_jax.running import hosts, loggers
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
@@ -40,7 +47,7 @@ from arrol_jax.running.workdir import (
   write_json,
 )
 from arrol_jax.step import RolledOut, TrainingStep
-from arrol_jax.types import UserError
+from arrol_jax.types import TrainState, UserError
 
 
 def main():
@@ -90,79 +97,18 @@ def main():
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
 
-    def evaluate(state, name: str, most: int | None = None) -> dict:
-      """Results by source of data.eval, on `most` problems of each; kept in NAME.json."""
-      path = f"{workdir}/{name}.json"
-      if not eval_prompts:
-        return {}
-      if not hosts.agree(os.path.exists(path)):
-        same = c.eval.max_new in (0, c.rollout.max_new)  # then the training's programs serve
-        ahead and ahead.drop()  # its slots' memory is needed
-        held_out = engine if same else assemble.eval_engine(c, loaded, mesh, state.policy)
-        held_out.watch = stop.check
-        held_out.load(state.policy, c.model.dtype)
-        measure = lambda c, prompts: assemble.accuracy(
-          c, loaded, held_out, prompts, grader, name.replace("_", " "), state.params["head"], state.calibration)
-        results = {benchmark: measure(c, problems.spaced(prompts, most)) for benchmark, prompts in eval_prompts.items()}
-        if c.eval.sampled and most is None:
-          for benchmark, prompts in eval_prompts.items():
-            results[benchmark]["sampled"] = measure(assemble.sampled(c), prompts)
-        if hosts.first():
-          write_json(path, results)
-      return hosts.agree(read_json(path) if hosts.first() else None)
-
-    asked, how = Asked(c.rollout.group_size, c.rollout.temperature), assemble.grading(c, loaded, grader)
-
-    def prompts_of(step: int, n: int = 0, count: int = c.rollout.prompts) -> tuple[dict, tuple]:
-      """A step's n-th batch of prompts, numbered, and what was known of them where they were chosen."""
-      # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
-      taken, chosen = assemble.candidates(c), ()
-      batch = problems.batch_at(train_prompts, step * c.rollout.resampling + n, c.seed, taken)
-      if taken > c.rollout.prompts:
-        batch, *chosen = train_step.choose(batch, count, assemble.key(c, assemble.CHOICE, step))
-      return dict(enumerate(batch[:count], n * c.rollout.prompts)), tuple(chosen)
-
-    def begin(step: int) -> Wanted:
-      """What a step wants rolled out, where steps run ahead."""
-      batch, chosen = prompts_of(step)
-      first = step * c.rollout.prompts * c.rollout.group_size
-      return Wanted(batch, asked, c.rollout.max_new, how, first, chosen=chosen)
-
-    def roll_out(step: int, decide) -> RolledOut:
-      """Step's rollouts, those to learn from, and seconds waited for grades."""
-      waited, chosen = [], []
-
-      def one(n: int, count: int) -> list:
-        batch, known = prompts_of(step, n, count)
-        done, seconds = generation.generate(
-          engine, batch, asked, assemble.key(c, assemble.TRAIN, step), config.sampling, how, decide)
-        waited.append(seconds)
-        chosen.extend(known)
-        return done
-
-      rounds = 1
-      if ahead:
-        rollouts, *waited, chosen = ahead.generate(step, decide)
-        learned = rollouts
-      elif c.rollout.resampling == 1:
-        learned = rollouts = one(0, c.rollout.prompts)
-      else:
-        learned, rollouts, rounds = resampling.until_mixed(one, c.rollout.prompts, c.rollout.resampling)
-      stop.check()
-      return RolledOut(rollouts, learned, rounds, sum(waited), tuple(chosen))
-
     # ---- state, resume
     reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay
     state = assemble_state.init_state(c, loaded, config.optimizer, mesh, keep_params=reference is not None)
     train_step = TrainingStep(engine, config, reference)
-    ahead = None
-    if c.rollout.ahead:
-      ahead = Ahead(engine, config.sampling, assemble.key(c, assemble.TRAIN), begin, c.steps, c.rollout.ahead)
+    grading = assemble.grading(c, loaded, grader)
+    rolling = Rolling(c, engine, config.sampling, grading, train_prompts, train_step.choose)
+    held_out = HeldOut(c, loaded, mesh, engine, grader, eval_prompts, workdir, rolling.make_room)
     with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
       took = programs.wait(lambda done: bar.update(done - bar.n))
     stop.at_once = False
     hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
-    before = evaluate(state, "eval_before") if c.eval.before else {}
+    before = held_out(state, "eval_before") if c.eval.before else {}
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     belongs = assemble_state.belongs(c, inputs["weights"] if loaded.config.lora else None)
@@ -173,6 +119,7 @@ def main():
     if start:
       hosts.say(f"{workdir}: going on after step {start}")
     loaded.params = None
+
     def watch():
       stop.check()
       checkpoints.check()  # a save that has failed ends the run now, not when the next one is due
@@ -185,7 +132,7 @@ def main():
                               if logs else None)
     earlier, spent = hosts.agree((seconds_of(logs.lines[:-1]), seconds_of(logs.lines)) if logs else None)
     if passed(c, earlier, spent):  # if it was not told to stop in the middle of that evaluation, this one is there
-      evaluate(state, f"eval_all_{start:04d}")
+      held_out(state, f"eval_all_{start:04d}")
     timed = c.stop_seconds is not None or len(c.eval.at_seconds) > 0
     time_is_over = lambda: c.stop_seconds is not None and spent >= c.stop_seconds
 
@@ -203,7 +150,7 @@ def main():
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
       compiled, earlier = compiling.total, spent
-      state, rolled, metrics = train_step(state, functools.partial(roll_out, step), pruning,
+      state, rolled, metrics = train_step(state, functools.partial(rolling, step), pruning,
                                           assemble.decay(c, step, spent))
       spent += max(0.0, metrics["sec_step"] - (compiling.total - compiled))
       spent = hosts.agree(spent) if timed else spent  # all must end at one step
@@ -213,9 +160,9 @@ def main():
       finite = all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm"))
       try:
         if finite and passed(c, earlier, spent):
-          line |= held_out_line(evaluate(state, f"eval_all_{step + 1:04d}"))
+          line |= held_out_line(held_out(state, f"eval_all_{step + 1:04d}"))
         elif finite and c.eval.every and ((step + 1) % c.eval.every == 0 or last and c.checkpoint.best):
-          line |= held_out_line(evaluate(state, f"eval_{step + 1:04d}", c.eval.subset))
+          line |= held_out_line(held_out(state, f"eval_{step + 1:04d}", c.eval.subset))
       finally:  # a run that is told to stop in the middle of it has made this step all the same
         if logs:
           logs.write(line, rolled.rollouts, c.log.rollouts)
@@ -246,7 +193,7 @@ def main():
       checkpoints.wait()
       _, state = checkpoints.restore(state, best)
       hosts.say(f"step {best} has the best {c.checkpoint.best}: evaluated and exported")
-    after = evaluate(state, "eval_after")
+    after = held_out(state, "eval_after")
     if c.checkpoint.export:
       assemble_state.export(c, loaded, state, workdir)
     checkpoints.wait()  # a run whose last step is not on disk is not done
@@ -256,6 +203,101 @@ def main():
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
     hosts.say(f"{workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+
+
+class Rolling:
+  """What a step rolls out: prompts that are a function of (seed, step), and their rollouts."""
+
+  def __init__(self, c, engine: Engine, sampling: Sampling, grading: Grading, prompts: list, choose: Callable):
+    """prompts: all problems to train on; choose: TrainingStep.choose."""
+    self.c, self.engine, self.sampling, self.grading, self.prompts, self.choose = c, engine, sampling, grading, prompts, choose
+    self.asked = Asked(c.rollout.group_size, c.rollout.temperature)
+    self.ahead = None
+    if c.rollout.ahead:
+      self.ahead = Ahead(engine, sampling, assemble.key(c, assemble.TRAIN), self.wanted, c.steps, c.rollout.ahead)
+
+  def __call__(self, step: int, decide: Callable | None) -> RolledOut:
+    """The rollouts of `step`, those to learn from, and seconds waited for grades."""
+    count, rounds, waited, chosen = self.c.rollout.prompts, 1, [], []
+
+    def one(n: int, count: int) -> list:
+      batch, known = self.batch(step, n, count)
+      key = assemble.key(self.c, assemble.TRAIN, step)
+      done, seconds = generation.generate(self.engine, batch, self.asked, key, self.sampling, self.grading, decide)
+      waited.append(seconds)
+      chosen.extend(known)
+      return done
+
+    if self.ahead:
+      rollouts, *waited, chosen = self.ahead.generate(step, decide)
+      learned = rollouts
+    elif self.c.rollout.resampling == 1:
+      learned = rollouts = one(0, count)
+    else:
+      learned, rollouts, rounds = resampling.until_mixed(one, count, self.c.rollout.resampling)
+    self.engine.watch()
+    return RolledOut(rollouts, learned, rounds, sum(waited), tuple(chosen))
+
+  def batch(self, step: int, n: int, count: int) -> tuple[dict, tuple]:
+    """A step's n-th batch of `count` prompts, numbered, and what was known of them where they were chosen."""
+    # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
+    size, taken, chosen = self.c.rollout.prompts, assemble.candidates(self.c), ()
+    batch = problems.batch_at(self.prompts, step * self.c.rollout.resampling + n, self.c.seed, taken)
+    if taken > size:
+      batch, *chosen = self.choose(batch, count, assemble.key(self.c, assemble.CHOICE, step))
+    return dict(enumerate(batch[:count], n * size)), tuple(chosen)
+
+  def wanted(self, step: int) -> Wanted:
+    """What a step wants rolled out, where steps run ahead."""
+    size = self.c.rollout.prompts
+    batch, chosen = self.batch(step, 0, size)
+    first = step * size * self.asked.samples
+    return Wanted(batch, self.asked, self.c.rollout.max_new, self.grading, first, chosen=chosen)
+
+  def make_room(self) -> None:
+    """Gives up what runs ahead: others need its slots' memory."""
+    if self.ahead:
+      self.ahead.drop()
+
+
+@dataclasses.dataclass
+class HeldOut:
+  """Evaluations on held-out problems, each kept in the run's folder and made once. prompts: by source of data.eval; make_room:
+  called before an engine of its own is made."""
+  c: ConfigDict
+  loaded: Policy
+  mesh: jax.sharding.Mesh
+  engine: Engine
+  grader: Grader
+  prompts: dict[str, list]
+  workdir: str
+  make_room: Callable
+
+  def __call__(self, state: TrainState, name: str, most: int | None = None) -> dict:
+    """Results by source, on `most` problems of each; kept in NAME.json. {} where nothing is held out."""
+    path = f"{self.workdir}/{name}.json"
+    if not self.prompts:
+      return {}
+    if not hosts.agree(os.path.exists(path)):
+      results = self.measured(state, name.replace("_", " "), most)
+      if hosts.first():
+        write_json(path, results)
+    return hosts.agree(read_json(path) if hosts.first() else None)
+
+  def measured(self, state: TrainState, name: str, most: int | None) -> dict:
+    c = self.c
+    self.make_room()
+    same = c.eval.max_new in (0, c.rollout.max_new)  # then the training's programs serve
+    engine = self.engine if same else assemble.eval_engine(c, self.loaded, self.mesh, state.policy)
+    engine.watch = self.engine.watch
+    engine.load(state.policy, c.model.dtype)
+    accuracy = lambda c, prompts: assemble.accuracy(
+      c, self.loaded, engine, prompts, self.grader, name, state.params["head"], state.calibration)
+    results = {source: accuracy(c, problems.spaced(prompts, most)) for source, prompts in self.prompts.items()}
+    if c.eval.sampled and most is None:
+      for source, prompts in self.prompts.items():
+        results[source]["sampled"] = accuracy(assemble.sampled(c), prompts)
+    return results
 
 
 def held_out_line(results: dict) -> dict:
