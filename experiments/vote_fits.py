@@ -23,8 +23,8 @@ VOTES = "votes"  # the share of its siblings' votes that a trace's answer has
 
 
 class Fit(NamedTuple):
-  """A ridge; center: within the problem, and its level by another. voters: on the traces that have an answer only. above: it reads
-  a first ridge's score on these inputs, fitted as this one, and its own inputs."""
+  """A ridge; center: within the problem, and its level by another. voters: on the traces that have an answer only. above: it
+  reads a first ridge's score on these inputs, fitted as this one, and its own inputs."""
   inputs: tuple[str, ...]
   center: bool = True
   strength: float = 8.0
@@ -130,7 +130,7 @@ class Trainer:
       x = self._raw(name, samples, pools)
       self.scale[name] = x.mean(axis=(0, 1)), np.maximum(x.std(axis=(0, 1)), 1e-6)
       self.places[name], end = np.arange(end, end + x.shape[2]), end + x.shape[2]
-    self.x, self.pools, self.sums = self.columns(samples, pools), pools, {}
+    self.x, self.pools, self.sums, self.scored = self.columns(samples, pools), pools, {}, {}
 
   def _raw(self, name: str, samples: Samples, pools: np.ndarray) -> np.ndarray:
     if name == VOTES:
@@ -160,10 +160,13 @@ class Trainer:
 
   def out_of_fold(self, fit: Fit) -> Scored:
     """Of the training traces, by fits on the other folds."""
-    if not fit.above:
-      return self._cross(fit, self.x, self.places_of(fit.inputs), self.parts(fit))
-    stacked = self._stacked(fit, self.x, self.out_of_fold(self.first(fit)))
-    return self._cross(fit, stacked, np.arange(stacked.shape[2]), self.parts(fit, stacked))
+    if fit not in self.scored:
+      if fit.above:
+        x = self._stacked(fit, self.x, self.out_of_fold(self.first(fit)))
+        self.scored[fit] = self._cross(fit, x, np.arange(x.shape[2]), self.parts(fit, x))
+      else:
+        self.scored[fit] = self._cross(fit, self.x, self.places_of(fit.inputs), self.parts(fit))
+    return self.scored[fit]
 
   def _cross(self, fit, x, columns, parts) -> Scored:
     out = Scored(*np.zeros((2, *self.pools.shape), np.float32))

@@ -1,7 +1,8 @@
 """Votes of many problems at once: what traces may weigh, and which pool of answers wins (experiments/vote_weights.py).
 
-P problems, G traces each. A trace's pool is the number of its answer in order of appearance, -1 without an answer: it has no vote.
-The rules that ship (majority, rank, posterior, logit, deepconf) give what pruning/voting.py gives, ties to the first answer included.
+P problems, G traces each. A trace's pool is the number of its answer in order of appearance, -1 without an answer: it has no
+vote. The rules that ship (majority, rank, posterior, logit, deepconf) give what pruning/voting.py gives, ties to the first
+answer included.
 """
 
 from collections.abc import Callable
@@ -138,7 +139,8 @@ def rules() -> dict[str, Rule]:
          "levelled posterior": _weighs(lambda known, _: known.levelled),
          "levelled logit": _weighs(lambda known, pools: log_odds(known.levelled, pools))}
   out |= {f"rank^{p:g}": rank(p) for p in POWERS}
-  out |= {f"logit + {b:g}, cut at 0": _weighs(lambda known, _, b=b: np.maximum(0.0, _logit(known.posterior) + b)) for b in OFFSETS}
+  out |= {f"logit + {b:g}, cut at 0": _weighs(lambda known, _, b=b: np.maximum(0.0, _logit(known.posterior) + b))
+          for b in OFFSETS}
   out |= {f"posterior^{p:g}": _weighs(lambda known, _, p=p: known.posterior**p) for p in POWERS}
   # The largest exponent is 0: nothing overflows, and what wins is the same.
   top = lambda known: known.z - known.z.max(axis=1, keepdims=True)

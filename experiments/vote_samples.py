@@ -9,7 +9,7 @@ the seed, and come by turns from both files, so that --seconds, which ends the s
 
 DIR/rollouts.npz holds all but the traces' states, DIR/states_0.npz and on those, each below 15 MB; experiments/vote_weights.py
 goes on from these files alone, without the model. States are less the training traces' mean and by their deviation, in
-sixteenths, cut at 7.9 deviations: a ridge hardly sees the difference (tests/test_vote_weights.py). Confidences are in eighths.
+sixteenths, cut at 7.9 deviations: a ridge hardly sees the difference (tests/test_vote_weights.py).
 """
 
 import json
@@ -35,7 +35,7 @@ READ = "mean@2/3,mean@3/4,last@2/3,prompt@2/3,logprobs,windows,siblings"
 CHUNK = 4         # times rollout.prompts: problems that are sampled together
 PART = 14e6       # bytes of a file of states, at most
 PACKED = 0.85     # of its size that a file of states takes at most when it is compressed
-STEP, CONFIDENCE_STEP = 16, 8  # what is stored of 1
+STEP = 16         # a deviation, as it is stored
 SAVING = 10.0     # seconds that are kept for writing
 
 
@@ -162,11 +162,11 @@ def save(samples: Samples, folder: str) -> list[str]:
   narrow = {f"input {name}": x for name, x in samples.inputs.items() if name not in states}
   text = json.dumps({"answers": samples.answers, "about": samples.about, "states": list(states)})
   os.makedirs(folder, exist_ok=True)
-  confidence = np.clip(np.rint(samples.confidences * CONFIDENCE_STEP), 0, 255).astype(np.uint8)
   own = {} if samples.own is None else {"own": samples.own.astype(np.float32)}
   paths = [f"{folder}/rollouts.npz"]
-  np.savez_compressed(paths[0], test=samples.test, success=samples.success.astype(np.uint8), confidences=confidence,
-                      tokens=samples.tokens, text=np.frombuffer(text.encode(), np.uint8), **own, **narrow)
+  np.savez_compressed(paths[0], test=samples.test, success=samples.success.astype(np.uint8),
+                      confidences=samples.confidences.astype(np.float16), tokens=samples.tokens,
+                      text=np.frombuffer(text.encode(), np.uint8), **own, **narrow)
   parts = max(1, int(-(-PACKED * sum(x.nbytes for x in states.values()) // PART))) if states else 0
   for n in range(parts):
     paths.append(f"{folder}/states_{n}.npz")
@@ -188,7 +188,7 @@ def load(folder: str) -> Samples:
   inputs = {name.removeprefix("input "): x for name, x in kept.items() if name.startswith("input ")}
   inputs |= {name: np.concatenate([p[str(i)] for p in parts]) for i, name in enumerate(text["states"])}
   return Samples(kept["test"], kept["success"].astype(np.float32), text["answers"], inputs,
-                 kept["confidences"].astype(np.float32) / CONFIDENCE_STEP, kept["tokens"], kept.get("own"), text["about"])
+                 kept["confidences"].astype(np.float32), kept["tokens"], kept.get("own"), text["about"])
 
 
 FLAGS = {"prompts": ("640", "how many training problems (data.train)"), "test": ("660", "how many test problems (data.eval)"),

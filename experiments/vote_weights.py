@@ -2,20 +2,20 @@
 
   python -m experiments.vote_weights DIR --out=experiments/results/gsm8k_votes    # DIR: what experiments.vote_samples wrote
 
-A CPU, some minutes; from the files alone. Heads (vote_fits.py: what they read, centred within the problem or not, on all traces or
-on those that vote, strengths, stacks), weights (vote_rules.py) and DeepConf's variants are tried on the training problems, each
-trace scored by a fit on other folds of problems, each posterior by a table of other folds. The pair of head and weights that gets
-most training problems right is chosen, and the DeepConf variant that does; both are written to OUT/choice.json, and only then are
-test problems read. What is counted on training problems: the vote of all traces and of DRAWS random three quarters of them, which
-makes the choice less a matter of chance.
+A CPU, five minutes or so and 4 GB; from the files alone. Heads (vote_fits.py: what they read, centred within the problem or not,
+on all traces or on those that vote, strengths, stacks), weights (vote_rules.py) and DeepConf's variants are tried on the training
+problems, each trace scored by a fit on other folds of problems, each posterior by a table of other folds. The pair of head and
+weights that gets most training problems right is chosen, and the DeepConf variant that does; both are written to
+OUT/choice.json, and only then are test problems read. What is counted on training problems: the vote of all traces and of DRAWS
+random three quarters of them, which makes the choice less a matter of chance.
 
 Lines of OUT/votes.jsonl, a line's part:
 problems  pass@1, pass@k, and the majority, of training and test problems
 chosen    the choice on test problems: accuracy, gain on the majority and on the chosen DeepConf, 95% intervals by bootstrap over
           problems, paired
-after     the same of variants that were not chosen, looked at afterwards: all weights with the chosen head, all heads with the
-          chosen weights and with rank, what ships, DeepConf's, the policy's own head. Their best flatters.
-head      AUC of each head's score at the last token, out of fold and on test problems: of all traces, within a problem, and within
+after     the same of variants that were not chosen, looked at afterwards, so that the best of them flatters: all weights with the
+          chosen head, all heads with the chosen weights and with rank, what ships, DeepConf's, the policy's own head
+          chosen head, all heads with the chosen weights and rank, what ships, DeepConf's, the policy's own head
           it of the traces that vote
 size      gain on test problems of the chosen pair and of what ships, fitted on fewer training traces; means over up to REPEATS
           draws of problems
