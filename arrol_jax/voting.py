@@ -3,6 +3,7 @@
 from arrol_jax.pruning.voting import (
   CONFIDENCES,
   RULES,
+  logit_weights,
   rank_weights,
   summarize_confidence,
   trace_confidence,
@@ -10,4 +11,5 @@ from arrol_jax.pruning.voting import (
   vote,
 )
 
-__all__ = ["CONFIDENCES", "RULES", "rank_weights", "summarize_confidence", "trace_confidence", "trace_weights", "vote"]
+__all__ = ["CONFIDENCES", "RULES", "logit_weights", "rank_weights", "summarize_confidence", "trace_confidence", "trace_weights",
+           "vote"]

@@ -24,7 +24,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -41,9 +40,6 @@ from arrol_jax.rewards import extract_answer
 from arrol_jax.types import Rollout, UserError
 from experiments.head_fits import FOLDS, Adam, Place, adam_folds, adam_online, ridge_folds, ridge_online
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-
 READ = ("last", "last@2/3", "mean@1/3", "mean@2/3", "mean@5/6", "mean", "prompt@2/3", "logprobs", "windows", "siblings")
 STATED = ("mean@2/3", "prompt@2/3", "logprobs", "windows", "siblings")  # what configs with a ridge read
 RIDGES = (("last",), ("last@2/3",), ("mean@1/3",), ("mean@2/3",), ("mean@5/6",), ("mean",), ("logprobs", "windows"),
@@ -56,11 +52,12 @@ VOTERS = (("last",), ("mean@2/3",), STATED)
 FIRST = 2  # steps that online means leave out: a cold start
 
 
-def drawn(c, loaded, count: int) -> list[Prompt]:
-  """`count` prompts of data.train, by chance that the seed decides."""
-  prompts = assemble.prompts(c, loaded, c.data.train)
+def drawn(c, loaded, count: int, source: str | None = None) -> list[Prompt]:
+  """`count` prompts of data.train, or of `source`, by chance that the seed decides."""
+  source = source or c.data.train
+  prompts = assemble.prompts(c, loaded, source)
   if len(prompts) < count:
-    raise UserError(f"--prompts={count}, but {c.data.train} holds {len(prompts)}")
+    raise UserError(f"{count} prompts are wanted, but {source} holds {len(prompts)}")
   return [prompts[i] for i in np.random.default_rng(c.seed).permutation(len(prompts))[:count]]
 
 
@@ -75,7 +72,7 @@ def collect(c, lengths: tuple[int, ...], count: int) -> tuple[list[list[Rollout]
     c.quality.fit, c.quality.inputs, c.prune.rule = "ridge", READ, "confidence"
     engine, width = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params), loaded.config.width
     engine.load(loaded.params, c.model.dtype)
-    decide = reader(lengths, features.width(READ, width))
+    decide = reader(lengths, READ, width)
     sampling, grading = assemble.sampling(c, loaded, c.rollout.temperature), assemble.grading(c, loaded, grader)
     steps, size = [], c.rollout.prompts
     with tqdm(total=count * c.rollout.group_size, desc="rollouts", unit="response") as bar:
@@ -88,12 +85,13 @@ def collect(c, lengths: tuple[int, ...], count: int) -> tuple[list[list[Rollout]
   return steps, width
 
 
-def reader(lengths: tuple[int, ...], size: int):
-  """A decision that keeps everybody and brings home what a linear head would read."""
+def reader(lengths: tuple[int, ...], inputs: tuple[str, ...], width: int):
+  """A decision that keeps everybody and brings home what a linear head would read: `inputs` of a model of that width."""
+  size = features.width(inputs, width)
   head, tables = linear_head.empty_head(size), prune.Calibration.empty(2)
   head, tables = jax.tree.map(lambda x: jnp.stack([x] * (len(lengths) + 1)), (head, tables))
   named = {name: getattr(head, name) for name in linear_head.NAMES}
-  return make_decide(named, tables, PruneRule(lengths, inputs=READ), False, features=True)
+  return make_decide(named, tables, PruneRule(lengths, inputs=inputs), False, features=True)
 
 
 def places(steps: list[list[Rollout]], lengths: tuple[int, ...], width: int):
@@ -168,6 +166,9 @@ SHOWN = {"published head": ("head", ("last",), None), "ridge, its input": ("ridg
 
 def plot(lines: list[dict], path: str) -> None:
   """AUC by place: offline of all prompts together and within a prompt, online within a prompt."""
+  import matplotlib  # others take only what collects from here
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
   fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
   names = list(dict.fromkeys(x["length"] for x in lines if x["part"] == "offline"))
   panels = (("offline", "auc", "offline, all prompts together"), ("offline", "auc_within", "offline, within a prompt"),

@@ -50,7 +50,8 @@ def test_votes_by_hand(monkeypatch, head):
   monkeypatch.setattr(evaluation, "generate", lambda *a, **k: (rollouts, 0.0))
   table = Calibration(jnp.array([0.0, 0.0, 0.0, 9.0]), jnp.array([9.0, 0.0, 0.0, 0.0]))
   result, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, Grading(None, None), voters=Voters(head, table))
-  assert (result["maj@5"], result["rank@5"], result["posterior@5"], result["best@5"]) == (0.0, 1.0, 1.0, 1.0)
+  assert [result[f"{rule}@5"] for rule in ("maj", "rank", "posterior", "logit", "best")] == [0.0, 1.0, 1.0, 1.0, 1.0]
+  assert result["rank@5_gain_ci"] == [1.0, 1.0] and "maj@5_gain_ci" not in result
   no_head, _ = measure(NOTHING, [None], 5, KEY, SAMPLING, Grading(None, None))
   assert no_head["maj@5"] == 0.0 and "rank@5" not in no_head
 

@@ -1,12 +1,13 @@
 """Votes and trace confidences against numbers worked by hand."""
 
 from fractions import Fraction
+import math
 
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from arrol_jax.pruning.voting import rank_weights, trace_confidence, trace_weights, vote
+from arrol_jax.pruning.voting import logit_weights, rank_weights, trace_confidence, trace_weights, vote
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -38,6 +39,19 @@ def test_rank_weights():
   # Ranks from the worst: 0, then 1 and 2 shared as 1.5, then 3; over 3.
   np.testing.assert_allclose(rank_weights([0.9, 0.5, 0.5, 0.1]), [1.0, 0.5, 0.5, 0.0])
   np.testing.assert_array_equal(rank_weights([2.0, 2.0, 2.0]), [0.5, 0.5, 0.5])
+
+
+def test_logit_weighs_by_log_odds_against_the_other_answers():
+  """With two answers log(1 + q / (1 - q)) = -log(1 - q): what counts is the chance that all traces of an answer are wrong."""
+  assert trace_weights(["a", "b", None, "a"], [0.5, 0.75, 0.9, 0.0], "logit") == pytest.approx([math.log(2), math.log(4), 0, 0])
+  sure = ["a", "b", "b"], [0.95, 0.6, 0.6]  # 0.05 < 0.4 * 0.4, but 0.95 < 0.6 + 0.6
+  assert vote(*sure, rule="logit") == "a" and vote(*sure, rule="posterior") == "b"
+  np.testing.assert_allclose(logit_weights([0.5, 0.9], 3), np.log([3, 19]))
+  assert logit_weights([1.0], 2)[0] == logit_weights([0.99], 2)[0] == pytest.approx(math.log(100))
+  # 1/2 and 0.5 are one: two answers, 0.3 against 0.6 * 0.6, then 0.5 * 0.5.
+  said, equal = ["a", "1/2", "0.5"], lambda a, b: {a, b} == {"1/2", "0.5"}
+  assert vote(said, [0.7, 0.4, 0.4], rule="logit", equal=equal) == "a"
+  assert vote(said, [0.7, 0.5, 0.5], rule="logit", equal=equal) == "1/2"
 
 
 def test_deepconf_weighs_by_confidence_and_can_keep_the_top():
@@ -89,6 +103,7 @@ def test_equivalent_answers_are_pooled():
   ((["1"], [float("nan")], "rank"), {}, "finite"),
   ((["1"], [1.5], "posterior"), {}, "probabilities"),
   ((["1"], [-0.5], "posterior"), {}, "probabilities"),
+  ((["1"], [1.5], "logit"), {}, "probabilities"),
   ((["1"], [-0.5], "deepconf"), {}, "confidences"),
   ((["1"], [0.5], "rank"), {"keep_top": 0.5}, "keep_top"),
   ((["1"], [0.5], "deepconf"), {"keep_top": 0.0}, "keep_top"),

@@ -30,7 +30,8 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
   another; ci95: half-width of accuracy's normal interval over problems; pass: share of problems with at least one right answer;
   truncated: share that hit the length limit; tokens: response tokens a problem, stopped: share of traces that were ended as
   hopeless. With several samples also the votes of `vote_accuracies` and, where all traces finished, pass@k for k = 1, 2, 4, ...
-  (the unbiased estimator), each with a bootstrap interval over problems, "..._ci".
+  (the unbiased estimator), each with a bootstrap interval over problems, "..._ci"; "..._gain_ci" is that of a vote's gain on the
+  majority, paired.
   """
   v, samples = voters, asked.samples if isinstance(asked, Asked) else asked
   decide = None
@@ -56,6 +57,8 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
     votes = vote_accuracies(rollouts, right, v, sampling.confidence is not None, grading.pattern)
     for name, values in (per_problem | votes).items():
       out |= {name: float(np.mean(values)), f"{name}_ci": bootstrap_interval(values)}
+    majority = votes.pop(f"maj@{samples}")
+    out |= {f"{name}_gain_ci": bootstrap_interval(np.subtract(values, majority)) for name, values in votes.items()}
   return out, rollouts
 
 
@@ -63,8 +66,9 @@ def vote_accuracies(rollouts: list[Rollout], right: np.ndarray, voters: Voters, 
                     pattern: str | None) -> dict[str, list[float]]:
   """By rule, whether each problem's voted answer is right, 1.0 or 0.0; right f[P,k], rollouts its P * k traces.
 
-  maj@k; with a head rank@k (the paper's rule), posterior@k (the last table's posterior of the last score), best@k (the answer
-  with the highest last score); with token confidences deepconf_mean@k, deepconf_bottom10@k, deepconf_lowest@k, deepconf_tail@k.
+  maj@k; with a head rank@k (the paper's rule), posterior@k (the last table's posterior of the last score), logit@k (its log-odds,
+  voting.logit_weights), best@k (the answer with the highest last score); with token confidences deepconf_mean@k,
+  deepconf_bottom10@k, deepconf_lowest@k, deepconf_tail@k.
   """
   samples = right.shape[1]
   answers = [None if r.pruned else extract_answer(r.text, pattern) for r in rollouts]
@@ -72,8 +76,8 @@ def vote_accuracies(rollouts: list[Rollout], right: np.ndarray, voters: Voters, 
   if voters.head is not None:
     final = np.array([r.final for r in rollouts])
     last = jax.tree.map(lambda x: jnp.atleast_2d(x)[-1], Calibration() if voters.tables is None else voters.tables)
-    scores |= {"rank": ("rank", final), "posterior": ("posterior", np.asarray(posterior(last, final))),
-               "best": ("best", final)}
+    chance = np.asarray(posterior(last, final))
+    scores |= {"rank": ("rank", final), "posterior": ("posterior", chance), "logit": ("logit", chance), "best": ("best", final)}
   if confident:
     scores |= {f"deepconf_{kind}": ("deepconf", np.array([voting.summarize_confidence(r.confidences, voters.window, kind)
                                                           for r in rollouts])) for kind in voting.CONFIDENCES}

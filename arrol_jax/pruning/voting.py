@@ -1,6 +1,6 @@
-"""Test-time voting over N finished traces of one problem: majority, by rank, by posterior, DeepConf.
+"""Test-time voting over N finished traces of one problem: majority, by rank, by posterior or its log-odds, DeepConf.
 
-Each trace gives an answer (or none) and a score; the score becomes a weight by one of four rules, weights of
+Each trace gives an answer (or none) and a score; the score becomes a weight by one of five rules, weights of
 equivalent answers are summed, and the largest sum wins. Plain NumPy on the host: a vote is over a few hundred
 strings. Also DeepConf's trace confidence, the baseline's score, from top-k log-probabilities.
 
@@ -13,7 +13,8 @@ import math
 
 import numpy as np
 
-RULES = ("majority", "rank", "posterior", "deepconf")
+RULES = ("majority", "rank", "posterior", "logit", "deepconf")
+SUREST = 0.99  # posterior above which the log-odds grow no more
 CONFIDENCES = ("mean", "bottom10", "lowest", "tail")
 
 
@@ -30,6 +31,7 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
       "majority": 1.
       "rank": its rank by score mapped linearly to [0, 1], see `rank_weights`; any real scores do.
       "posterior": its score, a probability of being correct.
+      "logit": the log-odds of such a probability against the vote's other answers, see `logit_weights`.
       "deepconf": its score, a trace confidence >= 0, see `trace_confidence`.
     equal: equal(a, b) -> bool, whether two answers are the same; an equivalence. An answer is compared with
       the first of each pool, in order of appearance. Default: equality of the strings without surrounding
@@ -46,12 +48,13 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   if not voters:
     return None
-  weights = _weights(None if scores is None else [scores[i] for i in voters], len(voters), rule)
-  ballots = list(zip([answers[i] for i in voters], weights))
+  pools = _pools([answers[i] for i in voters], equal)
+  weights = _weights(None if scores is None else [scores[i] for i in voters], pools, rule)
+  ballots = list(zip([answers[i] for i in voters], pools, weights, strict=True))
   if keep_top is not None:
     last = sorted(weights, reverse=True)[_ceil_share(keep_top, len(weights)) - 1]
-    ballots = [(answer, weight) for answer, weight in ballots if weight >= last]
-  return _winner(ballots, equal)
+    ballots = [ballot for ballot in ballots if ballot[2] >= last]
+  return _winner(ballots)
 
 
 def _check(answers, scores, rule):
@@ -67,30 +70,31 @@ def _check(answers, scores, rule):
 
 def trace_weights(answers, scores=None, rule="majority"):
   """What each trace weighs in `vote`, list of floats, 0 for one without an answer. These arguments and their errors are those of
-  `vote`."""
+  `vote`, without `equal`: for rule "logit" answers are the same where their texts are."""
   _check(answers, scores, rule)
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   out = [0.0] * len(answers)
   if voters:
-    weights = _weights(None if scores is None else [scores[i] for i in voters], len(voters), rule)
+    pools = _pools([answers[i] for i in voters], None)
+    weights = _weights(None if scores is None else [scores[i] for i in voters], pools, rule)
     for i, weight in zip(voters, weights, strict=True):
       out[i] = weight
   return out
 
 
-def _weights(scores, count, rule):
-  """One weight per voting trace, list of `count` floats; checks that the scores fit the rule."""
+def _weights(scores, pools, rule):
+  """One weight per voting trace, list of floats; pools: the number of each one's answer. Checks that the scores fit the rule."""
   if rule == "majority":
-    return [1.0] * count
+    return [1.0] * len(pools)
   scores = np.asarray(scores, np.float64)
   if not np.all(np.isfinite(scores)):
     raise ValueError("scores must be finite")
   if rule == "rank":
     return rank_weights(scores).tolist()
-  if np.any(scores < 0.0) or (rule == "posterior" and np.any(scores > 1.0)):
-    wanted = "probabilities in [0, 1]" if rule == "posterior" else "confidences >= 0"
+  if np.any(scores < 0.0) or (rule != "deepconf" and np.any(scores > 1.0)):
+    wanted = "confidences >= 0" if rule == "deepconf" else "probabilities in [0, 1]"
     raise ValueError(f"rule {rule!r} wants {wanted}, got scores from {scores.min():g} to {scores.max():g}")
-  return scores.tolist()
+  return (logit_weights(scores, max(pools) + 1) if rule == "logit" else scores).tolist()
 
 
 def rank_weights(scores):
@@ -107,28 +111,46 @@ def rank_weights(scores):
   return mean_rank[which] / (len(scores) - 1)
 
 
+def logit_weights(posteriors, answers):
+  """log(1 + (K - 1) q / (1 - q)) of posteriors q, for K different answers.
+
+  Were traces independent, and wrong ones spread evenly over the K - 1 other answers, then the answer with the largest sum of
+  log((K - 1) q / (1 - q)) would be the likeliest. The 1 keeps a weight above 0, where such a sum would turn against its answer; q
+  counts as SUREST at most. Args: posteriors f64[N] in [0, 1]; answers: K >= 1. Returns: f64[N].
+  """
+  q = np.minimum(np.asarray(posteriors, np.float64), SUREST)
+  return np.log1p(max(answers - 1, 1) * q / (1.0 - q))
+
+
 def _ceil_share(share, count):
   """ceil(share * count), at least 1, where a product like 0.07 * 100 = 7.000000000000001 counts as 7."""
   return max(1, math.ceil(share * count - 1e-9))
 
 
-def _winner(ballots, equal):
-  """First answer of the pool with the largest weight; ballots: (answer, weight) in order of appearance."""
-  pools = {}  # stripped text -> index into `first` and `sums`; spares `equal` for texts already seen
-  first, sums = [], []
-  for answer, weight in ballots:
+def _pools(answers, equal):
+  """The number of each answer among the different ones, in order of appearance."""
+  pools, first, out = {}, [], []  # pools: stripped text -> number; spares `equal` for texts already seen
+  for answer in answers:
     text = answer.strip()
     if text not in pools:
       same = (i for i, other in enumerate(first) if equal is not None and equal(other, answer))
       pools[text] = next(same, len(first))
       if pools[text] == len(first):
         first.append(answer)
-        sums.append([])
-    sums[pools[text]].append(weight)
-  totals = [math.fsum(pool) for pool in sums]
+    out.append(pools[text])
+  return out
+
+
+def _winner(ballots):
+  """First answer of the pool with the largest weight; ballots: (answer, pool, weight) in order of appearance."""
+  first, sums = {}, {}
+  for answer, pool, weight in ballots:
+    first.setdefault(pool, answer)
+    sums.setdefault(pool, []).append(weight)
+  totals = {pool: math.fsum(weights) for pool, weights in sums.items()}
   # Sums equal but for float rounding are a tie: 0.1 + 0.2 must not beat 0.3.
-  highest = max(totals)
-  return next(a for a, total in zip(first, totals) if math.isclose(total, highest, rel_tol=1e-12))
+  highest = max(totals.values())
+  return next(first[pool] for pool, total in totals.items() if math.isclose(total, highest, rel_tol=1e-12))
 
 
 def trace_confidence(logprobs_topk, window=2048, kind="mean"):

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-RATES = ("maj", "rank", "posterior", "best", "deepconf_mean", "deepconf_bottom10", "deepconf_lowest", "deepconf_tail", "pass")
+RATES = ("maj", "rank", "posterior", "logit", "best", "deepconf_mean", "deepconf_bottom10", "deepconf_lowest", "deepconf_tail",
+         "pass")
 
 
 def table(results: Iterable[tuple[str, dict]]) -> list[list[str]]:

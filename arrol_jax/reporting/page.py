@@ -160,8 +160,8 @@ def evaluation_tables(run: RunFolder) -> str:
   votes, note = evaluations.votes(rows), '<p class="note">± is half of a 95% interval over problems.</p>'
   return html_table(evaluations.table(rows)) + note + (
     "<h3>Votes over a problem's samples</h3>" + html_table(votes) +
-    '<p class="note">maj counts answers; rank and posterior weigh them by the quality head; best takes the answer with the '
-    "highest score; pass@k: one of k samples is right.</p>" if votes else "")
+    '<p class="note">maj counts answers; rank, posterior and logit weigh them by the quality head; best takes the answer '
+    "with the highest score; pass@k: one of k samples is right.</p>" if votes else "")
 
 
 def html_table(rows: list[list[str]]) -> str:
