@@ -15,8 +15,8 @@ chosen    the choice on test problems: accuracy, gain on the majority and on the
           problems, paired
 after     the same of variants that were not chosen, looked at afterwards, so that the best of them flatters: all weights with the
           chosen head, all heads with the chosen weights and with rank, what ships, DeepConf's, the policy's own head
-          chosen head, all heads with the chosen weights and rank, what ships, DeepConf's, the policy's own head
-          it of the traces that vote
+head      AUC of each head's score at the last token, out of fold and on test problems: of all traces, within a problem, and
+          there of the traces that vote
 size      gain on test problems of the chosen pair and of what ships, fitted on fewer training traces; means over up to REPEATS
           draws of problems
 OUT/votes.png shows chosen, after and size.
