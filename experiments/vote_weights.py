@@ -185,7 +185,7 @@ def own_head(tested: Tested):
   if own is not None:
     logit, q = own[..., 0], own[..., 1]
     scale = float(np.std(logit - logit.mean(axis=1, keepdims=True))) or 1.0
-    for rule in ("rank", "posterior", "logit", "best"):
+    for rule in (name for name in tested.rules if name != "majority" and not name.startswith("levelled")):
       yield {"part": "after", "head": "the policy's own", "rule": rule} | tested.vote(Known(logit / scale, q, q), rule)
     yield {"part": "head", "head": "the policy's own"} | aucs(logit, tested.part)
 
@@ -240,12 +240,15 @@ def plot(lines: list[dict], path: str) -> None:
     mine = [x for x in lines if x["part"] == "size" and (x["head"], x["rule"]) == name]
     axes[1].errorbar([x["size"] for x in mine], [100 * x["gain"] for x in mine], bars(mine), marker="o", capsize=3,
                      label=f"{name[1]}\n{name[0]}")
+  ticks = sorted({x["size"] for x in lines if x["part"] == "size"})
   axes[1].set(xlabel="training traces", ylabel="points over the majority, test problems", xscale="log")
-  axes[1].legend(fontsize=7)
+  axes[1].set_xticks(ticks, ticks)
+  axes[1].minorticks_off()
+  axes[1].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
   for axis, line in zip(axes, ("axvline", "axhline"), strict=True):
     getattr(axis, line)(0, color="grey", linewidth=0.8)
   fig.tight_layout()
-  fig.savefig(path, dpi=90)
+  fig.savefig(path, dpi=90, bbox_inches="tight")
   plt.close(fig)
 
 
