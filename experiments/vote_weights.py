@@ -15,8 +15,8 @@ chosen    the choice on test problems: accuracy, gain on the majority and on the
           problems, paired
 after     the same of variants that were not chosen, looked at afterwards, so that the best of them flatters: all weights with the
           chosen head, all heads with the chosen weights and with rank, what ships, DeepConf's, the policy's own head
-          chosen head, all heads with the chosen weights and rank, what ships, DeepConf's, the policy's own head
-          it of the traces that vote
+head      AUC of each head's score at the last token, out of fold and on test problems: of all traces, within a problem, and
+          there of the traces that vote
 size      gain on test problems of the chosen pair and of what ships, fitted on fewer training traces; means over up to REPEATS
           draws of problems
 OUT/votes.png shows chosen, after and size.
@@ -185,7 +185,7 @@ def own_head(tested: Tested):
   if own is not None:
     logit, q = own[..., 0], own[..., 1]
     scale = float(np.std(logit - logit.mean(axis=1, keepdims=True))) or 1.0
-    for rule in ("rank", "posterior", "logit", "best"):
+    for rule in (name for name in tested.rules if name != "majority" and not name.startswith("levelled")):
       yield {"part": "after", "head": "the policy's own", "rule": rule} | tested.vote(Known(logit / scale, q, q), rule)
     yield {"part": "head", "head": "the policy's own"} | aucs(logit, tested.part)
 
@@ -240,12 +240,15 @@ def plot(lines: list[dict], path: str) -> None:
     mine = [x for x in lines if x["part"] == "size" and (x["head"], x["rule"]) == name]
     axes[1].errorbar([x["size"] for x in mine], [100 * x["gain"] for x in mine], bars(mine), marker="o", capsize=3,
                      label=f"{name[1]}\n{name[0]}")
+  ticks = sorted({x["size"] for x in lines if x["part"] == "size"})
   axes[1].set(xlabel="training traces", ylabel="points over the majority, test problems", xscale="log")
-  axes[1].legend(fontsize=7)
+  axes[1].set_xticks(ticks, ticks)
+  axes[1].minorticks_off()
+  axes[1].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
   for axis, line in zip(axes, ("axvline", "axhline"), strict=True):
     getattr(axis, line)(0, color="grey", linewidth=0.8)
   fig.tight_layout()
-  fig.savefig(path, dpi=90)
+  fig.savefig(path, dpi=90, bbox_inches="tight")
   plt.close(fig)
 
 
