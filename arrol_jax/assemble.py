@@ -310,7 +310,7 @@ def choosing_programs(c: ConfigDict, engine: Engine, state: TrainState) -> list[
 
 
 def compute(c: ConfigDict) -> Compute:
-  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens)
+  return Compute(c.model.dtype, c.model.attention, c.model.remat, c.optim.chunk_tokens, c.model.scan_layers)
 
 
 def pack_shape(c: ConfigDict) -> PackShape:

@@ -72,6 +72,7 @@ def main():
   p.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the update's")
   p.add_argument("--decode_attention", choices=decode_attention.IMPLEMENTATIONS, default="auto", help="over the cache")
   p.add_argument("--remat", choices=transformer.REMAT, default="dots", help="what the backward pass recomputes")
+  p.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=True, help="the update scans over its layers")
   p.add_argument("--profile", default=None, help="folder for a trace of the last run")
   p.add_argument("--preset", choices=PRESETS, default=None, help="`step`: settings, lengths and rewards of a step that was run")
   if chosen := p.parse_known_args(sys.argv[1:])[0].preset:

@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
   c.model.remat = "dots"       # the backward pass recomputes "none", "dots" (all but matrix products) or "full" (least memory)
+  c.model.scan_layers = True   # the update scans over the layers; False: one by one, a sixth faster on an H100, with more memory
+                               # and a longer compilation
 
   c.model.lora = ConfigDict()  # adapters beside a frozen base, which is held in model.dtype
   c.model.lora.rank = 0        # of each; 0: none, all weights are trained

@@ -50,6 +50,13 @@ def test_the_update_is_not_counted_too_low():
   assert 1.0 < counted / measured("update_h100.jsonl", rows=128, micro_tokens=16384, chunk_tokens=4096) < 1.15
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_one_by_one_are_not_counted_too_low(scan):
+  counted = card.count(recipe(**LENGTHS, model__scan_layers=scan), BIG, 10**12).peak("update")
+  seen = measured("scan_layers_h100.jsonl", shape="qwen3-1.7b", scan_layers=scan, micro_tokens=16384)
+  assert 1.0 < counted / seen < 1.15
+
+
 @pytest.mark.parametrize("file", ["lora_h100.jsonl", "lora_h200.jsonl"])
 def test_an_adapters_step_in_24_gb_is_not_counted_too_low(file):
   """The settings of the benchmark that was given 24 GB of a larger card, and the rows that it took."""

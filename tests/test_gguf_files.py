@@ -104,7 +104,7 @@ def test_float16_file(tmp_path):
   assert np.any(got.params["embed"] != want.params["embed"])
 
 
-def test_quantised_rows_are_dequantised_before_they_are_put_in_order(tmp_path):
+def test_quantised_rows_are_dequantised_in_chunks_before_they_are_put_in_order(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   name = "blk.0.attn_q.weight"
   rows = rng.normal(size=(8, 64)).astype(np.float32)  # 2 heads of 4
@@ -122,7 +122,9 @@ def test_quantised_rows_are_dequantised_before_they_are_put_in_order(tmp_path):
   tensor = gguf_files.open_gguf(tmp_path / "m.gguf").tensors["model.layers.0.self_attn.q_proj.weight"]
   exact = gguf.quants.dequantize(gguf.quants.quantize(rows, Q8_0), Q8_0)
   assert tensor.shape == (8, 64)
-  np.testing.assert_array_equal(tensor.read(), exact)
+  for chunk in (gguf_files._CHUNK, 96, 1):  # 16 blocks at once, by threes, one by one
+    monkeypatch.setattr(gguf_files, "_CHUNK", chunk)
+    np.testing.assert_array_equal(tensor.read(), exact)
   np.testing.assert_allclose(tensor.read(), rows, atol=0.03)
 
 

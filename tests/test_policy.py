@@ -34,10 +34,11 @@ def tokens_of(c, rows=2, length=12, seed=3):
   return jnp.asarray(np.random.default_rng(seed).integers(0, c.vocab, (rows, length)), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
-def logits(c, params, tokens, remat="none"):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("remat", "scan"))
+def logits(c, params, tokens, remat="none", scan=True):
   attend = causal_attention("xla")
-  hidden, _ = transformer.forward(c, params, tokens, transformer.default_positions(tokens), attend, remat=remat)
+  hidden, _ = transformer.forward(c, params, tokens, transformer.default_positions(tokens), attend, remat=remat,
+                                  scan=scan)
   return transformer.unembed(params, hidden)
 
 
@@ -84,10 +85,10 @@ def test_a_token_sees_its_past_and_nothing_else(name):
   assert np.all(change[:6] == 0) and np.all(change[6:] > 1e-4)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 @functools.partial(jax.value_and_grad, argnums=1)
-def loss(c, params, tokens, remat):
-  logprobs = jax.nn.log_softmax(logits(c, params, tokens, remat=remat)[:, :-1])
+def loss(c, params, tokens, remat, scan=True):
+  logprobs = jax.nn.log_softmax(logits(c, params, tokens, remat=remat, scan=scan)[:, :-1])
   return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
 
 
@@ -100,10 +101,12 @@ def test_gradient_reaches_every_weight_of_every_layer(name):
       assert np.all(np.abs(g).reshape(c.layers, -1).max(axis=1) > 1e-6), path
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_neither_value_nor_gradient(remat):
+@pytest.mark.parametrize("remat, scan", [("dots", True), ("full", True), ("none", False), ("dots", False)])
+def test_neither_remat_nor_layers_one_by_one_change_value_or_gradient(remat, scan):
   c, params = make("qwen3")
-  plain, saved = loss(c, params, tokens_of(c), "none"), loss(c, params, tokens_of(c), remat)
+  plain, saved = loss(c, params, tokens_of(c), "none"), loss(c, params, tokens_of(c), remat, scan)
+  loops = loss.lower(c, params, tokens_of(c), remat, scan).as_text().count("stablehlo.while")
+  assert loops == (2 if scan else 0)  # forward and backward
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, saved)
 
 

@@ -185,13 +185,15 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
       return (np.zeros(3),)
     return step_programs.Program(name, jax.jit(lambda x: x + 1), args, {}, needs)
 
+  usual = sys.getswitchinterval()
   with step_programs.CompilingAhead([program("first"), program("second", ("first",))], mesh) as ahead:
-    assert under_way.wait(60)
+    assert under_way.wait(60) and sys.getswitchinterval() < usual  # others get their turn
     if stays:
       go.set()
       assert ahead.wait(lambda done: None) > 0
   go.set()
   failed = ahead.seconds.exception(60)
+  assert sys.getswitchinterval() == usual
   assert (begun, ahead.done) == ((["first", "second"], 2) if stays else (["first"], 1))
   assert isinstance(failed, concurrent.futures.CancelledError) != stays
 

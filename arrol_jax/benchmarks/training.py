@@ -36,12 +36,16 @@ PHASES = ("generate", "logprob", "update")
 TIMED = ("generate", "batch", "logprob", "update", "step")  # a step's seconds; the reward costs none here
 
 
+def compute(a) -> update.Compute:
+  return update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens, a.scan_layers)
+
+
 def bench_update(a, c, mesh) -> list[dict]:
   """W2: tokens a second and MFU of the update on full rows; `tokens_s` counts a prompt for each of its rollouts, `mfu` what is
   computed."""
   limits, c = ceilings(), with_lora(c, a.lora)
   state, optimizer = fresh_state(c, mesh, a.dtype)
-  u = update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens))
+  u = update.UpdateConfig(c, GRPO, compute(a))
   shape = batching.PackShape(a.prompt + a.max_new, a.micro_tokens, 1)
   rollouts = fake_rollouts(c, a, np.full(a.rows, a.max_new))
   batches, counts = batching.pack(rollouts, shape, mesh)
@@ -62,7 +66,7 @@ def bench_update(a, c, mesh) -> list[dict]:
            "floor_share": mfu(best, passes),
            "mfu_is_of": "the measured matrix rate, tokens computed", "floor": limits, "rows_trained": rows,
            "logprob_tokens_s": tokens / statistics.median(logprob), "logprob_mfu": mfu(statistics.median(logprob), 1),
-           "remat": a.remat, "micro_tokens": a.micro_tokens, "chunk_tokens": a.chunk_tokens,
+           "remat": a.remat, "scan_layers": a.scan_layers, "micro_tokens": a.micro_tokens, "chunk_tokens": a.chunk_tokens,
            "compile_s": first - best} | spread([tokens / s for s in seconds])]
 
 
@@ -80,7 +84,7 @@ def training_step(a, c, mesh, detect: int, params: dict, optimizer) -> TrainingS
   engine, _ = make_engine(a, c, mesh, min(slots, a.rows))
   return TrainingStep(engine, StepConfig(
     dtype=a.dtype, sampling=sampling, temperature=1.0, rule=PruneRule((detect,)),
-    update=update.UpdateConfig(c, GRPO, update.Compute(a.dtype, a.attention, a.remat, a.chunk_tokens)),
+    update=update.UpdateConfig(c, GRPO, compute(a)),
     shape=batching.PackShape(a.prompt + a.max_new, a.micro_tokens, a.length_buckets, a.tail_sizes),
     optimizer=optimizer))
 

@@ -27,12 +27,13 @@ from arrol_jax.types import Batch, Examples, TrainState, join
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the training programs compute: dtype of activations, attention (attention.py), remat (transformer.forward), tokens of a
-  chip in a log-prob chunk."""
+  """How the training programs compute: dtype of activations, attention (attention.py), remat and scan (transformer.forward),
+  tokens of a chip in a log-prob chunk."""
   dtype: str = "bfloat16"
   attention: str = "auto"
   remat: str = "dots"
   chunk_tokens: int = 4096
+  scan_layers: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def row_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.A
   """Log-probs of the response tokens under `params`, and the entropy there: f32[B,S] each, 0 outside the responses."""
   attend = shared_attention(u.compute.attention, batch.layout)
   hidden = transformer.forward(u.model, params, batch.tokens, batch.positions, attend, dtype=u.compute.dtype,
-                               remat=u.compute.remat)[0]
+                               remat=u.compute.remat, scan=u.compute.scan_layers)[0]
   found = token_logprobs(params, hidden, batch.tokens, batch.used, temperature, u.compute.chunk_tokens)
   return tuple(jnp.where(batch.response_mask > 0, spread(x, batch.layout), 0.0) for x in found)
 

@@ -276,11 +276,12 @@ def decoding_axes(c: PolicyConfig, weights: str | None = None) -> dict:
 
 
 def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, attend: Callable, *,
-            dtype=jnp.float32, remat: str = "none") -> tuple[jax.Array, object]:
+            dtype=jnp.float32, remat: str = "none", scan: bool = True) -> tuple[jax.Array, object]:
   """tokens, positions i32[B,S] -> hidden states after the final norm [B,S,D] and what `attend` kept, by layer.
 
   `attend(q, k, v)` is scanned over the stacked layers and what it keeps is stacked; remat says what the backward pass computes
-  again: "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory).
+  again: "none", "dots" (all but a layer's matrix products and attention's result) or "full" (whole layers, least memory). Without
+  `scan` the program has each layer by itself: what the backward pass needs is not copied into stacks and out again.
   """
   block_def, rope, x = _structure(c)[1], rope_tables(c, positions), _embed(params, tokens, dtype)
   # Once, before the scan would copy each layer's float32 weights to round them.
@@ -292,7 +293,7 @@ def forward(c: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Arr
     x, kept = nnx.merge(block_def, nnx.State(weights))(x, rope, attend, adapters)
     return constrain(x, "batch", None, None), kept
 
-  x, kept = jax.lax.scan(REMAT[remat](body), x, (layers, adapters))
+  x, kept = jax.lax.scan(REMAT[remat](body), x, (layers, adapters), unroll=not scan)
   return rms_norm(x, params["final_norm"], c.norm_eps), kept
 
 

@@ -95,6 +95,8 @@ def update(c: ConfigDict, model: PolicyConfig) -> dict[str, int]:
   out = {"activations for the backward pass": tokens * model.layers * saved * size,
          "a layer's backward pass": (tokens * (products + 3 * f + 4 * d) + 2 * rows * (2 * heads + 2 * kv)) * size,
          "logits": 3 * chunk * model.vocab * 4}
+  if not c.model.scan_layers:  # about what two shapes took more on an H100
+    out["layers one by one"] = 8 * layers + tokens * model.layers * (d + f) * size
   if not model.lora and c.model.dtype != "float32":
     out["weights in model.dtype"] = (layers + model.vocab * model.width) * size
   return out
@@ -116,7 +118,9 @@ def changes(c: ConfigDict) -> Iterator[dict]:
 def _same_training(c: ConfigDict) -> Iterator[dict]:
   """Those that leave the trained weights as they are; with none at first, which goes with another rollout.slots."""
   longest = assemble.pack_shape(c).lengths()[-1]
-  chunks = {"optim.chunk_tokens": 1024} if c.optim.chunk_tokens > 1024 else {}
+  scan = {} if c.model.scan_layers else {"model.scan_layers": True}
+  yield scan
+  chunks = scan | ({"optim.chunk_tokens": 1024} if c.optim.chunk_tokens > 1024 else {})
   yield chunks
   tokens = c.optim.micro_tokens
   while tokens > 2 * longest:

@@ -27,6 +27,8 @@ def changes(c: ConfigDict, step: Step) -> Iterator[dict]:
     if rows >= max(unit, c.rollout.group_size):
       yield {"rollout.slots": rows}
   if "training" in over:
+    if not c.model.scan_layers:
+      yield {"model.scan_layers": True}
     if c.model.remat != "full":
       yield {"model.remat": "full"}
     longest = c.rollout.max_prompt + c.rollout.max_new

@@ -315,7 +315,7 @@ def to_json(c) -> str:
 
 # What a run may go on with whatever it began with: sections, and keys that concern only memory, machines and speed.
 _FREE_SECTIONS = ("steps", "stop_seconds", "checkpoint", "log", "eval", "mesh")
-FREE = """model.attention model.remat data.folder data.tfds_dir rollout.slots rollout.attention rollout.segment
+FREE = """model.attention model.remat model.scan_layers data.folder data.tfds_dir rollout.slots rollout.attention rollout.segment
   rollout.row_buckets rollout.length_buckets optim.micro_tokens optim.chunk_tokens optim.length_buckets optim.tail_sizes
   reward.workers reward.timeout reward.memory""".split()
 

@@ -5,7 +5,9 @@ out in float32. Llama files store the rows of q and k in pairs (rotary dimension
 Left out: writing GGUF, mixtures of experts, yarn and linear rope scaling, SentencePiece tokenizers (tokenizers.py).
 """
 
+import concurrent.futures
 import functools
+import os
 from pathlib import Path
 import struct
 import sys
@@ -18,6 +20,7 @@ from arrol_jax.models.files.safetensors import Stored
 from arrol_jax.models.transformer import PolicyConfig, RopeScaling
 from arrol_jax.types import UserError
 
+_CHUNK, _THREADS = 1 << 21, 8  # values that a thread dequantises at a time; a thread holds some 30 MB of them
 ARRAY = gguf.GGUFValueType.ARRAY
 SWAPPED = ">Q" if sys.byteorder == "little" else "<Q"  # a length of the other byte order
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
@@ -126,7 +129,7 @@ def _stored(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Stored:
 
   def read() -> np.ndarray:
     try:
-      value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+      value = _dequantised(tensor)
     except NotImplementedError as e:
       raise UserError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot "
                       f"dequantise") from e
@@ -134,6 +137,30 @@ def _stored(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Stored:
     return value if heads is None else unpermute(value, heads)
 
   return Stored(path, shape, np.dtype(np.float32), read)
+
+
+def _dequantised(tensor: gguf.ReaderTensor) -> np.ndarray:
+  """All values in a row, by threads. The package goes through 16 rows at a time, for which the interpreter's lock is taken dozens
+  of times; what it is given here are rows as long as a chunk, so that few waits are left while others work (compiling ahead)."""
+  kind = tensor.tensor_type
+  if kind == gguf.GGMLQuantizationType.F32:  # which is read where it stands
+    return gguf.quants.dequantize(tensor.data, kind)
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  blocks = tensor.data.reshape(-1).view(np.uint8).reshape(-1, size)
+  out = np.empty((len(blocks), block), np.float32)
+  step = max(1, _CHUNK // block)
+
+  def read(at: int) -> None:
+    part = slice(at, at + step)
+    out[part] = gguf.quants.dequantize(blocks[part].reshape(1, -1), kind).reshape(-1, block)
+
+  list(_pool().map(read, range(0, len(blocks), step)))
+  return out
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+  return concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count()), "dequantise")
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
