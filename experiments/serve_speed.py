@@ -8,8 +8,8 @@ One process holds the model: the bare engine runs first, then the server over th
 its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
 same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
-  lone             one call after another: time to the first token, and between tokens; the bare engine's with one slot beside it: a
-                   call of one token (a prefill), a decode step, and the bound that first tokens are to keep, a prefill and 3 steps
+  lone             one call after another: time to the first token, and between tokens; beside it the bare engine with one slot:
+                   a prefill with its first token, a decode step, and a first token's bound, a prefill and three steps
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
   vote             N = 16 on the problems, also stopping early: accuracy, tokens, seconds (needs a quality head: --workdir)
 What --seconds leave no time for is said to be skipped. Nothing is downloaded.

@@ -145,8 +145,8 @@ def rates(regime: Regime) -> str:
   if not regime.tuned:
     return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
   ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
-  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of {', '.join(HEIGHTS)} on one seed that "
-          "no other run has, on training problems that were held out (regime `tuning`).")
+  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of {', '.join(HEIGHTS)} on one seed "
+          "that no other run has, on training problems that were held out (regime `tuning`).")
 
 
 def better_null(results: Results) -> str | None:

@@ -61,16 +61,16 @@ class Samples(NamedTuple):
 # ---- collecting
 
 
-def collect(c, inputs: tuple[str, ...], counts: tuple[int, int], deadline: float) -> Samples:
+def collect(c, inputs: tuple[str, ...], counts: tuple[int, int], deadline: float, skip: int = 0) -> Samples:
   """Samples of counts = (training, test) problems; no chunk is begun that would not end by `deadline` (time.monotonic).
 
-  At least a chunk of both. Raises UserError where there are fewer problems.
+  skip: so many test problems, the first that the seed draws, are left out. At least a chunk of both. Raises UserError where there are fewer problems.
   """
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:
     loaded = assemble.load(c, mesh, training=True)
     layout = parts_of(inputs, loaded.config.layers, loaded.config.width)
-    prompts = [drawn(c, loaded, n, source) for n, source in zip(counts, (c.data.train, c.data.eval), strict=True)]
+    prompts = [drawn(c, loaded, counts[0]), drawn(c, loaded, skip + counts[1], c.data.eval)[skip:]]
     c.quality.fit, c.quality.inputs, c.prune.rule = "ridge", inputs, "confidence"  # so that sampling keeps what is read
     engine = assemble.engine(c, loaded, mesh, c.rollout.max_new, loaded.params)
     engine.load(loaded.params, c.model.dtype)
@@ -192,6 +192,7 @@ def load(folder: str) -> Samples:
 
 
 FLAGS = {"prompts": ("640", "how many training problems (data.train)"), "test": ("660", "how many test problems (data.eval)"),
+         "skip": ("0", "so many test problems, the first that the seed draws, are left out: earlier samples had them"),
          "inputs": (READ, "what is read at a trace's last token: inputs of quality.fit=ridge"),
          "seconds": ("300", "no sampling is begun that would not end in so many"),
          "out": ("runs/votes", "folder for the files")}
@@ -202,16 +203,16 @@ def main():
   c, flags = configuration.parse(sys.argv, FLAGS, __doc__)
   configuration.check(c)
   try:
-    counts, seconds = (int(flags.prompts), int(flags.test)), float(flags.seconds)
+    counts, skip, seconds = (int(flags.prompts), int(flags.test)), int(flags.skip), float(flags.seconds)
   except ValueError as e:
-    raise UserError("--prompts, --test and --seconds take numbers") from e
-  if min(counts) < 1 or not seconds > 0:
-    raise UserError("--prompts, --test and --seconds: more than 0")
+    raise UserError("--prompts, --test, --skip and --seconds take numbers") from e
+  if min(counts) < 1 or not seconds > 0 or skip < 0:
+    raise UserError("--prompts, --test and --seconds: more than 0; --skip: not below it")
   if not c.data.eval:
     raise UserError("data.eval: name the test problems")
   if c.rollout.group_size < 2:
     raise UserError("rollout.group_size: a vote needs 2 traces at least")
-  samples = collect(c, tuple(flags.inputs.split(",")), counts, started + seconds)
+  samples = collect(c, tuple(flags.inputs.split(",")), counts, started + seconds, skip)
   about = {"model": os.path.basename(os.path.normpath(c.model.path)), "device": jax.devices()[0].device_kind,
            "platform": sharding.platform(), "jax": jax.__version__, "seconds": round(time.monotonic() - started, 1),
            "temperature": c.rollout.temperature, "max_new": c.rollout.max_new, "seed": c.seed,

@@ -20,6 +20,9 @@ head      AUC of each head's score at the last token, out of fold and on test pr
 size      gain on test problems of the chosen pair and of what ships, fitted on fewer training traces; means over up to REPEATS
           draws of problems
 OUT/votes.png shows chosen, after and size.
+
+To ask fresh problems (--skip of vote_samples) whether something seen afterwards holds: --choice=FILE, as choice.json, in place
+of choosing.
 """
 
 import functools
@@ -252,10 +255,25 @@ def plot(lines: list[dict], path: str) -> None:
   plt.close(fig)
 
 
+def read_choice(path: str, tried: list[Fit]) -> Choice:
+  """What OUT/choice.json holds."""
+  try:
+    with open(path) as f:
+      found = json.load(f)
+    fit = found["fit"] | {name: tuple(found["fit"][name]) for name in ("inputs", "above")}
+    choice = Choice(Fit(**fit), found["rule"], found["deepconf"], float("nan"), found["deepconf_right"])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(f"--choice={path}: {type(e).__name__}: {e}") from e
+  if choice.fit not in tried or choice.rule not in vote_rules.rules():
+    raise UserError(f"--choice={path}: {choice.rule} of {choice.fit} is nothing that is tried on these samples")
+  return choice
+
+
 def main():
   p = usage.Parser(prog="python -m experiments.vote_weights", description=__doc__.partition("\n")[0])
   p.add_argument("samples", help="folder that experiments.vote_samples wrote")
   p.add_argument("--out", default="experiments/results/votes", help="folder for the results")
+  p.add_argument("--choice", help="a file as OUT/choice.json: nothing is chosen")
   a = p.parse_args()
   samples = vote_samples.load(a.samples)
   os.makedirs(a.out, exist_ok=True)
@@ -264,9 +282,11 @@ def main():
     raise UserError(f"{len(train.votes.pools)} training problems are too few: {2 * FOLDS} at least")
   trainer = Trainer(train.samples, train.votes.pools)
   tried = vote_fits.fits(train.samples)
-  choice, found = choose(train, trainer, tried)
-  print(f"chosen of {len(found)} on {len(train.votes.pools)} training problems, {choice.right:.1%} right: {choice.rule} of "
-        f"{choice.fit}; of DeepConf's, {choice.deepconf_right:.1%}: {choice.deepconf}", flush=True)
+  given = a.choice and read_choice(a.choice, tried)
+  choice, found = choose(train, trainer, [given.fit] if given else tried)
+  choice = given._replace(right=found[given.fit, given.rule]) if given else choice
+  print(f"{'given' if given else f'chosen of {len(found)}'}, on {len(train.votes.pools)} training problems, {choice.right:.1%} "
+        f"right: {choice.rule} of {choice.fit}; of DeepConf's, {choice.deepconf_right:.1%}: {choice.deepconf}", flush=True)
   with open(f"{a.out}/choice.json", "w") as f:  # before test problems are read
     json.dump(choice._asdict() | {"fit": choice.fit._asdict()}, f, indent=1)
   about = samples.about | {"analysis": f"python -m experiments.vote_weights {shlex.join(x for x in sys.argv[1:] if x[0] == '-')}"}
