@@ -196,18 +196,19 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
   assert isinstance(failed, concurrent.futures.CancelledError) != stays
 
 
-def test_a_command_that_ends_meanwhile_does_not_wait_for_it():
+@pytest.mark.parametrize("name", ["train", "serve"])
+def test_a_command_that_ends_meanwhile_does_not_wait_for_it(name):
   """Without this a mistake in the data was told, and the process went on for as long as a program takes to compile."""
-  script = """
+  script = f"""
 import time
-from arrol_jax import train
+from arrol_jax import {name}
 from arrol_jax.engine import compile_ahead
 from arrol_jax.models.sharding import make_mesh
 from arrol_jax.types import UserError
 def main():
-  with compile_ahead.CompilingAhead([compile_ahead.Program("slow", None, lambda _: time.sleep(600), {})], make_mesh()):
+  with compile_ahead.CompilingAhead([compile_ahead.Program("slow", None, lambda _: time.sleep(600), dict())], make_mesh()):
     raise UserError("a mistake")
-train.main = main
-train.command()"""
+{name}.main = main
+{name}.command()"""
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a mistake\n")

@@ -37,8 +37,8 @@ LONGEST = 0.2         # seconds between two pieces of a trace, about, however ma
 
 class PacedRun(Run):
   """detect: response lengths at which judged rows are decided, multiples of the engine's segment; on_seat(Sequence) is called
-  when a request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends on
-  what else is being served. kept: prefixes of earlier prompts."""
+  when a request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends
+  on what else is being served. kept: prefixes of earlier prompts."""
 
   def __init__(self, engine: Engine, sampling: Sampling, detect: tuple[int, ...] = (), on_seat: Callable | None = None,
                steady: bool = False, kept: PrefixCache | None = None):
