@@ -134,7 +134,9 @@ def test_what_is_compiled_side_by_side_is_all_that_serving_needs(server, engine)
   assert compiling.seconds() == 0
 
 
-def test_the_warm_up_says_how_far_it_is(server, engine):
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_warm_up_says_how_far_it_is(server, engine, asks, monkeypatch):
+  monkeypatch.setattr(pace.programs, "asks_nobody", lambda: not asks)
   said, s = [], server.service
   warming.warm_up(lambda: pace.PacedRun(engine, s.sampling, s.detect), s.judging, said.append)
   count = len(warming.listed(pace.PacedRun(engine, s.sampling, s.detect), s.judging))

@@ -82,10 +82,10 @@ def _on_slots(run: PacedRun, judging: tuple | None, rows: int, length: int, prom
     listed.append(insert._replace(needs=(prompts, "slots" + at, "keys" + at)))
   if judging:
     listed.append(one("decide", decision.decide, lambda out: (slots(out), *judging), "slots"))
-  for told in {repr(told): told for judged in (False, True) for told in segments(run, rows, judged)}.values():
+  every = [told for judged in (False, True) for told in segments(run, rows, judged)]
+  for steps, told in {"any" if "most" in told else told["steps"]: told for told in every}.items():
     told = {"steps": e.segment, "sampling": run.sampling} | told
-    most = (told.pop("most"),) if "most" in told else ()
-    steps = f"segment of {'any' if most else told['steps']}"
+    most, steps = (told.pop("most"),) if "most" in told else (), f"segment of {steps}"
     listed.append(one(steps, programs.segment_program(int8.is_int8(e.params)), lambda out, most=most: (
       e.config, e.params, slots(out), *most), "slots", **told))
     listed += [one(f"results of {steps}{' judged' * judged}", everywhere(e.mesh), lambda out, steps=steps, judged=judged: (
