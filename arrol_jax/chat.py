@@ -52,7 +52,7 @@ def main():
   engine.start()
   sameness = Sameness() if votes > 1 else None
   try:
-    call = Call(None, limits.max_new, votes, temperature, c.rollout.top_p or 1.0)
+    call = Call(None, limits.max_new, votes, temperature, c.rollout.top_p or 1.0, judged=votes > 1)
     talk(service, Conversation(limits, c.data.chat, c.data.template, c.data.system), call, sameness)
   except BrokenPipeError:  # nobody reads on; nor shall the interpreter try to, at its end
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,6 @@ Paths: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metr
 
 from collections.abc import Callable
 import contextlib
-import functools
 import ipaddress
 import os
 import signal
@@ -20,6 +19,8 @@ from ml_collections import ConfigDict
 
 from arrol_jax import config as configuration
 from arrol_jax.assemble_service import load
+from arrol_jax.engine import compile_ahead
+from arrol_jax.running import hosts
 from arrol_jax.serving.front import Front
 from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
@@ -125,7 +126,17 @@ def _bind(host: str, port: int) -> socket.socket:
   return out
 
 
-command = functools.partial(configuration.run, main)
+def command() -> None:
+  """The whole process. One that ends before its programs are compiled does not wait for those that nobody will call."""
+  status = 0
+  try:
+    configuration.run(main)
+  except SystemExit as e:
+    status = e.code or 0
+  if compile_ahead.compiling():
+    hosts.leave(status)
+  sys.exit(status)
+
 
 if __name__ == "__main__":
   command()

@@ -1,16 +1,11 @@
 """The programs that a training step runs on the device, listed with what it gives them: to compile ahead, or for a plan.
 
-step.py calls these same functions. Nothing here runs a step: `compile_ahead` compiles before the first, plan.py for chips that
-are not there.
+step.py calls these same functions. Nothing here runs a step: engine/compile_ahead.py compiles them before the first, plan.py for
+chips that are not there.
 """
 
 from collections.abc import Callable
-import concurrent.futures
 import math
-import os
-import sys
-import threading
-import time
 from typing import NamedTuple
 
 import jax
@@ -18,6 +13,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from arrol_jax.engine import programs as decoding
+from arrol_jax.engine.compile_ahead import Program
 from arrol_jax.engine.sampling import SamplingParams
 from arrol_jax.engine.scheduler import Engine, everywhere, fold_all
 from arrol_jax.learning import batching, head_training, update
@@ -25,19 +21,6 @@ from arrol_jax.models import sharding
 from arrol_jax.pruning import decision
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState
-
-
-class Program(NamedTuple):
-  """A jitted program with what a step gives it. args(results) makes its arguments, arrays or shapes with shardings, from the
-  results of the programs that it needs, by their names."""
-  name: str
-  jitted: Callable
-  args: Callable[[dict], tuple]
-  static: dict
-  needs: tuple[str, ...] = ()
-  runs: int = 1           # a step, at most
-  unknown_trips: int = 1  # of a loop whose length the compiler does not know
-  small: bool = False     # works on a few scalars or bins
 
 
 def generation_programs(e: Engine, c: StepConfig, state: TrainState, prompts: int, group_size: int,
@@ -192,104 +175,3 @@ def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, s
       state.params["head"], state.recent, *head_training.latest(state, taught)),
       {"passes": c.passes, "optimizer": c.head_optimizer}, small=True)]
   return out
-
-
-def given(tree) -> tuple:
-  """What a program is compiled for, of its arguments: shapes, dtypes and shardings of arrays, all else itself."""
-  leaves, structure = jax.tree.flatten(tree)
-  array = lambda x: (x.shape, str(x.dtype), str(getattr(x, "sharding", None)))
-  return structure, *(array(x) if hasattr(x, "shape") else repr(x) for x in leaves)
-
-
-_COMPILING = "compiling"  # how threads that compile are called
-
-
-def compiling() -> bool:
-  """Whether threads of `compile_ahead` are at work, as after a caller has left it: the interpreter would wait for them."""
-  return any(thread.name.startswith(_COMPILING) for thread in threading.enumerate())
-
-
-def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
-                  left: threading.Event | None = None) -> float:
-  """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
-
-  report(done, of, seconds) is called as each is ready. left: once it is set, nothing more is begun, and CancelledError raised.
-  What is compiled here is found again when the step calls it.
-  """
-  start, results, begun = time.perf_counter(), {}, {}
-  tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
-
-  def one(program: Program):
-    if left and left.is_set():
-      raise concurrent.futures.CancelledError
-    with jax.set_mesh(mesh):
-      args = program.args(results)
-    key = program.jitted, given((args, program.static))
-    made = concurrent.futures.Future()
-    if (same := begun.setdefault(key, made)) is not made:  # the same by another name
-      return same.result()
-    try:
-      with jax.set_mesh(mesh):
-        with tracing:
-          lowered = program.jitted.lower(*args, **program.static)
-        compiled = lowered.compile()
-      shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-      made.set_result(jax.tree.map(shape, lowered.out_info, compiled.output_shardings))
-    except BaseException as e:
-      made.set_exception(e)
-    return made.result()
-
-  waiting, running = list(programs), {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), _COMPILING) as pool:
-    try:
-      while waiting or running:
-        ready = [p for p in waiting if all(name in results for name in p.needs)]
-        waiting = [p for p in waiting if p not in ready]
-        running |= {pool.submit(one, p): p for p in ready}
-        for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
-          results[running.pop(future).name] = future.result()
-          report and report(len(results), len(programs), time.perf_counter() - start)
-    except BaseException:  # what report raises ends it as soon as what is being compiled is done
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
-  return time.perf_counter() - start
-
-
-class CompilingAhead:
-  """`compile_ahead` in a thread, from `with` on, while the caller does other things; a caller that leaves before all are there
-  ends it as soon as what is being compiled is done; a process that ends then need not wait for that (`compiling`).
-
-  Tracing holds Python's lock. Who reads weights meanwhile needs that often and briefly, and would wait 5 ms each time (Python's
-  default) until it is let in: TURN seconds until all is compiled.
-  """
-  TURN = 0.0002
-
-  def __init__(self, programs: list[Program], mesh: Mesh):
-    self.count, self.done, self.left = len(programs), 0, threading.Event()
-    self.thread = concurrent.futures.ThreadPoolExecutor(1, _COMPILING)
-    self.seconds = self.thread.submit(self._compile, programs, mesh)
-
-  def _compile(self, programs: list[Program], mesh: Mesh) -> float:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, self.TURN))
-    try:
-      return compile_ahead(programs, mesh, self._note, self.left)
-    finally:
-      sys.setswitchinterval(before)
-
-  def _note(self, done: int, *_) -> None:
-    self.done = done
-
-  def wait(self, report: Callable) -> float:
-    """Seconds that all programs took, once they are there; report(how many are) is called several times a second until then."""
-    while not self.seconds.done():
-      concurrent.futures.wait([self.seconds], timeout=0.2)
-      report(self.done)
-    return self.seconds.result()
-
-  def __enter__(self) -> "CompilingAhead":
-    return self
-
-  def __exit__(self, *_exception) -> None:
-    self.left.set()
-    self.thread.shutdown(wait=self.seconds.done())

@@ -22,8 +22,9 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from arrol_jax import assemble, assemble_state, config as configuration, step_programs
+from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.data import problems, sources
+from arrol_jax.engine import compile_ahead
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import generation, resampling
@@ -83,7 +84,7 @@ def main():
     engine = hosts.together(lambda: assemble.engine(c, loaded, mesh, c.rollout.max_new, shapes.policy, to_come=to_come))
     engine.watch = stop.check
     compiling = hosts.Compiling()
-    programs = stack.enter_context(step_programs.CompilingAhead(assemble.programs(c, engine, config, shapes), mesh))
+    programs = stack.enter_context(compile_ahead.CompilingAhead(assemble.programs(c, engine, config, shapes), mesh))
 
     # ---- weights, problems
     hosts.together(lambda: assemble.read_weights(c, loaded, mesh, training=True))
@@ -323,7 +324,7 @@ def command() -> None:
     configuration.run(main)
   except SystemExit as e:
     status = e.code or 0
-  if step_programs.compiling():
+  if compile_ahead.compiling():
     hosts.leave(status)
   sys.exit(status)
 

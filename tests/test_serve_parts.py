@@ -19,7 +19,7 @@ from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _leas
 from arrol_jax.engine.scheduler import Request
 from arrol_jax.models import transformer
 from arrol_jax.running import hosts
-from arrol_jax.serving import pace, votes
+from arrol_jax.serving import pace, votes, warming
 from arrol_jax.serving.calls import Call, Piece
 from arrol_jax.serving.web import Access
 from arrol_jax.types import Rollout
@@ -71,7 +71,7 @@ def test_few_rows_have_short_segments_that_end_at_decisions(server):
   s = server.service
   with jax.set_mesh(s.engine.mesh):
     run = pace.PacedRun(s.engine, s.sampling, detect=(16,))
-    run.e.segment, sequences = 8, [SimpleNamespace(started=0) for _ in range(40)]
+    run.e.segment, sequences = 8, [SimpleNamespace(started=0, request=Request(0, 0, None, 1, judged=True)) for _ in range(40)]
     assert run.steps(sequences[:1]) == run.steps(sequences[:4]) == 2 and run.steps(sequences[:20]) == 8
     sequences[0].started, sequences[1].started = 10, 14
     assert run.steps(sequences[:2] + sequences[5:20]) == 2  # the second is two tokens before its decision
@@ -105,7 +105,7 @@ def test_after_the_warm_up_nothing_compiles_however_calls_come_and_go(server):
   engine = dataclasses.replace(s.engine, rows=16, row_buckets=4, length_buckets=1, prefill_rows=4)
   with jax.set_mesh(engine.mesh):
     make = lambda: pace.PacedRun(engine, s.sampling)
-    pace.warm_up(make, None, lambda text: None)
+    warming.warm_up(make, None, lambda text: None)
     assert compiling.seconds() > 0
     run, seen = make(), []
     for i, (count, tokens) in enumerate([(1, 6), (16, 9), (1, 12), (5, 3), (1, 3), (3, 8)]):

@@ -49,7 +49,8 @@ def plain(cached):
     with jax.set_mesh(s.engine.mesh):
       run = PacedRun(s.engine, s.sampling, s.detect)
       for i in range(call.n):
-        run.add(Request(seed_of(call.seed, i), 0, call.tokens, call.max_tokens, call.temperature, keep=call.stop_below))
+        run.add(Request(seed_of(call.seed, i), 0, call.tokens, call.max_tokens, call.temperature, keep=call.stop_below,
+                        judged=call.stop_below > 0))
       while run.advance(s.decide):
         pass
     done = {r.request: r for r in run.take_finished()}

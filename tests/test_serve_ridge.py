@@ -1,4 +1,7 @@
-"""A vote by a linear head that reads all there is: its score where a stop string cut a trace is that of the last token kept."""
+"""A linear head that reads all there is: its score where a stop string cut a trace is that of the last token kept, and only those
+who ask for scores pay for it."""
+
+import dataclasses
 
 from helpers_serve import PROMPT, ask, serving, with_positions
 import jax
@@ -6,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arrol_jax.engine.compile_ahead import compile_ahead
+from arrol_jax.engine.scheduler import Request
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning import features
+from arrol_jax.running import hosts
+from arrol_jax.serving import pace, warming
 
 INPUTS = ("last", "mean", "last@1/3", "mean@2/3", "prompt@2/3", "logprobs", "windows", "siblings")
 DETECT = 16
@@ -63,3 +70,74 @@ def test_hopeless_traces_end_at_the_decision(server):
   _, some = ask(server.port, base | {"stop_below": float(np.median(posterior))})
   ended = [t for t in some["vote"]["traces"] if t["finish_reason"] == "hopeless"]
   assert 0 < len(ended) < 8 and all(t["tokens"] == DETECT and t["answer"] is None for t in ended)
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------
+
+
+def decode(run, decide, judged=()):
+  """Twelve calls of 40 tokens, a few more before each of the first segments; those numbered in `judged` ask for scores. The
+  segments' steps, after how many of them there was a decision, and the rollouts."""
+  steps, decisions, sizes, rollouts, started = run.steps, [], [], [], iter(range(12))
+  run.steps = lambda live: sizes.append(steps(live)) or sizes[-1]
+  def decided(slots, lengths):
+    decisions.append(len(sizes))
+    return decide(slots, lengths)
+  for count in (2, 0, 4, 1, 0, 3, 2):
+    for i in (next(started) for _ in range(count)):
+      rollouts.append(run.add(Request(i, i, np.arange(2, 6, dtype=np.int32), 40, ignore_stop=True, judged=i in judged)).rollout)
+    run.advance(decided)
+  while run.advance(decided):
+    pass
+  return sizes, decisions, rollouts
+
+
+@pytest.fixture
+def engine(server, monkeypatch):
+  """Of 16 rows in two sizes, with segments as on a GPU."""
+  monkeypatch.setattr(pace.programs, "asks_nobody", lambda: True)
+  engine = dataclasses.replace(server.service.engine, rows=16, row_buckets=2, segment=16)
+  with jax.set_mesh(engine.mesh):
+    yield engine
+
+
+def test_only_those_who_ask_for_scores_pay_for_the_head(server, engine, monkeypatch):
+  monkeypatch.setattr(pace, "SOME", 8)  # beyond these, whole segments
+  monkeypatch.setattr(pace, "MANY", 8)
+  s = server.service
+  make = lambda detect: pace.PacedRun(engine, s.sampling, detect)
+  plain, none, texts = decode(make(()), None)
+  same, decisions, _ = decode(make((DETECT,)), s.decide)
+  assert same == plain and decisions == none == [] and plain.count(16) >= 2
+  asked, decisions, rollouts = decode(make((DETECT,)), s.decide, judged={0, 1})
+  assert asked != plain and 0 < len(decisions) < len(asked)
+  assert [len(rollouts[i].scores) for i in (0, 1)] == [1, 1] and np.isfinite([rollouts[i].final for i in (0, 1)]).all()
+  for mine, other in zip(rollouts, texts, strict=True):
+    assert mine.tokens.tolist() == other.tokens.tolist() and len(mine.tokens) == 40
+
+
+def test_what_is_compiled_side_by_side_is_all_that_serving_needs(server, engine):
+  """Every program is in the list, with the very arguments that it is called with: else it would be compiled once more."""
+  s, compiling = server.service, hosts.Compiling()
+  make = lambda: pace.PacedRun(engine, s.sampling, s.detect)
+  listed = warming.listed(make(), s.judging)
+  assert len({program.name for program in listed}) == len(listed)
+  compile_ahead(listed, engine.mesh)
+  assert compiling.seconds() > 0
+  warming.try_all(make, s.judging)
+  for judged in ((), {3, 5}):
+    run = make()
+    decode(run, s.decide, judged)
+  run.add(Request(0, 0, np.arange(2, 6, dtype=np.int32), 40, top_p=0.5))
+  run.advance(s.decide)
+  run.cancel([sequence for sequence in run.slot_to_request if sequence])
+  assert compiling.seconds() == 0
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_warm_up_says_how_far_it_is(server, engine, asks, monkeypatch):
+  monkeypatch.setattr(pace.programs, "asks_nobody", lambda: not asks)
+  said, s = [], server.service
+  warming.warm_up(lambda: pace.PacedRun(engine, s.sampling, s.detect), s.judging, said.append)
+  count = len(warming.listed(pace.PacedRun(engine, s.sampling, s.detect), s.judging))
+  assert said[-1].startswith(f"compiling: {count} of {count} programs, ")

@@ -19,7 +19,7 @@ import pytest
 from test_rollout import GROUP, KEY, PARAMS, RULE, SAMPLING, C, engine, requests
 
 from arrol_jax import plan, step, step_programs
-from arrol_jax.engine import programs
+from arrol_jax.engine import compile_ahead, programs
 from arrol_jax.learning import head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.losses import GRPO
@@ -183,10 +183,10 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
       under_way.set()
       assert go.wait(60) and set(results) == set(needs)
       return (np.zeros(3),)
-    return step_programs.Program(name, jax.jit(lambda x: x + 1), args, {}, needs)
+    return compile_ahead.Program(name, jax.jit(lambda x: x + 1), args, {}, needs)
 
   usual = sys.getswitchinterval()
-  with step_programs.CompilingAhead([program("first"), program("second", ("first",))], mesh) as ahead:
+  with compile_ahead.CompilingAhead([program("first"), program("second", ("first",))], mesh) as ahead:
     assert under_way.wait(60) and sys.getswitchinterval() < usual  # others get their turn
     if stays:
       go.set()
@@ -198,17 +198,19 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
   assert isinstance(failed, concurrent.futures.CancelledError) != stays
 
 
-def test_a_command_that_ends_meanwhile_does_not_wait_for_it():
+@pytest.mark.parametrize("name", ["train", "serve"])
+def test_a_command_that_ends_meanwhile_does_not_wait_for_it(name):
   """Without this a mistake in the data was told, and the process went on for as long as a program takes to compile."""
-  script = """
+  script = f"""
 import time
-from arrol_jax import step_programs, train
+from arrol_jax import {name}
+from arrol_jax.engine import compile_ahead
 from arrol_jax.models.sharding import make_mesh
 from arrol_jax.types import UserError
 def main():
-  with step_programs.CompilingAhead([step_programs.Program("slow", None, lambda _: time.sleep(600), {})], make_mesh()):
+  with compile_ahead.CompilingAhead([compile_ahead.Program("slow", None, lambda _: time.sleep(600), dict())], make_mesh()):
     raise UserError("a mistake")
-train.main = main
-train.command()"""
+{name}.main = main
+{name}.command()"""
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a mistake\n")

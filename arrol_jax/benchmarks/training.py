@@ -25,6 +25,7 @@ from arrol_jax.benchmarks.measuring import (
   timed,
   with_lora,
 )
+from arrol_jax.engine import compile_ahead
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.learning import batching, update
 from arrol_jax.learning.losses import GRPO
@@ -94,7 +95,7 @@ def compile_step(one: TrainingStep, state, prompts: int, group: int) -> None:
   mesh, c = one.engine.mesh, one.config
   programs = step_programs.generation_programs(one.engine, c, state, prompts, group, everything=True)
   programs += step_programs.training_programs(mesh, c, state, prompts * group, prompts * group, everything=True)
-  step_programs.compile_ahead(programs, mesh)
+  compile_ahead.compile_ahead(programs, mesh)
 
 
 def bench_step(a, c, mesh, inspect=None) -> list[dict]:

@@ -136,7 +136,7 @@ def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -
   """
   cache = []
   for old in slots.cache:
-    cache.append(take_columns(old, rows, length))
+    cache.append(take_columns(old, rows, length=length))
     jax.tree.map(lambda x: x.delete(), old)
   return take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 

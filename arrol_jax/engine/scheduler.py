@@ -37,6 +37,7 @@ class Request(NamedTuple):
   top_p: float = 1.0
   keep: float = 0.0
   ignore_stop: bool = False
+  judged: bool = False      # a server's: its decisions are asked for (serving/pace.py)
 
 
 class Decision(NamedTuple):

@@ -70,6 +70,12 @@ def make_decide(head: dict, tables: Calibration, rule: PruneRule, pruning: bool,
   return one
 
 
+def decider(given: tuple) -> Callable:
+  """`make_decide` of what `decide` is given behind the slots: one program, whether or not a row stands at a detection length. Not
+  for rules that remember earlier decisions."""
+  return lambda slots, _=None: decide(slots, *given)[:2]
+
+
 def nothing_decided(rule: PruneRule) -> jax.Array | None:
   """What `decide` knows of earlier decisions before the first, f32[2,C,R] (budget.carried_probability); None: no rule asks."""
   if rule.kind != "budget":

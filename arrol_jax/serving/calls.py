@@ -30,6 +30,7 @@ class Call(NamedTuple):
   stop: tuple[str, ...] = ()  # strings that end a trace; they are not part of its text
   stop_below: float = 0.0     # posterior below which a trace ends at a detection length; the best that decide together go on
   ignore_stop: bool = False   # stop tokens do not end a trace, only its length and `stop` do
+  judged: bool = False        # the head's scores and posteriors are wanted, as by a vote; stop_below wants them too
 
 
 class Piece(NamedTuple):

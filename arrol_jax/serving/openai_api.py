@@ -95,7 +95,7 @@ def _call(body: dict, limits: Limits, least: int) -> Call:
               fields.integer(body, "n", 1, 1, limits.max_traces), 0.0 if temperature < COARSEST else temperature,
               fields.number(body, "top_p", 1.0, 1e-6, 1.0), fields.integer(body, "seed", None, 0, 2**63 - 1),
               fields.texts(body, "stop", MAX_STOPS, MAX_STOP), fields.number(body, "stop_below", 0.0, 0.0, 1.0),
-              fields.boolean(body, "ignore_eos"))
+              fields.boolean(body, "ignore_eos"), body.get("vote") is not None)
 
 
 def _asked(body: dict, calls: tuple[Call, ...], echo: bool, chat: bool, limits: Limits) -> Asked:

@@ -1,4 +1,4 @@
-"""The engine's run at a server's pace: the first token soon, little padding, progress while compiling.
+"""The engine's run at a server's pace: the first token soon, little padding.
 
 A rollout step wants throughput: long segments, prompts prefilled many at a time at full width. A server has one caller at times:
 - while few rows live a segment is two steps, so that tokens go out as they come (`PacedRun.steps`);
@@ -6,7 +6,8 @@ A rollout step wants throughput: long segments, prompts prefilled many at a time
   has been told by then, and the call that comes in return is in it, not in the one after;
 - with many rows a trace's text goes out less often than every segment (`gap`): it costs the host by the piece;
 - a prompt, or what is new of it (prefixes.py), is prefilled at the smallest of a few widths that holds it, alone where it is so.
-Segments always end where a decision of the quality head is due. Left out: what a call is (service.py), and what a segment does
+Segments end where a decision of the quality head is due that was asked for (`Request.judged`): all others' rows pass their
+detection lengths, and while nobody asks no decision is made. Left out: what a call is (service.py), and what a segment does
 (engine/programs.py).
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 from arrol_jax.engine import programs
 from arrol_jax.engine.programs import Prefix
 from arrol_jax.engine.sampling import Sampling
-from arrol_jax.engine.scheduler import Engine, Request, Run, Sequence
+from arrol_jax.engine.scheduler import Engine, Run, Sequence
 from arrol_jax.models import sharding
 from arrol_jax.serving.prefixes import PrefixCache
 
@@ -35,9 +36,9 @@ LONGEST = 0.2         # seconds between two pieces of a trace, about, however ma
 
 
 class PacedRun(Run):
-  """detect: response lengths at which rows are decided, multiples of the engine's segment; on_seat(Sequence) is called when a
-  request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends on
-  what else is being served. kept: prefixes of earlier prompts."""
+  """detect: response lengths at which judged rows are decided, multiples of the engine's segment; on_seat(Sequence) is called
+  when a request gets its slot. steady: prompts always go alone and segments always through one program, so that neither depends
+  on what else is being served. kept: prefixes of earlier prompts."""
 
   def __init__(self, engine: Engine, sampling: Sampling, detect: tuple[int, ...] = (), on_seat: Callable | None = None,
                steady: bool = False, kept: PrefixCache | None = None):
@@ -54,7 +55,7 @@ class PacedRun(Run):
     """Steps of the next segment."""
     fresh = any(not sequence.started for sequence in live)
     most = SHORT if len(live) <= FEW else MIDDLE if len(live) <= (MANY if fresh else SOME) else self.e.segment
-    due = [length - sequence.started for sequence in live for length in self.detect]
+    due = [length - sequence.started for sequence in live if sequence.request.judged for length in self.detect]
     most = min([self.e.segment, most, *(n for n in due if n > 0)])
     return max((n for n in self.sizes if n <= most), default=most)
 
@@ -65,7 +66,8 @@ class PacedRun(Run):
       self.flying.clear()
       self.began = time.monotonic()
     self.flying.append(steps)
-    super().start_segment(decide, **self.told(steps, any(sequence.request.top_p < 1 for sequence in live)))
+    judged = any(sequence.request.judged for sequence in live)
+    super().start_segment(decide if judged else None, **self.told(steps, any(sequence.request.top_p < 1 for sequence in live)))
 
   def look(self) -> None:
     super().look()
@@ -134,8 +136,8 @@ class PacedRun(Run):
     for i, prompt in enumerate(prompts):
       tokens[i, :len(prompt)], length[i] = prompt, len(prompt)
     tokens, length = sharding.put((tokens, length), sharding.rows(self.e.mesh))
-    return _prefill(self.e.config, self.e.params, tokens, length, rows=self.e.prefill_rows, width=self.e.max_prompt,
-                    sampling=self.sampling)
+    return prefill(self.e.config, self.e.params, tokens, length, rows=self.e.prefill_rows, width=self.e.max_prompt,
+                   sampling=self.sampling)
 
 
 def gap(live: int) -> float:
@@ -149,38 +151,10 @@ def widths(max_prompt: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnames=("c", "rows", "width", "sampling"))
-def _prefill(c, params: dict, tokens: jax.Array, length: jax.Array, *, rows: int, width: int, sampling: Sampling) -> Prefix:
+def prefill(c, params: dict, tokens: jax.Array, length: jax.Array, *, rows: int, width: int, sampling: Sampling) -> Prefix:
   """programs.prefill, its result padded to `rows` prompts of `width` columns: what takes it in is compiled once."""
   out = programs.prefill(c, params, tokens, length, sampling=sampling)
   missing, columns = rows - tokens.shape[0], width - tokens.shape[1]
   pad = lambda x: jnp.pad(x, [(0, 0), (0, missing), (0, columns)] + [(0, 0)] * (x.ndim - 3))
   more = lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
   return Prefix(jax.tree.map(pad, out.cache), more(out.last_token), more(out.length), more(out.state))
-
-
-def warm_up(make: Callable[[], PacedRun], decide: Callable | None, tell: Callable[[str], None]) -> None:
-  """Compiles all that serving needs, on idle slots, and says how far it is. make() gives a fresh run."""
-  run, start = make(), time.monotonic()
-  shapes = [(rows, length) for length in run.lengths for rows in reversed(run.counts)]
-  prompt_shapes = [(count, width) for width in run.widths for count in run.prompt_counts]
-  for i, (count, width) in enumerate(prompt_shapes):
-    tell(f"compiling prompts of {width} tokens, {count} at once ({i + 1} of {len(prompt_shapes) + len(shapes)}, "
-         f"{time.monotonic() - start:.0f} s so far)")
-    jax.block_until_ready(run.prefill([np.zeros(width, np.int32)] * count, width))
-  for i, (rows, length) in enumerate(shapes):
-    tell(f"compiling {rows} rows of {length} tokens ({len(prompt_shapes) + i + 1} of {len(prompt_shapes) + len(shapes)}, "
-         f"{time.monotonic() - start:.0f} s so far)")
-    state = make()
-    state.open_slots(rows, length)
-    state.add(Request(0, 0, np.zeros(1, np.int32), 1))
-    small = rows <= next(n for n in run.counts if n >= min(MANY, run.counts[-1]))
-    sizes = state.sizes if small or state.detect else state.sizes[-1:]
-    for told in [state.told(steps) for steps in sizes] + [state.told(SHORT, top_p=True)]:
-      Run.start_segment(state, decide, **told)
-    state.assign(list(state.waiting))
-    jax.block_until_ready(state.slots)
-    for count in (n for n in run.counts if n != rows):  # calls come and go by dozens
-      state = make()
-      state.open_slots(rows, length)
-      state.take([], count, length)
-      jax.block_until_ready(state.slots)

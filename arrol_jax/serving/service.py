@@ -20,10 +20,10 @@ import numpy as np
 
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request, Sequence
-from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
+from arrol_jax.pruning.decision import NO_HEAD, Voters, decider
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration
-from arrol_jax.serving import pace
+from arrol_jax.serving import pace, warming
 from arrol_jax.serving.calls import HOPELESS, Call, Cut, Standing, Ticket, Totals, check_room, seed_of
 from arrol_jax.serving.pace import PacedRun
 from arrol_jax.serving.prefixes import PrefixCache
@@ -45,11 +45,13 @@ class Service:
                steady: bool = False, kept: PrefixCache | None = None):
     self.engine, self.sampling, self.tokenizer, self.most = engine, sampling, tokenizer, engine.rows + queue_size
     self.voters, self.head, tables = voters, voters.head, voters.tables
-    self.steady, self.kept, self.decide, self.rule, self.detect = steady, kept, None, None, ()
+    self.steady, self.kept, self.judging, self.decide, self.rule, self.detect = steady, kept, None, None, None, ()
     if self.head is not None:
       self.detect = voters.detect if tables is not None else ()
       self.rule = PruneRule(self.detect or (engine.max_new + 1,), keep=0.0, kind="threshold", floor=1, inputs=voters.inputs)
-      self.decide = make_decide(self.head, Calibration() if tables is None else tables, self.rule, tables is not None)
+      known = tables is not None
+      self.judging = self.head, tables if known else Calibration(), self.rule, np.bool_(known), False, True, None
+      self.decide = decider(self.judging)
     self.run, self.scorer = self._make_run(), Scorer(engine, sampling, self.head, self.rule)
     self.totals, self.failure = Totals(), None
     self.on_queue: Callable[[float], None] | None = None  # told how long each trace waited for a slot, in seconds
@@ -119,7 +121,7 @@ class Service:
   def warm_up(self, tell: Callable[[str], None] = lambda text: None) -> None:
     """Compiles what serving needs; tell() hears how far it is."""
     with jax.set_mesh(self.engine.mesh):
-      pace.warm_up(self._make_run, self.decide, tell)
+      warming.warm_up(self._make_run, self.judging, tell)
       self.kept and self.kept.clear()
 
   def serve(self) -> None:
@@ -177,10 +179,11 @@ class Service:
     seed = int(np.random.SeedSequence().entropy) if call.seed is None else call.seed
     group, self._calls = self._calls, (self._calls + 1) % _GROUPS
     self.totals.prompt_tokens += len(call.tokens)
+    judged = self.head is not None and (call.judged or call.stop_below > 0)
     for i in range(call.n):
       sequence = self.run.add(Request(seed_of(seed, i), group, call.tokens, call.max_tokens, call.temperature, call.top_p,
-                                      call.stop_below, call.ignore_stop))
-      self.traces[id(sequence.rollout)] = Trace(ticket, i, sequence, self.tokenizer, self.detect)
+                                      call.stop_below, call.ignore_stop, judged))
+      self.traces[id(sequence.rollout)] = Trace(ticket, i, sequence, self.tokenizer, self.detect if judged else ())
       self._since[sequence] = time.monotonic()
 
   def _seated(self, sequence: Sequence) -> None:
