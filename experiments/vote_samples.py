@@ -64,7 +64,8 @@ class Samples(NamedTuple):
 def collect(c, inputs: tuple[str, ...], counts: tuple[int, int], deadline: float, skip: int = 0) -> Samples:
   """Samples of counts = (training, test) problems; no chunk is begun that would not end by `deadline` (time.monotonic).
 
-  skip: so many test problems, the first that the seed draws, are left out. At least a chunk of both. Raises UserError where there are fewer problems.
+  skip: so many test problems, the first that the seed draws, are left out. At least a chunk of both is there. Raises UserError
+  where there are fewer problems.
   """
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:
