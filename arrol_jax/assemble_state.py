@@ -45,13 +45,18 @@ def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransform
     base, weights = loaded.params, fresh_adapters(c, loaded, mesh)
   else:
     base, weights = None, jax.tree.map(lambda x: x.copy(), loaded.params) if keep_params else loaded.params
-  head, recent, tables = fresh_head(c, loaded.config.width)
-  params = {"policy": weights, "head": jax.device_put(head, sharding.replicated(mesh))}
-  model = nothing_known(loaded.config.width) if assemble.candidates(c) > c.rollout.prompts else None
-  place = lambda x: x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.replicated(mesh))
-  # optimizer.init is not jitted: its zeros take each parameter's sharding, a jitted program's would be replicated.
-  rest = jax.tree.map(place, (optimizer.init(params), tables, jnp.zeros((), jnp.int32), recent, model))
-  return TrainState(params, *rest, base)
+  where = jax.tree.map(lambda x: x.sharding, abstract_state(c, loaded.config, mesh))
+
+  # One program: op by op it is some fifty, which take seconds to load.
+  @functools.partial(jax.jit, out_shardings=(where.params["head"], where.opt_state, where.calibration, where.step, where.recent,
+                                             where.prompts))
+  def begin(weights):
+    head, recent, tables = fresh_head(c, loaded.config.width)
+    model = nothing_known(loaded.config.width) if assemble.candidates(c) > c.rollout.prompts else None
+    return head, optimizer.init({"policy": weights, "head": head}), tables, jnp.zeros((), jnp.int32), recent, model
+
+  head, *rest = begin(weights)
+  return TrainState({"policy": weights, "head": head}, *rest, base)
 
 
 def per_chip(tree) -> int:

@@ -7,7 +7,8 @@
 One process holds the model: the bare engine runs first, then the server over the same engine, with the HTTP side in a process of
 its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
 same order, with at most --at_once of them running. A JSON line a case:
-  bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens
+  bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens, seconds of
+                   compiling by jax's own count (none is expected); the same again
   lone             one call after another: time to the first token, and between tokens; beside it the bare engine with one slot:
                    a prefill with its first token, a decode step, and a first token's bound, a prefill and three steps
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
@@ -30,6 +31,7 @@ import numpy as np
 
 from arrol_jax import assemble, config as configuration, grade, serve
 from arrol_jax.engine.scheduler import Request
+from arrol_jax.running import hosts
 from arrol_jax.serving import openai_api
 from arrol_jax.serving.calls import Call, seed_of
 from arrol_jax.serving.fields import Refused
@@ -53,7 +55,7 @@ class Bench:
   """A loaded model, and where the lines go."""
 
   def __init__(self, c, flags):
-    self.c, self.flags, self.start, self.lines = c, flags, time.monotonic(), []
+    self.c, self.flags, self.start, self.lines, self.compiling = c, flags, time.monotonic(), [], hosts.Compiling()
     self.at_once = [int(n) for n in flags.at_once.split(",")]
     self.service, self.limits = serve.load(c, flags.workdir if flags["workdir"].present else None, 4 * max(self.at_once))
     self.problems = [x for x in problems(flags.problems) if self.fits(x["problem"])]
@@ -191,11 +193,14 @@ def waits(replies: list[dict]) -> dict:
 
 def throughput(b: Bench, port: int, case: str, at_once: int, alone: float | None = None) -> None:
   bodies = b.bodies(at_once * int(b.flags.calls))
+  b.compiling.seconds()
   ask(port, bodies[:at_once], at_once)  # warm
+  warm = b.compiling.seconds()
   replies, seconds = ask(port, bodies, at_once)
   speed = sum(reply["tokens"] for reply in replies) / seconds
   share = {"of_bare": speed / alone} if alone else {}
-  b.tell(case, at_once=at_once, calls=len(bodies), tokens_s=speed, **share, **waits(replies))
+  b.tell(case, at_once=at_once, calls=len(bodies), seconds=seconds, tokens_s=speed, **share, **waits(replies),
+         compiled_before_s=warm, compiled_s=b.compiling.seconds())
 
 
 def steady(b: Bench) -> None:
@@ -246,8 +251,9 @@ def main():
   with serving(b.service, b.limits) as port:
     replies, _ = ask(port, b.bodies(FEW), 1)
     b.tell("lone", calls=FEW, **waits(replies[1:]), **bound)
-    for at_once in b.at_once:
-      b.late("served") or throughput(b, port, "served", at_once, speed[at_once])
+    for case in ("served", "served again"):  # the first calls after the start are slower
+      for at_once in b.at_once:
+        b.late(case) or throughput(b, port, case, at_once, speed[at_once])
   b.late("deterministic") or steady(b)
   if not b.late("vote"):
     with serving(Service(b.service.engine, b.service.sampling, b.service.tokenizer, 256, b.service.voters), b.limits) as port:
