@@ -32,6 +32,6 @@ def get_config():
   c.prune.half_life = 1024.0   # the tiny policy moves fast: old scores say little about new ones
   c.optim.lr = 5e-5
   c.optim.head_lr = 1e-2
-  c.optim.micro_tokens = 2048
+  c.optim.micro_tokens = 1024
   c.checkpoint.every = 10
   return c
