@@ -5,6 +5,7 @@ import math
 
 from helpers_update import (
   BATCH,
+  COMPUTE,
   EXAMPLES,
   KL,
   LENGTH,
@@ -157,8 +158,9 @@ def test_a_mean_over_rows_counts_rows_that_are_there():
   assert gradients(cut)[1]["policy_loss"] == pytest.approx(loop(GRPO, 1.0)[1]["policy_loss"], rel=2e-4)
 
 
-def test_remat_and_chunks_do_not_change_the_gradient(whole):
-  grads, _ = gradients([BATCH], config(KL, update.Compute("float32", "xla", remat="full", chunk_tokens=10**6)))
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_chunks_and_layers_one_by_one_do_not_change_the_gradient(whole, scan):
+  grads, _ = gradients([BATCH], config(KL, update.Compute("float32", "xla", "full", 10**6, scan)))
   same(grads, whole[0], 1e-5)
 
 
@@ -314,8 +316,8 @@ def test_what_has_nothing_to_learn_from_stays_while_the_other_learns(moving, bat
 # ---- meshes
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_sharded_is_unsharded(whole, shape):
+@pytest.mark.parametrize("shape, scan", [((8, 1, 1), True), ((2, 2, 2), True), ((1, 1, 8), True), ((2, 2, 2), False)])
+def test_sharded_is_unsharded(whole, shape, scan):
   """Same loss terms and gradients on eight devices as on one, up to float32 summation order."""
   mesh = sharding.make_mesh(*shape)
   bins = {8: [[b] for b in range(ROWS)], 4: [[0], [1, 2], [3, 4, 5], [6, 7]], 1: [range(ROWS)]}[shape[0] * shape[1]]
@@ -326,7 +328,8 @@ def test_sharded_is_unsharded(whole, shape):
               "head": jax.device_put(PARAMS["head"], sharding.replicated(mesh))}
     sums = update.zeros(C, params["policy"])[0]
     batches = [sharding.put(batch, sharding.rows(mesh))]
-    state, metrics = update.step(config(KL), state_of(params), batches, EXAMPLES, scalars(), SGD)
+    u = config(KL, dataclasses.replace(COMPUTE, scan_layers=scan))
+    state, metrics = update.step(u, state_of(params), batches, EXAMPLES, scalars(), SGD)
   on_a_device = lambda tree: [x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree)]
   assert on_a_device(sums) == on_a_device(params["policy"])  # not whole everywhere
   grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, state.params)

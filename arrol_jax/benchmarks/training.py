@@ -136,7 +136,8 @@ def bench_step(a, c, mesh, inspect=None) -> list[dict]:
     results[detect] = {k: statistics.median(seconds[k] for seconds, _ in runs) for k in TIMED}, runs
   slots = steps[a.detect[0]].engine.rows
   return [step_line(a, c, detect, results, slots, limits) | more | {"compile_s": compile_s, "cache": a.cache or a.dtype,
-                                                                       "weights": a.weights or a.dtype}
+                                                                       "weights": a.weights or a.dtype,
+                                                                       "scan_layers": a.scan_layers}
           for detect in a.detect]
 
 
