@@ -86,7 +86,8 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
   monkeypatch.setattr(ceiling.os, "makedirs", lambda *_, **__: None)
   for flag, word in (("--lengths=8,48", "max_new"), ("--lengths=x", "whole"), ("--prefixes=1", "prefixes"),
                      ("--prompts=9000", "holds 2000")):
-    monkeypatch.setattr(sys, "argv", ["ceiling", "--config=configs/quickstart.py", "--lengths=8", flag])
+    monkeypatch.setattr(sys, "argv", ["ceiling", "--config=configs/quickstart.py", "--lengths=8",
+                                      "--config.data.eval=nowhere.jsonl", flag])  # which is not read
     with pytest.raises(SystemExit) as e:
       ceiling.configuration.run(ceiling.main)
     err = capsys.readouterr().err

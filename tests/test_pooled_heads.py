@@ -182,7 +182,8 @@ def test_a_step_is_scored_before_it_is_learned_from(place):
 
 def command(monkeypatch, out, *flags):
   monkeypatch.setattr(sys, "argv", ["pooled_heads", "--config=configs/quickstart.py", f"--lengths={LENGTH}", "--depths=1/2",
-                                    "--prompts=64", "--heads=attention", f"--out={out}", *flags])
+                                    "--prompts=64", "--heads=attention", f"--out={out}",
+                                    "--config.data.eval=nowhere.jsonl", *flags])  # which is not read
   pooled_heads.main()
   with open(f"{out}/pooled.jsonl") as f:
     return [json.loads(x) for x in f]
