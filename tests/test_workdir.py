@@ -128,9 +128,9 @@ def test_memory_machines_and_speed_may_change(copied, done):
 def test_only_free_keys_are_free():
   same = workdir.fingerprint(parse())
   free = {"model.attention": "xla", "model.remat": "full", "model.scan_layers": False, "data.folder": "x", "data.tfds_dir": "x",
-          "rollout.slots": 3, "rollout.attention": "xla", "rollout.segment": 16, "rollout.row_buckets": 1, "rollout.length_buckets": 3,
-          "optim.micro_tokens": 1, "optim.chunk_tokens": 1, "optim.length_buckets": 3, "optim.tail_sizes": 2,
-          "reward.workers": 9, "reward.timeout": 1.5, "reward.memory": 5}
+          "rollout.slots": 3, "rollout.attention": "xla", "rollout.segment": 16, "rollout.row_buckets": 1,
+          "rollout.length_buckets": 3, "optim.micro_tokens": 1, "optim.chunk_tokens": 1, "optim.length_buckets": 3,
+          "optim.tail_sizes": 2, "reward.workers": 9, "reward.timeout": 1.5, "reward.memory": 5}
   assert set(free) == set(workdir.FREE)
   for name, value in free.items():
     assert workdir.fingerprint(parse(f"{name}={value}")) == same, name
