@@ -9,6 +9,7 @@ from pathlib import Path
 import subprocess
 import sys
 import threading
+import time
 from unittest import mock
 
 import jax
@@ -172,6 +173,25 @@ def test_nobody_else_tells_a_steps_order(path, function, uses):
   assert "update.step" not in {ast.unparse(x) for x in ast.walk(tree) if isinstance(x, ast.Attribute)}
 
 
+def quiet():
+  """Waits until nothing is left of what other tests had compiled ahead, and gives Python's usual turn."""
+  until = time.monotonic() + 60
+  while compile_ahead.compiling() and time.monotonic() < until:
+    time.sleep(0.05)
+  return sys.getswitchinterval()
+
+
+def test_turns_are_short_until_the_last_of_several_is_done():
+  """Two that overlap: the second must not take the short turns of the first for what is usual."""
+  usual, one, two = quiet(), compile_ahead.short_turns(), compile_ahead.short_turns()
+  one.__enter__()
+  two.__enter__()
+  one.__exit__(None, None, None)
+  assert sys.getswitchinterval() < usual
+  two.__exit__(None, None, None)
+  assert sys.getswitchinterval() == usual
+
+
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
   """As where a mistake is found in the weights: programs that have not begun never do."""
@@ -185,7 +205,7 @@ def test_a_caller_that_leaves_ends_what_is_compiled_meanwhile(mesh, stays):
       return (np.zeros(3),)
     return compile_ahead.Program(name, jax.jit(lambda x: x + 1), args, {}, needs)
 
-  usual = sys.getswitchinterval()
+  usual = quiet()
   with compile_ahead.CompilingAhead([program("first"), program("second", ("first",))], mesh) as ahead:
     assert under_way.wait(60) and sys.getswitchinterval() < usual  # others get their turn
     if stays:

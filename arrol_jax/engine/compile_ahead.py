@@ -4,8 +4,9 @@ A list is made from shapes alone; nothing here runs anything. Which programs the
 serving/warming.py for a server.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import concurrent.futures
+import contextlib
 import os
 import sys
 import threading
@@ -90,14 +91,31 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
   return time.perf_counter() - start
 
 
+_TURN, _turns, _usual = 0.0002, threading.Lock(), []  # seconds; the interpreter's own, once for each that is within short_turns
+
+
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+  """Threads wait at most _TURN seconds for Python's lock. Several may be within; what was usual comes back with the last."""
+  with _turns:
+    _usual.append(_usual[0] if _usual else sys.getswitchinterval())
+    sys.setswitchinterval(min(_usual[0], _TURN))
+  try:
+    yield
+  finally:
+    with _turns:
+      usual = _usual.pop()
+      if not _usual:
+        sys.setswitchinterval(usual)
+
+
 class CompilingAhead:
   """`compile_ahead` in a thread, from `with` on, while the caller does other things; a caller that leaves before all are there
   ends it as soon as what is being compiled is done; a process that ends then need not wait for that (`compiling`).
 
   Tracing holds Python's lock. Who reads weights meanwhile needs that often and briefly, and would wait 5 ms each time (Python's
-  default) until it is let in: TURN seconds until all is compiled.
+  default) until it is let in: `short_turns`.
   """
-  TURN = 0.0002
 
   def __init__(self, programs: list[Program], mesh: Mesh):
     self.count, self.done, self.left = len(programs), 0, threading.Event()
@@ -105,12 +123,8 @@ class CompilingAhead:
     self.seconds = self.thread.submit(self._compile, programs, mesh)
 
   def _compile(self, programs: list[Program], mesh: Mesh) -> float:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, self.TURN))
-    try:
+    with short_turns():
       return compile_ahead(programs, mesh, self._note, self.left)
-    finally:
-      sys.setswitchinterval(before)
 
   def _note(self, done: int, *_) -> None:
     self.done = done
