@@ -34,10 +34,10 @@ from arrol_jax.models.lora import Lora
 from arrol_jax.pruning import features
 from arrol_jax.pruning.decision import Voters
 from arrol_jax.pruning.head import inputs_of, is_linear
-from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.rule import RULES, PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
-from arrol_jax.running import checkpoint, hosts
+from arrol_jax.running import checkpoint, hosts, kept
 from arrol_jax.running.checkpoint import digest
 from arrol_jax.step import StepConfig
 from arrol_jax.types import TrainState, UserError
@@ -296,6 +296,11 @@ def programs(c: ConfigDict, engine: Engine, config: StepConfig, state: TrainStat
   if state.prompts is not None:
     out += choosing_programs(c, engine, state)
   return out + [step_programs.Program("checksums", checkpoint.checksums, lambda _: (checkpoint.plain(state),), {}, small=True)]
+
+
+def shelf(c: ConfigDict, mesh: jax.sharding.Mesh) -> kept.Shelf | None:
+  """Where a run's programs are kept; None where they are not: a rule of the user's own may be another one by the next time."""
+  return kept.shelf(mesh) if c.prune.rule in RULES else None
 
 
 def choosing_programs(c: ConfigDict, engine: Engine, state: TrainState) -> list[step_programs.Program]:

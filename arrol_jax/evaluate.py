@@ -16,6 +16,7 @@ import jax
 
 from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.data import sources
+from arrol_jax.models.files import tokenizers
 from arrol_jax.reporting import evaluations
 from arrol_jax.running import hosts
 from arrol_jax.running.workdir import finite
@@ -35,6 +36,7 @@ def main():
     raise UserError("--step names one of a run's checkpoints: give its --workdir=DIR too")
   for path in paths:
     sources.check(path, "test", c.data.folder)
+  tokenizers.import_early()  # while JAX looks for its devices
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:  # before a model is loaded for nothing
     loaded = hosts.together(lambda: assemble.load(c, mesh))
@@ -66,7 +68,7 @@ def tell(results: dict[str, dict]) -> None:
   print("\n" + "\n\n".join(evaluations.text(rows) for rows in tables if rows), file=sys.stderr, flush=True)
 
 
-command = functools.partial(configuration.run, main)
+command = functools.partial(hosts.process, functools.partial(configuration.run, main))
 
 if __name__ == "__main__":
   command()

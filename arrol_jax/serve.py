@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from arrol_jax import config as configuration
 from arrol_jax.assemble_service import load
 from arrol_jax.engine import compile_ahead
+from arrol_jax.models.files import tokenizers
 from arrol_jax.running import hosts
 from arrol_jax.serving.front import Front
 from arrol_jax.serving.web import Access
@@ -42,6 +43,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def main():
   c, flags = configuration.parse(_underscored(sys.argv), FLAGS, __doc__)
   _check(c)
+  tokenizers.import_early()
   number = {name: configuration.whole_number(name, flags[name].value, 0, most) for name, most in MOST.items()}
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])

@@ -84,7 +84,8 @@ def main():
     engine = hosts.together(lambda: assemble.engine(c, loaded, mesh, c.rollout.max_new, shapes.policy, to_come=to_come))
     engine.watch = stop.check
     compiling = hosts.Compiling()
-    programs = stack.enter_context(compile_ahead.CompilingAhead(assemble.programs(c, engine, config, shapes), mesh))
+    programs = stack.enter_context(compile_ahead.CompilingAhead(
+      assemble.programs(c, engine, config, shapes), mesh, assemble.shelf(c, mesh)))
 
     # ---- weights, problems
     hosts.together(lambda: assemble.read_weights(c, loaded, mesh, training=True))
@@ -108,7 +109,7 @@ def main():
     with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
       took = programs.wait(lambda done: bar.update(done - bar.n))
     stop.at_once = False
-    hosts.say(f"compiled {programs.count} programs in {took:.0f} s, ready after {time.time() - started:.0f} s")
+    hosts.say(f"{programs.said()} in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = held_out(state, "eval_before") if c.eval.before else {}
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")

@@ -1,7 +1,7 @@
 """Programs, listed with what they are given, and compiled side by side before any of them runs.
 
 A list is made from shapes alone; nothing here runs anything. Which programs there are: step_programs.py for a training step,
-serving/warming.py for a server.
+serving/warming.py for a server. Those that an earlier run kept whole are read in place of being compiled: kept.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+
+from arrol_jax.running.kept import Shelf
 
 
 class Program(NamedTuple):
@@ -46,11 +48,12 @@ def compiling() -> bool:
 
 
 def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None = None,
-                  left: threading.Event | None = None) -> float:
+                  left: threading.Event | None = None, shelf: Shelf | None = None) -> float:
   """Compiles all programs, side by side on the host's cores as far as they do not need each other; returns the seconds taken.
 
   report(done, of, seconds) is called as each is ready. left: once it is set, nothing more is begun, and CancelledError raised.
-  What is compiled here is found again when it is called with such arguments.
+  shelf: where programs are kept; those that are there are read. What is ready is found again when it is called with such
+  arguments.
   """
   start, results, begun = time.perf_counter(), {}, {}
   tracing = threading.Lock()  # one at a time: it holds Python's lock all the while, and others would only wait for that
@@ -66,11 +69,13 @@ def compile_ahead(programs: list[Program], mesh: Mesh, report: Callable | None =
       return same.result()
     try:
       with jax.set_mesh(mesh):
-        with tracing:
-          lowered = program.jitted.lower(*args, **program.static)
-        compiled = lowered.compile()
+        ready = shelf and shelf.load(program.jitted, args, program.static)
+        if not ready:
+          with tracing:
+            lowered = program.jitted.lower(*args, **program.static)
+          ready = shelf.compiled(lowered, program.jitted, args, program.static) if shelf else lowered.compile()
       shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-      made.set_result(jax.tree.map(shape, lowered.out_info, compiled.output_shardings))
+      made.set_result(jax.tree.map(shape, ready.out_info, ready.output_shardings))
     except BaseException as e:
       made.set_exception(e)
     return made.result()
@@ -111,20 +116,23 @@ def short_turns() -> Iterator[None]:
 
 class CompilingAhead:
   """`compile_ahead` in a thread, from `with` on, while the caller does other things; a caller that leaves before all are there
-  ends it as soon as what is being compiled is done; a process that ends then need not wait for that (`compiling`).
+  ends it as soon as what is being compiled is done; a process that ends then need not wait for that (`compiling`). What came
+  from the shelf is in use until then.
 
   Tracing holds Python's lock. Who reads weights meanwhile needs that often and briefly, and would wait 5 ms each time (Python's
   default) until it is let in: `short_turns`.
   """
 
-  def __init__(self, programs: list[Program], mesh: Mesh):
-    self.count, self.done, self.left = len(programs), 0, threading.Event()
+  def __init__(self, programs: list[Program], mesh: Mesh, shelf: Shelf | None = None):
+    self.count, self.done, self.left, self.shelf = len(programs), 0, threading.Event(), shelf
     self.thread = concurrent.futures.ThreadPoolExecutor(1, _COMPILING)
     self.seconds = self.thread.submit(self._compile, programs, mesh)
 
   def _compile(self, programs: list[Program], mesh: Mesh) -> float:
     with short_turns():
-      return compile_ahead(programs, mesh, self._note, self.left)
+      seconds = compile_ahead(programs, mesh, self._note, self.left, self.shelf)
+    self.shelf and self.shelf.tidy()
+    return seconds
 
   def _note(self, done: int, *_) -> None:
     self.done = done
@@ -136,9 +144,15 @@ class CompilingAhead:
       report(self.done)
     return self.seconds.result()
 
+  def said(self) -> str:
+    """What was done, in words."""
+    read = len(self.shelf.loaded) if self.shelf else 0
+    return f"compiled {self.count} programs" if not read else f"read {read} of {self.count} programs"
+
   def __enter__(self) -> "CompilingAhead":
     return self
 
   def __exit__(self, *_exception) -> None:
     self.left.set()
     self.thread.shutdown(wait=self.seconds.done())
+    self.shelf and self.shelf.forget()

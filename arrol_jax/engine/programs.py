@@ -22,6 +22,7 @@ from arrol_jax.models import int8, sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.layers import split_qkv
 from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.running import kept
 
 STRIDE = 8   # steps between two looks at whether any row is active
 
@@ -59,7 +60,7 @@ class Slots:
   sampling_params: SamplingParams | None = None     # where Sampling.temperature is None
 
 
-@functools.partial(jax.jit, static_argnames=("c", "rows", "length", "sampling"))
+@functools.partial(kept.jit, static_argnames=("c", "rows", "length", "sampling"))
 def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> Slots:
   """`rows` empty slots with room for `length` tokens each."""
   zeros, sums = (functools.partial(jnp.zeros, (rows,), dtype) for dtype in (jnp.int32, jnp.float32))
@@ -76,7 +77,7 @@ def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> S
                sampling_params=SamplingParams(sums(), sums(), sums(), sums()) if sampling.temperature is None else None)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "sampling"))
+@functools.partial(kept.jit, static_argnames=("c", "sampling"))
 def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array, *, sampling: Sampling) -> Prefix:
   """Runs prompts i32[P,L] (right-padded, `length` i32[P] >= 1) and keeps their keys and values."""
   attention = causal_attention("auto")
@@ -95,7 +96,7 @@ def prefill(c: PolicyConfig, params: dict, tokens: jax.Array, length: jax.Array,
   return Prefix(cache=tuple(cache), last_token=last, length=length, state=state)
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(kept.jit, donate_argnames=("slots",))
 def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_tokens: jax.Array, group: jax.Array,
            sampling_params: SamplingParams | None = None) -> Slots:
   """Puts prompt source[b] into slot b with key[b], max_tokens[b], group[b] and its `sampling_params`; a slot whose
@@ -122,7 +123,7 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_
     sampling_params=jax.tree.map(put, slots.sampling_params, sampling_params))
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(kept.jit, donate_argnames=("slots",))
 def free_resource(slots: Slots, gone: jax.Array) -> Slots:
   """Ends the rows gone bool[B], whatever they still wanted to say; their slots can be filled again."""
   return slots.replace(active=slots.active & ~gone)
@@ -141,10 +142,10 @@ def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -
   return take_rest(slots.replace(cache=()), rows, valid, length).replace(cache=tuple(cache))
 
 
-take_columns = jax.jit(kv_cache.take, static_argnames=("length",))
+take_columns = kept.jit(kv_cache.take, static_argnames=("length",))
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
+@functools.partial(kept.jit, static_argnames=("length",))
 def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> Slots:
   rest = jax.tree.map(lambda x: x[rows], slots)
   # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist. It is a copy of another
@@ -248,6 +249,6 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   return slots, *said
 
 
-_jit = functools.partial(jax.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
+_jit = functools.partial(kept.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))
 segment = _jit(_generate)
 _segment_int8 = _jit(_generate, compiler_options={"xla_gpu_enable_triton_gemm": True})

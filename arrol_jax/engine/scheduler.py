@@ -24,6 +24,7 @@ from arrol_jax.engine.programs import Slots
 from arrol_jax.engine.sampling import Sampling, SamplingParams
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.running import kept
 from arrol_jax.types import Rollout
 
 
@@ -163,7 +164,8 @@ class Engine:
 @functools.lru_cache(maxsize=8)
 def _to_decode(c: PolicyConfig, treedef, leaves: tuple, dtype: str, weights: str | None):
   out = jax.tree.unflatten(treedef, leaves)
-  return jax.jit(lambda params: transformer.decoding_params(c, params, dtype, weights), out_shardings=out)
+  return kept.jit(lambda params: transformer.decoding_params(c, params, dtype, weights),
+                  also=(c, treedef, leaves, dtype, weights), out_shardings=out)
 
 
 @dataclasses.dataclass(eq=False)  # two of them are never the same one
@@ -385,7 +387,7 @@ def _up(n: int, unit: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def everywhere(mesh: jax.sharding.Mesh):
-  return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=sharding.replicated(mesh))
+  return kept.jit(lambda tree: jax.tree.map(jnp.copy, tree), also=(mesh,), out_shardings=sharding.replicated(mesh))
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import numpy as np
 from arrol_jax.learning import ridge
 from arrol_jax.pruning import linear_head
 from arrol_jax.pruning.budget import choose_prompts
+from arrol_jax.running import kept
 from arrol_jax.types import Rollout
 
 
@@ -31,7 +32,7 @@ def nothing_known(width: int) -> PromptModel:
   return PromptModel(own(ridge.empty(width, False)), own(linear_head.empty_head(width, False)))
 
 
-@jax.jit
+@kept.jit
 def choose(model: PromptModel, states: jax.Array, count: jax.Array, explore: jax.Array, key: jax.Array) -> tuple:
   """Which of P prompts with states f32[P,D] to roll out, bool[P], `count` of them, and their predicted success f32[P].
 
@@ -41,7 +42,7 @@ def choose(model: PromptModel, states: jax.Array, count: jax.Array, explore: jax
   return choose_prompts(q, count, explore, key), q
 
 
-@functools.partial(jax.jit, static_argnames=("half_life",))
+@functools.partial(kept.jit, static_argnames=("half_life",))
 def fit(model: PromptModel, states, reward, weight, strength, started, half_life: float | None) -> PromptModel:
   """`learn`, of each prompt's share of successes f32[P] and how many rollouts this stands for f32[P]."""
   sums = ridge.add(model.sums, states, reward, weight, jnp.arange(states.shape[0], dtype=jnp.int32), half_life, started)

@@ -18,6 +18,7 @@ from arrol_jax.learning.losses import binary_cross_entropy
 from arrol_jax.pruning import linear_head
 from arrol_jax.pruning.head import Features, empty_features, quality_logit
 from arrol_jax.pruning.table import Calibration, update
+from arrol_jax.running import kept
 from arrol_jax.types import Examples, Rollout, TrainState
 
 
@@ -52,7 +53,7 @@ def table_rows(tables: Calibration, kept: list[Rollout], started: int, weigh: tu
   return score, reward, weight, np.float32(started)
 
 
-@jax.jit
+@kept.jit
 def update_tables(tables: Calibration, score: jax.Array, reward: jax.Array, weight: jax.Array, started: jax.Array,
                   half_life: jax.Array | None) -> Calibration:
   """The tables with `table_rows`; what is there first counts 0.5 ** (started / half_life)."""
@@ -71,7 +72,7 @@ def no_linear(width: int, decisions: int, center: bool) -> tuple[dict, ridge.Rid
   return {"within": named["between"]} | named, stack(ridge.empty(width, center))
 
 
-@functools.partial(jax.jit, donate_argnames=("sums",), static_argnames=("half_life",))
+@functools.partial(kept.jit, donate_argnames=("sums",), static_argnames=("half_life",))
 def fit_linear(sums: ridge.Ridge, features: jax.Array, reward: jax.Array, weight: jax.Array, prompt: jax.Array,
                strength: jax.Array, half_life: float | None, started: jax.Array) -> tuple[dict, ridge.Ridge]:
   """The linear head after `batching.linear_examples`, and its sums: one closed-form fit a decision (METHOD 10.3).
@@ -121,7 +122,7 @@ def no_recent(head: dict, width: int, size: int, optimizer: optax.GradientTransf
                 jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32), jnp.int32(0), optimizer.init(head))
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("recent",))
+@functools.partial(kept.jit, static_argnames=("optimizer",), donate_argnames=("recent",))
 def refit(head: dict, recent: Recent, features: Features, reward: jax.Array, weight: jax.Array, *, passes: int | jax.Array,
           optimizer: optax.GradientTransformation) -> tuple[dict, Recent]:
   """Adds n <= R features (reward, weight f32[n]; weight 0 adds nothing) and takes `passes` full-batch steps on the ring."""

@@ -22,6 +22,7 @@ from arrol_jax.models.sharding import constrain
 from arrol_jax.models.sharing import shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.pruning.head import is_linear, quality_logit
+from arrol_jax.running import kept
 from arrol_jax.types import Batch, Examples, TrainState, join
 
 
@@ -55,7 +56,7 @@ def row_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.A
   return tuple(jnp.where(batch.response_mask > 0, spread(x, batch.layout), 0.0) for x in found)
 
 
-@functools.partial(jax.jit, static_argnames=("u",))
+@functools.partial(kept.jit, static_argnames=("u",))
 def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> jax.Array:
   """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the responses."""
   return row_logprobs(u, params, batch, temperature)[0]
@@ -87,7 +88,7 @@ SCALARS = ("tokens", "rows", "trained", "temperature")
 METRICS = ("policy_loss", "kl", "entropy", "clip_frac", "logprob_gap")
 
 
-@functools.partial(jax.jit, static_argnames=("u",), donate_argnames=("grads", "metrics"))
+@functools.partial(kept.jit, static_argnames=("u",), donate_argnames=("grads", "metrics"))
 def accumulate(u: UpdateConfig, params: dict, grads: dict, metrics: dict, batch: Batch, scalars: dict,
                base: dict | None = None) -> tuple[dict, dict]:
   """Adds one micro-batch's gradients and metrics to the sums so far. base: frozen weights beside which `params` are adapters."""
@@ -100,7 +101,7 @@ def _pin(c: PolicyConfig, grads: dict) -> dict:
   return jax.tree.map(lambda x, axes: constrain(x, *axes), grads, transformer.trained_axes(c))
 
 
-@functools.partial(jax.jit, static_argnames=("c",))
+@functools.partial(kept.jit, static_argnames=("c",))
 def zeros(c: PolicyConfig, params: dict) -> tuple[dict, dict]:
   """Empty sums for `accumulate`."""
   return _pin(c, jax.tree.map(jnp.zeros_like, params)), {name: jnp.zeros((), jnp.float32) for name in METRICS}
@@ -114,7 +115,7 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
   return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
+@functools.partial(kept.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
 def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, head_weight: float,
           optimizer: optax.GradientTransformation, decay: float = 1.0) -> tuple[TrainState, dict]:
   """One optax step over policy and head; metrics {"head_loss", "grad_norm": the policy's, before clipping}, f32[] each.
@@ -133,7 +134,7 @@ def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, 
   return state, {"head_loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
-norm_of = jax.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
+norm_of = kept.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
 
 
 SCHEDULES = ("constant", "linear", "cosine")

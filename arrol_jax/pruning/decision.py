@@ -33,6 +33,7 @@ from arrol_jax.pruning.rule import (
   survival_with_floor,
 )
 from arrol_jax.pruning.table import Calibration
+from arrol_jax.running import kept
 
 PAST = 512  # decisions at a boundary that are remembered
 # Folded into a request's key for its draws (downward, one a decision) and for being held out; token n uses n.
@@ -91,7 +92,7 @@ def features_of(slots: Slots, head: dict) -> Features:
                   jnp.stack([slots.logprob_sum / count, slots.logprob_min], axis=1) if "logprobs" in inputs else None)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "features", "due"), donate_argnames=("slots",))
+@functools.partial(kept.jit, static_argnames=("rule", "features", "due"), donate_argnames=("slots",))
 def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruning: jax.Array,
            features: bool, due: bool = True, past: jax.Array | None = None) -> tuple[Slots, Decision, jax.Array | None]:
   """The program behind `make_decide`: slots with the rows that go on, what was decided, and `past` with it. due False: no row

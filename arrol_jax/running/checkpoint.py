@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from arrol_jax.running import hosts
+from arrol_jax.running import hosts, kept
 from arrol_jax.types import TrainState, UserError
 
 
@@ -217,7 +217,7 @@ def digest(params: dict) -> str:
   return hashlib.sha256(json.dumps(jax.device_get(checksums(jax.tree.leaves(params))).tolist()).encode()).hexdigest()[:16]
 
 
-@jax.jit
+@kept.jit
 def checksums(leaves: list) -> jax.Array:
   """u32[N], one an array: the sum modulo 2^32 of its elements' bits, each times an odd number that its place gives.
 

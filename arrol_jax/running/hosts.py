@@ -179,9 +179,18 @@ def leave(status: int) -> None:
   os._exit(status)
 
 
-def process(run: Callable[[], None], busy: Callable[[], bool]) -> None:
+_own_process = False
+
+
+def own_process() -> bool:
+  """Whether this process is one of the package's commands, not another program's, which may have replaced parts of it."""
+  return _own_process
+
+
+def process(run: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
   """The whole process: run(), then its exit status. Threads that are still at work then (busy) are not waited for."""
-  status = 0
+  global _own_process
+  _own_process, status = True, 0
   try:
     run()
   except SystemExit as e:

@@ -1,0 +1,223 @@
+"""Programs kept on disk whole: a run like one before neither traces nor compiles them.
+
+JAX's compilation cache spares compiling. Tracing and lowering are done again at each start, take longer than reading a program,
+and hold Python's lock. So what `jit` makes can have its programs from files: compile_ahead.py loads and keeps them, in a folder
+of the compilation cache. A file's name is a hash of all that shapes its program: the function, its static arguments, what is
+known of the others, every source file of this package, versions, settings of JAX and XLA, and the devices.
+
+So nothing is kept where that is not all: with a rule of the user's own (prune.rule=MODULE.FUNCTION), and in a process that is not
+one of this package's commands, which may have replaced parts of it (`shelf`). A file is run as it stands: the folder is to be as
+safe as the user's own code. Left out: several processes, each of which would have to find what the others find.
+"""
+
+from collections.abc import Callable
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import os
+from pathlib import Path
+import pickle
+import platform
+import threading
+import time
+
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from arrol_jax.running import hosts
+
+FOLDER, DAYS = "programs", 30  # of the compilation cache; how long a file stays that nobody reads
+PACKAGES = "jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"
+ENVIRONMENT = "JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"
+
+
+class Jitted:
+  """A function under jax.jit, called as such. Calls for which a program was `put` run that; all others are jax.jit's."""
+
+  def __init__(self, function: Callable, also: tuple = (), **options):
+    """also: what `function` closes over, where that shapes its programs; options: jax.jit's, static arguments by name."""
+    self.jitted, self.also = jax.jit(function, **options), also
+    self.name = f"{function.__module__}.{function.__qualname__}"
+    names, self.static = list(inspect.signature(function).parameters), options.get("static_argnames", ())
+    self.places = {names.index(name): name for name in self.static}
+    self.options = {k: v for k, v in options.items() if k != "out_shardings"}  # which `also` tells
+    self.programs = {}
+    functools.update_wrapper(self, function)
+
+  def __call__(self, *args, **kwargs):
+    if self.programs:
+      dynamic, named, static = self.split(args, kwargs)
+      program = self.programs.get((static, given((dynamic, named))))
+      if program is not None:
+        with contextlib.suppress(TypeError, ValueError):  # what it is given is not quite what it was made for: it has not run
+          return program(*dynamic, **named)
+    return self.jitted(*args, **kwargs)
+
+  def split(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, tuple]:
+    """Positional and named arguments that are not static, and those that are by name."""
+    if not self.static:
+      return args, kwargs, ()
+    dynamic = tuple(x for i, x in enumerate(args) if i not in self.places)
+    static = {self.places[i]: x for i, x in enumerate(args) if i in self.places} | {
+      k: v for k, v in kwargs.items() if k in self.static}
+    return dynamic, {k: v for k, v in kwargs.items() if k not in self.static}, tuple(sorted(static.items()))
+
+  def put(self, args: tuple, kwargs: dict, program: jax.stages.Compiled) -> None:
+    """Calls like this one run `program` from now on."""
+    dynamic, named, static = self.split(args, kwargs)
+    self.programs[static, given((dynamic, named))] = program
+
+  def forget(self) -> None:
+    """All calls are jax.jit's again."""
+    self.programs.clear()
+
+  def __getattr__(self, name: str):
+    return getattr(self.jitted, name)  # lower, trace, ...
+
+
+jit = Jitted
+
+
+def given(tree) -> tuple:
+  """What a program is compiled for, of its arguments: their structure, shapes, dtypes and shardings."""
+  leaves, structure = jax.tree.flatten(tree)
+  return structure, *((x.shape, x.dtype, where(x)) if hasattr(x, "shape") else type(x) for x in leaves)
+
+
+def where(x) -> jax.sharding.Sharding | None:
+  """An array's sharding; None where there is one device, so that nothing depends on it."""
+  sharding = getattr(x, "sharding", None)
+  return None if sharding is None or sharding.num_devices == 1 else sharding
+
+
+def shelf(mesh: Mesh) -> "Shelf | None":
+  """Where programs for arrays on `mesh` are kept; None where they are not."""
+  cache = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+  return Shelf(Path(cache, FOLDER), mesh) if cache and hosts.own_process() and not hosts.several() else None
+
+
+# Where a program that came from JAX's cache can be written again and read. On a CPU such a file has lost its functions (jaxlib
+# 0.10.2: "NOT_FOUND: Function ..." when it runs), so what is kept there was compiled here.
+WRITES_WHAT_IT_READ = ("gpu",)
+_thread = threading.local()
+
+
+def _misses() -> int:
+  """How often this thread has compiled what JAX's cache had not."""
+  return getattr(_thread, "misses", 0)
+
+
+@functools.cache
+def _count_misses() -> None:
+  def note(event: str, **_):
+    if event == "/jax/compilation_cache/cache_misses":
+      _thread.misses = _misses() + 1
+  jax.monitoring.register_event_listener(note)
+
+
+class Shelf:
+  """Files of programs for arrays on `mesh`."""
+
+  def __init__(self, folder: Path, mesh: Mesh):
+    self.folder, self.common, self.devices, self.loaded = folder, environment(mesh), list(mesh.devices.flat), []
+    _count_misses()
+
+  def path(self, jitted: Callable, args: tuple, kwargs: dict) -> Path | None:
+    """Where the program of such a call is kept; None for one that cannot be."""
+    if not isinstance(jitted, Jitted):
+      return None
+    dynamic, named, static = jitted.split(args, kwargs)
+    text = repr((jitted.name, jitted.also, jitted.options, static, given((dynamic, named))))
+    if " at 0x" in text:  # an object that is another at each start
+      return None
+    return self.folder / hashlib.sha256((self.common + text).encode()).hexdigest()
+
+  def load(self, jitted: Callable, args: tuple, kwargs: dict) -> jax.stages.Compiled | None:
+    """The program of such a call, which such calls run from now on; None where there is none that can be read."""
+    path = self.path(jitted, args, kwargs)
+    try:
+      if path is None or not path.exists():
+        return None
+      program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=self.devices)
+      os.utime(path)
+    except Exception:  # of any kind: a torn file, one of a JAX that says the same of itself and is another
+      path.unlink(missing_ok=True)
+      return None
+    jitted.put(args, kwargs, program)
+    self.loaded.append(jitted)
+    return program
+
+  def compiled(self, lowered: jax.stages.Lowered, jitted: Callable, args: tuple, kwargs: dict) -> jax.stages.Compiled:
+    """The program of such a call, compiled, and kept where that can be."""
+    before = _misses()
+    program = lowered.compile()
+    if _misses() > before or self.devices[0].platform in WRITES_WHAT_IT_READ:
+      self.keep(jitted, args, kwargs, program)
+    return program
+
+  def keep(self, jitted: Callable, args: tuple, kwargs: dict, program: jax.stages.Compiled) -> None:
+    """Writes the program of such a call."""
+    path = self.path(jitted, args, kwargs)
+    on = {device for sharding in jax.tree.leaves(program.output_shardings) for device in sharding.device_set}
+    if path is None or on != set(self.devices):
+      return
+    with contextlib.suppress(NotImplementedError, ValueError, OSError, pickle.PicklingError):  # then it is made again next time
+      self.folder.mkdir(parents=True, exist_ok=True)
+      half = path.with_suffix(f".{os.getpid()}")
+      half.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+      half.rename(path)
+
+  def tidy(self) -> None:
+    """Removes what nobody has read for DAYS."""
+    with contextlib.suppress(OSError):
+      for path in self.folder.iterdir():
+        if path.stat().st_mtime < time.time() - 86400 * DAYS:
+          path.unlink()
+
+  def forget(self) -> None:
+    """Calls run what jax.jit has of its own again."""
+    for jitted in self.loaded:
+      jitted.forget()
+    self.loaded.clear()
+
+
+def environment(mesh: Mesh) -> str:
+  """All that shapes every program of this process."""
+  devices = [(d.id, d.platform, d.device_kind) for d in mesh.devices.flat]
+  variables = sorted((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT))
+  return repr((source(), versions(), sorted(jax.config.values.items()), variables, str(mesh), devices,
+               mesh.devices.flat[0].client.platform_version, processor() if devices[0][1] == "cpu" else ""))
+
+
+@functools.cache
+def source() -> str:
+  """A hash of this package's files."""
+  digest, package = hashlib.sha256(), Path(__file__).parents[1]
+  for path in sorted(package.rglob("*.py")):
+    digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+@functools.cache
+def versions() -> list[tuple[str, str]]:
+  found = {d.name: d.version for d in map(_distribution, PACKAGES) if d}
+  return sorted(found.items())
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+  try:
+    return importlib.metadata.distribution(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+@functools.cache
+def processor() -> str:
+  """What this machine's processor can do: programs for it are made to measure."""
+  with contextlib.suppress(OSError):
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+  return platform.processor()
