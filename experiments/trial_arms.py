@@ -221,9 +221,13 @@ def options(settings: dict) -> list[str]:
 
 def runs_of(regime: Regime) -> Iterator[Run]:
   """Seed by seed within each part of the regime's queue, so that what is there at any moment is balanced over its arms."""
+  seen = set()
   for seeds in regime.queue:
     for i in range(max(seeds.values())):
-      yield from (Run(regime, arm, regime.first + i) for arm, count in seeds.items() if i < count)
+      for run in (Run(regime, arm, regime.first + i) for arm, count in seeds.items() if i < count):
+        if run.name not in seen:  # an arm may come again with more seeds
+          seen.add(run.name)
+          yield run
 
 
 def same(settings: dict) -> dict:
