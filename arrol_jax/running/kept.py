@@ -44,13 +44,13 @@ class Jitted:
     names, self.static = list(inspect.signature(function).parameters), options.get("static_argnames", ())
     self.places = {names.index(name): name for name in self.static}
     self.options = {k: v for k, v in options.items() if k != "out_shardings"}  # which `also` tells
-    self.programs = {}
+    self.programs, self.alone = {}, True
     functools.update_wrapper(self, function)
 
   def __call__(self, *args, **kwargs):
     if self.programs:
       dynamic, named, static = self.split(args, kwargs)
-      program = self.programs.get((static, given((dynamic, named))))
+      program = self.programs.get((static, given((dynamic, named), self.alone)))
       if program is not None:
         with contextlib.suppress(TypeError, ValueError):  # what it is given is not quite what it was made for: it has not run
           return program(*dynamic, **named)
@@ -65,10 +65,10 @@ class Jitted:
       k: v for k, v in kwargs.items() if k in self.static}
     return dynamic, {k: v for k, v in kwargs.items() if k not in self.static}, tuple(sorted(static.items()))
 
-  def put(self, args: tuple, kwargs: dict, program: jax.stages.Compiled) -> None:
-    """Calls like this one run `program` from now on."""
+  def put(self, args: tuple, kwargs: dict, program: jax.stages.Compiled, alone: bool) -> None:
+    """Calls like this one run `program` from now on. alone: all programs that are put here are for one device."""
     dynamic, named, static = self.split(args, kwargs)
-    self.programs[static, given((dynamic, named))] = program
+    self.programs[static, given((dynamic, named), alone)], self.alone = program, alone
 
   def forget(self) -> None:
     """All calls are jax.jit's again."""
@@ -81,16 +81,13 @@ class Jitted:
 jit = Jitted
 
 
-def given(tree) -> tuple:
-  """What a program is compiled for, of its arguments: their structure, shapes, dtypes and shardings."""
+def given(tree, alone: bool) -> tuple:
+  """What a program is compiled for, of its arguments: their structure, shapes, dtypes, and shardings. alone: there is one device,
+  and nothing depends on the last."""
   leaves, structure = jax.tree.flatten(tree)
-  return structure, *((x.shape, x.dtype, where(x)) if hasattr(x, "shape") else type(x) for x in leaves)
-
-
-def where(x) -> jax.sharding.Sharding | None:
-  """An array's sharding; None where there is one device, so that nothing depends on it."""
-  sharding = getattr(x, "sharding", None)
-  return None if sharding is None or sharding.num_devices == 1 else sharding
+  if alone:
+    return structure, *((x.shape, x.dtype) if hasattr(x, "shape") else type(x) for x in leaves)
+  return structure, *((x.shape, x.dtype, getattr(x, "sharding", None)) if hasattr(x, "shape") else type(x) for x in leaves)
 
 
 def shelf(mesh: Mesh) -> "Shelf | None":
@@ -130,7 +127,7 @@ class Shelf:
     if not isinstance(jitted, Jitted):
       return None
     dynamic, named, static = jitted.split(args, kwargs)
-    text = repr((jitted.name, jitted.also, jitted.options, static, given((dynamic, named))))
+    text = repr((jitted.name, jitted.also, jitted.options, static, given((dynamic, named), len(self.devices) == 1)))
     if " at 0x" in text:  # an object that is another at each start
       return None
     return self.folder / hashlib.sha256((self.common + text).encode()).hexdigest()
@@ -146,7 +143,7 @@ class Shelf:
     except Exception:  # of any kind: a torn file, one of a JAX that says the same of itself and is another
       path.unlink(missing_ok=True)
       return None
-    jitted.put(args, kwargs, program)
+    jitted.put(args, kwargs, program, len(self.devices) == 1)
     self.loaded.append(jitted)
     return program
 
