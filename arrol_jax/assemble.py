@@ -3,7 +3,6 @@
 The only module besides the entry points that reads the config; everything below takes plain arguments.
 """
 
-from collections.abc import Callable
 import dataclasses
 import hashlib
 
@@ -20,7 +19,7 @@ from arrol_jax.data.problems import Prompt, digests, encode_prompts, lost
 from arrol_jax.engine.memory import slots_that_fit
 from arrol_jax.engine.sampling import Sampling, Taps
 from arrol_jax.engine.scheduler import Engine, everywhere
-from arrol_jax.learning import candidates as choosing, update
+from arrol_jax.learning import candidates as choosing, optimizers
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.evaluation import measure
 from arrol_jax.learning.generation import Asked, Grading
@@ -327,16 +326,16 @@ def key(c: ConfigDict, purpose: int, step: int = 0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), purpose), step)
 
 
-def optimizer(c: ConfigDict) -> optax.GradientTransformation:
+def optimizer(c: ConfigDict) -> optimizers.Optimizer:
   o = c.optim
   head_lr = o.head_lr if c.quality.fit == "adam" else 0.0  # the ridge has no gradient
-  return update.make_optimizer(schedule(c), head_lr, o.clip_norm, o.weight_decay, o.b1, o.b2)
+  return optimizers.Optimizer(schedule(c), head_lr, o.clip_norm, o.weight_decay, o.b1, o.b2)
 
 
-def schedule(c: ConfigDict) -> Callable:
+def schedule(c: ConfigDict) -> optimizers.RateSchedule:
   """The policy's learning rate by optimizer steps taken; where a run ends by seconds only its warm-up, see `decay`."""
   o = c.optim
-  return update.rate_schedule("constant" if c.stop_seconds else o.schedule, o.lr, o.warmup, c.steps, o.epochs * o.minibatches)
+  return optimizers.RateSchedule("constant" if c.stop_seconds else o.schedule, o.lr, o.warmup, c.steps, o.epochs * o.minibatches)
 
 
 def decay(c: ConfigDict, step: int, seconds: float) -> float:
@@ -345,7 +344,7 @@ def decay(c: ConfigDict, step: int, seconds: float) -> float:
   if not c.stop_seconds:
     return 1.0
   steps = (step - c.optim.warmup) / max(c.steps - c.optim.warmup, 1)
-  return float(update.decay(c.optim.schedule, max(seconds / c.stop_seconds, steps)))
+  return float(optimizers.decay(c.optim.schedule, max(seconds / c.stop_seconds, steps)))
 
 
 def head_optimizer(c: ConfigDict) -> optax.GradientTransformation:

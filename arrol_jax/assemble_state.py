@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import optax
 
 from arrol_jax import assemble
 from arrol_jax.learning import head_training
 from arrol_jax.learning.candidates import nothing_known
+from arrol_jax.learning.optimizers import Optimizer
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files import adapters, folders, hub
 from arrol_jax.models.files.weights import Policy
@@ -38,7 +38,7 @@ def fresh_head(c: ConfigDict, width: int) -> tuple[dict, object, Calibration]:
   return head, recent, tables
 
 
-def init_state(c: ConfigDict, loaded: Policy, optimizer: optax.GradientTransformation, mesh, keep_params: bool) -> TrainState:
+def init_state(c: ConfigDict, loaded: Policy, optimizer: Optimizer, mesh, keep_params: bool) -> TrainState:
   """Fresh head and optimizer state around the loaded policy (copied where the loaded weights are to outlive updates), or around
   fresh adapters beside it."""
   if loaded.config.lora:

@@ -21,7 +21,7 @@ from arrol_jax.config_ranges import check_ranges, need, value_of
 from arrol_jax.data import sources
 from arrol_jax.engine.decode_attention import IMPLEMENTATIONS as CACHE_ATTENTION
 from arrol_jax.learning.losses import AGGREGATES, ALGORITHMS, BASELINES, CORRECTIONS, RATIOS
-from arrol_jax.learning.update import SCHEDULES
+from arrol_jax.learning.optimizers import SCHEDULES
 from arrol_jax.models.attention import IMPLEMENTATIONS
 from arrol_jax.models.files import hub
 from arrol_jax.models.lora import MATRICES

@@ -22,6 +22,7 @@ from arrol_jax.engine.scheduler import Engine
 from arrol_jax.learning import batching, candidates, head_training, update
 from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.metrics import rollout_metrics
+from arrol_jax.learning.optimizers import Optimizer, applied_rate
 from arrol_jax.learning.update import UpdateConfig
 from arrol_jax.pruning import decision
 from arrol_jax.pruning.baselines import down_sample
@@ -38,7 +39,7 @@ class StepConfig:
   rule: PruneRule
   update: UpdateConfig
   shape: PackShape
-  optimizer: optax.GradientTransformation
+  optimizer: Optimizer
   head_optimizer: optax.GradientTransformation | None = None  # goes over the head's buffer; None: there is none
   passes: int = 0              # over the buffer
   weigh: tuple[str, ...] = ()  # where survivors count 1 / keep probability times: "table", "head", "policy"
@@ -136,7 +137,7 @@ class TrainingStep:
     clock.lap("sec_logprob", parts if self.reference or not c.update.fresh else None)
 
     # ---- 3. update
-    taken, lr = [], decay * update.applied_rate(c.schedule, state)
+    taken, lr = [], decay * applied_rate(c.schedule, state)
     for epoch in range(c.epochs):
       for i in np.random.default_rng((c.seed, now, epoch)).permutation(len(parts)) if len(parts) > 1 else (0,):
         batches, counts = parts[i]

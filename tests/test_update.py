@@ -29,7 +29,7 @@ import numpy as np
 import optax
 import pytest
 
-from arrol_jax.learning import update
+from arrol_jax.learning import optimizers, update
 from arrol_jax.learning.batching import BinShape
 from arrol_jax.learning.losses import GRPO, LossConfig
 from arrol_jax.models import sharding, transformer
@@ -220,14 +220,14 @@ def test_grad_norm_is_the_policy_gradients(whole):
 
 def test_learning_rate_warms_up():
   """By optimizer steps taken; then constant, or down to 0 at the last step. Traced and on the host alike."""
-  rates = lambda *args, **kw: [float(update.rate_schedule(*args, **kw)(s)) for s in range(6)]
+  rates = lambda *args, **kw: [float(optimizers.RateSchedule(*args, **kw)(s)) for s in range(6)]
   assert rates("constant", 8.0, 4, 6) == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
-  assert [update.rate_schedule("constant", 8.0, warmup, 6)(0) for warmup in (0, 1)] == [8.0, 8.0]
+  assert [optimizers.RateSchedule("constant", 8.0, warmup, 6)(0) for warmup in (0, 1)] == [8.0, 8.0]
   assert rates("constant", 8.0, 2, 6, per_step=2) == [4.0, 4.0, 8.0, 8.0, 8.0, 8.0]
   np.testing.assert_allclose(rates("linear", 8.0, 2, 6), [4.0, 8.0, 8.0, 6.0, 4.0, 2.0])
   np.testing.assert_allclose(rates("cosine", 8.0, 0, 4)[:5], [4 + 4 * np.cos(np.pi * s / 4) for s in range(5)], atol=1e-9)
   for name in ("constant", "linear", "cosine"):
-    rate = update.rate_schedule(name, 8.0, 2, 6)
+    rate = optimizers.RateSchedule(name, 8.0, 2, 6)
     np.testing.assert_allclose(jax.jit(jax.vmap(rate))(np.arange(6)), [rate(s) for s in range(6)], rtol=1e-6)
 
 
@@ -244,7 +244,7 @@ def adam(grads, lr, b1, b2, decay, param):
 def test_one_optimizer_step_on_both_with_their_own_rates():
   """Two steps: AdamW with warm-up and clipping on the policy, plain Adam on the head, each as written in NumPy."""
   lr, head_lr, clip, decay, b1, b2 = 1e-3, 2e-2, 0.5, 0.1, 0.8, 0.95
-  optimizer = update.make_optimizer(update.rate_schedule("constant", lr, 4, 100, 1), head_lr, clip, decay, b1, b2)
+  optimizer = optimizers.Optimizer(optimizers.RateSchedule("constant", lr, 4, 100, 1), head_lr, clip, decay, b1, b2)
   state, seen = state_of(PARAMS, optimizer), []
   for _ in range(2):
     grads, metrics = gradients([BATCH], params=jax.device_get(state.params))
@@ -276,7 +276,7 @@ def test_a_small_step_favours_rows_with_positive_advantage():
 @pytest.fixture
 def moving():
   """A state whose optimizer has momentum, and the optimizer."""
-  optimizer = update.make_optimizer(lambda count: 1e-2, 1e-2, 1.0, 0.1, 0.9, 0.999)
+  optimizer = optimizers.Optimizer(lambda count: 1e-2, 1e-2, 1.0, 0.1, 0.9, 0.999)
   return update.step(config(GRPO), state_of(PARAMS, optimizer), [BATCH], EXAMPLES, scalars(), optimizer)[0], optimizer
 
 

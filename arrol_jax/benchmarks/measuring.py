@@ -16,7 +16,7 @@ import numpy as np
 from arrol_jax.engine import kv_cache
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
-from arrol_jax.learning import update
+from arrol_jax.learning import optimizers
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.lora import Lora
 from arrol_jax.planning.rollout import lognormal_lengths
@@ -137,7 +137,7 @@ def with_lora(c: transformer.PolicyConfig, rank: int) -> transformer.PolicyConfi
 
 def fresh_state(c, mesh, dtype: str = "float32") -> tuple[TrainState, object]:
   """Random weights and an optimizer. With c.lora they are frozen, in `dtype`, and fresh adapters are trained."""
-  optimizer = update.make_optimizer(update.rate_schedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
+  optimizer = optimizers.Optimizer(optimizers.RateSchedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
   def make(init, axes):
     shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.jit(init, out_shardings=sharding.shardings(axes, shapes, mesh, sharding.TRAIN))(jax.random.key(0))

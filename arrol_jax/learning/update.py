@@ -5,7 +5,6 @@ decoded, which carry no gradient into the backbone. Micro-batches accumulate sum
 denominators, so how rows are cut into micro-batches does not change the step.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -17,6 +16,7 @@ import optax
 from arrol_jax.learning import losses
 from arrol_jax.learning.logprobs import token_logprobs
 from arrol_jax.learning.losses import LossConfig, binary_cross_entropy
+from arrol_jax.learning.optimizers import Optimizer
 from arrol_jax.models import transformer
 from arrol_jax.models.sharding import constrain
 from arrol_jax.models.sharing import shared_attention, spread
@@ -117,7 +117,7 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
 
 @functools.partial(kept.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))
 def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, head_weight: float,
-          optimizer: optax.GradientTransformation, decay: float = 1.0) -> tuple[TrainState, dict]:
+          optimizer: Optimizer, decay: float = 1.0) -> tuple[TrainState, dict]:
   """One optax step over policy and head; metrics {"head_loss", "grad_norm": the policy's, before clipping}, f32[] each.
 
   grads: the policy's; decay f32[]: what its step is multiplied with. Parameters for which there was nothing to learn from, no
@@ -137,42 +137,6 @@ def apply(state: TrainState, grads: dict, scalars: dict, examples: Examples, *, 
 norm_of = kept.jit(optax.global_norm)  # of all arrays of a tree together, f32[]
 
 
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-def decay(name: str, gone: np.ndarray | jax.Array, xp=np) -> np.ndarray | jax.Array:
-  """What is left of the learning rate when `gone` of the way is behind, 0 to 1: all of it ("constant"), or ever less, down to 0
-  at the end, linearly or by half a cosine. xp: numpy, or jax.numpy."""
-  left = 1.0 - xp.clip(gone, 0.0, 1.0)
-  return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * xp.cos(xp.pi * left)}[name]
-
-
-def rate_schedule(name: str, lr: float, warmup: int, steps: int, per_step: int = 1) -> Callable:
-  """Policy learning rate by optimizer steps taken, of which a training step has `per_step`: linear over `warmup` training steps,
-  then as `decay` has it over the rest of `steps`."""
-  def rate(count):
-    xp, step = np if isinstance(count, int) else jnp, count // per_step
-    up = xp.minimum(1.0, (step + 1) / max(warmup, 1))
-    return lr * up * decay(name, (step - warmup) / max(steps - warmup, 1), xp)
-  return rate
-
-
-def applied_rate(schedule: Callable, state: TrainState) -> float:
-  """The rate of the optimizer's next step, by the steps that it has taken."""
-  counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
-  steps = [x for path, x in counts if "policy" in jax.tree_util.keystr(path)] or [x for _, x in counts]
-  return float(schedule(int(steps[-1]))) if steps else float("nan")
-
-
-def make_optimizer(schedule: Callable, head_lr: float, clip_norm: float, weight_decay: float, b1: float,
-                   b2: float) -> optax.GradientTransformation:
-  """AdamW with a schedule and clipping for the policy, Adam with a learning rate of its own for the head."""
-  adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
-  return optax.multi_transform({"policy": optax.chain(optax.clip_by_global_norm(clip_norm), adamw),
-                                "head": optax.adam(head_lr) if head_lr else optax.set_to_zero()},
-                               {"policy": "policy", "head": "head"})
-
-
 def fill_logprobs(u: UpdateConfig, params: dict, reference: dict | None, batches: list[Batch], temperature) -> list[Batch]:
   """The batches with `old_logprobs` under `params` where a batch takes several steps, and `ref_logprobs` under `reference` where
   one is given."""
@@ -185,7 +149,7 @@ def fill_logprobs(u: UpdateConfig, params: dict, reference: dict | None, batches
 
 
 def step(u: UpdateConfig, state: TrainState, batches: list[Batch], examples: Examples, scalars: dict,
-         optimizer: optax.GradientTransformation, decay: float = 1.0) -> tuple[TrainState, dict]:
+         optimizer: Optimizer, decay: float = 1.0) -> tuple[TrainState, dict]:
   """One optimizer step on a whole batch given as micro-batches and the head's examples; metrics are device scalars. decay: see
   `apply`.
 

@@ -7,7 +7,8 @@ known of the others, every source file of this package, versions, settings of JA
 
 So nothing is kept where that is not all: with a rule of the user's own (prune.rule=MODULE.FUNCTION), and in a process that is not
 one of this package's commands, which may have replaced parts of it (`shelf`). A file is run as it stands: the folder is to be as
-safe as the user's own code. Left out: several processes, each of which would have to find what the others find.
+safe as the user's own code. Left out: several processes, each of which would have to find what the others find, and TPUs, where
+it has not been tried.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import os
 from pathlib import Path
 import pickle
 import platform
+import re
 import threading
 import time
 
@@ -93,13 +95,24 @@ def given(tree, alone: bool) -> tuple:
 def shelf(mesh: Mesh) -> "Shelf | None":
   """Where programs for arrays on `mesh` are kept; None where they are not."""
   cache = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-  return Shelf(Path(cache, FOLDER), mesh) if cache and hosts.own_process() and not hosts.several() else None
+  here = hosts.own_process() and not hosts.several() and mesh.devices.flat[0].platform in TRIED
+  return Shelf(Path(cache, FOLDER), mesh) if cache and here else None
 
 
-# Where a program that came from JAX's cache can be written again and read. On a CPU such a file has lost its functions (jaxlib
-# 0.10.2: "NOT_FOUND: Function ..." when it runs), so what is kept there was compiled here.
-WRITES_WHAT_IT_READ = ("gpu",)
+TRIED = ("cpu", "gpu")  # platforms
 _thread = threading.local()
+
+
+def _can_be_kept(lowered: jax.stages.Lowered, platform: str, made_here: bool) -> bool:
+  """Whether a program does the same when it is read in another process. made_here: it did not come from JAX's cache.
+
+  On a CPU (jaxlib 0.10.2) what came from that cache has lost its functions when it is written again ("NOT_FOUND: Function ..."),
+  and what calls LAPACK finds it only in a process that has lowered such a call: it would end with a segmentation fault.
+  """
+  if platform != "cpu":
+    return True
+  return made_here and set(re.findall(r"custom_call @(\w+)", lowered.as_text())) <= {"Sharding", "SPMDFullToShardShape",
+                                                                                     "SPMDShardToFullShape"}
 
 
 def _misses() -> int:
@@ -151,7 +164,7 @@ class Shelf:
     """The program of such a call, compiled, and kept where that can be."""
     before = _misses()
     program = lowered.compile()
-    if _misses() > before or self.devices[0].platform in WRITES_WHAT_IT_READ:
+    if _can_be_kept(lowered, self.devices[0].platform, _misses() > before):
       self.keep(jitted, args, kwargs, program)
     return program
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import secrets
 
+from arrol_jax.running.imports import without_torch
 from arrol_jax.types import UserError
 
 BACKENDS = {"jsonl": None, "tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}  # -> module
@@ -43,7 +44,8 @@ class Board:
   """TensorBoard's files in the run's folder; lines past `step` are taken back."""
 
   def __init__(self, workdir: str, step: int):
-    from tensorboardX import SummaryWriter
+    with without_torch():
+      from tensorboardX import SummaryWriter
     self.writer = SummaryWriter(f"{workdir}/tensorboard", purge_step=step + 1)
 
   def write(self, step: int, figures: dict, rollouts: list[dict]) -> None:

@@ -7,14 +7,12 @@ is looked up, never guessed: an unknown one is an error. Left out: SentencePiece
 `transformers` takes seconds to import, so it is imported where it is needed.
 """
 
-from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
-import sys
 import threading
 
-from arrol_jax.running import hosts
+from arrol_jax.running.imports import without_torch
 from arrol_jax.types import UserError
 
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type; the other kinds need nothing
@@ -39,23 +37,9 @@ _importing = threading.Lock()  # transformers puts another module in its place m
 def import_early() -> None:
   """Imports transformers in a thread, while the caller does something else. What is wrong with it is told where it is needed."""
   def work():
-    with _importing, _without_torch(), contextlib.suppress(Exception):
+    with _importing, without_torch(), contextlib.suppress(Exception):
       from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
   threading.Thread(target=work, name="import transformers").start()
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """PyTorch is as if it were not installed, in a command's process, which wants tokenizers alone. Where it is, transformers
-  imports it for its models: ten seconds of a start."""
-  hidden = hosts.own_process() and "torch" not in sys.modules
-  if hidden:
-    sys.modules["torch"] = None
-  try:
-    yield
-  finally:
-    if hidden:
-      del sys.modules["torch"]
 
 
 def load_tokenizer(folder: Path):
