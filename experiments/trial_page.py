@@ -27,6 +27,7 @@ from experiments.trial_stats import (
   mean,
   needs,
   pairs,
+  problem_noise,
   signal,
   signal_rate,
   slope,
@@ -241,6 +242,18 @@ def multiplicity(results: Results) -> list[str]:
           f"{apart(0.05 / len(tested))}."] if tested else []
 
 
+def narrow(results: Results) -> list[str]:
+  """Differences whose few pairs agree better than their problems allow: what they look like is luck."""
+  found = []
+  for a, b in {frozenset(x): x for arms in compared(results).values() for x in arms}.values():
+    for when, seconds in (("half", results.regime.half), ("full", results.regime.full)):
+      both = _pairs(results, a, b)
+      (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
+      if half < alone:
+        found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by problems alone")
+  return [f"- Narrower than held-out problems allow, by luck of few pairs (greedy): {'; '.join(found)}."] if found else []
+
+
 def notes(results: Results) -> list[str]:
   runs = [r for arm in results.there for r in results.of(arm)]
   cards = sorted({r.about["device"] for r in runs})
@@ -248,7 +261,7 @@ def notes(results: Results) -> list[str]:
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
   out += [verdict(results, arm, other) for arm in results.regime.ours if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
-  out += [*halves(results), *reach(results), *multiplicity(results)]
+  out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]
   single = [arm for arm in results.there if len(results.of(arm)) == 1]
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
   if len(cards) > 1:

@@ -110,6 +110,15 @@ def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float |
   return [x - y for x, y in each if x is not None and y is not None]
 
 
+def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
+  """Half-width of the 95% interval that held-out problems alone would give the mean difference of greedy accuracies, in points:
+  what is left if all seeds were alike, answers of a pair taken as independent (they are not quite: it is a little less)."""
+  known = [pair for pair in both if all(accuracy(r, when) is not None for r in pair)]
+  rates = [[(accuracy(r, when) / 100, r.about[when]["problems"]) for r in pair] for pair in known]
+  variances = [sum(p * (1 - p) / n for p, n in pair) for pair in rates]
+  return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
+
+
 def speedup(both: list[tuple[Found, Found]]) -> list[float]:
   """By pair: median seconds of the second's steps over the first's."""
   return [b.median("sec_step") / a.median("sec_step") for a, b in both]

@@ -28,7 +28,7 @@ def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc",
             "reward_ipw": 0.1 * i, "grad_norm": 9.0 + 2 * (i % 2), "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
            for i in range(10)]
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
-  result = lambda x: {"accuracy": x, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
+  result = lambda x: {"accuracy": x, "problems": 100, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
   (run.folder / "run.json").write_text(json.dumps({
     "regime": regime.name, "arm": arm, "seed": seed, "settings": trial_arms.same(run.settings), "pieces": [{}], "steps": 10,
     "seconds": 10.0, "commit": version[0], "code": version[1], "device": device, "half": result(accuracy / 2),
@@ -207,6 +207,19 @@ def test_an_arm_that_learns_from_half_of_what_finished_is_marked(elsewhere):
   assert "1.00 (1) of all that finished" in text and "keeps 1.63 to 2.00 (54% to 67%;" in text
   assert "max_variance learns from that half only: of what it learns from, signal a second is 0.54 to 0.67 times plain's" in text
   assert np.isnan(trial_stats.slope(trial_stats.load(CPU), "plain"))
+
+
+def test_pairs_that_agree_better_than_their_problems_allow_are_named(elsewhere):
+  found = lambda p: trial_stats.Found(None, {"full": {"accuracy": p, "problems": 100}}, [])
+  noise = trial_stats.problem_noise([(found(0.3), found(0.4)), (found(0.5), found(0.4))], "full")
+  assert noise == pytest.approx(196 * np.sqrt((0.21 + 0.24 + 0.25 + 0.24) / 100 / 2 / 2))
+  assert np.isnan(trial_stats.problem_noise([], "full"))
+  for seed, (a, b) in enumerate([(0.30, 0.40), (0.31, 0.41), (0.29, 0.391)], 1):
+    made_up("plain", seed, a)
+    made_up("budget", seed, b)
+  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
+  (line,) = trial_page.narrow(results)  # 10, 10 and 10.1 points
+  assert "budget - plain at 10 s, +10.0 ± 0.1 by seeds, ± " in line
 
 
 def test_comparisons_are_counted(elsewhere):
