@@ -30,7 +30,7 @@ from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.own_rule import own_rule
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts, shipped
+from arrol_jax.running import hosts, kept, shipped
 from arrol_jax.running.workdir import RENAMED, VALUES, fill, is_run, stored_config
 from arrol_jax.types import UserError
 
@@ -64,11 +64,14 @@ def _with_new_names(argv: list[str]) -> list[str]:
 def keep_compilations(folder: str | None) -> None:
   """What is compiled is kept in `folder` for the next start; "" for the user's cache, "none" for nowhere. The environment's
   JAX_COMPILATION_CACHE_DIR goes first."""
-  if os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder == "none":
+  given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if not given and folder == "none":
     return
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # most programs are small: together they are seconds
+  if not given:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # most programs are small: together they are seconds
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -> tuple[ConfigDict, flags.FlagValues]:
@@ -110,6 +113,8 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     if section in config and name in config[section] and isinstance(config[section][name], str):
       config[section][name] = _with_home(config[section][name])
   keep_compilations(values.compilation_cache)
+  if path and os.path.isfile(path):
+    kept.depends_on(path)
   if values.workdir is None:
     # Not `values.workdir = `: values["workdir"].present goes on telling whether the user gave one.
     values["workdir"].value = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])

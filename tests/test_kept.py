@@ -88,7 +88,7 @@ def test_what_it_is_given_is_donated_and_can_be_abstract(shelf):
   np.testing.assert_array_equal(jax.grad(lambda x: scaled(x, power=2).sum())(array())["a"], [0, 2, 4])
 
 
-@pytest.mark.parametrize("other", ["source", "setting", "variable", "version", "mesh", "function"])
+@pytest.mark.parametrize("other", ["source", "config", "setting", "variable", "version", "mesh", "function"])
 def test_a_program_is_found_only_where_all_is_the_same(shelf, monkeypatch, request, other):
   """Each of these could make another program of the same call."""
   compiled(shelf, scaled, array(), power=2)
@@ -97,7 +97,9 @@ def test_a_program_is_found_only_where_all_is_the_same(shelf, monkeypatch, reque
   assert before == files(shelf)[0] and again(mesh).path(scaled, (array(),), {"power": 2}) == before
   function = scaled
   if other == "source":
-    monkeypatch.setattr(kept, "source", lambda: "edited")
+    monkeypatch.setattr(kept, "AT_START", "edited")
+  elif other == "config":  # it may have replaced parts of the package
+    monkeypatch.setattr(kept, "_beside", ["import arrol_jax.learning.losses"])
   elif other == "setting":
     request.addfinalizer(functools.partial(jax.config.update, "jax_default_matmul_precision", None))
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -119,9 +121,9 @@ def test_the_source_is_every_file_of_the_package(tmp_path, monkeypatch):
   for name in ("step.py", "running/kept.py"):
     (package / name).write_text("x = 1\n")
   monkeypatch.setattr(kept, "__file__", str(package / "running/kept.py"))
-  before = kept.source.__wrapped__()
+  before = kept.source()
   (package / "step.py").write_text("x = 2\n")
-  assert kept.source.__wrapped__() != before == before
+  assert kept.source() != before
 
 
 def test_what_is_another_object_at_each_start_is_not_kept(shelf):
@@ -148,17 +150,40 @@ def test_on_a_cpu_what_calls_lapack_is_not_kept(shelf):
   np.testing.assert_array_equal(solve(np.eye(3, dtype=np.float32)), np.eye(3))
 
 
-def test_a_torn_file_is_made_again(shelf, tmp_path):
+@pytest.mark.parametrize("damaged", [lambda x: x[:len(x) // 2], lambda x: x[:2000] + bytes([x[2000] ^ 1]) + x[2001:],
+                                     lambda x: b""], ids=["half", "one bit", "nothing"])
+def test_a_damaged_file_is_made_again(shelf, tmp_path, damaged):
   compiled(shelf, scaled, array(), power=2)
   path, = files(shelf)
-  whole = path.stat().st_size
-  path.write_bytes(path.read_bytes()[:whole // 2])
+  whole = path.read_bytes()
+  path.write_bytes(damaged(whole))
   fresh(tmp_path / "another")
   compiled(shelf, scaled, array(), power=2)
-  assert traced == [2, 2] and not shelf.loaded and files(shelf)[0].stat().st_size > whole // 2
+  assert traced == [2, 2] and not shelf.loaded and damaged(whole) != files(shelf)[0].read_bytes()
   jax.clear_caches()
   compiled(shelf, scaled, array(), power=2)
   assert traced == [2, 2] and shelf.loaded
+
+
+def test_a_folder_that_cannot_be_written_is_read(shelf, monkeypatch):
+  """As where it is another user's: neither a file's time nor a new file can be written."""
+  compiled(shelf, scaled, array(), power=2)
+
+  def refuse(*_args, **_kwargs):
+    raise PermissionError
+
+  monkeypatch.setattr(kept.os, "utime", refuse)
+  jax.clear_caches()
+  compiled(shelf, scaled, array(), power=2)
+  assert traced == [2] and shelf.loaded and len(files(shelf)) == 1
+  monkeypatch.setattr(kept.Path, "rename", refuse)  # the last step of writing: as a full disk, nothing is left of it
+  compiled(shelf, scaled, array(), power=3)
+  assert traced == [2, 3] and len(files(shelf)) == 1
+  monkeypatch.setattr(kept.Path, "unlink", refuse)
+  files(shelf)[0].write_bytes(b"")
+  jax.clear_caches()
+  compiled(shelf, scaled, array(), power=2)
+  assert traced == [2, 3, 2]
 
 
 def test_files_that_nobody_reads_go(shelf):
@@ -181,6 +206,9 @@ def test_only_a_commands_own_process_keeps_programs(shelf, monkeypatch):
   c.prune.rule = "my_rules.mine"  # may be another function by the next time
   assert assemble.shelf(c, mesh) is None
   monkeypatch.setattr(hosts, "several", lambda: True)
+  assert kept.shelf(mesh) is None
+  monkeypatch.setattr(hosts, "several", lambda: False)
+  monkeypatch.setattr(kept, "source", lambda: "edited since the process began")
   assert kept.shelf(mesh) is None
 
 

@@ -187,10 +187,16 @@ def own_process() -> bool:
   return _own_process
 
 
+def take_process() -> None:
+  """This process is one of the package's commands from now on."""
+  global _own_process
+  _own_process = True
+
+
 def process(run: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
   """The whole process: run(), then its exit status. Threads that are still at work then (busy) are not waited for."""
-  global _own_process
-  _own_process, status = True, 0
+  take_process()
+  status = 0
   try:
     run()
   except SystemExit as e:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pickle
 import platform
 import re
+import secrets
 import threading
 import time
 
@@ -32,6 +33,7 @@ from jax.sharding import Mesh
 from arrol_jax.running import hosts
 
 FOLDER, DAYS = "programs", 30  # of the compilation cache; how long a file stays that nobody reads
+DIGEST = hashlib.sha256().digest_size
 PACKAGES = "jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"
 ENVIRONMENT = "JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"
 
@@ -96,7 +98,17 @@ def shelf(mesh: Mesh) -> "Shelf | None":
   """Where programs for arrays on `mesh` are kept; None where they are not."""
   cache = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
   here = hosts.own_process() and not hosts.several() and mesh.devices.flat[0].platform in TRIED
-  return Shelf(Path(cache, FOLDER), mesh) if cache and here else None
+  if not (cache and here) or "://" in cache or source() != AT_START:
+    return None
+  return Shelf(Path(cache, FOLDER), mesh)
+
+
+_beside: list[str] = []
+
+
+def depends_on(path: str) -> None:
+  """The programs of this process may depend on this file, too: a config is a program and may replace parts of the package."""
+  _beside.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 TRIED = ("cpu", "gpu")  # platforms
@@ -151,10 +163,15 @@ class Shelf:
     try:
       if path is None or not path.exists():
         return None
-      program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=self.devices)
-      os.utime(path)
-    except Exception:  # of any kind: a torn file, one of a JAX that says the same of itself and is another
-      path.unlink(missing_ok=True)
+      content = path.read_bytes()
+      whole = hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]  # half a program can end the process
+      program = whole and serialize_executable.deserialize_and_load(*pickle.loads(content[DIGEST:]),
+                                                                    execution_devices=self.devices)
+    except Exception:  # of any kind: one of a JAX that says the same of itself and is another
+      program = None
+    with contextlib.suppress(OSError):  # it may be another user's
+      os.utime(path) if program else path.unlink()
+    if not program:
       return None
     jitted.put(args, kwargs, program, len(self.devices) == 1)
     self.loaded.append(jitted)
@@ -174,11 +191,15 @@ class Shelf:
     on = {device for sharding in jax.tree.leaves(program.output_shardings) for device in sharding.device_set}
     if path is None or on != set(self.devices):
       return
-    with contextlib.suppress(NotImplementedError, ValueError, OSError, pickle.PicklingError):  # then it is made again next time
+    half = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
+    try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      half = path.with_suffix(f".{os.getpid()}")
-      half.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+      content = pickle.dumps(serialize_executable.serialize(program))
+      half.write_bytes(hashlib.sha256(content).digest() + content)
       half.rename(path)
+    except Exception:  # of any kind, such as a full disk or what cannot be serialised: it is made again next time
+      with contextlib.suppress(OSError):
+        half.unlink()
 
   def tidy(self) -> None:
     """Removes what nobody has read for DAYS."""
@@ -197,12 +218,12 @@ class Shelf:
 def environment(mesh: Mesh) -> str:
   """All that shapes every program of this process."""
   devices = [(d.id, d.platform, d.device_kind) for d in mesh.devices.flat]
-  variables = sorted((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT))
-  return repr((source(), versions(), sorted(jax.config.values.items()), variables, str(mesh), devices,
+  which = lambda items: sorted((k, v) for k, v in items if "compilation_cache" not in k.lower())
+  variables = which((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT))
+  return repr((AT_START, _beside, versions(), which(jax.config.values.items()), variables, str(mesh), devices,
                mesh.devices.flat[0].client.platform_version, processor() if devices[0][1] == "cpu" else ""))
 
 
-@functools.cache
 def source() -> str:
   """A hash of this package's files."""
   digest, package = hashlib.sha256(), Path(__file__).parents[1]
@@ -231,3 +252,6 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
   return platform.processor()
+
+
+AT_START = source()  # what this process has imported; an edit from now on is not in it

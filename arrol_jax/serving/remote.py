@@ -23,6 +23,8 @@ import traceback
 from types import SimpleNamespace
 import weakref
 
+from arrol_jax.running import hosts
+from arrol_jax.running.imports import without_torch
 from arrol_jax.serving.calls import Call, Cut, Standing, Ticket, check_room
 from arrol_jax.serving.lifecycle import listen
 
@@ -149,7 +151,9 @@ def main(listener: int, connection: int) -> int:
   for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
     signal.signal(name, lambda *_: None)
   connection = Connection(connection)
-  from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; a second's import, while the model loads)
+  hosts.take_process()
+  with without_torch():
+    from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; imported while the model loads)
   try:
     limits, *settings, standing = connection.recv()
   except (EOFError, OSError):
