@@ -241,7 +241,7 @@ def sampling(c: ConfigDict, loaded: Policy, temperature: float | None = None) ->
 def prune_rule(c: ConfigDict) -> PruneRule:
   p = c.prune
   return PruneRule(detect(c), p.keep, p.target, p.strength, p.p_min, p.p_max, p.rule, p.draw, p.floor, p.holdout,
-                   linear_inputs(c))
+                   linear_inputs(c), c.rollout.group_size)
 
 
 def detect(c: ConfigDict) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 from helpers_rollouts import found, rollout_of
 import jax
@@ -18,9 +19,9 @@ from arrol_jax.learning.losses import LossConfig
 from arrol_jax.learning.resampling import until_mixed
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.baselines import down_sample
-from arrol_jax.pruning.decision import make_decide
+from arrol_jax.pruning.decision import decide, make_decide, nothing_decided
 from arrol_jax.pruning.head import Features
-from arrol_jax.pruning.rule import PruneRule
+from arrol_jax.pruning.rule import RULES, PruneRule
 
 
 def test_several_decisions_multiply_and_each_has_its_table(mesh, head):
@@ -201,3 +202,15 @@ def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
   assert all(x["rollouts_started"] <= 16 * x["rounds"] and x["rollouts_started"] % 4 == 0 for x in whole)
   assert sum(x["rollouts_pruned"] for x in whole) > 0
   assert any(x["false_prune"] is not None for x in whole)
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("draw, floor", [("systematic", 0), ("systematic", 2), ("bernoulli", 0), ("bernoulli", 2)])
+def test_no_decision_asks_the_host(mesh, head, standing, kind, draw, floor):
+  """On a GPU a loop of unknown length, or a branch, waits for the host, which then starts no segment ahead. The budget's loop was
+  one: with it on, a segment's end cost milliseconds."""
+  rule = PruneRule((8,), kind=kind, draw=draw, floor=floor, group_size=8)
+  with jax.set_mesh(mesh):
+    program = decide.lower(standing, head, Calibration(), rule, np.bool_(True), True, True, nothing_decided(rule)).compile()
+  loops = [line for line in program.as_text().splitlines() if re.search(r"= .* (while|conditional)\(", line)]
+  assert loops and all("known_trip_count" in line for line in loops)

@@ -169,7 +169,8 @@ def test_the_config_reaches_its_parts():
             "loss.normalize_std=False", "rollout.max_new=64", "optim.micro_tokens=999",
             "optim.length_buckets=5", "optim.tail_sizes=1", "optim.chunk_tokens=77", "model.attention=xla")
   c, _ = config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *(f"--config.{v}" for v in values)])
-  assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8)
+  assert assemble.prune_rule(c) == PruneRule((16,), keep=0.4, target=0.6, strength=0.7, p_min=0.2, p_max=0.8,
+                                               group_size=c.rollout.group_size)
   assert assemble.loss(c) == LossConfig(0.15, 0.28, "token", 0.1, normalize_std=False, head_weight=0.0, overlong=0.2,
                                         longest=64)
   assert assemble.pack_shape(c) == PackShape(c.rollout.max_prompt + 64, 999, 5, 1)

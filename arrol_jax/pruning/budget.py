@@ -9,7 +9,8 @@ which is never negative: what row i differs from the others' mean, squared, in e
 the row of least loss in the whole batch. A group's losses depend on that group alone, so all groups are peeled at once: step t
 drops the cheapest row of every group. The greedy rule takes from such queues always the least head, and that is the order of the
 losses' running maxima, ties by group and then by step; sorted once, it gives every budget. So the loop is as long as the largest
-group.
+group. On a GPU it should have a length that the compiler knows (group_size): in a loop of unknown length each turn asks the host,
+which then starts no segment ahead.
 
 Sums are in fixed point: integers add up to the same whatever the order, so the choice does not depend on where rows lie or on how
 many devices hold them, and equal losses are equal. Left out: looking ahead (a group's last two rows are worth something only
@@ -90,17 +91,18 @@ def _by_rank(peel, group, decided, kappa, p_min, p_max):
   return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
 
 
-def carried_probability(q, group, decided, settled, which, past, limits, identity=None):
+def carried_probability(q, group, decided, settled, which, past, limits, identity=None, group_size=None):
   """`budget_probability` where rows may decide at different times: p_max for those whose price is above the threshold of past and
   present prices together, p_min for the rest, between them for those that tie. The share that the threshold is for makes up for
   what earlier decisions kept too many or too few, so the mean stays near kappa. Where no decided row's boundary has a past it is
   `budget_probability` itself.
 
   which i32[B]: the boundary at which a row stands. limits: kappa, p_min and p_max. past f32[2,C,R]: prices and probabilities of
-  the last decisions at each boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
+  the last decisions at each boundary, the latest first and NaN behind them. group_size: rows of a group at most, None for any
+  number. Returns: (f32[B], past with these rows).
   """
   kappa, p_min, p_max = (limits[name] for name in ("kappa", "p_min", "p_max"))
-  peel = _peel(q, group, decided, settled, 0, identity)
+  peel = _peel(q, group, decided, settled, 0, identity, group_size)
   by_batch, price = _by_rank(peel, group, decided, kappa, p_min, p_max), _as_loss(peel.cost)
   here = decided[None, :] & (which[None, :] == jnp.arange(past.shape[1])[:, None])  # bool[C,B]
   known = jnp.concatenate([jnp.where(here, price[None, :], jnp.nan), past[0]], axis=1)
@@ -168,8 +170,9 @@ class _Peel(NamedTuple):
   cost: jax.Array  # i32[B]  _NEVER where not decided or kept by the floor
 
 
-def _peel(q, group, decided, settled, floor, identity) -> _Peel:
-  """Drops the cheapest row of every group, step by step, until only settled rows or the floor are left."""
+def _peel(q, group, decided, settled, floor, identity, group_size: int | None = None) -> _Peel:
+  """Drops the cheapest row of every group, step by step, until only settled rows or the floor are left. group_size: so many steps
+  at most; those that find nothing to drop change nothing."""
   rows = group.shape[0]
   index = jnp.arange(rows, dtype=jnp.int32)
   order = jnp.lexsort((index if identity is None else identity, group))
@@ -194,7 +197,7 @@ def _peel(q, group, decided, settled, floor, identity) -> _Peel:
     return alive & ~gone, (k - some.astype(jnp.int32), s - taken(q), v - taken(u)), peak, peel
 
   none = jnp.zeros((rows,), jnp.int32)
-  steps = jnp.max(jnp.minimum(can_go, jnp.maximum(k - floor, 0)))
+  steps = jnp.max(jnp.minimum(can_go, jnp.maximum(k - floor, 0))) if group_size is None else min(group_size, rows)
   start = alive, (k, s, v), none, _Peel(none, jnp.full((rows,), _NEVER))
   peel = jax.lax.fori_loop(0, steps, drop, start)[-1]
   return _Peel(*(none.at[order].set(x) for x in peel))

@@ -49,6 +49,7 @@ class PruneRule:
   floor: int = 0
   holdout: float = 0.0
   inputs: tuple[str, ...] = ()  # what a linear head reads (features.py); () for the published head
+  group_size: int | None = None  # rollouts of a prompt at most; None: any number (slower on a GPU, see budget.py)
 
   def constants(self) -> dict:
     """Keyword arguments of prune.solve_delta and prune.survival for one of the decisions."""
