@@ -243,7 +243,7 @@ def multiplicity(results: Results) -> list[str]:
 
 
 def narrow(results: Results) -> list[str]:
-  """Differences whose few pairs agree better than their problems allow: what they look like is luck."""
+  """Differences whose few pairs agree better than their problems may let them: narrow by luck, for all one knows."""
   found = []
   for a, b in {frozenset(x): x for arms in compared(results).values() for x in arms}.values():
     for when, seconds in (("half", results.regime.half), ("full", results.regime.full)):
@@ -251,7 +251,8 @@ def narrow(results: Results) -> list[str]:
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by problems alone")
-  return [f"- Narrower than held-out problems allow, by luck of few pairs (greedy): {'; '.join(found)}."] if found else []
+  return [f"- Greedy, narrower by seeds than held-out problems alone may make them (an upper bound), so luck of few pairs for all "
+          f"one knows: {'; '.join(found)}."] if found else []
 
 
 def notes(results: Results) -> list[str]:
@@ -265,7 +266,7 @@ def notes(results: Results) -> list[str]:
   single = [arm for arm in results.there if len(results.of(arm)) == 1]
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
   if len(cards) > 1:
-    out += ["- Pairs whose runs were on different devices are left out of differences."]
+    out += ["- Pairs whose runs were on different devices are left out of differences; all runs are in their arm's means."]
   if runs and results.regime.rates:
     out += [rates(results.regime)]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]

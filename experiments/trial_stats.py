@@ -111,8 +111,9 @@ def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float |
 
 
 def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
-  """Half-width of the 95% interval that held-out problems alone would give the mean difference of greedy accuracies, in points:
-  what is left if all seeds were alike, answers of a pair taken as independent (they are not quite: it is a little less)."""
+  """Half-width of the 95% interval that held-out problems alone may give the mean difference of greedy accuracies, in points: an
+  upper bound, p (1 - p) / n a run, as if answers to one problem were independent from run to run. They are alike (on MATH it is a
+  quarter too large)."""
   known = [pair for pair in both if all(accuracy(r, when) is not None for r in pair)]
   rates = [[(accuracy(r, when) / 100, r.about[when]["problems"]) for r in pair] for pair in known]
   variances = [sum(p * (1 - p) / n for p, n in pair) for pair in rates]
