@@ -251,7 +251,7 @@ def narrow(results: Results) -> list[str]:
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by problems alone")
-  return [f"- Greedy, narrower by seeds than held-out problems alone may make them (an upper bound), so luck of few pairs for all "
+  return ["- Greedy, narrower by seeds than held-out problems alone may make them (an upper bound), so luck of few pairs for all "
           f"one knows: {'; '.join(found)}."] if found else []
 
 

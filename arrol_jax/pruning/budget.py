@@ -91,18 +91,18 @@ def _by_rank(peel, group, decided, kappa, p_min, p_max):
   return jnp.where(decided, p_min + (p_max - p_min) * share, kappa)
 
 
-def carried_probability(q, group, decided, settled, which, past, limits, identity=None, group_size=None):
+def carried_probability(q, group, decided, settled, which, past, limits, identity=None):
   """`budget_probability` where rows may decide at different times: p_max for those whose price is above the threshold of past and
   present prices together, p_min for the rest, between them for those that tie. The share that the threshold is for makes up for
   what earlier decisions kept too many or too few, so the mean stays near kappa. Where no decided row's boundary has a past it is
   `budget_probability` itself.
 
-  which i32[B]: the boundary at which a row stands. limits: kappa, p_min and p_max. past f32[2,C,R]: prices and probabilities of
-  the last decisions at each boundary, the latest first and NaN behind them. group_size: rows of a group at most, None for any
-  number. Returns: (f32[B], past with these rows).
+  which i32[B]: the boundary at which a row stands. limits: kappa, p_min and p_max, and group_size where it is known: rows of a
+  group at most. past f32[2,C,R]: prices and probabilities of
+  the last decisions at each boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
   """
   kappa, p_min, p_max = (limits[name] for name in ("kappa", "p_min", "p_max"))
-  peel = _peel(q, group, decided, settled, 0, identity, group_size)
+  peel = _peel(q, group, decided, settled, 0, identity, limits.get("group_size"))
   by_batch, price = _by_rank(peel, group, decided, kappa, p_min, p_max), _as_loss(peel.cost)
   here = decided[None, :] & (which[None, :] == jnp.arange(past.shape[1])[:, None])  # bool[C,B]
   known = jnp.concatenate([jnp.where(here, price[None, :], jnp.nan), past[0]], axis=1)

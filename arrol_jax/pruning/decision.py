@@ -179,8 +179,8 @@ def _budget(rule, slots, posterior, which, decided, past):
   """METHOD 10.1: over the whole batch, the set of largest expected signal, or by the threshold of earlier decisions where rows
   decide at different times. Finished rollouts count with what their last token promises, until their slots are others'."""
   request = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(slots.key).astype(jnp.int32)  # ties do not go by slot
-  keep, past = carried_probability(posterior, slots.group, decided, _others(slots, decided), which, past, rule.limits(), request,
-                                   rule.group_size)
+  keep, past = carried_probability(posterior, slots.group, decided, _others(slots, decided), which, past,
+                                   rule.limits() | {"group_size": rule.group_size}, request)
   return keep, sharding.constrain(past, None, None, None)
 
 
