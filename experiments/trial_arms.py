@@ -63,6 +63,15 @@ _AHEAD = {"rollout.ahead": 2, "loss.correction": "truncate"}
 AHEAD = {"plain": ARMS["plain"]} | {
   f"{name}_ahead": dataclasses.replace(ARMS[name], what=f"{ARMS[name].what}; the next two steps' begin in free slots",
                                        settings=ARMS[name].settings | _AHEAD) for name in ("plain", "budget", "chosen4")}
+# Up to four steps ahead: a step lasts at least its longest response's decode steps divided by one more than that, whoever is
+# pruned. And both of ours together.
+_FOUR = {"rollout.ahead": 4, "loss.correction": "truncate"}
+_BOTH = dataclasses.replace(ARMS["budget_chosen"], what="ours, on the quarter of four times as many prompts that promises most",
+                            looked_at=4.0)
+AHEAD4 = {"plain": ARMS["plain"]} | {
+  f"{name}_ahead4": dataclasses.replace(arm, what=f"{arm.what}; the next four steps' begin in free slots",
+                                        settings=arm.settings | _FOUR)
+  for name, arm in (ARMS | {"budget_chosen4": _BOTH}).items() if name in ("plain", "budget", "chosen4", "budget_chosen4")}
 # The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
 FALLING = {name: dataclasses.replace(arm, settings=arm.settings | {"optim.schedule": "linear"}
                                      | ({"loss.baseline": "started"} if name == "budget_ahead" else {}))
@@ -141,6 +150,10 @@ REGIMES = {regime.name: regime for regime in (
          _GSM8K | {"rollout.max_new": 1024}, (dict.fromkeys(("plain", "plain_ahead", "budget_ahead", "chosen4_ahead"), 3),
                                               dict.fromkeys(("plain", "chosen4_ahead", "plain_ahead"), 8)),
          AHEAD, train="math_train", test="math500", ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
+  Regime("math4", "gpu", "MATH as above by later code, whose decisions ask nobody, and up to four steps ahead",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K | {"rollout.max_new": 1024}, (dict.fromkeys(AHEAD4, 3),), AHEAD4,
+         train="math_train", test="math500", ours=("budget_ahead4", "budget_chosen4_ahead4", "chosen4_ahead4"),
+         nulls=("plain_ahead4",)),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          rates=_CHOSEN, tuned=_TUNED, train="gsm8k_train", test="gsm8k_test",
@@ -152,7 +165,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "falling", "math"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "falling"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)

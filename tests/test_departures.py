@@ -204,7 +204,7 @@ def test_every_departure_at_once_trains_and_resumes_exactly(tmp_path):
   assert any(x["false_prune"] is not None for x in whole)
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", (*RULES, "threshold"))
 @pytest.mark.parametrize("draw, floor", [("systematic", 0), ("systematic", 2), ("bernoulli", 0), ("bernoulli", 2)])
 def test_no_decision_asks_the_host(mesh, head, standing, kind, draw, floor):
   """On a GPU a loop of unknown length, or a branch, waits for the host, which then starts no segment ahead. The budget's loop was
