@@ -43,13 +43,15 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     assert shared[:5] == ("token", 0.2, "systematic", 2, 4) and read.setdefault("shared", shared) == shared
     read[run.arm] = c
     config.check(config.parse(list(run.voting("")))[0], files=False)
-  if regime.name in ("ahead", "falling", "math"):
-    falling = regime.name == "falling"
-    assert {c.optim.schedule for arm, c in read.items() if arm != "shared"} == {"linear" if falling else "constant"}
-    assert [arm for arm, c in read.items() if arm != "shared" and c.loss.baseline == "started"] == ["budget_ahead"] * falling
-    assert {arm: (c.rollout.ahead, c.loss.correction) for arm, c in read.items() if arm != "shared"} == {
-      "plain": (0, "none"), **dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead"), (2, "truncate"))}
-    assert [read[arm].prune.enabled for arm in ("plain", "plain_ahead", "chosen4_ahead", "budget_ahead")] == [False] * 3 + [True]
+  read.pop("shared")
+  if regime.name in ("ahead", "falling", "math", "math4"):
+    falling, most, pruned = regime.name == "falling", 4 if regime.name == "math4" else 2, [arm for arm in read if "budget" in arm]
+    assert {c.optim.schedule for c in read.values()} == {"linear" if falling else "constant"}
+    assert [arm for arm, c in read.items() if c.loss.baseline == "started"] == ["budget_ahead"] * falling
+    assert {arm: (c.rollout.ahead, c.loss.correction) for arm, c in read.items()} == {
+      arm: (most, "truncate") if "ahead" in arm else (0, "none") for arm in read}
+    assert [arm for arm, c in read.items() if c.prune.enabled] == pruned and len(pruned) == 1 + (most == 4)
+    assert all(c.rollout.candidates == (128 if "chosen4" in arm else None) for arm, c in read.items())
   elif regime.name != "tuning":
     assert not read["plain"].prune.enabled and not read["plain8"].prune.enabled
     assert (read["plain"].rollout.group_size, read["plain8"].rollout.group_size) == (16, 8)
