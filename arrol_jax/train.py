@@ -72,6 +72,7 @@ def main():
   with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
     hosts.together(lambda: check_can_go_on(workdir))
     stop = stack.enter_context(hosts.Watch(at_once=not hosts.several()))
+    hosts.wake_devices()
     hosts.say(f"{jax.device_count()} x {jax.devices()[0].device_kind} after {time.time() - started:.0f} s; "
               f"loading {c.model.path}")
     loaded = hosts.together(lambda: assemble.opened(c, training=True))

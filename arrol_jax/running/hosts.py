@@ -17,6 +17,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -168,6 +169,12 @@ def spread(work: Callable, items: list) -> list:
   """[work(x) for x in items], each process doing its share."""
   parts = gather([work(x) for i, x in enumerate(items) if mine(i)])
   return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
+
+
+def wake_devices() -> None:
+  """A first transfer to this process's devices, in a thread, while the caller does something else: a GPU's takes a second."""
+  work = lambda: jax.block_until_ready(jax.device_put([np.zeros(1)] * jax.local_device_count(), jax.local_devices()))
+  threading.Thread(target=work, name="wake devices").start()
 
 
 def leave(status: int) -> None:
