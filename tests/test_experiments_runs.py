@@ -15,8 +15,9 @@ import jax
 import pytest
 
 from arrol_jax import config
+from arrol_jax.running import kept
 from arrol_jax.types import UserError
-from experiments import runs, table4, tables
+from experiments import runs, starts, table4, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,3 +169,26 @@ def test_the_notebook_runs_and_defines_nothing(tmp_path):
   assert "look.html: written" in said and "maj@8" in said and "% of the weight; its heaviest trace says:" in said
   shown = [o["data"]["text/html"] for cell in notebook.cells for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
   assert len(shown) == 1 and shown[0].startswith("<iframe srcdoc=") and "Held-out accuracy" in shown[0]
+
+
+def test_starts_takes_kept_programs_away_once(tmp_path, monkeypatch, capsys):
+  """Five starts over one cache; the fourth finds none of those that were kept whole, the fifth what the fourth left."""
+  found = []
+
+  def start(folder, flags):
+    cache = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--compilation_cache=")))
+    found.append((cache / kept.FOLDER).exists())
+    (cache / kept.FOLDER).mkdir(parents=True, exist_ok=True)
+    assert flags[:2] == ["--config=quickstart", "--config.steps=2"] and "--config.checkpoint.export=False" in flags
+    return {"first_step_s": 1.0}
+
+  monkeypatch.setattr(starts, "start", start)
+  monkeypatch.setattr(sys, "argv", ["starts", "--config=quickstart", "--config.steps=2", f"--out={tmp_path / 'out.jsonl'}"])
+  starts.main()
+  assert found == [False, True, True, False, True]
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line["start"] for line in lines] == ["cold", "kept", "kept", "jax", "after"]
+  assert lines == [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  monkeypatch.setattr(sys, "argv", ["starts", "--config=quickstart", "--workdir=x"])
+  with pytest.raises(UserError, match="neither --workdir"):
+    starts.main()
