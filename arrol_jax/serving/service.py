@@ -204,10 +204,16 @@ class Service:
       self._taken -= len(traces)
 
   def _report(self) -> None:
-    """Hands out what is new, and lets go of what has ended."""
+    """Hands out what is new, and lets go of what has ended: that first, as a caller's next call may depend on it."""
     ended = {id(rollout) for rollout in self.run.take_finished()}
+    first = {key: trace for key, trace in self.traces.items() if key in ended}
+    for part in filter(None, (first, {key: trace for key, trace in self.traces.items() if key not in first})):
+      self._hand_out(part, ended)
+
+  def _hand_out(self, traces: dict[int, Trace], ended: set[int]) -> None:
+    """What is new of these, at once."""
     over, stopped, now, gap = [], [], time.monotonic(), pace.gap(self.running)
-    for key, trace in self.traces.items():
+    for key, trace in traces.items():
       piece = trace.read(key in ended, due=now - trace.told >= gap)
       if piece is None:
         continue

@@ -45,9 +45,8 @@ class Trace:
     self.pieces += len(pieces)
     rollout = self.sequence.rollout
     self.posteriors += [rollout.posterior] * (len(rollout.scores) - len(self.posteriors))
-    text, finish = self.text.of(self.tokens), None
+    text, finish = self.text.decode(self.tokens) if ended else self.text.of(self.tokens), None
     if ended:
-      text = self.text.decode(self.tokens)
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
     cut = False
     if any(text.find(s, self.sent) >= 0 for s in stop):
