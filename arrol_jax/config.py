@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 
 from absl import flags
 import jax
@@ -70,6 +71,10 @@ def keep_compilations(folder: str | None) -> None:
   if not given:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
+  where = given or jax.config.jax_compilation_cache_dir
+  if os.path.isdir(where) and not os.access(where, os.W_OK):  # JAX would say so of each program
+    hosts.say(f"{where} cannot be written: what is compiled is not kept for the next start")
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # most programs are small: together they are seconds
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -108,7 +108,7 @@ def main():
     rolling = Rolling(c, engine, config.sampling, grading, train_prompts, train_step.choose)
     held_out = HeldOut(c, loaded, mesh, engine, grader, eval_prompts, workdir, rolling.make_room)
     with tqdm(total=programs.count, desc="compiling", unit="program", disable=not hosts.first()) as bar:
-      took = programs.wait(lambda done: bar.update(done - bar.n))
+      took = programs.wait(lambda done: (bar.update(done - bar.n), stop.at_once and stop.check()))
     stop.at_once = False
     hosts.say(f"{programs.said()} in {took:.0f} s, ready after {time.time() - started:.0f} s")
     before = held_out(state, "eval_before") if c.eval.before else {}

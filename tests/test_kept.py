@@ -1,10 +1,12 @@
 """Programs kept on disk (running/kept.py): found again where all that shapes them is the same, and nowhere else."""
 
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -88,7 +90,7 @@ def test_what_it_is_given_is_donated_and_can_be_abstract(shelf):
   np.testing.assert_array_equal(jax.grad(lambda x: scaled(x, power=2).sum())(array())["a"], [0, 2, 4])
 
 
-@pytest.mark.parametrize("other", ["source", "config", "setting", "variable", "version", "mesh", "function"])
+@pytest.mark.parametrize("other", ["source", "config", "import", "setting", "variable", "version", "mesh", "function"])
 def test_a_program_is_found_only_where_all_is_the_same(shelf, monkeypatch, request, other):
   """Each of these could make another program of the same call."""
   compiled(shelf, scaled, array(), power=2)
@@ -97,9 +99,11 @@ def test_a_program_is_found_only_where_all_is_the_same(shelf, monkeypatch, reque
   assert before == files(shelf)[0] and again(mesh).path(scaled, (array(),), {"power": 2}) == before
   function = scaled
   if other == "source":
-    monkeypatch.setattr(kept, "AT_START", "edited")
+    monkeypatch.setattr(kept, "source", lambda: "edited")
   elif other == "config":  # it may have replaced parts of the package
     monkeypatch.setattr(kept, "_beside", ["import arrol_jax.learning.losses"])
+  elif other == "import":
+    monkeypatch.setattr(kept, "beside", lambda: [("my_patches.py", 3, 5)])
   elif other == "setting":
     request.addfinalizer(functools.partial(jax.config.update, "jax_default_matmul_precision", None))
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -116,14 +120,34 @@ def test_a_program_is_found_only_where_all_is_the_same(shelf, monkeypatch, reque
 
 
 def test_the_source_is_every_file_of_the_package(tmp_path, monkeypatch):
-  package = tmp_path / "arrol_jax"
-  (package / "running").mkdir(parents=True)
+  """But for what editors leave: a link to nowhere, as Emacs locks a file. A file that is newer than the process may be another
+  than the one it has imported."""
+  (tmp_path / "running").mkdir()
   for name in ("step.py", "running/kept.py"):
-    (package / name).write_text("x = 1\n")
-  monkeypatch.setattr(kept, "__file__", str(package / "running/kept.py"))
+    (tmp_path / name).write_text("x = 1\n")
+    os.utime(tmp_path / name, (0, 0))
+  (tmp_path / ".#step.py").symlink_to("me@host.1:2")
+  monkeypatch.setattr(kept, "PACKAGE", tmp_path)
   before = kept.source()
-  (package / "step.py").write_text("x = 2\n")
-  assert kept.source() != before
+  assert not kept.edited()
+  (tmp_path / "step.py").write_text("x = 2\n")
+  assert kept.source() != before and kept.edited()
+  os.utime(tmp_path / "step.py", (kept.began() - 60, kept.began() - 60))
+  assert not kept.edited() and 0 < time.time() - kept.began() < 1e5
+
+
+def test_what_is_imported_beside_the_package_counts(tmp_path, monkeypatch):
+  """A config may import a module of the user's that replaces parts; installed packages count by their versions."""
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "my_patches.py").write_text("")
+  before = kept.beside()
+  importlib.import_module("my_patches")
+  found, = set(kept.beside()) - set(before)
+  assert found[0] == str(tmp_path / "my_patches.py")
+  assert not any("site-packages" in name or str(kept.PACKAGE) in name for name, *_ in kept.beside())
+  (tmp_path / "my_patches.py").write_text("x = 1\n")
+  assert found not in kept.beside()
+  del sys.modules["my_patches"]
 
 
 def test_what_is_another_object_at_each_start_is_not_kept(shelf):
@@ -200,6 +224,7 @@ def test_only_a_commands_own_process_keeps_programs(shelf, monkeypatch):
   mesh = sharding.make_mesh()
   assert kept.shelf(mesh) is None
   monkeypatch.setattr(hosts, "own_process", lambda: True)
+  monkeypatch.setattr(kept, "edited", lambda: False)
   assert kept.shelf(mesh).folder.parent.name == "cache"
   c = base.get_config()
   assert assemble.shelf(c, mesh)
@@ -208,7 +233,11 @@ def test_only_a_commands_own_process_keeps_programs(shelf, monkeypatch):
   monkeypatch.setattr(hosts, "several", lambda: True)
   assert kept.shelf(mesh) is None
   monkeypatch.setattr(hosts, "several", lambda: False)
-  monkeypatch.setattr(kept, "source", lambda: "edited since the process began")
+  monkeypatch.setattr(kept, "edited", lambda: True)
+  assert kept.shelf(mesh) is None
+  monkeypatch.setattr(kept, "edited", lambda: False)
+  assert kept.shelf(mesh)
+  monkeypatch.setenv("XLA_FLAGS", "a_file_of_flags")
   assert kept.shelf(mesh) is None
 
 

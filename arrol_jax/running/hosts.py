@@ -32,8 +32,9 @@ _DEAD_S = 30  # seconds without a sign of life after which a process counts as l
 _LAST_WORDS_S = 3  # seconds by which the first process, which holds the others' connections, leaves later than they
 
 
-class Preempted(Exception):
-  """A signal (its name) has come to one of the processes; all of them raise this at the same boundary."""
+class Preempted(BaseException):
+  """A signal (its name) has come to one of the processes; all of them raise this at the same boundary. No Exception: libraries
+  swallow those."""
 
 
 def connect() -> None:
@@ -84,7 +85,8 @@ def check_devices() -> None:
   faster.
   """
   flags = os.environ.get("XLA_FLAGS", "").split()
-  for name, value in (("xla_gpu_enable_triton_gemm", "false"), ("xla_gpu_graph_min_graph_size", "1")):
+  from_file = flags and not flags[0].startswith("--")  # XLA takes the name of a file with flags, and nothing beside it
+  for name, value in (("xla_gpu_enable_triton_gemm", "false"), ("xla_gpu_graph_min_graph_size", "1")) if not from_file else ():
     if not any(name in flag for flag in flags):
       flags.append(f"--{name}={value}")
   os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -23,6 +23,9 @@ import pickle
 import platform
 import re
 import secrets
+import site
+import sys
+import sysconfig
 import threading
 import time
 
@@ -34,6 +37,7 @@ from arrol_jax.running import hosts
 
 FOLDER, DAYS = "programs", 30  # of the compilation cache; how long a file stays that nobody reads
 DIGEST = hashlib.sha256().digest_size
+PACKAGE, _IMPORTED = Path(__file__).parents[1], time.time()
 PACKAGES = "jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"
 ENVIRONMENT = "JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"
 
@@ -98,7 +102,7 @@ def shelf(mesh: Mesh) -> "Shelf | None":
   """Where programs for arrays on `mesh` are kept; None where they are not."""
   cache = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
   here = hosts.own_process() and not hosts.several() and mesh.devices.flat[0].platform in TRIED
-  if not (cache and here) or "://" in cache or source() != AT_START:
+  if not (cache and here) or "://" in cache or not os.environ.get("XLA_FLAGS", "-").lstrip().startswith("-") or edited():
     return None
   return Shelf(Path(cache, FOLDER), mesh)
 
@@ -220,16 +224,46 @@ def environment(mesh: Mesh) -> str:
   devices = [(d.id, d.platform, d.device_kind) for d in mesh.devices.flat]
   which = lambda items: sorted((k, v) for k, v in items if "compilation_cache" not in k.lower())
   variables = which((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT))
-  return repr((AT_START, _beside, versions(), which(jax.config.values.items()), variables, str(mesh), devices,
+  return repr((source(), _beside, beside(), versions(), which(jax.config.values.items()), variables, str(mesh), devices,
                mesh.devices.flat[0].client.platform_version, processor() if devices[0][1] == "cpu" else ""))
 
 
 def source() -> str:
   """A hash of this package's files."""
-  digest, package = hashlib.sha256(), Path(__file__).parents[1]
-  for path in sorted(package.rglob("*.py")):
-    digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
+  digest = hashlib.sha256()
+  for path in files():
+    content = path.read_bytes()
+    digest.update(f"{path.relative_to(PACKAGE)} {len(content)}\n".encode() + content)
   return digest.hexdigest()
+
+
+def files() -> list[Path]:
+  """The package's own; editors leave others beside them."""
+  return [path for path in sorted(PACKAGE.rglob("*.py")) if path.is_file() and not path.name.startswith(".")]
+
+
+def edited() -> bool:
+  """Whether a file may be another than the one that this process has imported."""
+  return any(path.stat().st_mtime > began() - 1.0 for path in files())
+
+
+@functools.cache
+def began() -> float:
+  """When this process began, in seconds since the epoch, to a second or so."""
+  try:
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    up = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return up + ticks / os.sysconf("SC_CLK_TCK")
+  except (OSError, ValueError, StopIteration, IndexError):  # no Linux
+    return _IMPORTED - 10.0
+
+
+def beside() -> list[tuple]:
+  """What this process has imported that is neither this package's nor installed: it may have replaced parts."""
+  found = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+  installed = tuple({sys.prefix, sys.base_prefix, str(PACKAGE), *site.getsitepackages(), *sysconfig.get_paths().values()})
+  own = [Path(name) for name in found if name.endswith(".py") and not name.startswith(installed)]
+  return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in own if path.is_file())
 
 
 @functools.cache
@@ -252,6 +286,3 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
   return platform.processor()
-
-
-AT_START = source()  # what this process has imported; an edit from now on is not in it
