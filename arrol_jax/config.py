@@ -65,13 +65,13 @@ def _with_new_names(argv: list[str]) -> list[str]:
 def keep_compilations(folder: str | None) -> None:
   """What is compiled is kept in `folder` for the next start; "" for the user's cache, "none" for nowhere. The environment's
   JAX_COMPILATION_CACHE_DIR goes first."""
-  given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-  if not given and folder == "none":
+  where = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if not where and folder == "none":
     return
-  if not given:
+  if not where:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", folder or os.path.join(home, "arrol_jax", "compiled"))
-  where = given or jax.config.jax_compilation_cache_dir
+    where = folder or os.path.join(home, "arrol_jax", "compiled")
+    jax.config.update("jax_compilation_cache_dir", where)
   if os.path.isdir(where) and not os.access(where, os.W_OK):  # JAX would say so of each program
     hosts.say(f"{where} cannot be written: what is compiled is not kept for the next start")
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")

@@ -58,20 +58,23 @@ ARMS = {
                  {"prune.enabled": False, "quality.half_life": _OURS["quality.half_life"]}, True, looked_at=4.0),
   "budget_chosen": Arm("ours, on the half of twice as many prompts that promises most", _OURS, True, looked_at=2.0),
   "budget_wide": Arm("ours, with half as many prompts again a step: as many seconds a step as plain", _OURS, True, prompts=1.5)}
-# The same where a step's free slots begin the next two steps' rollouts: two updates old at most, weighed as such.
-_AHEAD = {"rollout.ahead": 2, "loss.correction": "truncate"}
-AHEAD = {"plain": ARMS["plain"]} | {
-  f"{name}_ahead": dataclasses.replace(ARMS[name], what=f"{ARMS[name].what}; the next two steps' begin in free slots",
-                                       settings=ARMS[name].settings | _AHEAD) for name in ("plain", "budget", "chosen4")}
-# Up to four steps ahead: a step lasts at least its longest response's decode steps divided by one more than that, whoever is
-# pruned. And both of ours together.
-_FOUR = {"rollout.ahead": 4, "loss.correction": "truncate"}
+
+
+def running_ahead(steps: int, words: str, suffix: str, arms: dict[str, Arm]) -> dict[str, Arm]:
+  """Plain, and arms where a step's free slots begin the next `steps` (in words) steps' rollouts: as many updates old at most,
+  weighed as such."""
+  more = {"rollout.ahead": steps, "loss.correction": "truncate"}
+  return {"plain": ARMS["plain"]} | {
+    name + suffix: dataclasses.replace(arm, what=f"{arm.what}; the next {words} steps' begin in free slots",
+                                       settings=arm.settings | more) for name, arm in arms.items()}
+
+
+_THREE = {name: ARMS[name] for name in ("plain", "budget", "chosen4")}
 _BOTH = dataclasses.replace(ARMS["budget_chosen"], what="ours, on the quarter of four times as many prompts that promises most",
                             looked_at=4.0)
-AHEAD4 = {"plain": ARMS["plain"]} | {
-  f"{name}_ahead4": dataclasses.replace(arm, what=f"{arm.what}; the next four steps' begin in free slots",
-                                        settings=arm.settings | _FOUR)
-  for name, arm in (ARMS | {"budget_chosen4": _BOTH}).items() if name in ("plain", "budget", "chosen4", "budget_chosen4")}
+AHEAD = running_ahead(2, "two", "_ahead", _THREE)
+# A step lasts at least its longest response's decode steps divided by one more than that, whoever is pruned: sim_ahead.py.
+AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH})
 # The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
 FALLING = {name: dataclasses.replace(arm, settings=arm.settings | {"optim.schedule": "linear"}
                                      | ({"loss.baseline": "started"} if name == "budget_ahead" else {}))

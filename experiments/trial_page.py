@@ -229,10 +229,14 @@ def reach(results: Results) -> list[str]:
           "where there are points: a rough guide."]
 
 
+def distinct(results: Results) -> list[tuple[str, str]]:
+  """The comparisons of arms that the tables show, each once."""
+  return list({frozenset(x): x for arms in compared(results).values() for x in arms}.values())
+
+
 def multiplicity(results: Results) -> list[str]:
   """How many comparisons of accuracy the tables show, and what is left of them when all count at once (Bonferroni)."""
-  distinct = {frozenset(x): x for arms in compared(results).values() for x in arms}
-  values = [difference(_pairs(results, *x), lambda r, w=when, s=sampled: accuracy(r, w, s)) for x in distinct.values()
+  values = [difference(_pairs(results, *x), lambda r, w=when, s=sampled: accuracy(r, w, s)) for x in distinct(results)
             for when in ("half", "full") for sampled in (False, True)]
   tested = [x for x in values if len(x) > 1]
   apart = lambda level: sum(bool(abs(np.mean(x)) > stats.sem(x) * stats.t.ppf(1 - level / 2, len(x) - 1)) for x in tested)
@@ -245,9 +249,9 @@ def multiplicity(results: Results) -> list[str]:
 def narrow(results: Results) -> list[str]:
   """Differences whose few pairs agree better than their problems may let them: narrow by luck, for all one knows."""
   found = []
-  for a, b in {frozenset(x): x for arms in compared(results).values() for x in arms}.values():
+  for a, b in distinct(results):
+    both = _pairs(results, a, b)
     for when, seconds in (("half", results.regime.half), ("full", results.regime.full)):
-      both = _pairs(results, a, b)
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by problems alone")

@@ -247,8 +247,7 @@ RIDGE = {"quality__fit": "ridge", "quality__inputs": "('mean@2/3','prompt@2/3','
 
 @pytest.mark.parametrize("settings", [RIDGE, {"mesh__fsdp": 2, "mesh__tensor": 2, "loss__kl_weight": 0.0}], ids=["one", "mesh"])
 def test_the_same_command_again_reads_its_programs_and_does_the_same(tmp_path, settings):
-  """Bit for bit. All but the optimizer's and what calls LAPACK; on a mesh those stay out that the same arrays reach by another
-  way."""
+  """Bit for bit. All but what calls LAPACK; on a mesh those stay out that the same arrays reach by another way."""
   devices = "4" if "mesh__fsdp" in settings else "1"
   environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
@@ -263,7 +262,7 @@ def test_the_same_command_again_reads_its_programs_and_does_the_same(tmp_path, s
     lines.append([{k: v for k, v in x.items() if not k.startswith("sec_")} for x in read(tmp_path / name / "metrics.jsonl")])
   assert said[0].startswith("compiled ") and json.dumps(lines[0]) == json.dumps(lines[-1])
   kind, count, _, total, *_ = said[1].split()
-  assert kind == "read" and int(total) - 6 * (devices == "4") - 2 <= int(count) < int(total)
+  assert kind == "read" and int(total) - 6 * (devices == "4") - 1 <= int(count) <= int(total) - (devices == "1")
 
 
 @pytest.mark.parametrize("own", [True, False])

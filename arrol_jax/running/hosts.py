@@ -174,8 +174,11 @@ def spread(work: Callable, items: list) -> list:
 
 
 def wake_devices() -> None:
-  """A first transfer to this process's devices, in a thread, while the caller does something else: a GPU's takes a second."""
-  work = lambda: jax.block_until_ready(jax.device_put([np.zeros(1)] * jax.local_device_count(), jax.local_devices()))
+  """A first transfer to this process's devices, in a thread, while the caller does something else: a GPU's takes a second. What
+  is wrong with them is told where they are needed."""
+  def work():
+    with contextlib.suppress(Exception):
+      jax.block_until_ready(jax.device_put([np.zeros(1)] * jax.local_device_count(), jax.local_devices()))
   threading.Thread(target=work, name="wake devices").start()
 
 

@@ -3,12 +3,13 @@
 JAX's compilation cache spares compiling. Tracing and lowering are done again at each start, take longer than reading a program,
 and hold Python's lock. So what `jit` makes can have its programs from files: compile_ahead.py loads and keeps them, in a folder
 of the compilation cache. A file's name is a hash of all that shapes its program: the function, its static arguments, what is
-known of the others, every source file of this package, versions, settings of JAX and XLA, and the devices.
+known of the others, every source file of this package, the config's file and what else the process has imported that is not
+installed, versions, settings of JAX and XLA, and the devices.
 
-So nothing is kept where that is not all: with a rule of the user's own (prune.rule=MODULE.FUNCTION), and in a process that is not
-one of this package's commands, which may have replaced parts of it (`shelf`). A file is run as it stands: the folder is to be as
-safe as the user's own code. Left out: several processes, each of which would have to find what the others find, and TPUs, where
-it has not been tried.
+So nothing is kept where that is not all: with a rule of the user's own (prune.rule=MODULE.FUNCTION), in a process that is not one
+of this package's commands, which may have replaced parts of it, and where a source file is newer than the process (`shelf`). A
+file is run as it stands: the folder is to be as safe as the user's own code. Left out: several processes, each of which would
+have to find what the others find, and TPUs, where it has not been tried.
 """
 
 from collections.abc import Callable

@@ -206,15 +206,16 @@ class Service:
   def _report(self) -> None:
     """Hands out what is new, and lets go of what has ended: that first, as a caller's next call may depend on it."""
     ended = {id(rollout) for rollout in self.run.take_finished()}
-    first = {key: trace for key, trace in self.traces.items() if key in ended}
-    for part in filter(None, (first, {key: trace for key, trace in self.traces.items() if key not in first})):
-      self._hand_out(part, ended)
+    for over in (True, False):
+      part = [trace for key, trace in self.traces.items() if (key in ended) == over]
+      if part:
+        self._hand_out(part, over)
 
-  def _hand_out(self, traces: dict[int, Trace], ended: set[int]) -> None:
-    """What is new of these, at once."""
+  def _hand_out(self, traces: list[Trace], ended: bool) -> None:
+    """What is new of these, which have ended or have not, at once."""
     over, stopped, now, gap = [], [], time.monotonic(), pace.gap(self.running)
-    for key, trace in traces.items():
-      piece = trace.read(key in ended, due=now - trace.told >= gap)
+    for trace in traces:
+      piece = trace.read(ended, due=now - trace.told >= gap)
       if piece is None:
         continue
       trace.told = now
@@ -223,7 +224,7 @@ class Service:
         over.append(trace)
         self.totals.traces += 1
         self.totals.hopeless += piece.finish == HOPELESS
-        if key not in ended:
+        if not ended:
           stopped.append(trace.sequence)
       trace.ticket.on_piece(piece)
     if stopped:
