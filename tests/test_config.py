@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import sys
+import warnings
 
 import pytest
 
@@ -114,3 +115,16 @@ def test_a_key_that_is_not_there_is_one_line_wherever_it_is_looked_for(section, 
     del c[section][key]
   with pytest.raises(UserError, match=f"no key '{key}'; start from configs/base.py"):
     look(c)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+  """JAX would warn of each program."""
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  with warnings.catch_warnings(record=True) as told:
+    config.keep_compilations("")
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(config.os, "access", lambda *_: False)
+    config.keep_compilations("")
+    warnings.warn("Error writing persistent compilation cache entry for 'jit_x'", stacklevel=1)
+  assert capsys.readouterr().out == f"{tmp_path} cannot be written: what is compiled is not kept for the next start\n"
+  assert not told

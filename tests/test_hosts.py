@@ -196,6 +196,29 @@ def test_where_nothing_is_to_be_saved_the_signal_itself_raises():
       watch.check()
 
 
+def test_a_signal_while_loading_is_not_swallowed_by_a_library():
+  """JAX goes on after any Exception while it writes its cache. Who waits for programs asks again, whatever became of the first
+  one."""
+  with hosts.Watch(at_once=True) as watch:
+    with pytest.raises(hosts.Preempted):
+      try:
+        signal.raise_signal(signal.SIGTERM)
+      except Exception:
+        pass
+    with pytest.raises(hosts.Preempted, match="SIGTERM"):
+      watch.check()
+
+
+def test_a_file_of_flags_is_left_as_it_is(monkeypatch):
+  """XLA takes its name alone, or flags."""
+  monkeypatch.setattr(hosts.jax, "devices", list)  # which would read the file
+  ours = "--xla_gpu_enable_triton_gemm=false --xla_gpu_graph_min_graph_size=1"
+  for given, after in (("flags.txt", "flags.txt"), ("--xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {ours}"), ("", ours)):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    hosts.check_devices()
+    assert os.environ["XLA_FLAGS"] == after
+
+
 def test_the_watch_raises_at_the_next_call_and_hands_the_signal_back():
   before = signal.getsignal(signal.SIGTERM)
   with hosts.Watch() as watch:
