@@ -22,10 +22,7 @@ SHARED = {
   "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
 
 RATE = "3e-6"  # of all arms where a regime says nothing else: not tuned, what earlier runs had
-# Where the rate falls, its height is chosen among these by the runs of regime "tuning": a seed that no other run has, and SPARE
-# problems, the last of the training file, that none of them trains on. Until these runs are there it is HEIGHT.
-HEIGHTS, SPARE_SEED, SPARE, HEIGHT = ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), 100, 1319, "6e-6"
-TUNED_ON = "plain_ahead", "budget_ahead"  # whose best height all arms but ours have, and whose ours has
+SPARE_SEED = 100  # of runs that choose a learning rate: no other run has it
 
 _OURS = {
   "prune.rule": "budget", "prune.p_max": 1.0, "prune.p_min": 0.02, "prune.half_life": 4096.0, "quality.fit": "ridge",
@@ -86,13 +83,46 @@ SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+  """A choice among `rates` by the runs of a regime of this name, which has both arms of `on` with each of them: on a seed that no
+  other run has, held out on training problems that none of its runs trains on. All arms but ours get the best rate of the first
+  of `on`, ours that of the second; `otherwise` until all these runs are there. arms: those of the regime that is tuned."""
+  name: str
+  on: tuple[str, str]
+  rates: tuple[str, ...]
+  otherwise: str
+  arms: dict[str, Arm]
+
+  def by_rate(self) -> dict[str, Arm]:
+    """Both arms with each rate: "plain@3e-6"."""
+    return {f"{name}@{rate}": dataclasses.replace(self.arms[name], settings=self.arms[name].settings | {"optim.lr": rate})
+            for name in self.on for rate in self.rates}
+
+  def chosen(self) -> dict:
+    """Of a Regime: `rates`, each the one with the highest mean of greedy and sampled accuracy at the end, the lower of two alike;
+    and as `tuned` this, where all runs are there."""
+    found = {}
+    for name in self.by_rate():
+      path = ROOT / RESULTS / self.name / f"{name}_seed{SPARE_SEED}" / "run.json"
+      if not path.exists():
+        return {"rates": (self.otherwise,) * 2}
+      full = json.loads(path.read_text())["full"]
+      found[name] = full["accuracy"] + full["sampled"]["accuracy"]
+    return {"rates": tuple(max(self.rates, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
+
+
+_HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
+_MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
+
+
+@dataclasses.dataclass(frozen=True)
 class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
   arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours; tuned:
-  whether they were chosen. train, test: files of the data's folder, "" where the config has its own; spare: so many problems, the
-  last of `train`, are held out in place of `test`. votes: so many seeds of
-  these arms may also vote, as `voting` says."""
+  by what they were chosen, if they were. train, test: files of the data's folder, "" where the config has its own; spare: so many
+  problems, evenly over `train`, are held out in place of `test`. votes: so many seeds of these arms may also vote, as `voting`
+  says."""
   name: str
   scale: str
   what: str
@@ -104,7 +134,7 @@ class Regime:
   arms: dict[str, Arm] = dataclasses.field(default_factory=lambda: ARMS)
   first: int = 1
   rates: tuple[str, str] | None = (RATE, RATE)
-  tuned: bool = False
+  tuned: Tuning | None = None
   train: str = ""
   test: str = ""
   spare: int = 0
@@ -121,26 +151,7 @@ class Regime:
 
 _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
 _VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
-# Each of two arms by height of the learning rate: "plain_ahead@3e-6".
-_BY_HEIGHT = {f"{name}@{rate}": dataclasses.replace(FALLING[name], settings=FALLING[name].settings | {"optim.lr": rate})
-              for name in TUNED_ON for rate in HEIGHTS}
-
-
-def heights() -> tuple[tuple[str, str], bool]:
-  """The falling rate's height of all arms but ours, and of ours, by what stands in the results of regime "tuning": the one with
-  the highest mean of greedy and sampled accuracy at the end, the lower of two alike. And whether all those runs are there."""
-  found = {}
-  for name in _BY_HEIGHT:
-    path = ROOT / RESULTS / "tuning" / f"{name}_seed{SPARE_SEED}" / "run.json"
-    if not path.exists():
-      return (HEIGHT, HEIGHT), False
-    full = json.loads(path.read_text())["full"]
-    found[name] = full["accuracy"] + full["sampled"]["accuracy"]
-  plain, ours = (max(HEIGHTS, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in TUNED_ON)
-  return (plain, ours), True
-
-
-_CHOSEN, _TUNED = heights()
+_MATH = _GSM8K | {"rollout.max_new": 1024}
 
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
@@ -150,20 +161,24 @@ REGIMES = {regime.name: regime for regime in (
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
          test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",)),
   Regime("math", "gpu", "MATH, at most 1,024 tokens: generation is most of a step", "configs/gsm8k_qwen05b.py", 60.0, 120.0,
-         _GSM8K | {"rollout.max_new": 1024}, (dict.fromkeys(("plain", "plain_ahead", "budget_ahead", "chosen4_ahead"), 3),
-                                              dict.fromkeys(("plain", "chosen4_ahead", "plain_ahead"), 8)),
+         _MATH, (dict.fromkeys(("plain", "plain_ahead", "budget_ahead", "chosen4_ahead"), 3),
+                 dict.fromkeys(("plain", "chosen4_ahead", "plain_ahead"), 8)),
          AHEAD, train="math_train", test="math500", ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
-  Regime("math4", "gpu", "MATH as above by later code, whose decisions ask nobody, and up to four steps ahead",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K | {"rollout.max_new": 1024}, (dict.fromkeys(AHEAD4, 3),), AHEAD4,
-         train="math_train", test="math500", ours=("budget_ahead4", "budget_chosen4_ahead4", "chosen4_ahead4"),
-         nulls=("plain_ahead4",)),
+  Regime("math4", "gpu", "MATH as above by later code, whose decisions ask nobody, up to four steps ahead, learning rates chosen",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
+         (dict.fromkeys(("plain", "chosen4_ahead4"), 5), dict.fromkeys(("budget_chosen4_ahead4", "plain_ahead4"), 5),
+          {"budget_ahead4": 3}), AHEAD4, train="math_train", test="math500",
+         ours=("chosen4_ahead4", "budget_chosen4_ahead4", "budget_ahead4"), nulls=("plain_ahead4",), **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
-         rates=_CHOSEN, tuned=_TUNED, train="gsm8k_train", test="gsm8k_test",
-         ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
-  Regime("tuning", "gpu", "GSM8K: heights of the falling learning rate, on a spare seed and spare training problems",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_BY_HEIGHT, 1),), _BY_HEIGHT, SPARE_SEED, None,
-         train="gsm8k_train", spare=SPARE),
+         train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
+         **_HEIGHTS.chosen()),
+  Regime(_HEIGHTS.name, "gpu", "GSM8K: heights of the falling learning rate, on a spare seed and spare training problems",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_HEIGHTS.by_rate(), 1),), _HEIGHTS.by_rate(), SPARE_SEED,
+         None, train="gsm8k_train", spare=1319),
+  Regime(_MATH_RATES.name, "gpu", "MATH: learning rates, on a spare seed and spare training problems", "configs/gsm8k_qwen05b.py",
+         60.0, 120.0, _MATH, (dict.fromkeys(_MATH_RATES.by_rate(), 1),), _MATH_RATES.by_rate(), SPARE_SEED, None,
+         train="math_train", spare=720),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import HEIGHTS, RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -146,8 +146,9 @@ def rates(regime: Regime) -> str:
   if not regime.tuned:
     return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
   ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
-  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of {', '.join(HEIGHTS)} on one seed "
-          "that no other run has, on training problems that were held out (regime `tuning`).")
+  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of "
+          f"{', '.join(regime.tuned.rates)} on one seed that no other run has, on training problems that were held out (regime "
+          f"`{regime.tuned.name}`).")
 
 
 def better_null(results: Results) -> str | None:

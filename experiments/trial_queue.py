@@ -172,11 +172,14 @@ def train(run: Run, call: Call) -> bool:
 
 def split(run: Run, data: str) -> None:
   """The files of Run.split, where its regime holds problems of the training file out and they are not there."""
-  for path, part in zip(run.split, (slice(-run.regime.spare), slice(-run.regime.spare, None)), strict=True):
-    if run.regime.spare and not (ROOT / path).exists():
-      lines = Path(data, f"{run.regime.train}.jsonl").read_text().splitlines(keepends=True)
+  if not run.regime.spare:
+    return
+  lines = Path(data, f"{run.regime.train}.jsonl").read_text().splitlines(keepends=True)
+  out = {i * len(lines) // run.regime.spare for i in range(run.regime.spare)}  # evenly, as a file may be sorted by subject
+  for path, held_out in zip(run.split, (False, True), strict=True):
+    if not (ROOT / path).exists():
       half = ROOT / f"{path}.{os.getpid()}"  # several processes may be here
-      half.write_text("".join(lines[part]))
+      half.write_text("".join(line for i, line in enumerate(lines) if (i in out) == held_out))
       half.rename(ROOT / path)
 
 
