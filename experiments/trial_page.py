@@ -33,6 +33,7 @@ from experiments.trial_stats import (
   slope,
   speedup,
   text,
+  unpaired,
 )
 
 PLAIN = "plain"
@@ -68,6 +69,22 @@ def arms_table(results: Results) -> list[str]:
   return table(["arm", "runs", "steps", "seconds", "a step, s", "generating, %", "kept", "signal a group", "signal a second",
                 "AUC within", "steps clipped, %", "gradient's norm", *moments(results.regime),
                 f"cut off at {results.regime.full:g} s, %"], rows)
+
+
+def steps_table(results: Results) -> list[str]:
+  """What a step of each arm takes and is of: means over steps, then over runs; "nan" for what its files do not have."""
+  rows = []
+  for arm, runs in ((arm, results.of(arm)) for arm in results.regime.seeds if results.of(arm)):
+    each = lambda name, runs=runs: [mean(r.column(name)) for r in runs]
+    mixed = [(mean(r.column("groups_mixed")), groups(r), mean(r.column("sec_step"))) for r in runs]
+    rows.append([
+      arm, *(f"{mean(each(f'sec_{name}')):.2f}" for name in ("generate", "reward", "batch", "update", "step")),
+      *(f"{mean(each(f'tokens_{name}')) / 1000:.0f}" for name in ("generated", "trained")), f"{mean(each('rows_trained')):.0f}",
+      f"{mean(100 * n / prompts for n, prompts, _ in mixed):.0f}", f"{mean(n / seconds for n, _, seconds in mixed):.1f}",
+      f"{mean(each('reward')):.2f}", f"{mean(each('entropy')):.2f}", f"{mean(each('baseline_shift')):.3f}"])
+  return ["What a step takes and is of:", "", *table([
+    "arm", "generating, s", "grading, s", "batching, s", "updating, s", "all, s", "thousand tokens generated", "and trained",
+    "rows trained", "groups mixed, %", "mixed groups a second", "reward", "entropy", "shift of the baseline"], rows)]
 
 
 def moments(regime: Regime) -> list[str]:
@@ -128,17 +145,19 @@ def votes_table(results: Results) -> list[str]:
 def verdict(results: Results, arm: str, other: str) -> str:
   """An arm less another at the whole budget, in words."""
   try:
-    values = difference(pairs(results, arm, other), lambda r: accuracy(r, "full"))
+    both = pairs(results, arm, other)
   except Refused as e:
     return f"- {arm} - {other}: {e}."
+  values = difference(both, lambda r: accuracy(r, "full"))
   if not values:
     return f"- {arm} - {other}: no pair on one device."
   center, half = interval(values)
   apart = abs(center) > half  # False where there is one pair
   said = "undecided" if not apart else "above 0" if center > 0 else "below 0"
   aim = f"missed by {AIM - center:.1f}" if center < AIM else "reached" if said == "above 0" else "not borne out"
-  return (f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}; the aim of +{AIM} is "
-          f"{aim}.")
+  welch = f" (unpaired, by Welch, ± {unpaired(both, 'full'):.1f})" if len(values) > 1 else ""
+  return (f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; the aim of "
+          f"+{AIM} is {aim}.")
 
 
 def rates(regime: Regime) -> str:
@@ -293,7 +312,8 @@ def page(regimes: list[Regime]) -> str:
     results = load(regime)
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
     if results.there:
-      out += [*arms_table(results), *differences_tables(results), *changes_table(results), *votes_table(results)]
+      for part in (arms_table, steps_table, differences_tables, changes_table, votes_table):
+        out += part(results)
       for name, what, figure in (("", "Reward against seconds of steps, and held-out accuracy", trial_plots.course(results)),
                                  ("_signal", "Accuracy against signal a second", trial_plots.against_signal(results, PLAIN))):
         figure.savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)

@@ -110,6 +110,17 @@ def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float |
   return [x - y for x, y in each if x is not None and y is not None]
 
 
+def unpaired(both: list[tuple[Found, Found]], when: str) -> float:
+  """Half-width of Welch's 95% interval of `difference` of greedy accuracies, as if seeds tied no run to another: arms that choose
+  their own prompts share little but the seed's number. NaN where there is one pair."""
+  known = [x for x in ([accuracy(r, when) for r in pair] for pair in both) if None not in x]
+  if len(known) < 2:
+    return float("nan")
+  variances, n = np.var(known, axis=0, ddof=1) / len(known), len(known) - 1  # of the two means
+  freedom = variances.sum() ** 2 / (variances ** 2 / n).sum() if variances.any() else n
+  return float(stats.t.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+
+
 def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
   """Half-width of the 95% interval that held-out problems alone may give the mean difference of greedy accuracies, in points: an
   upper bound, p (1 - p) / n a run, as if answers to one problem were independent from run to run. They are alike (on MATH it is a

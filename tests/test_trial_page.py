@@ -25,7 +25,8 @@ def made_up(arm, seed, accuracy, seconds=1.0, device="1 x H100", version=("abc",
   run = Run(regime, arm, seed)
   run.folder.mkdir(parents=True)
   steps = [{"step": i + 1, "sec_step": seconds * (9 if i < 4 else 1), "sec_generate": seconds / 4, "sec_total": seconds * (i + 1),
-            "reward_ipw": 0.1 * i, "grad_norm": 9.0 + 2 * (i % 2), "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
+            "reward_ipw": 0.1 * i, "groups_mixed": 3 + i % 2, "tokens_generated": 2500 * seconds, "grad_norm": 9.0 + 2 * (i % 2),
+            "signal": 1.5, "keep_ratio": 0.5, "head_auc_within": None}
            for i in range(10)]
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
   result = lambda x: {"accuracy": x, "problems": 100, "truncated": 0.1, "sampled": {"accuracy": x / 2}}
@@ -64,7 +65,9 @@ def test_pairs_are_by_seed(elsewhere):
   assert trial_stats.speedup(both) == pytest.approx([2.0, 1.5])
   assert trial_stats.clipped(both[0][0]) == 0.5
   assert trial_stats.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
-  assert "+4.5 ± 31.8 (2) points, undecided; the aim of +2.3 is not borne out" in trial_page.verdict(results, "budget", "plain")
+  welch = stats.ttest_ind([30, 40], [28, 33], equal_var=False).confidence_interval()
+  said = trial_page.verdict(results, "budget", "plain")
+  assert f"+4.5 ± 31.8 (2) points, undecided (unpaired, by Welch, ± {(welch.high - welch.low) / 2:.1f}); the aim" in said
 
 
 def test_runs_of_two_commits_are_not_compared(elsewhere):
@@ -80,6 +83,18 @@ def test_runs_of_two_commits_are_not_compared(elsewhere):
     trial_stats.pairs(results, "plain8", "plain")
   text = trial_page.page([regime])
   assert "| budget - plain | refused: runs of several commits (abc (code 123), def (code 123)) |" in text
+
+
+def test_what_a_step_takes_is_of_its_mean_step_and_says_what_files_lack(elsewhere):
+  made_up("plain", 1, 0.3, seconds=1.0)
+  made_up("plain", 2, 0.3, seconds=3.0)
+  made_up("budget", 1, 0.4, seconds=2.0)
+  rows = [x.strip("| ").split(" | ") for x in trial_page.steps_table(trial_stats.load(CPU)) if x.startswith("| ")]
+  plain, budget = (dict(zip(rows[0], row, strict=True)) for row in rows[1:])
+  assert (plain["generating, s"], plain["all, s"], plain["thousand tokens generated"]) == ("0.50", "2.00", "5")
+  assert plain["groups mixed, %"] == "44"  # 3.5 of 8
+  assert plain["mixed groups a second"] == f"{(3.5 / 1 + 3.5 / 3) / 2:.1f}" and budget["mixed groups a second"] == "1.8"
+  assert plain["updating, s"] == plain["rows trained"] == "nan"
 
 
 def test_seconds_of_two_devices_are_not_compared(elsewhere):
