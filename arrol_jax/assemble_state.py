@@ -83,10 +83,8 @@ def abstract_state(c: ConfigDict, model: PolicyConfig, mesh: jax.sharding.Mesh) 
   fresh = jax.eval_shape(lambda: fresh_head(c, model.width))
   head, recent, tables = jax.tree.map(lambda x: place(x, everywhere), fresh)
   params = {"policy": weights, "head": head}
-  # The optimizer's leaves that follow a parameter end in its path, and are sharded as it is (`init_state`).
-  at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
-  follows = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), everywhere)
-  opt_state = jax.tree_util.tree_map_with_path(lambda path, x: place(x, follows(path)), jax.eval_shape(optimizer.init, params))
+  opt_state = jax.eval_shape(optimizer.init, params)
+  opt_state = jax.tree.map(place, opt_state, sharding.following(opt_state, params, mesh))
   chooses = assemble.candidates(c) > c.rollout.prompts
   prompts = jax.eval_shape(lambda: nothing_known(model.width)) if chooses else None
   prompts = jax.tree.map(lambda x: place(x, everywhere), prompts)

@@ -136,7 +136,7 @@ def with_lora(c: transformer.PolicyConfig, rank: int) -> transformer.PolicyConfi
 
 
 def fresh_state(c, mesh, dtype: str = "float32") -> tuple[TrainState, object]:
-  """Random weights and an optimizer. With c.lora they are frozen, in `dtype`, and fresh adapters are trained."""
+  """Random weights and an optimizer, sharded as a run's. With c.lora they are frozen, in `dtype`, and fresh adapters are trained."""
   optimizer = optimizers.Optimizer(optimizers.RateSchedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
   def make(init, axes):
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -144,9 +144,12 @@ def fresh_state(c, mesh, dtype: str = "float32") -> tuple[TrainState, object]:
 
   weights = make(lambda key: transformer.init_params(c, key, dtype if c.lora else "float32"), transformer.logical_axes(c))
   trained = make(lambda key: transformer.init_adapters(c, key), transformer.adapter_axes(c)) if c.lora else weights
-  params = {"policy": trained, "head": init_head(c.width, 256, jax.random.key(1))}
-  return TrainState(params, jax.jit(optimizer.init)(params), Calibration(), jnp.zeros((), jnp.int32),
-                    base=weights if c.lora else None), optimizer
+  head, tables, step = jax.device_put((init_head(c.width, 256, jax.random.key(1)), Calibration(), jnp.zeros((), jnp.int32)),
+                                      sharding.replicated(mesh))
+  params = {"policy": trained, "head": head}
+  where = sharding.following(jax.eval_shape(optimizer.init, params), params, mesh)
+  opt_state = jax.jit(optimizer.init, out_shardings=where)(params)
+  return TrainState(params, opt_state, tables, step, base=weights if c.lora else None), optimizer
 
 
 def flops(c, tokens: int, length: float, passes: int) -> float:

@@ -99,6 +99,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def following(tree, params: dict, mesh: Mesh):
+  """NamedSharding of the leaves of `tree`, such as an optimizer's state: that of the parameter whose path a leaf's path ends in, and
+  everywhere where there is none. params: arrays, or shapes, with shardings."""
+  at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+  follow = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), replicated(mesh))
+  return jax.tree_util.tree_map_with_path(lambda path, _: follow(path), tree)
+
+
 def put(tree, sharding: NamedSharding):
   """NumPy arrays, the same on every process, as one sharded array each; every process gives its own devices their part."""
   return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
