@@ -4,9 +4,7 @@ step.py calls these same functions. Nothing here runs a step: engine/compile_ahe
 chips that are not there.
 """
 
-from collections.abc import Callable
 import math
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -41,101 +39,47 @@ def generation_programs(e: Engine, c: StepConfig, state: TrainState, prompts: in
     out += slot_programs(e, c, state, (rows, length), at, waves)
     smaller = [s for s in shapes if s != (rows, length) and s[0] <= rows and s[1] >= length] if everything else shapes[1:2]
     for n, columns in smaller if len(counts) > 1 or everything else ():  # a layer at a time, the old one deleted before the next
-      to, index = f"{at} to {n}x{columns}" if everything else "", np.zeros(n, np.int32)
-      slots, needs = to_gather(e.mesh, at)
-      out += [Program("gather" + to, decoding.take_columns, lambda out, slots=slots, index=index: (slots(out).cache[0], index),
-                      {"length": columns}, needs, e.config.layers * (len(counts) - 1))]
+      to, index, slots = f"{at} to {n}x{columns}" if everything else "", np.zeros(n, np.int32), "init slots" + at
+      out += [Program("gather" + to, decoding.take_columns, lambda out, slots=slots, index=index: (out[slots].cache[0], index),
+                      {"length": columns}, (slots,), e.config.layers * (len(counts) - 1))]
       if everything:
         out += [Program("gather rest" + to, decoding.take_rest, lambda out, slots=slots, index=index, columns=columns: (
-          slots(out).replace(cache=()), index, index > 0, columns), {}, needs)]
-      if moves(e.mesh, at) and (rows, length) == shapes[0]:  # from wherever they come, they have the same shardings
-        of = f" at {n}x{columns}"
-        stood = lambda out, to=to: out["gather rest" + to].replace(cache=(out["gather" + to],) * e.config.layers)
-        out += slot_programs(e, c, state, (n, columns), of, waves, (stood, ("gather" + to, "gather rest" + to)))
+          out[slots].replace(cache=()), index, index > 0, columns), {}, (slots,))]
   return out
 
 
-def moves(mesh: Mesh, at: str) -> bool:
-  """Whether slots change their shardings from program to program, until they have gone through each once: then what a program
-  is given, of all that is compiled, is what comes out of the one before it."""
-  return bool(at) and mesh.size > 1
+def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int, int], at: str, waves: int) -> list[Program]:
+  """What runs on slots of one shape, (rows, columns); at: behind the programs' names, "" where the devices are not at hand.
+  Every program gives slots on as it gets them (decoding.pin), so each is compiled for new ones."""
+  row, rule, segments = np.zeros(shape[0], np.int32), c.rule, waves * -(-e.max_new // e.segment)
+  init, insert, segment, decide, score = (name + at for name in ("init slots", "insert", "decode segment", "decide", "score"))
+  slots = lambda out: out[init]
+  own = SamplingParams(*np.zeros((4, shape[0]), np.float32)) if c.sampling.temperature is None else None
+  fresh = lambda: fold_all(jax.random.key(0), row)
+  keys = fresh if at else lambda: jax.eval_shape(fresh)
+  past = jax.ShapeDtypeStruct((2, len(rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(e.mesh))
 
-
-def to_gather(mesh: Mesh, at: str) -> tuple[Callable, tuple[str, ...]]:
-  """The slots that are gathered, of the results, and what has to be there for it."""
-  if moves(mesh, at):
-    return lambda out: out["decide" + at][0], ("decide" + at,)
-  return lambda out: out.get("decode segment" + at, (out["init slots" + at],))[0], ("init slots" + at,)
-
-
-def slot_programs(e: Engine, c: StepConfig, state: TrainState, shape: tuple[int, int], at: str, waves: int,
-                  gathered: tuple[Callable, tuple[str, ...]] | None = None) -> list[Program]:
-  """What runs on slots of one shape, (rows, columns); at: behind the programs' names. gathered: what gives these slots, of the
-  results, and what it needs, where they are not new."""
-  chained, on = moves(e.mesh, at), _OnSlots(e, c, state, shape[0], waves, at != "")
-  at += " gathered" * bool(gathered)
-  init, insert, segment, decide = (name + at for name in ("init slots", "insert", "decode segment", "decide"))
-  begin, needs = gathered or (lambda out: out[init], (init,))
-  said = lambda out: out.get(segment, (out[init],))[0]
-  listed = [] if gathered else [Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",))]
-  listed += [on.insert(insert, begin, needs)]
-  if chained:
-    first = (begin, needs) if gathered else (lambda out: out[insert], (insert,))
-    said, needs, decided = lambda out: out[segment][0], (segment,), lambda out: out[decide][0]
-    listed += [on.segment(segment, *first), on.insert(insert + " again", decided, (decide,)),
-               on.segment(segment + " again", decided, (decide,)),
-               on.decide(decide + " again", lambda out: out[segment + " again"][0], (segment + " again",))]
-  else:
-    listed += [on.segment(segment, begin, needs)]
-  listed += [on.decide(decide, said, needs)]
-  if at:
-    listed += [on.decide("score" + at, said, needs, due=False), on.results("results" + at, segment, decide),
-               on.results("results without a decision" + at, segment, decide, made=False)]
-  return listed
-
-
-class _OnSlots(NamedTuple):
-  """Programs on so many slots, by what gives these of the results and what that needs."""
-  e: Engine
-  c: StepConfig
-  state: TrainState
-  rows: int
-  waves: int
-  here: bool  # on the devices at hand
-
-  @property
-  def segments(self) -> int:
-    return self.waves * -(-self.e.max_new // self.e.segment)
-
-  def insert(self, name: str, slots: Callable, needs: tuple[str, ...]) -> Program:
-    row = np.zeros(self.rows, np.int32)
-    own = SamplingParams(*np.zeros((4, self.rows), np.float32)) if self.c.sampling.temperature is None else None
-    fresh = lambda: fold_all(jax.random.key(0), row)
-    keys = fresh if self.here else lambda: jax.eval_shape(fresh)
-    return Program(name, decoding.insert, lambda out: (slots(out), out["prefill"], row, keys(), row, row, own), {},
-                   ("prefill", *needs), self.waves)
-
-  def segment(self, name: str, slots: Callable, needs: tuple[str, ...]) -> Program:
-    e = self.e
-    return Program(name, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], slots(out)),
-                   {"steps": e.segment, "sampling": self.c.sampling}, ("reshard", *needs), self.segments,
-                   1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE))
-
-  def decide(self, name: str, slots: Callable, needs: tuple[str, ...], due: bool = True) -> Program:
+  def decides(name: str, due: bool) -> Program:
     """due: whether rows may stand at a boundary."""
-    state, rule = self.state, self.c.rule
-    past = jax.ShapeDtypeStruct((2, len(rule.detect), decision.PAST), np.float32, sharding=sharding.replicated(self.e.mesh))
     known = past if due and rule.kind == "budget" else None
     return Program(name, decision.decide, lambda out: (
-      slots(out), state.params["head"], state.calibration, rule, np.bool_(True), True, due, known), {}, needs, self.segments)
+      slots(out), state.params["head"], state.calibration, rule, np.bool_(True), True, due, known), {}, (init,), segments)
 
-  def results(self, name: str, segment: str, decide: str, made: bool = True) -> Program:
+  def results(name: str, made: bool) -> Program:
     """What the host reads; made: a decision was."""
-    def args(out) -> tuple:
-      slots, made_of_them = out[decide][:2]
-      return ((*out[segment][1:], slots.generated, slots.active, made_of_them if made else None),)
+    return Program(name, everywhere(e.mesh), lambda out: (
+      (*out[segment][1:], slots(out).generated, slots(out).active, out[decide][1] if made else None),), {}, (segment, decide))
 
-    return Program(name, everywhere(self.e.mesh), args, {}, (segment, decide))
+  listed = [
+    Program(init, decoding.init_slots, lambda out: (e.config, *shape, c.sampling), {}, ("reshard",)),
+    Program(insert, decoding.insert, lambda out: (slots(out), out["prefill"], row, keys(), row, row, own), {}, ("prefill", init),
+            waves),
+    Program(segment, decoding.segment_program(e.weights == "int8"), lambda out: (e.config, out["reshard"], slots(out)),
+            {"steps": e.segment, "sampling": c.sampling}, ("reshard", init), segments,
+            1 if decoding.asks_nobody() else e.segment // math.gcd(e.segment, decoding.STRIDE)),
+    decides(decide, True)]
+  return listed + [decides(score, False), results("results" + at, True),
+                   results("results without a decision" + at, False)] if at else listed
 
 
 def training_programs(mesh: Mesh, c: StepConfig, state: TrainState, kept: int, started: int,

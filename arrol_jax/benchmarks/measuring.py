@@ -136,7 +136,7 @@ def with_lora(c: transformer.PolicyConfig, rank: int) -> transformer.PolicyConfi
 
 
 def fresh_state(c, mesh, dtype: str = "float32") -> tuple[TrainState, object]:
-  """Random weights and an optimizer, sharded as a run's. With c.lora they are frozen, in `dtype`, and fresh adapters are trained."""
+  """Random weights and an optimizer, sharded as in a run. With c.lora they are frozen, in `dtype`, and fresh adapters trained."""
   optimizer = optimizers.Optimizer(optimizers.RateSchedule("constant", 1e-6, 0, 1), 1e-3, 1.0, 0.0, 0.9, 0.99)
   def make(init, axes):
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -24,14 +24,13 @@ def bench_scale(a, c, mesh) -> Iterator[dict]:
   share_of_linear, by phase: weak, one device's seconds over n devices' for n times the rollouts; strong, one device's over n
   times n devices' for the same. With pruning: keys ending in _pruned. bytes_moved: by a step's collectives on one device.
   prediction: seconds by phase for --chip or the chip at hand; None where that is not in the sheet. mesh is not used: each count
-  of devices has its own, split along --axis. Over several devices the first run still compiles: give --runs=3 or more, whose
-  median counts.
+  of devices has its own, split along --axis.
   """
   counts = [n for n in (1, 2, 4, 8, 16) if n <= min(len(jax.devices()), a.devices)]
   alone = None
-  for n in counts:
-    shape = {"data": 1, "fsdp": 1, "tensor": 1} | {a.axis: n}
-    for kind in ("weak", "strong") if n > 1 else ("weak",):
+  for kind in ("weak", "strong"):
+    for n in counts if kind == "weak" else counts[1:]:
+      shape = {"data": 1, "fsdp": 1, "tensor": 1} | {a.axis: n}
       one = copy.copy(a)
       one.rows, one.detect, one.micro_tokens = a.rows * (n if kind == "weak" else 1), a.detect[:1], a.micro_tokens * n
       part = sharding.make_mesh(**shape)

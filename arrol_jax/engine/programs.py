@@ -60,21 +60,28 @@ class Slots:
   sampling_params: SamplingParams | None = None     # where Sampling.temperature is None
 
 
+def pin(slots: Slots) -> Slots:
+  """Pins how slots lie on a mesh, rows over the batch axes: each program gives them on as it was given them, and is compiled
+  once."""
+  return sharding.constrain_rows(slots.replace(cache=())).replace(cache=tuple(map(kv_cache.pin, slots.cache)))
+
+
 @functools.partial(kept.jit, static_argnames=("c", "rows", "length", "sampling"))
 def init_slots(c: PolicyConfig, rows: int, length: int, sampling: Sampling) -> Slots:
   """`rows` empty slots with room for `length` tokens each."""
   zeros, sums = (functools.partial(jnp.zeros, (rows,), dtype) for dtype in (jnp.int32, jnp.float32))
   cache = tuple(kv_cache.empty(c.kv_heads, rows, length, c.head_dim, sampling.cache_dtype) for _ in range(c.layers))
-  return Slots(cache=cache, token=zeros(), position=zeros(), generated=zeros(), max_tokens=zeros(), group=zeros(),
-               active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
-               hidden=jnp.zeros((rows, c.width), sampling.dtype), logprob_sum=sums(), logprob_min=sums(), confidence_sum=sums(),
-               hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32),
-               recent=jnp.zeros((rows, 3), jnp.float32),
-               pruned=jnp.zeros((rows,), bool), prompt=jnp.zeros((rows, c.width if sampling.taps.prompt else 0), sampling.dtype),
-               taps=tuple(jnp.zeros((rows, c.width), jnp.float32 if kind == "mean" else sampling.dtype)
-                          for kind, _ in sampling.taps.states),
-               counts=jnp.zeros((rows, BUCKETS if sampling.taps.counts else 0), jnp.float32),
-               sampling_params=SamplingParams(sums(), sums(), sums(), sums()) if sampling.temperature is None else None)
+  return pin(Slots(
+    cache=cache, token=zeros(), position=zeros(), generated=zeros(), max_tokens=zeros(), group=zeros(),
+    active=jnp.zeros((rows,), bool), key=jax.random.split(jax.random.key(0), rows),
+    hidden=jnp.zeros((rows, c.width), sampling.dtype), logprob_sum=sums(), logprob_min=sums(), confidence_sum=sums(),
+    recent=jnp.zeros((rows, 3), jnp.float32), pruned=jnp.zeros((rows,), bool),
+    hidden_sum=jnp.zeros((rows, c.width if sampling.pool else 0), jnp.float32),
+    prompt=jnp.zeros((rows, c.width if sampling.taps.prompt else 0), sampling.dtype),
+    taps=tuple(jnp.zeros((rows, c.width), jnp.float32 if kind == "mean" else sampling.dtype)
+               for kind, _ in sampling.taps.states),
+    counts=jnp.zeros((rows, BUCKETS if sampling.taps.counts else 0), jnp.float32),
+    sampling_params=SamplingParams(sums(), sums(), sums(), sums()) if sampling.temperature is None else None))
 
 
 @functools.partial(kept.jit, static_argnames=("c", "sampling"))
@@ -110,9 +117,9 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_
 
   put = lambda old, value: jnp.where(new, value, old)
   put_wide = lambda old, value=0: jnp.where(new[:, None], jnp.asarray(value, old.dtype), old)
-  cache = tuple(kv_cache.pin(jax.tree.map(write, *pair)) for pair in zip(slots.cache, prefix.cache, strict=True))
+  cache = tuple(jax.tree.map(write, *pair) for pair in zip(slots.cache, prefix.cache, strict=True))
   # The last prompt token is fed again by the first step: it rewrites its own column and yields the first logits.
-  return slots.replace(
+  return pin(slots.replace(
     cache=cache, token=put(slots.token, prefix.last_token[source]), position=put(slots.position, prefix.length[source] - 1),
     generated=put(slots.generated, 0), max_tokens=put(slots.max_tokens, max_tokens), group=put(slots.group, group),
     active=slots.active | new, key=put(slots.key, key), logprob_sum=put(slots.logprob_sum, 0.0),
@@ -120,13 +127,13 @@ def insert(slots: Slots, prefix: Prefix, source: jax.Array, key: jax.Array, max_
     hidden_sum=put_wide(slots.hidden_sum), recent=put_wide(slots.recent), counts=put_wide(slots.counts),
     taps=tuple(map(put_wide, slots.taps)), pruned=slots.pruned & ~new,
     prompt=put_wide(slots.prompt, prefix.state[source]) if slots.prompt.shape[1] else slots.prompt,
-    sampling_params=jax.tree.map(put, slots.sampling_params, sampling_params))
+    sampling_params=jax.tree.map(put, slots.sampling_params, sampling_params)))
 
 
 @functools.partial(kept.jit, donate_argnames=("slots",))
 def free_resource(slots: Slots, gone: jax.Array) -> Slots:
   """Ends the rows gone bool[B], whatever they still wanted to say; their slots can be filled again."""
-  return slots.replace(active=slots.active & ~gone)
+  return pin(slots.replace(active=slots.active & ~gone))
 
 
 def take_rows(slots: Slots, rows: jax.Array, valid: jax.Array, *, length: int) -> Slots:
@@ -150,8 +157,8 @@ def take_rest(slots: Slots, rows: jax.Array, valid: jax.Array, length: int) -> S
   rest = jax.tree.map(lambda x: x[rows], slots)
   # An idle row may stand past a shorter cache's end; it still writes one column a step, which must exist. It is a copy of another
   # row: without tokens it is nobody's sibling.
-  return rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1),
-                      generated=jnp.where(valid, rest.generated, 0))
+  return pin(rest.replace(active=rest.active & valid, position=jnp.minimum(rest.position, length - 1),
+                          generated=jnp.where(valid, rest.generated, 0)))
 
 
 def generate_segment(c: PolicyConfig, params: dict, slots: Slots, *, steps: int, sampling: Sampling,
@@ -243,10 +250,10 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   start = jnp.int32(0), slots, said
   if asks_nobody() and most is None:
     _, slots, said = several(steps, start)
-    return slots, *said
+    return pin(slots), *sharding.constrain_rows(said)
   stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
   _, slots, said = jax.lax.while_loop(lambda x: (x[0] < end) & jnp.any(x[1].active), functools.partial(several, stride), start)
-  return slots, *said
+  return pin(slots), *sharding.constrain_rows(said)
 
 
 _jit = functools.partial(kept.jit, static_argnames=("c", "steps", "sampling"), donate_argnames=("slots",))

@@ -83,6 +83,11 @@ def constrain(x: jax.Array, *axes, table: dict = TRAIN) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, table))
 
 
+def constrain_rows(tree):
+  """Pins arrays [B,...] to lie with their rows over the batch axes."""
+  return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
 def rows_on_a_chip(count: int) -> int:
   """How many of `count` rows of a batch a chip of the current mesh holds: all of them where it does not divide them."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -100,7 +105,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def following(tree, params: dict, mesh: Mesh):
-  """NamedSharding of the leaves of `tree`, such as an optimizer's state: that of the parameter whose path a leaf's path ends in, and
+  """NamedSharding of the leaves of `tree`, such as an optimizer's state: of the parameter whose path a leaf's path ends in, and
   everywhere where there is none. params: arrays, or shapes, with shardings."""
   at = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
   follow = lambda path: next((s for name, s in at.items() if jax.tree_util.keystr(path).endswith(name)), replicated(mesh))

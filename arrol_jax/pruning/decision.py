@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrol_jax.engine.programs import Slots
+from arrol_jax.engine.programs import Slots, pin
 from arrol_jax.engine.scheduler import Decision
 from arrol_jax.models import sharding
 from arrol_jax.pruning import linear_head, table as tables_
@@ -120,9 +120,9 @@ def decide(slots: Slots, head: dict, tables: Calibration, rule: PruneRule, pruni
   # At a threshold the best of those that are asked goes on, whoever has ended.
   floor = missing(rule.floor, slots.group, _others(slots, decided)) if rule.floor and rule.kind != "threshold" else None
   keep, probability = _draw(rule, key, jnp.where(holdout, 1.0, rule_probability), posterior, group, decided, floor)
-  slots = slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep))
-  return slots, Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final,
-                         seen if features else None), past
+  slots = pin(slots.replace(active=slots.active & keep, pruned=slots.pruned | (decided & ~keep)))
+  said = Decision(decided, keep, score, posterior, probability, rule_probability, holdout, final, seen if features else None)
+  return slots, sharding.constrain_rows(said), past
 
 
 def _others(slots: Slots, decided: jax.Array) -> jax.Array:

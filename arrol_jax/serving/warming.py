@@ -1,8 +1,8 @@
 """What serving runs on the device, compiled before the first call comes, so that nothing is compiled behind it.
 
 `listed` names the programs and what they are given, as shapes; they are compiled side by side (engine/compile_ahead.py). Then
-each runs once on idle slots (`try_all`), one shape after another: what the list has left out is compiled there, as everything is
-over several devices. Left out of both: second passes (scoring.py), and ways between a cache's lengths where there are several.
+each runs once on idle slots (`try_all`), one shape after another: what the list has left out is compiled there. Left out of
+both: second passes (scoring.py), and ways between a cache's lengths where there are several.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,16 @@ def warm_up(make: Callable[[], PacedRun], judging: tuple | None, tell: Callable[
   """Compiles all that serving needs, and says how far it is. make() gives a fresh run; judging: what `decision.decide` is given
   behind the slots, None without a head."""
   run = make()
-  if run.e.mesh.size > 1:  # slots change their shardings from program to program until they have gone through each
-    tell("compiling for several devices, one program after another")
-  else:
-    with CompilingAhead(listed(run, judging), run.e.mesh) as ahead:
-      start = said = time.monotonic()
+  with CompilingAhead(listed(run, judging), run.e.mesh) as ahead:
+    start = said = time.monotonic()
 
-      def report(done: int) -> None:
-        nonlocal said
-        if time.monotonic() > said + 1 or done == ahead.count:
-          said = time.monotonic()
-          tell(f"compiling: {done} of {ahead.count} programs, {said - start:.0f} s")
+    def report(done: int) -> None:
+      nonlocal said
+      if time.monotonic() > said + 1 or done == ahead.count:
+        said = time.monotonic()
+        tell(f"compiling: {done} of {ahead.count} programs, {said - start:.0f} s")
 
-      ahead.wait(report)
+    ahead.wait(report)
   try_all(make, judging)
 
 
