@@ -11,6 +11,8 @@ import pytest
 
 from arrol_jax import assemble, assemble_state, bench, config as configuration, evaluate
 from arrol_jax.benchmarks import measuring, training
+from arrol_jax.learning import batching, update
+from arrol_jax.models import sharding
 from arrol_jax.models.zoo import ZOO
 from arrol_jax.prune import Calibration
 from arrol_jax.pruning.head import init_head
@@ -200,6 +202,22 @@ def test_the_floor_of_decoding_counts_each_groups_own_prompt():
   for shared, columns in ((False, 5 * 8 + 9 * 12), (True, 5 * 2 + 9 * 3)):
     floor = measuring.decode_floor(c, a, work, 8, {"read_bytes_s": 1.0}, shared)
     assert floor == (columns + 4 * 3 + 4 * 6) * column + 3 * weights
+  for shape, parts in (((2, 1, 1), 1), ((1, 1, 2), 2)):  # devices share rows, or their heads; only the latter share weights
+    with jax.set_mesh(sharding.make_mesh(*shape)):
+      assert measuring.decode_floor(c, a, work, 8, {"read_bytes_s": 1.0}, True) == (37 + 36) * column / 2 + 3 * weights / parts
+
+
+def test_a_benchmarks_state_lies_on_a_mesh_as_a_steps_result_does():
+  """Or its first steps would compile for other shardings than the rest."""
+  mesh = sharding.make_mesh(1, 2, 1)
+  with jax.set_mesh(mesh):
+    state, optimizer = measuring.fresh_state(ZOO["tiny"], mesh)
+    grads, _ = update.zeros(ZOO["tiny"], state.params["policy"])
+    taught = batching.empty_examples(state.params["head"], ZOO["tiny"].width, 2)
+    scalars = dict.fromkeys(update.SCALARS, np.float32(1))
+    before = [(x.sharding, x.ndim) for x in jax.tree.leaves(state.changing)]
+    after, _ = update.apply(state.changing, grads, scalars, taught, head_weight=1.0, optimizer=optimizer)
+  assert all(x.sharding.is_equivalent_to(*was) for x, was in zip(jax.tree.leaves(after), before, strict=True))
 
 
 def test_bench_scale_compares_with_one_device(monkeypatch, capsys):

@@ -99,7 +99,8 @@ def cache_bytes(c, a) -> int:
 
 
 def decode_floor(c, a, work: Workload, slots: int, limits: dict, shared: bool = False) -> float:
-  """Seconds that reading takes at the measured bandwidth: each token its row's cache, each step all weights once.
+  """Seconds that reading takes at the measured bandwidth of one device: each token its row's cache, each step all weights once.
+  Over the mesh in use devices share the rows and their heads; weights are split along `tensor` alone.
 
   Steps: as many as `slots` rows need when a slot takes the next request the moment it is free. shared: a group's prompt is read
   once a step for all its rows (all of them start together), not once a row.
@@ -112,7 +113,9 @@ def decode_floor(c, a, work: Workload, slots: int, limits: dict, shared: bool = 
   prompts = sum(n * (max(group) if shared else sum(group)) for n, group in zip(work.prompts, groups, strict=True))
   context = prompts + np.sum(lengths * (lengths + 1) / 2)
   weights = c.num_params() * jnp.dtype(a.weights or a.dtype).itemsize
-  return (context * cache_bytes(c, a) + max(free) * weights) / limits["read_bytes_s"]
+  mesh = jax.sharding.get_mesh()
+  devices, parts = (mesh.size, mesh.shape["tensor"]) if not mesh.empty else (1, 1)
+  return (context * cache_bytes(c, a) / devices + max(free) * weights / parts) / limits["read_bytes_s"]
 
 
 def make_engine(a, c, mesh, slots: int) -> tuple[Engine, Sampling]:

@@ -43,7 +43,7 @@ def compute(a) -> update.Compute:
 
 def bench_update(a, c, mesh) -> list[dict]:
   """W2: tokens a second and MFU of the update on full rows; `tokens_s` counts a prompt for each of its rollouts, `mfu` what is
-  computed."""
+  computed, of all devices' rate."""
   limits, c = ceilings(), with_lora(c, a.lora)
   state, optimizer = fresh_state(c, mesh, a.dtype)
   u = update.UpdateConfig(c, GRPO, compute(a))
@@ -61,7 +61,7 @@ def bench_update(a, c, mesh) -> list[dict]:
     return metrics
 
   seconds, first = timed(once, a.runs, a.profile)
-  mfu = lambda s, passes: update_flops(c, computed, rows, a, passes) / s / limits["matmul_flop_s"]
+  mfu = lambda s, passes: update_flops(c, computed, rows, a, passes) / s / limits["matmul_flop_s"] / mesh.size
   best, passes = statistics.median(seconds), 2 if c.lora else 3  # frozen matrices have no slopes
   return [{"tokens_s": tokens / best, "computed_tokens_s": computed / best, "mfu": mfu(best, passes),
            "floor_share": mfu(best, passes),
