@@ -17,7 +17,7 @@ import pytest
 
 from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _least_where_asked, sample
 from arrol_jax.engine.scheduler import Request
-from arrol_jax.models import transformer
+from arrol_jax.models import sharding, transformer
 from arrol_jax.running import hosts
 from arrol_jax.serving import pace, votes, warming
 from arrol_jax.serving.calls import Call, Piece
@@ -100,9 +100,11 @@ def test_on_a_gpu_each_size_of_a_segment_is_a_program_that_asks_nobody(server, m
   assert texts["cpu"] == texts["gpu"] and {len(x) for x in texts["gpu"]}
 
 
-def test_after_the_warm_up_nothing_compiles_however_calls_come_and_go(server):
-  s, compiling = server.service, hosts.Compiling()
-  engine = dataclasses.replace(s.engine, rows=16, row_buckets=4, length_buckets=1, prefill_rows=4)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_after_the_warm_up_nothing_compiles_however_calls_come_and_go(server, devices):
+  s, compiling, mesh = server.service, hosts.Compiling(), sharding.make_mesh(fsdp=devices)
+  engine = dataclasses.replace(s.engine, rows=16, row_buckets=4, length_buckets=1, prefill_rows=4, mesh=mesh,
+                               params=jax.device_put(s.engine.params, sharding.replicated(mesh)))
   with jax.set_mesh(engine.mesh):
     make = lambda: pace.PacedRun(engine, s.sampling)
     warming.warm_up(make, None, lambda text: None)
