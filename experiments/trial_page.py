@@ -17,6 +17,7 @@ from experiments.trial_stats import (
   Refused,
   Results,
   accuracy,
+  accuracy_pairs,
   best_half,
   clipped,
   difference,
@@ -314,9 +315,11 @@ def page(regimes: list[Regime]) -> str:
     if results.there:
       for part in (arms_table, steps_table, differences_tables, changes_table, votes_table):
         out += part(results)
-      for name, what, figure in (("", "Reward against seconds of steps, and held-out accuracy", trial_plots.course(results)),
-                                 ("_signal", "Accuracy against signal a second", trial_plots.against_signal(results, PLAIN))):
-        figure.savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
+      plots = {"": ("Reward against seconds of steps, and held-out accuracy", trial_plots.course)}
+      if accuracy_pairs(results, PLAIN):
+        plots["_signal"] = "Accuracy against signal a second", lambda x: trial_plots.against_signal(x, PLAIN)
+      for name, (what, draw) in plots.items():
+        draw(results).savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
         out += [f"![{what}]({regime.name}{name}.png)", ""]
       out += [*(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]
   return "\n".join(out)

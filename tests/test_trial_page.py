@@ -138,6 +138,8 @@ def test_a_regime_has_its_own_questions_and_says_where_it_has_one_null(elsewhere
   assert "- budget_ahead - plain, greedy at 120 s: -0.5 ± 19.1 (2) points, undecided" in text
   assert "- budget_ahead - plain_ahead, greedy at 120 s: -3.0 ± 12.7 (2) points, undecided" in text
   assert "chosen4_ahead -" not in text and "Learning rate 3e-6 in all arms" in text
+  made_up("plain@3e-6", trial_arms.SPARE_SEED, 0.3, regime=REGIMES["math_tuning"])  # nothing to compare: no plot of it
+  assert "(math_tuning.png)" in (text := trial_page.page([REGIMES["math_tuning"]])) and "_signal.png" not in text
 
 
 def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
