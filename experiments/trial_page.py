@@ -268,16 +268,16 @@ def multiplicity(results: Results) -> list[str]:
 
 
 def narrow(results: Results) -> list[str]:
-  """Differences whose few pairs agree better than their problems may let them: narrow by luck, for all one knows."""
+  """Differences whose few pairs agree better than answers to so many problems may: narrow by luck, for all one knows."""
   found = []
   for a, b in distinct(results):
     both = _pairs(results, a, b)
     for when, seconds in (("half", results.regime.half), ("full", results.regime.full)):
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
-        found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by problems alone")
-  return ["- Greedy, narrower by seeds than held-out problems alone may make them (an upper bound), so luck of few pairs for all "
-          f"one knows: {'; '.join(found)}."] if found else []
+        found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by answers")
+  return ["- Greedy, narrower by seeds than if each run answered each held-out problem by itself, so luck of few pairs for all "
+          f"one knows (what another set of problems would change is in neither): {'; '.join(found)}."] if found else []
 
 
 def notes(results: Results) -> list[str]:
@@ -306,7 +306,8 @@ def notes(results: Results) -> list[str]:
 def page(regimes: list[Regime]) -> str:
   """Markdown of all regimes; writes their plots."""
   out = ["# The trial: accuracy after as many seconds of steps", "",
-         "Accuracy in percent, ± 95% of Student's t over seeds (number of runs or pairs; one has no interval). Seconds are those "
+         "Accuracy in percent, ± 95% of Student's t over seeds, on the same held-out problems (number of runs or pairs; one has "
+         "no interval). Seconds are those "
          f"of steps, without compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by "
          "`python -m experiments.trial --table`.", ""]
   for regime in regimes:

@@ -122,9 +122,10 @@ def unpaired(both: list[tuple[Found, Found]], when: str) -> float:
 
 
 def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
-  """Half-width of the 95% interval that held-out problems alone may give the mean difference of greedy accuracies, in points: an
-  upper bound, p (1 - p) / n a run, as if answers to one problem were independent from run to run. They are alike (on MATH it is a
-  quarter too large)."""
+  """Half-width of the 95% interval that chance may give the mean difference of greedy accuracies, in points, if each run answered
+  each held-out problem by itself: p (1 - p) / n a run. Answers to one problem are alike from run to run, which makes it too large
+  (on MATH by a quarter); what another set of problems would change, in all runs alike, is not in it.
+  """
   known = [pair for pair in both if all(accuracy(r, when) is not None for r in pair)]
   rates = [[(accuracy(r, when) / 100, r.about[when]["problems"]) for r in pair] for pair in known]
   variances = [sum(p * (1 - p) / n for p, n in pair) for pair in rates]
