@@ -71,7 +71,9 @@ _BOTH = dataclasses.replace(ARMS["budget_chosen"], what="ours, on the quarter of
                             looked_at=4.0)
 AHEAD = running_ahead(2, "two", "_ahead", _THREE)
 # A step lasts at least its longest response's decode steps divided by one more than that, whoever is pruned: sim_ahead.py.
-AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH})
+AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH}) | {
+  "chosen4": ARMS["chosen4"], "resampled": Arm("DAPO's dynamic sampling: groups that are all alike are replaced, in three rounds",
+                                               {"prune.enabled": False, "rollout.resampling": 3})}
 # The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
 FALLING = {name: dataclasses.replace(arm, settings=arm.settings | {"optim.schedule": "linear"}
                                      | ({"loss.baseline": "started"} if name == "budget_ahead" else {}))
@@ -166,9 +168,10 @@ REGIMES = {regime.name: regime for regime in (
          AHEAD, train="math_train", test="math500", ours=("budget_ahead", "chosen4_ahead"), nulls=("plain_ahead",)),
   Regime("math4", "gpu", "MATH as above by later code, whose decisions ask nobody, up to four steps ahead, learning rates chosen",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
-         (dict.fromkeys(("plain", "chosen4_ahead4"), 5), dict.fromkeys(("budget_chosen4_ahead4", "plain_ahead4"), 5),
-          {"budget_ahead4": 3}), AHEAD4, train="math_train", test="math500",
-         ours=("chosen4_ahead4", "budget_chosen4_ahead4", "budget_ahead4"), nulls=("plain_ahead4",), **_MATH_RATES.chosen()),
+         (dict.fromkeys(("plain", "chosen4_ahead4"), 5), dict.fromkeys(("plain_ahead4", "chosen4"), 5),
+          dict.fromkeys(("budget_chosen4_ahead4", "resampled"), 5), {"budget_ahead4": 3}),
+         AHEAD4, train="math_train", test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4", "budget_ahead4"),
+         nulls=("plain_ahead4", "resampled"), **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),

@@ -48,6 +48,8 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     falling, most, pruned = regime.name == "falling", 4 if regime.name == "math4" else 2, [arm for arm in read if "budget" in arm]
     assert {c.optim.schedule for c in read.values()} == {"linear" if falling else "constant"}
     assert [arm for arm, c in read.items() if c.loss.baseline == "started"] == ["budget_ahead"] * falling
+    if most == 4:
+      assert read.pop("resampled").rollout.resampling == 3
     assert {arm: (c.rollout.ahead, c.loss.correction) for arm, c in read.items()} == {
       arm: (most, "truncate") if "ahead" in arm else (0, "none") for arm in read}
     assert [arm for arm, c in read.items() if c.prune.enabled] == pruned and len(pruned) == 1 + (most == 4)
