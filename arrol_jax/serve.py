@@ -11,6 +11,7 @@ from collections.abc import Callable
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -30,13 +31,14 @@ FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any
          "queue": ("256", "traces that may wait beyond rollout.slots; more: 429"),
          "drain": ("600", "seconds that calls under way get after SIGTERM or SIGINT; a second one cuts them off"),
          "name": ("", "what the model is called; its folder's name if not given"),
-         "api_key": ("", "who calls must send it (or ARROL_API_KEY in the environment)"),
+         "api_key": (None, "who calls must send it (or ARROL_API_KEY in the environment)"),
          "allowed_hosts": ("", "Host headers that are answered, separated by commas (on 127.0.0.1: its own)"),
          "cors": ("", "origins of web pages that may call, separated by commas"),
          "keep_alive": ("60", "seconds of an idle connection"), "still": ("60", "seconds without a step until /health says so"),
          "prefix_cache": ("0", "MiB for what prompts begin with, kept between calls; 0: off"),
          "deterministic": ("false", "true: a text depends on nothing but its call, in bfloat16 too; costs speed")}
 MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6, "prefix_cache": 10**6}
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -111,8 +113,22 @@ def _is_loopback(host: str) -> bool:
 def _access(flags, still: int) -> Access:
   listed = lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip())
   hosts = listed(flags.allowed_hosts) or ((*LOOPBACK, flags.host) if _is_loopback(flags.host) else ("*",))
-  key = flags.api_key or os.environ.get("ARROL_API_KEY") or None
-  return Access(hosts, listed(flags.cors), key, still)
+  origins = listed(flags.cors)
+  for origin in origins:
+    if not _ORIGIN.fullmatch(origin):
+      raise UserError(f"--cors has {origin!r}; an origin is SCHEME://HOST or SCHEME://HOST:PORT, as in https://chat.example")
+  return Access(hosts, origins, _key(flags.api_key), still)
+
+
+def _key(given: str | None) -> str | None:
+  """The key of --api_key, or else of the environment; None: none is wanted."""
+  where, key = ("--api_key", given) if given is not None else ("ARROL_API_KEY", os.environ.get("ARROL_API_KEY"))
+  if key is None:
+    return None
+  key = key.strip()
+  if not key or re.search(r"[\x00-\x1f\x7f]", key):
+    raise UserError(f"{where} {'has a control character' if key else 'is empty'}; give a key, or leave it out for none")
+  return key
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -87,3 +87,13 @@ def server(exported):
   from helpers_serve import serving
   with serving(exported) as out:
     yield out
+
+
+@pytest.fixture
+def access(server):
+  """set(Access) for a test."""
+  before = server.web.access
+  def put(access):
+    server.web.access = access
+  yield put
+  server.web.access = before

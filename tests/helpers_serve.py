@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -82,6 +83,14 @@ def ask(port, body, path="/v1/completions", method="POST", headers=None):
   raw = answer.read()
   connection.close()
   return answer.status, json.loads(raw) if raw[:1] == b"{" else raw.decode()
+
+
+def until(condition):
+  for _ in range(500):
+    if condition():
+      return True
+    time.sleep(0.01)
+  return False
 
 
 def events(port, body, path="/v1/completions"):

@@ -161,7 +161,7 @@ def test_a_hub_id_and_what_is_shipped_are_served_from_any_folder(tmp_path, monke
 @pytest.mark.parametrize("host, foreign", [("127.0.0.1", False), ("127.0.0.2", False), ("localhost", False), ("::1", False),
                                            ("0.0.0.0", True), ("::", True), ("10.0.0.1", True)])
 def test_on_any_loopback_address_foreign_hosts_are_refused(host, foreign):
-  access = serve._access(SimpleNamespace(host=host, allowed_hosts="", cors="", api_key=""), 60)
+  access = serve._access(SimpleNamespace(host=host, allowed_hosts="", cors="", api_key=None), 60)
   assert (access.hosts == ("*",)) == foreign and (foreign or host in access.hosts)
 
 

@@ -13,7 +13,6 @@ from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, serving
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _least_where_asked, sample
 from arrol_jax.engine.scheduler import Request
@@ -282,16 +281,6 @@ def test_a_slow_vote_holds_up_nobody(server, monkeypatch):
 
 
 # ---- who may call, and how the server is --------------------------------------------------------------------
-
-
-@pytest.fixture
-def access(server):
-  """set(Access) for a test."""
-  before = server.web.access
-  def put(access):
-    server.web.access = access
-  yield put
-  server.web.access = before
 
 
 def test_foreign_hosts_are_refused_where_hosts_are_listed(server, access):

@@ -10,7 +10,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from helpers_serve import FOREVER, PROMPT, ask, begun, command, events
+from helpers_serve import FOREVER, PROMPT, ask, begun, command, events, until
 import numpy as np
 import pytest
 
@@ -107,14 +107,6 @@ def server():
     yield out
     out.front.stop()
     assert out.ended() == (0, ["drained"])
-
-
-def until(condition):
-  for _ in range(500):
-    if condition():
-      return True
-    time.sleep(0.01)
-  return False
 
 
 def test_calls_get_their_text_and_numbers_get_across(server):

@@ -1,5 +1,5 @@
-"""Request bodies, so that no caller's body harms another: each has a longest size and time, all together have a size, and long
-ones are parsed in a thread of their own."""
+"""Request bodies, so that no caller's body harms another: each has a longest size and time, all together have a size, long ones
+are parsed in a thread of their own, and what is left of a refused one is not taken for the next request."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from starlette.requests import Request
 from arrol_jax.serving.fields import Refused
 
 MAX_BODY = 4 << 20     # bytes
-MAX_BODIES = 64 << 20  # bytes of all bodies that are being read or parsed
-LONG_BODY = 64 << 10   # bytes from which on a body is parsed behind other long ones
+MAX_BODIES = 64 << 20  # bytes of all bodies that are being read or parsed; beyond it no long one is taken, beyond twice no other
+LONG_BODY = 64 << 10   # bytes from which on a body is long; it is parsed behind other long ones
 SECONDS = 15.0         # for a body to come whole
 
 
@@ -27,31 +27,23 @@ class Bodies:
     """parse(bytes) of the request's body. Raises Refused, what parse raises, and ClientDisconnect."""
     parts = bytearray()
     try:
-      await self._in_time(self._read(request, parts))
+      await self.in_time(self._read(request, parts))
       pool = self.long if len(parts) > LONG_BODY else self.short
       return await asyncio.get_running_loop().run_in_executor(pool, parse, bytes(parts))
     finally:
       self.held -= len(parts)
 
   async def _read(self, request: Request, parts: bytearray) -> None:
-    total = 0
     async for part in request.stream():
-      total += len(part)
-      if total <= MAX_BODY:
-        parts += part
-        self.held += len(part)
-      elif parts:  # the rest is let by for a while: a client that is still sending would not read the answer
-        self.held -= len(parts)
-        parts.clear()
-      if total > 4 * MAX_BODY:
-        break
-      if self.held > MAX_BODIES:
+      parts += part
+      self.held += len(part)
+      if len(parts) > MAX_BODY:
+        raise Refused(f"the body is longer than {MAX_BODY} bytes", status=413)
+      if self.held > MAX_BODIES * (1 if len(parts) > LONG_BODY else 2):
         raise Refused("too many long bodies are being read at once; try again later", status=429)
-    if total > MAX_BODY:
-      raise Refused(f"the body is longer than {MAX_BODY} bytes", status=413)
 
-  async def _in_time(self, reading) -> None:
-    """Waits for a body, for so long, and no longer than calls are taken."""
+  async def in_time(self, reading) -> None:
+    """Waits for a body, for so long, and no longer than calls are taken. Raises Refused, and what reading it raises."""
     reading, closing = asyncio.ensure_future(reading), asyncio.ensure_future(self.closing.wait())
     try:
       await asyncio.wait({reading, closing}, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -65,3 +57,41 @@ class Bodies:
       reading.cancel()
       closing.cancel()
       await asyncio.gather(reading, closing, return_exceptions=True)
+
+
+class WholeRequests:
+  """Middleware: an answer waits until its request's body has come, read or let by, so that a client that is still sending gets
+  it and its next request begins where it should. Where the body does not come in time the connection ends with the answer."""
+
+  def __init__(self, app, bodies: Bodies):
+    self.app, self.bodies = app, bodies
+
+  async def __call__(self, scope, receive, send):
+    headers = dict(scope.get("headers", ()))
+    if not headers.keys() & {b"content-length", b"transfer-encoding"}:
+      return await self.app(scope, receive, send)
+    left = True
+    held_back = headers.get(b"expect", b"").lower() == b"100-continue"  # it is sent when somebody reads
+
+    async def receive_part():
+      nonlocal left, held_back
+      held_back = False
+      message = await receive()
+      left = message.get("more_body", False)
+      return message
+
+    async def let_by():
+      while left:
+        await receive_part()
+
+    async def send_behind(message):
+      if left and message["type"] == "http.response.start" and (b"connection", b"close") not in message["headers"]:
+        try:
+          if held_back:
+            raise Refused("nobody wants it")
+          await self.bodies.in_time(let_by())
+        except Refused:
+          message["headers"].append((b"connection", b"close"))
+      await send(message)
+
+    await self.app(scope, receive_part, send_behind)

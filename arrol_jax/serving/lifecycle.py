@@ -1,4 +1,4 @@
-"""From a listening socket to the end: connections that hold on without asking are closed, a signal drains, a second one cuts.
+"""From a listening socket to the end: a signal drains, a second one cuts.
 
 The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
 streams end with an error event, other calls get a 503, and the process says how many they were. This is the HTTP side's process
@@ -7,58 +7,19 @@ streams end with an error event, other calls get a 503, and the process says how
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import sys
 import threading
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from arrol_jax.serving.connections import Patient, take_descriptors, tell_of_descriptors
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.web import Access, Web, make_app
 
-MAX_HEAD = 64 << 10  # bytes of a request's head
-HEAD_SECONDS = 15.0  # for a request's head to come whole
-GRACE = 2.0          # seconds that calls which were cut get to tell their clients
-
-
-class Patient(HttpToolsProtocol):
-  """A connection that is closed where the head of a request does not come in time, or is too long."""
-
-  def connection_made(self, transport):
-    super().connection_made(transport)
-    self.head, self.end = 0, b""  # bytes of a request's head so far, and the last of them
-    self.late = self.loop.call_later(max(HEAD_SECONDS, self.timeout_keep_alive), self._close_if_idle)
-
-  def connection_lost(self, exc):
-    self.late.cancel()
-    super().connection_lost(exc)
-
-  def data_received(self, data):
-    if self._idle() and self._too_long(data):
-      self.transport.is_closing() or self.send_400_response(f"The request's head is longer than {MAX_HEAD} bytes.")
-      return
-    super().data_received(data)
-    if not self._idle():
-      self.head, self.end = 0, b""
-      self.late.cancel()
-    elif self.late.cancelled():  # the head of another request has begun
-      self.late = self.loop.call_later(HEAD_SECONDS, self._close_if_idle)
-
-  def _too_long(self, data: bytes) -> bool:
-    """Whether with these bytes a head goes beyond what is granted; what follows it is a body's."""
-    ends = (self.end + data).find(b"\r\n\r\n")
-    self.head += len(data) if ends < 0 else max(0, ends - len(self.end))
-    self.end = (self.end + data)[-3:]
-    return self.head > MAX_HEAD
-
-  def _idle(self) -> bool:
-    return self.cycle is None or self.cycle.response_complete
-
-  def _close_if_idle(self):
-    if self._idle():
-      self.transport.close()
+GRACE = 2.0  # seconds that calls which were cut get to tell their clients
 
 
 class Server(uvicorn.Server):
@@ -72,6 +33,7 @@ class Server(uvicorn.Server):
 
   async def startup(self, sockets=None):
     self.loop = asyncio.get_running_loop()
+    self.loop.set_exception_handler(_on_trouble)
     await super().startup(sockets)
 
   @contextlib.contextmanager
@@ -99,10 +61,23 @@ class Server(uvicorn.Server):
     self.loop.call_later(GRACE, setattr, self, "force_exit", True)
 
 
+def _on_trouble(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+  """Of the event loop itself. It cannot take a connection where file descriptors have run out, and tries again."""
+  if getattr(context.get("exception"), "errno", None) in (errno.EMFILE, errno.ENFILE):
+    tell_of_descriptors(loop.time())
+  else:
+    loop.default_exception_handler(context)
+
+
+def _url(host: str, port: int, *_ipv6) -> str:
+  return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def listen(remote, limits: Limits, listener: socket.socket, access: Access, drain: float, keep_alive: int) -> int:
   """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
   answer."""
-  url = "http://{}:{}".format(*listener.getsockname()[:2])
+  take_descriptors()
+  url = _url(*listener.getsockname())
   app = make_app(remote, limits, lambda: _say(f"serving {limits.model} at {url}"), lambda: server.broken(), access)
   server = Server(app, drain, keep_alive)
   remote.on_stop = server.stop

@@ -2,7 +2,7 @@
 
 import asyncio
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from arrol_jax.serving import openai_api, votes
 from arrol_jax.serving.answers import Answer, nothing_said, refusal
-from arrol_jax.serving.bodies import Bodies
+from arrol_jax.serving.bodies import Bodies, WholeRequests
 from arrol_jax.serving.calls import Cut, Full, Piece
 from arrol_jax.serving.fields import Refused
 from arrol_jax.serving.meters import Meters
@@ -89,10 +89,11 @@ class Web:
     self.cut += len(self.under_way)
     self.service.cut()
 
-  def error(self, text: str, status: int, field: str | None = None) -> JSONResponse:
+  def error(self, text: str, status: int, field: str | None = None, headers: Mapping | None = None) -> JSONResponse:
     self.meters.answers.labels(status).inc()
     more = {"Retry-After": "1"} if status in (429, 503) else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    if status in (408, 413, 503):  # the rest of the body may be on its way
+    more |= headers or {}
+    if status in (408, 503):  # the rest of the body is not waited for
       more["Connection"] = "close"
     return JSONResponse(refusal(text, status, field), status, more)
 
@@ -130,7 +131,7 @@ def make_app(service, limits: Limits, started: Callable | None = None, broken: C
     return web.error(str(e), e.status, e.field)
 
   async def unknown(request, e: HTTPException):
-    return web.error(f"{request.method} {request.url.path}: {e.detail}", e.status_code)
+    return web.error(f"{request.method} {request.url.path}: {e.detail}", e.status_code, headers=e.headers)
 
   async def failed(request, e: Exception):
     return web.error("the server failed; its log says why", 500)
@@ -142,14 +143,16 @@ def make_app(service, limits: Limits, started: Callable | None = None, broken: C
             Route("/v1/chat/completions", functools.partial(_answer, web, True), methods=["POST"])]
   cors = [Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])]
   app = Starlette(routes=routes, lifespan=_lifespan(web, started, broken),
-                  middleware=[*(cors if access.origins else []), Middleware(Guard, web=web)],
+                  middleware=[Middleware(WholeRequests, bodies=web.bodies), *(cors if access.origins else []),
+                              Middleware(Guard, web=web)],
                   exception_handlers={Refused: refused, HTTPException: unknown, Exception: failed})
   app.state.web = web
   return app
 
 
 class Guard:
-  """Refuses calls for another host (a web page may have its name resolved to this machine) and calls without the key."""
+  """Refuses calls for another host (a web page may have its name resolved to this machine), calls of other origins' pages (a
+  browser sends some without asking first) and calls without the key."""
 
   def __init__(self, app, web: Web):
     self.app, self.web = app, web
@@ -159,16 +162,18 @@ class Guard:
     await (self.app if why is None else self.web.error(*why))(scope, receive, send)
 
   def _why_not(self, scope) -> tuple[str, int] | None:
-    access, headers = self.web.access, {name: value.decode("latin-1") for name, value in scope["headers"]}
-    host = headers.get(b"host", "").lower()
+    access, headers = self.web.access, dict(scope["headers"])
+    host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
     found = _HOST.fullmatch(host)
     name = (found[1] or found[2]) if found else host
     if host and "*" not in access.hosts and name not in access.hosts:  # no browser leaves it out, but some probes do
       return "this server is not called by that host name; its --allowed_hosts lists those that are", 403
+    if origin and (not host or origin.partition("://")[2] != host) and not {"*", origin} & set(access.origins):
+      return "this server is not called by pages of that origin; its --cors lists those that may call", 403
     if access.key is None or scope["path"] in ("/health", "/ready"):
       return None
-    scheme, _, key = headers.get(b"authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), access.key.encode()):
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), access.key.encode(errors="surrogateescape")):
       return "this server wants its API key: send it as Authorization: Bearer KEY", 401
     return None
 
