@@ -222,8 +222,7 @@ def run(main: Callable[[], None]) -> None:
 
   One of several processes that fails leaves at once, whatever the others are doing: they notice and end too.
   """
-  if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
-    sys.path.append(os.getcwd())
+  hosts.begin()
   try:
     main()
   except hosts.Preempted as e:

@@ -205,6 +205,14 @@ def take_process() -> None:
   _own_process = True
 
 
+def begin() -> None:
+  """What an entry point does first."""
+  if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
+    sys.path.append(os.getcwd())
+  if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "arrol_jax":  # all is imported: KeyboardInterrupt again
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def process(run: Callable[[], None], busy: Callable[[], bool] = lambda: False) -> None:
   """The whole process: run(), then its exit status. Threads that are still at work then (busy) are not waited for."""
   take_process()
