@@ -13,6 +13,7 @@ from helpers_serve import PROMPT, QUEUE, ROWS, ask, events, serving
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from arrol_jax.engine.sampling import Sampling, SamplingParams, _least_of, _least_where_asked, sample
 from arrol_jax.engine.scheduler import Request
