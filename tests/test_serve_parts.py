@@ -266,7 +266,7 @@ def test_each_pair_is_asked_once_and_a_vote_has_a_deadline():
 def test_a_slow_vote_holds_up_nobody(server, monkeypatch):
   gate, asked = threading.Event(), threading.Event()
   monkeypatch.setattr(server.web.sameness, "ask", lambda a, b, until: asked.set() or gate.wait(5) and False)
-  body = {"prompt": "9-7+8-6+5>", "n": 8, "seed": 2, "temperature": 1.5, "vote": "majority"}
+  body = {"prompt": "9-7+8-6+5>", "n": (ROWS + QUEUE) // 2, "seed": 2, "temperature": 1.5, "vote": "majority"}
   got = []
   voters = [threading.Thread(target=lambda: got.append(ask(server.port, body)[0])) for _ in range(2)]
   for t in voters:
@@ -274,11 +274,12 @@ def test_a_slow_vote_holds_up_nobody(server, monkeypatch):
     assert asked.wait(30)  # its rows are free again
   time.sleep(0.5)
   start = time.monotonic()
+  assert ask(server.port, body)[0] == 429 and server.web.passes.taken == ROWS + QUEUE
   assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 200 and time.monotonic() - start < 2 and not got
   gate.set()
   for t in voters:
     t.join()
-  assert got == [200, 200]
+  assert got == [200, 200] and not server.web.passes.taken
 
 
 # ---- who may call, and how the server is --------------------------------------------------------------------

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.client
 import json
+import os
 import socket
 import tempfile
 import threading
@@ -83,6 +84,7 @@ def split(said=None):
   service = Quick(engine, Sampling(None, (), "float32"), TOKENIZER, QUEUE)
   limits = Limits("mine", 16, 10**6, service.most, 19, TOKENIZER, None, 8, False, False)
   listener, status = socket.create_server(("127.0.0.1", 0)), []
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have that too: little is on the way
   port = listener.getsockname()[1]
   with said or tempfile.TemporaryFile("w+") as said, Front(listener, said) as front:
     thread = threading.Thread(target=lambda: status.append(front.run(service, limits, Access(), 10.0, 5)))
@@ -148,6 +150,85 @@ def test_second_passes_are_made_where_the_model_is(server, capsys):
   assert status == 200 and answer["choices"][0]["logprobs"]["token_logprobs"] == [-1.5] * 4
   assert asked == [(TOKENIZER.encode("1+2>"), [], 0.5)]
   assert ask(server.port, body)[0] == 500 and "too long" in capsys.readouterr().err
+
+
+SCORED = {"prompt": ["1+2>"] * 2, "echo": True, "max_tokens": 0, "logprobs": 1}
+
+
+@contextlib.contextmanager
+def slow_passes(server):
+  """A server's second passes take until the event is set: (event, list of those begun)."""
+  go, begun = threading.Event(), []
+
+  def likelihoods(prompt, answer, temperature):
+    begun.append(1)
+    go.wait(60)
+    return Likelihoods(np.zeros(len(prompt), np.float32), np.zeros((len(prompt), 1), np.int32), np.zeros((len(prompt), 1)))
+
+  server.service.scorer.likelihoods = likelihoods
+  try:
+    yield go, begun
+  finally:
+    go.set()
+
+
+def scoring(server):
+  return ask(server.port, None, "/health", "GET")[1]["scoring"]
+
+
+def test_second_passes_have_a_bound_are_seen_and_end_with_their_client(server):
+  left = lambda: ask(server.port, None, "/metrics", "GET")[1].partition('arrol_requests_total{status="499"} ')[2].split("\n")[0]
+  before, body = float(left() or 0), json.dumps(SCORED)
+  with slow_passes(server) as (go, begun):
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range((ROWS + QUEUE) // 2)]
+    for client in clients:
+      client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    assert until(lambda: scoring(server) == ROWS + QUEUE and len(begun) == 2)
+    assert f"arrol_traces_scoring {ROWS + QUEUE}.0" in ask(server.port, None, "/metrics", "GET")[1]
+    for more in (SCORED, SCORED | {"max_tokens": 2}, {"prompt": "1>", "n": 2, "vote": "majority"}):
+      status, answer = ask(server.port, more)
+      assert status == 429 and f"{ROWS + QUEUE} is the most" in answer["error"]["message"]
+    assert ask(server.port, {"prompt": "1+2>", "max_tokens": 4})[0] == 200  # nothing of it is scored
+    for client in clients:
+      client.close()
+    assert until(lambda: scoring(server) == 0 and float(left() or 0) == before + len(clients))
+    go.set()
+    assert ask(server.port, SCORED)[0] == 200 and len(begun) == 4  # what was begun, and its own: none for those that left
+  assert ask(server.port, SCORED | {"prompt": ["1+2>"] * (ROWS + QUEUE)})[0] == 200
+
+
+@pytest.mark.parametrize("end", ["signals", "a line that ends"])
+def test_an_end_waits_for_no_second_pass(end, capfd):
+  with split() as server, slow_passes(server) as (_, begun):
+    got = []
+    callers = [threading.Thread(target=lambda: got.append(ask(server.port, SCORED)[0])) for _ in range((ROWS + QUEUE) // 2)]
+    for caller in callers:
+      caller.start()
+    assert until(lambda: scoring(server) == ROWS + QUEUE and len(begun) == 2)
+    if end == "signals":
+      server.front.stop()
+      server.front.stop()
+    else:  # as where the command is killed
+      with socket.socket(fileno=os.dup(server.front.connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
+    cut = f"stopped: {len(callers)} calls under way were cut"
+    assert server.ended() == (1, [cut] if end == "signals" else [])
+    for caller in callers:
+      caller.join(20)
+    assert got == [503 if end == "signals" else 500] * len(callers)
+    assert end != "signals" or "Traceback" not in capfd.readouterr().err
+
+
+def test_an_end_does_not_wait_for_a_client_that_reads_nothing(capfd):
+  with split() as server, socket.socket() as client:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", server.port))
+    body = json.dumps(FOREVER | {"n": ROWS, "max_tokens": 10**6, "logprobs": 0})
+    client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    assert until(lambda: server.service.totals.tokens > 3000)  # more than what is on the way can be
+    server.front.stop()
+    server.front.stop()
+    assert server.ended() == (1, ["stopped: 1 calls under way were cut"]) and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("trouble", ["breaks", "cannot be told"])

@@ -18,6 +18,9 @@ class Full(Exception):
 class Cut(Exception):
   """The server ended before the call was done."""
 
+  def __init__(self, text: str = "the server stopped before this call was done"):
+    super().__init__(text)
+
 
 class Call(NamedTuple):
   """What a user wants: n continuations of a prompt."""

@@ -1,6 +1,5 @@
 """The engine's end of the line to the process that speaks HTTP (remote.py, which says what goes over it)."""
 
-from concurrent.futures import ThreadPoolExecutor
 import functools
 from multiprocessing.connection import Pipe
 import os
@@ -37,7 +36,6 @@ class Front:
                                       env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"})
     self.service: Service | None = None
     self.tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # by number; the service holds them
-    self.scoring = ThreadPoolExecutor(2, "second-pass")
     self.said, self.waits = [], []  # of this turn
     self.sending = threading.Lock()
     self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: the process has ended
@@ -48,7 +46,8 @@ class Front:
   def __exit__(self, *_exception) -> None:
     self.process.kill()
     self.process.wait()
-    self.connection.close()
+    with self.sending:  # a second pass may end now, and must not write to a file that has this one's number next
+      self.connection.close()
 
   def stop(self) -> None:
     """What a signal does: the first drains, the second cuts. For signal handlers too."""
@@ -130,7 +129,8 @@ class Front:
       ticket = self.tickets.get(rest[0])
       ticket and self.service.cancel(ticket)
     elif word == "score":
-      self.scoring.submit(self._score, *rest)
+      number, name, args = rest
+      self.service.score(name, args, functools.partial(self._scored, number))
     elif word in ("close", "cut"):
       getattr(self.service, word)()
     else:
@@ -145,12 +145,10 @@ class Front:
       return
     self.tickets.update({number: ticket for (number, _), ticket in zip(calls, tickets, strict=True)})
 
-  def _score(self, number: int, name: str, args: tuple) -> None:
-    try:
-      result = getattr(self.service.scorer, name)(*args)
-    except Exception as e:
-      traceback.print_exc()
-      result = _plain(e)
+  def _scored(self, number: int, result) -> None:
+    if isinstance(result, Exception):
+      traceback.print_exception(result)
+      result = _plain(result)
     self._send("scored", number, result)
 
 

@@ -47,9 +47,9 @@ class Server(uvicorn.Server):
     self.loop.call_soon_threadsafe(self._begin_drain if first else self._cut)
 
   def broken(self):
-    """The engine broke, and all calls have been told. From any thread."""
+    """The engine broke, and the calls that it had have been told. From any thread."""
     self.should_exit = True
-    self.loop.call_soon_threadsafe(self.loop.call_later, GRACE, setattr, self, "force_exit", True)
+    self.loop.call_soon_threadsafe(self.loop.call_later, GRACE, self._cut)
 
   def _begin_drain(self):
     self.web.stop_taking()
@@ -58,6 +58,12 @@ class Server(uvicorn.Server):
   def _cut(self):
     if self.web.under_way:
       self.web.cut_off()
+    self.loop.call_later(GRACE, self._leave)
+
+  def _leave(self):
+    """Clients that do not read what they are told are waited for no longer."""
+    for connection in list(self.server_state.connections):
+      connection.transport.abort()
     self.loop.call_later(GRACE, setattr, self, "force_exit", True)
 
 

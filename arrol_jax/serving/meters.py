@@ -8,10 +8,10 @@ _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Meters:
-  """Counts of the HTTP side, and the service's as they stand when asked."""
+  """Counts of the HTTP side, and the service's and its passes' as they stand when asked."""
 
-  def __init__(self, service):
-    self.registry, self.service = CollectorRegistry(), service
+  def __init__(self, service, passes):
+    self.registry, self.service, self.passes = CollectorRegistry(), service, passes
     more = {"registry": self.registry}
     self.answers = Counter("arrol_requests", "Calls answered, by HTTP status; 499: the client left", ["status"], **more)
     self.first = Histogram("arrol_first_token_seconds", "From a call to its first token", buckets=_SECONDS, **more)
@@ -27,7 +27,9 @@ class Meters:
     s, t = self.service, self.service.standing.totals
     yield GaugeMetricFamily("arrol_traces_running", "Traces in slots", value=s.running)
     yield GaugeMetricFamily("arrol_traces_waiting", "Traces without a slot", value=s.waiting)
-    yield GaugeMetricFamily("arrol_traces_most", "Traces that may run or wait", value=s.most)
+    yield GaugeMetricFamily("arrol_traces_scoring", "Traces of calls that want a second pass or a vote and have no answer yet",
+                            value=self.passes.taken)
+    yield GaugeMetricFamily("arrol_traces_most", "Traces that may run or wait, and that may be scored", value=s.most)
     yield GaugeMetricFamily("arrol_still_seconds", "Since the engine's last step; 0 where there is nothing to do", value=s.still)
     yield CounterMetricFamily("arrol_prompt_tokens", "Prompt tokens taken", value=t.prompt_tokens)
     yield CounterMetricFamily("arrol_tokens", "Tokens generated", value=t.tokens)

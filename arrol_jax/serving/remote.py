@@ -9,9 +9,7 @@ No accelerator is touched here.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
 import contextlib
-import functools
 import itertools
 from multiprocessing.connection import Connection
 import signal
@@ -20,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from types import SimpleNamespace
 import weakref
 
 from arrol_jax.running import hosts
@@ -36,10 +33,10 @@ class Remote:
     self.connection, self.most, self.standing, self.failure = connection, most, standing, None
     self.on_queue: Callable[[float], None] | None = None
     self.on_stop: Callable[[], None] | None = None  # called when the other process got a signal
-    self.scorer = SimpleNamespace(**{name: functools.partial(self._score, name) for name in ("likelihoods", "final")})
     self._numbers, self._sending = itertools.count(), threading.Lock()
     self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # callers hold them
-    self._scores: dict[int, Future] = {}
+    self._scores: dict[int, Callable] = {}
+    self._end: Exception | None = None  # why nobody answers any more: the failure, or Cut
     self._sent, self._woke = self._over, 0.0  # traces handed in; when the first of those under way was
 
   # ---- called from any thread -------------------------------------------------------------------------------
@@ -53,11 +50,19 @@ class Remote:
     tickets = [Ticket(call, told, next(self._numbers)) for call, told in zip(calls, on_piece, strict=True)]
     self._tickets.update({ticket.number: ticket for ticket in tickets})
     self._send("submit", [(ticket.number, ticket.call) for ticket in tickets])
-    self._check()
+    if self._end is not None:  # perhaps before that was noted: nobody may be left to tell
+      raise Cut() if self.failure is None else RuntimeError("the engine broke") from self.failure
     return tickets
 
   def cancel(self, ticket: Ticket) -> None:
     self._send("cancel", ticket.number)
+
+  def score(self, name: str, args: tuple, tell: Callable) -> None:
+    """As Service.score."""
+    number = next(self._numbers)
+    self._scores[number] = tell
+    self._send("score", number, name, args)
+    self._tell_scores()
 
   def close(self) -> None:
     self._send("close")
@@ -86,18 +91,11 @@ class Remote:
     """Traces that run or wait; never fewer than the Service knows of."""
     return self._sent - self._over
 
-  def _score(self, name: str, *args):
-    """A method of the Service's Scorer; waits for it."""
-    number, out = next(self._numbers), Future()
-    self._scores[number] = out
-    self._send("score", number, name, args)
-    self._check()
-    return out.result()
-
-  def _check(self) -> None:
-    """After something was asked for: if the engine broke before that was noted, nobody will answer."""
-    if self.failure is not None:
-      raise RuntimeError("the engine broke") from self.failure
+  def _tell_scores(self) -> None:
+    """If nobody answers any more: tells so, each once."""
+    while self._end is not None and self._scores:
+      with contextlib.suppress(KeyError):  # the other thread was first
+        self._scores.popitem()[1](self._end)
 
   def _send(self, *message) -> None:
     try:
@@ -121,11 +119,10 @@ class Remote:
     except Exception as e:
       self.failure = e
       traceback.print_exc()
-    end = self.failure or Cut("the server stopped before this call was done")
+    self._end = self.failure or Cut()
     for ticket in list(self._tickets.values()):
-      ticket.on_piece(end)
-    for score in list(self._scores.values()):
-      score.set_exception(end)
+      ticket.on_piece(self._end)
+    self._tell_scores()
 
   def _take(self, word: str, *rest) -> None:
     if word == "said":
@@ -138,8 +135,7 @@ class Remote:
         self.on_queue and self.on_queue(seconds)
     elif word == "scored":
       number, result = rest
-      settle = self._scores.pop(number)
-      settle.set_exception(result) if isinstance(result, Exception) else settle.set_result(result)
+      self._scores.pop(number)(result)
     elif word == "stop":
       self.on_stop()
     else:

@@ -11,6 +11,7 @@ Left out: HTTP and JSON (web.py, openai_api.py), priorities.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from arrol_jax.pruning.table import Calibration
 from arrol_jax.serving import pace, warming
 from arrol_jax.serving.calls import HOPELESS, Call, Cut, Standing, Ticket, Totals, check_room, seed_of
 from arrol_jax.serving.pace import PacedRun
+from arrol_jax.serving.passes import TOGETHER
 from arrol_jax.serving.prefixes import PrefixCache
 from arrol_jax.serving.scoring import Scorer
 from arrol_jax.serving.trace import Trace
@@ -53,6 +55,7 @@ class Service:
       self.judging = self.head, tables if known else Calibration(), self.rule, np.bool_(known), False, True, None
       self.decide = decider(self.judging)
     self.run, self.scorer = self._make_run(), Scorer(engine, sampling, self.head, self.rule)
+    self.scoring = ThreadPoolExecutor(TOGETHER, "second-pass")
     self.totals, self.failure = Totals(), None
     self.on_queue: Callable[[float], None] | None = None  # told how long each trace waited for a slot, in seconds
     self.on_turn: Callable[[], None] | None = None  # called by the engine's thread when all that was new has been told
@@ -90,6 +93,17 @@ class Service:
   def cancel(self, ticket: Ticket) -> None:
     """Ends what is left of a call; nothing more is told of it. A call that is over stays so."""
     self._inbox.put((ticket,))
+
+  def score(self, name: str, args: tuple, tell: Callable) -> None:
+    """A second pass: tell(what the method of Scorer returns or raises) from another thread."""
+    def make():
+      try:
+        result = getattr(self.scorer, name)(*args)
+      except Exception as e:
+        result = e
+      tell(result)
+
+    self.scoring.submit(make)
 
   def close(self) -> None:
     """Lets `serve` return as soon as all that was taken is done."""
@@ -167,7 +181,7 @@ class Service:
       if asked is _CLOSE or asked is _CUT:
         self._closing = True
         if asked is _CUT:
-          self._tell_all(Cut("the server stopped before this call was done"))
+          self._tell_all(Cut())
           self._end(list(self.traces.values()))
       elif isinstance(asked, Ticket):
         self._start(asked)

@@ -1,4 +1,5 @@
-"""The HTTP side: routes, who may call, answers whole and streamed. What the JSON means is openai_api.py's and answers.py's."""
+"""The HTTP side: routes, who may call, what all calls share. A call's way is under_way.py, what the JSON means openai_api.py and
+answers.py."""
 
 import asyncio
 import collections
@@ -8,9 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hmac
-import json
 import re
-import secrets
 import threading
 import time
 import traceback
@@ -20,16 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from arrol_jax.serving import openai_api, votes
-from arrol_jax.serving.answers import Answer, nothing_said, refusal
+from arrol_jax.serving.answers import refusal
 from arrol_jax.serving.bodies import Bodies, WholeRequests
-from arrol_jax.serving.calls import Cut, Full, Piece
+from arrol_jax.serving.calls import Cut, Full
 from arrol_jax.serving.fields import Refused
 from arrol_jax.serving.meters import Meters
-from arrol_jax.serving.openai_api import Asked, Limits
+from arrol_jax.serving.openai_api import Limits
+from arrol_jax.serving.passes import Passes
+from arrol_jax.serving.under_way import Running, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +48,14 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*?)\.?)(?::[0-9]*)?")  # a Ho
 
 class Web:
   """What the routes share. service: a Service, or a Remote one; `under_way`: calls that were taken and not yet answered to their
-  end."""
+  end; `passes`: what is left to be done when their traces have ended."""
 
   def __init__(self, service, limits: Limits, access: Access):
     self.service, self.limits, self.access = service, limits, access
-    self.meters, self.bodies, self.scorer = Meters(service), Bodies(), service.scorer
-    self.sameness = votes.Sameness()
-    self.voting, self.passing = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "second-pass")  # off the others' way
-    self.under_way: set[str] = set()
+    self.passes, self.bodies, self.sameness = Passes(service), Bodies(), votes.Sameness()
+    self.meters = Meters(service, self.passes)
+    self.voting, self.spelling = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "spell")  # off the others' way
+    self.under_way: set[Running] = set()
     self.cut = 0  # calls that ended before they were done
     self.said: collections.deque = collections.deque()  # (call's queue, piece) on their way from the engine's thread
     self.rung = False
@@ -84,9 +85,9 @@ class Web:
     self.bodies.closing.set()
 
   def cut_off(self) -> None:
-    """Ends the calls that are under way."""
+    """Ends the calls that are under way, whatever they wait for."""
     self.stop_taking()
-    self.cut += len(self.under_way)
+    self.cut += sum([call.cut() for call in self.under_way])
     self.service.cut()
 
   def error(self, text: str, status: int, field: str | None = None, headers: Mapping | None = None) -> JSONResponse:
@@ -116,7 +117,7 @@ def make_app(service, limits: Limits, started: Callable | None = None, broken: C
     status, alive = web.health()
     fine = alive and not (ready and status != "ok")
     return JSONResponse({"status": status, "running": service.running, "waiting": service.waiting,
-                         "still_seconds": round(service.still, 3)}, 200 if fine else 503)
+                         "scoring": web.passes.taken, "still_seconds": round(service.still, 3)}, 200 if fine else 503)
 
   async def one_model(request):
     if request.path_params["name"] != limits.model:
@@ -215,151 +216,16 @@ async def _answer(web: Web, chat: bool, request: Request) -> Response:
   except ClientDisconnect:
     return Response(status_code=499)
   call = Running(web, asked, start)
-  call.begin()
-  if asked.stream:
-    return _Stream(_events(call), call.over)
   try:
-    if not await _unless_gone(request, call.said):
-      return Response(status_code=499)
-    pool = web.voting if asked.vote else web.passing if asked.second_pass else web.bodies.short
-    return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, call.whole))
+    call.begin()
+    if asked.stream:
+      return Stream(call)
+    try:
+      answer = await call.whole(request)
+    finally:
+      call.over()
+  except Full as e:
+    raise Refused(f"the server is full: {e}; try again later", status=429) from None
   except Cut as e:
     raise Refused(str(e), status=503) from None
-  finally:
-    call.over()
-
-
-class Running:
-  """A call under way."""
-
-  def __init__(self, web: Web, asked: Asked, start: float):
-    self.web, self.asked, self.start = web, asked, start
-    self.number, self.loop, self.pieces = secrets.token_hex(12), asyncio.get_running_loop(), asyncio.Queue()
-    self.answer = Answer(asked, web.limits, self.number)
-    self.tickets, self.first = [], [None] * asked.traces  # first: when each trace's first token came, and how many with it
-    self.failed = False
-
-  def begin(self) -> None:
-    """Hands the calls in. Raises Refused where the server is full."""
-    if self.asked.calls[0].max_tokens == 0:
-      for trace in range(self.asked.traces):
-        self.pieces.put_nowait(nothing_said(trace))
-    else:
-      told = [functools.partial(self._tell, i * call.n) for i, call in enumerate(self.asked.calls)]
-      try:
-        self.tickets = self.web.service.submit_all(list(self.asked.calls), told)
-      except Full as e:
-        raise Refused(f"the server is full: {e}; try again later", status=429) from None
-    self.web.under_way.add(self.number)
-
-  def _tell(self, first: int, piece: Piece | BaseException) -> None:
-    """From the engine's thread: what is new of a call whose traces are numbered from `first` on."""
-    moved = piece._replace(trace=first + piece.trace) if isinstance(piece, Piece) else piece
-    self.web.tell(self.loop, self.pieces, moved)
-
-  async def said(self):
-    """The call's pieces until it is done."""
-    answer, meters = self.answer, self.web.meters
-    while not answer.done:
-      piece = await self.pieces.get()
-      if isinstance(piece, BaseException):
-        self.failed = True
-        raise piece
-      now = time.monotonic()
-      if piece.tokens and self.first[piece.trace] is None:
-        if not any(self.first):
-          meters.first.observe(now - self.start)
-        self.first[piece.trace] = now, len(piece.tokens)
-      answer.add(piece)
-      later = len(answer.tokens[piece.trace]) - self.first[piece.trace][1] if self.first[piece.trace] else 0
-      if piece.finish and later > 0:
-        meters.token.observe((now - self.first[piece.trace][0]) / later)
-      yield piece
-    meters.total.observe(time.monotonic() - self.start)
-    meters.answers.labels(200).inc()
-
-  def over(self) -> None:
-    """A client that left earlier cancels its call."""
-    self.web.under_way.discard(self.number)
-    if not self.answer.done:
-      for ticket in self.tickets:
-        self.web.service.cancel(ticket)
-      if not self.failed:
-        self.web.meters.answers.labels(499).inc()
-
-  def whole(self) -> dict:
-    """The answer to a call that is done, with what is known only then; takes its time."""
-    asked, answer, limits, scorer = self.asked, self.answer, self.web.limits, self.web.scorer
-    if asked.second_pass:
-      for i, tokens in enumerate(answer.tokens):
-        call = asked.call_of(i)
-        answer.likelihoods[i] = scorer.likelihoods(call.tokens, tokens, call.temperature)
-    if asked.vote is None:
-      return answer.whole()
-    start = time.monotonic()
-    if asked.vote == "quality":
-      for i, piece in enumerate(answer.last):
-        if piece.cut:
-          siblings = [tokens for j, tokens in enumerate(answer.tokens) if j != i]
-          piece.rollout.final = scorer.final(asked.calls[0].tokens, answer.tokens[i], answer.logprobs[i], siblings)
-    vote = votes.tally(asked.vote, answer.texts, answer.last, limits.pattern, limits.window, self.web.sameness.ask,
-                       start + votes.SECONDS)
-    self.web.meters.vote.observe(time.monotonic() - start)
-    return answer.whole(vote)
-
-
-class _Stream(StreamingResponse):
-  """Server-sent events; over() is called at the end, also where the client left before the first."""
-
-  def __init__(self, events, over: Callable):
-    super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    self.over = over
-
-  async def __call__(self, scope, receive, send):
-    try:
-      await super().__call__(scope, receive, send)
-    finally:
-      self.over()
-
-
-async def _events(call: Running):
-  """Server-sent events: a chunk a piece, the usage if it was asked for, and the end."""
-  event = lambda x: f"data: {json.dumps(x, ensure_ascii=False)}\n\n"
-  answer, begun = call.answer, set()
-  async with contextlib.aclosing(call.said()) as pieces:
-    try:
-      async for piece in pieces:
-        if piece.text or piece.finish or answer.asked.logprobs:
-          yield event(answer.chunk(piece, piece.trace not in begun))
-          begun.add(piece.trace)
-    except Cut as e:  # the status is out already
-      yield event(refusal(str(e), 503))
-      return
-    except Exception:
-      yield event(refusal("the server failed; its log says why", 500))
-      return
-  yield (event(answer.closing()) if answer.asked.usage else "") + "data: [DONE]\n\n"
-
-
-async def _unless_gone(request: Request, said: Callable) -> bool:
-  """Waits for all pieces; False if the client left before."""
-  async def everything():
-    async with contextlib.aclosing(said()) as pieces:
-      async for _ in pieces:
-        pass
-
-  async def leaving():
-    while (await request.receive())["type"] != "http.disconnect":
-      pass
-
-  work, left = asyncio.ensure_future(everything()), asyncio.ensure_future(leaving())
-  try:
-    await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-    if not work.done():
-      return False
-    work.result()  # raises what it raised
-    return True
-  finally:
-    for task in (work, left):
-      task.cancel()
-    await asyncio.gather(work, left, return_exceptions=True)
+  return Response(status_code=499) if answer is None else JSONResponse(answer)
