@@ -361,9 +361,22 @@ def test_an_index_that_is_not_true(tmp_path):
   assert f"{index}: no weight_map" in message(load_policy, folder)
 
 
-def test_logits_say_what_shapes_they_need():
-  with pytest.raises(ValueError, match="lengths"):
-    make().logits(np.zeros((2, 3), np.int32), [3])
+@pytest.mark.parametrize("tokens, lengths, words", [
+  ([1, 2], [2], "lengths"), ([[1, 2, 20]], [3], "0 to 19.*1 to 20"), ([[1, -2]], [2], "-2"), ([[2**40]], [1], "vocabulary"),
+  ([[1.0, 2.0, 3.0]], [3], "integers"), ([[True, False]], [2], "integers"), ([[1, 2, 3]], [3.0], "integers"),
+  ([[1, 2, 3]], [4], "3 columns"), ([[1, 2], [1, 2]], [2, -1], "-1 to 2"), (np.zeros((0, 3)), np.zeros(0, int), "integers"),
+  (np.zeros((2, 3), np.int32), [3], "lengths")])
+def test_logits_of_what_cannot_be_are_refused(tokens, lengths, words):
+  with pytest.raises(ValueError, match=words):
+    make().logits(tokens, lengths)
+
+
+def test_what_stands_behind_a_rows_length_is_nobodys():
+  policy = make()
+  plain = policy.logits([[1, 2, 0, 0], [3, 4, 5, 6]], [2, 4])
+  np.testing.assert_array_equal(policy.logits(np.array([[1, 2, -100, 10**6], [3, 4, 5, 6]]), [2, 4]), plain)
+  assert np.isfinite(plain).all() and not np.any(plain[0, 2:])
+  assert policy.logits(np.zeros((0, 3), np.int32), np.zeros(0, np.int32)).shape[:2] == (0, 3)
 
 
 # ---- with torch ----------------------------------------------------------------------------------------------

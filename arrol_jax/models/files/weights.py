@@ -62,14 +62,13 @@ class Policy:
     self.params, self.stored = _loaded(self.config, self.stored, _dtype(dtype), mesh, table), None
 
   def logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """tokens i32[B,S] (right-padded), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
+    """tokens i32[B,S] (right-padded with anything), lengths i32[B] -> logits f32[B,S,V], 0.0 past a row's length.
 
+    Raises ValueError: other shapes, numbers that are no integers, lengths outside 0..S, tokens outside the vocabulary.
     bfloat16 parameters are computed with in bfloat16, others in float32 with full float32 products on every backend.
     Compiled once a shape [B,S]. Holds all logits: for short texts and checks, not for training.
     """
-    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-      raise ValueError(f"tokens [B,S] and lengths [B] are needed, not {tokens.shape} and {lengths.shape}")
+    tokens, lengths = _checked(np.asarray(tokens), np.asarray(lengths), self.config.vocab)
     with jax.default_matmul_precision("highest"):
       return _logits(self.config, self.params, tokens, lengths)
 
@@ -109,6 +108,20 @@ class Policy:
   def _generation(self, bos: int | None) -> dict:
     eos = list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0]
     return (self.generation or {"bos_token_id": bos}) | {"eos_token_id": eos or None, "pad_token_id": self.pad_id}
+
+
+def _checked(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+  """The same as i32, with 0 past a row's length. Raises ValueError, see Policy.logits."""
+  if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+    raise ValueError(f"tokens [B,S] and lengths [B] are needed, not {tokens.shape} and {lengths.shape}")
+  if not all(np.issubdtype(x.dtype, np.integer) for x in (tokens, lengths)):
+    raise ValueError(f"tokens and lengths must be integers, not {tokens.dtype} and {lengths.dtype}")
+  if np.any((lengths < 0) | (lengths > tokens.shape[1])):
+    raise ValueError(f"lengths must be from 0 to the {tokens.shape[1]} columns of tokens, not {lengths.min()} to {lengths.max()}")
+  tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+  if np.any((tokens < 0) | (tokens >= vocab)):
+    raise ValueError(f"tokens must be from 0 to {vocab - 1}, the model's vocabulary, not {tokens.min()} to {tokens.max()}")
+  return tokens.astype(np.int32), lengths.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
