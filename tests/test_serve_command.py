@@ -68,6 +68,26 @@ def test_half_characters_and_halves_of_stop_strings_wait():
     assert bytes(trace.tokens).decode() == (wanted + "##" if stop else wanted)
 
 
+@pytest.mark.parametrize("said, stop, wanted, tokens", [
+  ("aé€b".encode(), "\ufffd", "aé€b", 7), ("aé€".encode()[:-1], "\ufffd", "aé\ufffd", 5),  # ended within a character
+  ("aé\ufffdbc".encode(), "\ufffd", "aé", 7), ("aé\ufffdbc".encode(), "\ufffdb", "aé", 7), (b"a\xffbc", "\ufffd", "a", 3),
+  ("aé".encode() + b"\xf0", "é\ufffd", "aé\ufffd", 4), ("aé€bc".encode(), "€", "aé", 6)])
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_half_a_character_is_no_stop_string(said, stop, wanted, tokens, at_once):
+  decode = lambda tokens, skip_special_tokens: bytes(tokens).decode("utf-8", errors="replace")
+  sequence = SimpleNamespace(tokens=[], logprobs=[], confidences=[], rollout=Rollout(0, 0, None, None, None))
+  trace = Trace(SimpleNamespace(call=Call(None, 99, stop=(stop,))), 0, sequence, SimpleNamespace(decode=decode))
+  text = ""
+  for i in range(0, len(said), at_once):
+    for kept in (sequence.tokens, sequence.logprobs, sequence.confidences):
+      kept.append(np.array(list(said[i:i + at_once])))
+    piece = trace.read(ended=i + at_once >= len(said))
+    text += piece.text
+    if piece.finish:
+      break
+  assert (text, len(trace.tokens), piece.finish) == (wanted, tokens, "length" if wanted == decode(said, True) else "stop")
+
+
 @pytest.mark.parametrize("step", [1, 3, 16])
 def test_text_piece_by_piece_is_the_text_of_all_tokens(step):
   """With a tokenizer whose tokens end within characters, and one that drops a space at the start."""

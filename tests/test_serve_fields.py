@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from arrol_jax.models.files.weights import load_policy
 from arrol_jax.serving import fields, openai_api, prompts
 from arrol_jax.serving.answers import Offsets
+from arrol_jax.serving.calls import seed_of
 from arrol_jax.serving.openai_api import Limits
 
 TEMPLATE = "{% for m in messages %}<bos>{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
@@ -57,7 +58,8 @@ def refused(limits, body, chat=False):
   {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
   {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": None}}, {"user": "x", "metadata": {}},
   {"stream": True, "stream_options": {"include_usage": None, "something_new": None}}, {"typical_p": 1.0, "n": None, "seed": None},
-  {"response_format": {"type": "text", "json_schema": None}}, {"stop": None, "temperature": None, "max_tokens": None}])
+  {"response_format": {"type": "text", "json_schema": None}}, {"stop": None, "temperature": None, "max_tokens": None},
+  {"stream_options": {"include_usage": True}}])
 def test_null_and_neutral_values_pass(limits, body):
   plain = read(limits, {"prompt": "1+2>"})
   call = read(limits, {"prompt": "1+2>"} | body).calls[0]
@@ -75,6 +77,39 @@ def test_what_load_testers_send(limits):
   chat = read(limits, {"messages": [{"role": "user", "content": [{"type": "text", "text": "1>"}]}], "reasoning_effort": None,
                        "max_completion_tokens": 8, "stream": True, "tools": None, "tool_choice": None}, chat=True)
   assert chat.calls[0].max_tokens == 8
+
+
+def test_what_evaluations_send(limits):
+  """lm-eval before 0.4.12 sends each message with a type; 0 as top_p is greedy for those who send it."""
+  body = {"messages": [{"role": "user", "content": "1>", "type": "text"}], "model": "m", "max_tokens": 8, "temperature": 0,
+          "stop": ["x"], "seed": 1234}
+  call = read(limits, body, chat=True).calls[0]
+  assert (call.max_tokens, call.temperature, call.stop, call.seed) == (8, 0.0, ("x",), 1234)
+  greedy = read(limits, {"prompt": "1>", "top_p": 0, "temperature": 0.7}).calls[0]
+  assert (greedy.temperature, greedy.top_p) == (0.0, 1.0)
+  assert read(limits, {"prompt": "1>", "top_p": 1e-7}).calls[0].top_p == 1e-7
+
+
+def test_seeds_of_either_sign_are_seeds_of_their_own(limits):
+  asked = [-2**63, -1234, -2, -1, 0, 1, 2, 1234, 2**63 - 1]
+  seeds = [read(limits, {"prompt": "1>", "seed": seed}).calls[0].seed for seed in asked]
+  assert len({seed_of(seed, 0) for seed in seeds}) == len(asked) and seeds[4:] == asked[4:]
+  for seed in (-2**63 - 1, 2**63, -1.0, "-1"):
+    assert "seed" in refused(limits, {"prompt": "1>", "seed": seed})
+
+
+@pytest.mark.parametrize("least, completion, wanted", [(5, 9, 5), (9, 5, 5), (5, None, 5), (None, 5, 5), (None, None, 48)])
+def test_of_two_lengths_neither_is_exceeded(limits, least, completion, wanted):
+  body = {"messages": [{"role": "user", "content": "1>"}], "max_tokens": least, "max_completion_tokens": completion}
+  assert read(limits, body, chat=True).calls[0].max_tokens == wanted
+
+
+@pytest.mark.parametrize("body, word", [
+  ({"max_tokens": "abc", "max_completion_tokens": 5}, "max_tokens"), ({"stream_options": {"include_usage": 1}}, "include_usage"),
+  ({"max_tokens": 49, "max_completion_tokens": 5}, "max_tokens"), ({"max_tokens": 5, "max_completion_tokens": 0}, "completion"),
+  ({"stream": True, "stream_options": {"include_obfuscation": "x"}}, "obfuscation")])
+def test_a_wrong_value_is_refused_beside_one_that_counts(limits, body, word):
+  assert word in refused(limits, {"messages": [{"role": "user", "content": "1>"}]} | body, chat=True)
 
 
 @pytest.mark.parametrize("body, word", [
@@ -138,6 +173,8 @@ def test_a_prompt_within_the_limit_is_never_refused_by_its_characters(bytewise):
   ({"role": "function", "content": "1>"}, "tools"), ({"role": "User", "content": "1>"}, "'User'"),
   ({"role": "user", "content": "1>", "name": "bob"}, "'name'"), ({"role": "user", "content": "1>", "weight": 1}, "'weight'"),
   ({"role": "assistant", "content": "1", "tool_calls": [{"id": "x"}]}, "'tool_calls'"),
+  ({"role": "user", "content": "1>", "type": "image"}, "'type'"), ({"role": "user", "content": "1>", "prefix": True}, "'prefix'"),
+  ({"role": "assistant", "content": "1", "reasoning": "because"}, "'reasoning'"),
   ({"role": "user", "content": None}, "text"),
   ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url'"),
   ({"role": "user", "content": [{"type": "image_url", "text": "1>"}]}, "'image_url'"),
@@ -150,8 +187,10 @@ def test_messages_are_read_or_refused(limits, message, word):
 
 def test_empty_fields_of_a_message_pass_and_developers_are_systems(limits):
   said = [{"role": "developer", "content": "1"}, {"role": "user", "content": [{"type": "text", "text": "2"}], "name": None},
-          {"role": "assistant", "content": [{"type": "text", "text": "3", "image_url": None, "annotations": None}],
-           "tool_calls": None, "refusal": None, "annotations": [], "function_call": None}]
+          {"role": "assistant", "content": [{"type": "text", "text": "3", "image_url": None, "annotations": [],
+           "cache_control": {"type": "ephemeral"}}], "type": "message", "id": "msg_1", "status": "completed", "prefix": False,
+           "reasoning": "", "provider_specific_fields": {"refusal": None}, "tool_calls": None, "refusal": None, "annotations": [],
+           "function_call": None}]
   class Tokenizer:
     chat_template = "x"
     def encode(self, text, **_):

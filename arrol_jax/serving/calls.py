@@ -29,7 +29,7 @@ class Call(NamedTuple):
   n: int = 1
   temperature: float = 1.0    # 0: greedy
   top_p: float = 1.0
-  seed: int | None = None     # 0 <= seed < 2**63; trace i of a seed always draws the same; None: a new one each time
+  seed: int | None = None     # 0 <= seed < 2**64; trace i of a seed always draws the same; None: a new one each time
   stop: tuple[str, ...] = ()  # strings that end a trace; they are not part of its text
   stop_below: float = 0.0     # posterior below which a trace ends at a detection length; the best that decide together go on
   ignore_stop: bool = False   # stop tokens do not end a trace, only its length and `stop` do

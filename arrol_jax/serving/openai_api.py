@@ -15,6 +15,7 @@ from arrol_jax.serving.fields import Refused
 from arrol_jax.serving.votes import RULES
 
 COARSEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
+SEEDS = 2**63    # seeds are at least -SEEDS and less than SEEDS
 MAX_STOPS, MAX_STOP = 8, 256  # strings, characters
 MAX_ALTERNATIVES = 20
 COMMON = {"model", "n", "temperature", "top_p", "max_tokens", "stop", "seed", "stream", "stream_options", "logprobs", "vote",
@@ -89,11 +90,14 @@ def read(raw: bytes, chat: bool, limits: Limits) -> Asked:
 
 def _call(body: dict, limits: Limits, least: int) -> Call:
   """What a body asks of each trace, without the prompt."""
-  longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-  temperature = fields.number(body, "temperature", 1.0, 0.0, 2.0)
-  return Call(np.zeros(0, np.int32), fields.integer(body, longest, limits.max_new, least, limits.max_new),
-              fields.integer(body, "n", 1, 1, limits.max_traces), 0.0 if temperature < COARSEST else temperature,
-              fields.number(body, "top_p", 1.0, 1e-6, 1.0), fields.integer(body, "seed", None, 0, 2**63 - 1),
+  longest = min(fields.integer(body, name, limits.max_new, least, limits.max_new)  # with both, neither is exceeded
+                for name in ("max_tokens", "max_completion_tokens"))
+  temperature, top_p = fields.number(body, "temperature", 1.0, 0.0, 2.0), fields.number(body, "top_p", 1.0, 0.0, 1.0)
+  if temperature < COARSEST or top_p == 0:  # the likeliest token, in either case
+    temperature, top_p = 0.0, 1.0
+  seed = fields.integer(body, "seed", None, -SEEDS, SEEDS - 1)
+  return Call(np.zeros(0, np.int32), longest, fields.integer(body, "n", 1, 1, limits.max_traces), temperature, top_p,
+              None if seed is None else seed % (2 * SEEDS),
               fields.texts(body, "stop", MAX_STOPS, MAX_STOP), fields.number(body, "stop_below", 0.0, 0.0, 1.0),
               fields.boolean(body, "ignore_eos"), body.get("vote") is not None)
 
@@ -110,8 +114,9 @@ def _asked(body: dict, calls: tuple[Call, ...], echo: bool, chat: bool, limits: 
     raise Refused("alternatives to the chosen tokens are known when a trace has ended: leave stream and vote out", "logprobs")
   if echo and (chat or stream or vote):
     raise Refused("echo is for completions without stream and vote only", "echo")
-  usage, always = (stream and fields.boolean(options, name) for name in ("include_usage", "continuous_usage_stats"))
-  return Asked(calls, chat, stream, usage, always and usage, logprobs, alternatives, echo, vote)
+  options = {name: fields.boolean(options, name) for name in STREAM_OPTIONS}
+  usage = stream and options["include_usage"]
+  return Asked(calls, chat, stream, usage, usage and options["continuous_usage_stats"], logprobs, alternatives, echo, vote)
 
 
 def _vote(body: dict, calls: tuple[Call, ...], stream: bool, limits: Limits) -> str | None:

@@ -12,7 +12,12 @@ from arrol_jax.serving.fields import Refused
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # A message's fields that mean nothing at these values; clients send an assistant's earlier message back with them.
-EMPTY = {"tool_calls": ([],), "refusal": (), "audio": (), "function_call": (), "annotations": ([],), "reasoning_content": ("",)}
+EMPTY = {"type": ("text", "message"), "name": ("",), "tool_calls": ([],), "tool_call_id": ("",), "function_call": ({},),
+         "refusal": ("",), "audio": ({},), "annotations": ([],), "reasoning_content": ("",), "reasoning": ("",),
+         "reasoning_details": ([],), "thinking": ("",), "thinking_blocks": ([],), "images": ([],), "attachments": ([],),
+         "provider_specific_fields": ({},), "prefix": (False,), "partial": (False,)}
+EMPTY_PART = {"annotations": ([],)}
+IGNORED = {"id", "status", "cache_control"}  # of a message or a part: nothing depends on them
 FEWEST_CHARACTERS = 4096  # that are always read
 SEVERAL = 16  # prompts of the longest kind, whose characters a call's prompts may have together
 _MARK = "\ue000{}\ue001"  # of private use: stands for a special token's string in a rendered template
@@ -105,7 +110,7 @@ def _message(i: int, m) -> dict:
     why = "tools are not supported here" if m["role"] in ("tool", "function") else f"use one of {', '.join(ROLES)}"
     raise Refused(f"message {i} has the role {m['role'][:40]!r}: {why}", "messages")
   for name, value in m.items():
-    if name not in ("role", "content") and value is not None and not (name in EMPTY and value in EMPTY[name]):
+    if name not in ("role", "content") and not _says_nothing(name, value, EMPTY):
       raise Refused(f"message {i} has a field {name[:40]!r} that is not supported here; leave it out", "messages")
   content = m.get("content")
   if isinstance(content, list):
@@ -117,12 +122,16 @@ def _message(i: int, m) -> dict:
   return {"role": ROLES[m["role"]], "content": content}
 
 
+def _says_nothing(name: str, value, empty: dict[str, tuple]) -> bool:
+  return value is None or name in IGNORED or value in empty.get(name, ())
+
+
 def _part(i: int, part) -> str:
   if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
     kind = part.get("type") if isinstance(part, dict) else None
     what = f"a part of type {kind[:40]!r}" if isinstance(kind, str) and kind != "text" else "a part that is not one of text"
     raise Refused(f"message {i} has {what}: this model reads text only", "messages")
-  if set(part) - {"type", "text"}:
+  if not all(name in ("type", "text") or _says_nothing(name, value, EMPTY_PART) for name, value in part.items()):
     raise Refused(f"message {i} has a text part with more than a type and a text", "messages")
   return part["text"]
 

@@ -49,7 +49,7 @@ class Trace:
     if ended:
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
     cut = False
-    if any(text.find(s, self.sent) >= 0 for s in stop):
+    if self._stop_at(text) is not None:
       text, cut, finish = *self._stop(before), "stop"
     if not (finish or due):
       return None
@@ -59,9 +59,9 @@ class Trace:
 
   def _stop(self, before: int) -> tuple[str, bool]:
     """The text up to the first stop string, and whether tokens after it had been drawn: they, and what was made of them, go."""
-    stop, drawn, rollout = self.ticket.call.stop, len(self.tokens), self.sequence.rollout
+    drawn, rollout = len(self.tokens), self.sequence.rollout
     decode = lambda count: self.text.decode(self.tokens[:count])
-    last = next(n for n in range(before, drawn + 1) if any(decode(n).find(s, self.sent) >= 0 for s in stop))
+    last = next(n for n in range(before, drawn + 1) if self._stop_at(decode(n)) is not None)
     text = decode(last)
     del self.tokens[last:], self.logprobs[last:]
     rollout.tokens = np.asarray(self.tokens, np.int32)
@@ -72,11 +72,21 @@ class Trace:
       rollout.posterior = self.posteriors[decided - 1] if decided else float("nan")
     if last < drawn:
       rollout.final = float("nan")
-    return text[:min(i for i in (text.find(s, self.sent) for s in stop) if i >= 0)], last < drawn
+    return text[:self._stop_at(text)], last < drawn
+
+  def _stop_at(self, text: str) -> int | None:
+    """Where the first stop string begins in what was not handed out, if there is one."""
+    whole = settled(text)
+    return min((i for i in (whole.find(s, self.sent) for s in self.ticket.call.stop) if i >= 0), default=None)
+
+
+def settled(text: str) -> str:
+  """A text without the U+FFFD at its end, which stand for half a character as a rule, and no stop string is to find them."""
+  return text.rstrip("\ufffd")
 
 
 def held(text: str, stop: tuple[str, ...]) -> int:
   """Characters at the end of an unfinished text that may still change: half a character, or the start of a stop string."""
-  whole = text.rstrip("\ufffd")
+  whole = settled(text)
   begun = max((n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
   return len(text) - len(whole) + begun
