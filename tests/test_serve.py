@@ -177,7 +177,7 @@ def test_hopeless_traces_are_stopped_and_have_no_vote(server):
   ({"max_tokens": True}, "integer"), ({"n": 0}, "n must"), ({"n": 10**30}, "n must"), ({"n": "2"}, "n must"),
   ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e300}, "temperature"),
   ({"temperature": 10**400}, "temperature"), ({"top_p": -10**400}, "top_p"),
-  ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 2}, "top_p"), ({"seed": -1}, "seed"),
+  ({"temperature": "hot"}, "temperature"), ({"top_p": -0.1}, "top_p"), ({"top_p": 2}, "top_p"), ({"seed": -2**63 - 1}, "seed"),
   ({"seed": 2**64}, "seed"), ({"seed": 0.5}, "seed"), ({"stop": ["x"] * 9}, "stop"), ({"stop": [""]}, "stop"),
   ({"stop": 3}, "stop"), ({"stream": "yes"}, "stream"), ({"logprobs": 21}, "logprobs"), ({"echo": True, "stream": True}, "echo"),
   ({"tools": [{}]}, "tools"), ({"frequency_penalty": 1}, "frequency_penalty"), ({"model": "gpt-4"}, "'run'"),
