@@ -155,7 +155,7 @@ def soak(process, port: int, args) -> dict:
           "alone_lost": alone.count(None),
           "hostile": hostile.asked, "hostile_wrong": hostile.wrong, "median_s": round(quantile(small, 0.5) or 0, 3),
           "p99_s": round(quantile(small, 0.99) or 0, 3), "memory_mib": [round(m) for m in memory],
-          **{name: n for name, n in health(port).items() if name in ("running", "waiting")}}
+          **{name: n for name, n in health(port).items() if name in ("running", "waiting", "scoring")}}
 
 
 def drain(process, port: int, args) -> dict:
@@ -177,7 +177,8 @@ def drain(process, port: int, args) -> dict:
 
 def failures(result: dict, drained: dict, args) -> list[str]:
   """What is not as it should be."""
-  memory, out = result["memory_mib"], [name for name in ("lost", "another's", "alone_lost", "running", "waiting") if result[name]]
+  memory, none = result["memory_mib"], ("lost", "another's", "alone_lost", "running", "waiting", "scoring")
+  out = [name for name in none if result[name]]
   out += ["nothing was answered"] if not result["right"] else []
   out += [f"hostile: {kind}" for kind in result["hostile_wrong"]]
   out += ["p99 of small calls above 5 medians"] if result["p99_s"] > 5 * result["median_s"] else []
