@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 from arrol_jax.types import UserError
 
 _WHOLE, _REAL = 2**31 - 1, 3e38  # the largest of int32 and, about, of float32
+_MANY = 2**22  # rollouts, or tokens at a time: no machine holds more
 # Every numeric key's smallest and largest value (_ABOVE: the smallest is too small itself). NaN lies in no range.
 _RANGES = [
-  (1, _WHOLE, "steps rollout.prompts rollout.candidates rollout.max_prompt rollout.max_new rollout.slots rollout.top_k "
-              "rollout.resampling rollout.segment quality.buffer quality.passes optim.epochs optim.minibatches "
-              "optim.micro_tokens optim.chunk_tokens checkpoint.every checkpoint.keep eval.samples eval.window eval.every "
-              "eval.subset mesh.data mesh.fsdp mesh.tensor"),
+  (1, _WHOLE, "steps rollout.max_prompt rollout.max_new rollout.top_k rollout.resampling rollout.segment quality.passes "
+              "optim.epochs optim.minibatches checkpoint.every checkpoint.keep eval.samples eval.window eval.every eval.subset "
+              "mesh.data mesh.fsdp mesh.tensor"),
+  (1, _MANY, "rollout.prompts rollout.candidates rollout.slots quality.buffer optim.micro_tokens optim.chunk_tokens"),
   (0, _WHOLE, "seed prune.cold_start prune.floor optim.warmup eval.problems eval.max_new eval.sampled log.rollouts"),
   (0, 16, "rollout.ahead"),
   (1, 64, "rollout.row_buckets rollout.length_buckets optim.length_buckets"),
@@ -37,7 +38,8 @@ _MAY_BE_NONE = """rollout.candidates rollout.slots rollout.top_k rollout.top_p r
 
 
 def check_ranges(c: ConfigDict) -> None:
-  """Numbers that would train the wrong way, or not at all, without a word."""
+  """Numbers that would train the wrong way, or not at all, without a word; lists of what is neither text nor number."""
+  _check_lists(c)
   _in_range(c, "rollout.group_size", 2, 4096, False)  # advantages are taken within a group
   for table, above in ((_RANGES, False), (_ABOVE, True)):
     for least, most, names in table:
@@ -45,11 +47,22 @@ def check_ranges(c: ConfigDict) -> None:
         _in_range(c, name, least, most, above)
   for name in ("rollout.temperature", "eval.temperature"):  # logits are divided by it
     need(value_of(c, name) == 0 or value_of(c, name) >= 1e-4, f"{name} is {value_of(c, name)}; it must be at least 0.0001")
+  need(c.rollout.prompts * c.rollout.group_size <= _MANY, f"rollout.prompts is {c.rollout.prompts} and rollout.group_size "
+       f"{c.rollout.group_size}; together they must be at most {_MANY} rollouts a step")
   need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, "
        f"of which a step has rollout.prompts ({c.rollout.prompts})")
   r = c.reward
   need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
        "1, so it must lie above 0 and be at most 1")
+
+
+def _check_lists(c: ConfigDict, prefix: str = "") -> None:
+  for name, value in c.items():
+    if isinstance(value, ConfigDict):
+      _check_lists(value, f"{prefix}{name}.")
+    elif isinstance(value, tuple | list):
+      need(all(isinstance(x, str | int | float) and not isinstance(x, bool) for x in value),
+           f"{prefix}{name} is {value}; what it lists must be texts or numbers")
 
 
 def value_of(c: ConfigDict, name: str):

@@ -72,7 +72,10 @@ def test_none_is_no_number_unless_it_means_off(name):
   ("prune.half_life", math.inf, "prune.half_life is inf"), ("rollout.group_size", 1, "at least 2"),
   ("optim.b2", 1 - 1e-9, "optim.b2"), ("reward.success", 0.0, "without reward.function"),
   ("reward.success", 1.5, "without reward.function"), ("reward.success", math.nan, "reward.success is nan"),
-  ("seed", 2**31, "at most 2147483647")])
+  ("seed", 2**31, "at most 2147483647"), ("rollout.prompts", 10**6, "at most 4194304 rollouts a step"),
+  ("rollout.slots", 2**31 - 1, "at most 4194304"), ("prune.weigh", (["policy"],), "what it lists must be texts or numbers"),
+  ("quality.inputs", ({},), "quality.inputs is"), ("prune.detect", (True, 16), "texts or numbers"),
+  ("model.lora.targets", (("q",),), "model.lora.targets is")])
 def test_the_message_says_what_would_be_right(name, value, words):
   assert words in refused(name, value)
 

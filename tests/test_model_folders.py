@@ -57,6 +57,18 @@ def test_an_index_of_one_file_is_that_file(tmp_path):
   same(load_policy(folder).params, load_policy(FIXTURES / SINGLE).params)
 
 
+def test_weights_that_are_links_to_what_is_gone(tmp_path):
+  """As in a cache of the hub's whose blobs were removed."""
+  weights = copy(SINGLE, tmp_path / "m") / "model.safetensors"
+  weights.unlink()
+  weights.symlink_to("../blobs/0123")
+  assert "model.safetensors: a link to ../blobs/0123, which is gone" in message(weights.parent)
+  shard = next(copy(SHARDED, tmp_path / "s").glob("model-*.safetensors"))
+  shard.unlink()
+  shard.symlink_to("nowhere")
+  assert f"{shard.name}: a link to what is gone" in message(shard.parent)
+
+
 def test_adapters_single_files_and_other_formats_say_what_to_do(tmp_path):
   folder = tmp_path / "lora"
   folder.mkdir()

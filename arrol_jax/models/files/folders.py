@@ -63,15 +63,19 @@ def open_folder(folder: Path) -> tuple[Path, dict[str, Stored]]:
       raise UserError(f"{folder}: holds two models, model.safetensors and the {len(files)} files of {INDEX}; remove the one that "
                       "is not meant")
     return single, safetensors_files.read_header(single)  # an index whose files are gone is of an earlier model
+  if single.is_symlink() and not single.exists():
+    raise UserError(f"{single}: a link to {single.readlink()}, which is gone; fetch the model again")
   if not names:
-    other = next((f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors") for f in sorted(folder.glob(p))), None)
+    other = next((f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors") for f in sorted(folder.glob(p))
+                  if f.is_file()), None)
     raise UserError(f"{folder}: no weights here (model.safetensors or {INDEX}); " + (
       f"{other} is not read: save the model as safetensors (transformers' save_pretrained), or give a .gguf file itself"
       if other else "other formats are not read"))
   stored = {}
   for name in files:
     if not (folder / name).is_file():
-      raise UserError(f"{folder / name}: no such file, but {INDEX} says it holds "
+      gone = "a link to what is gone" if (folder / name).is_symlink() else "no such file"
+      raise UserError(f"{folder / name}: {gone}, but {INDEX} says it holds "
                       f"{next(k for k, v in names.items() if v == name)}; fetch the model again")
     stored |= {k: v for k, v in safetensors_files.read_header(folder / name).items() if names.get(k) == name}
   for tensor, name in names.items():

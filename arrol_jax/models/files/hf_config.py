@@ -79,6 +79,29 @@ def config_from_json(file: Path, raw: dict) -> PolicyConfig:
     raise UserError(f"{file}: a key has a value of the wrong kind ({e})") from e
 
 
+_POSITIVE = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+_WHOLE = lambda x: isinstance(x, int) and not isinstance(x, bool)
+_IDS = lambda x: all(map(_WHOLE, x if isinstance(x, list) else [x]))
+# What keys that may be left out hold where they are there and not null.
+_VALUES = {
+  "a number above 0": (_POSITIVE, ("rms_norm_eps", "rope_theta")),
+  "a positive whole number": (lambda x: _WHOLE(x) and x > 0, ("num_key_value_heads", "head_dim", "max_position_embeddings")),
+  "true or false": (lambda x: isinstance(x, bool), ("tie_word_embeddings",)),
+  'an object such as {"rope_type": "yarn", "factor": 4.0}': (
+    lambda x: isinstance(x, dict), ("rope_scaling", "rope_parameters")),
+  "a token id, or a list of them": (_IDS, ("eos_token_id", "bos_token_id", "pad_token_id"))}
+
+
+def _check_values(file: Path, raw: dict) -> None:
+  """UserError for values of another kind. transformers, which reads the tokenizer, would call that the tokenizer's fault."""
+  theta = {f"{name}.rope_theta": raw[name].get("rope_theta") for name in ("rope_scaling", "rope_parameters")
+           if isinstance(raw.get(name), dict)}
+  for what, (holds, keys) in _VALUES.items():
+    for key, value in [(key, raw.get(key)) for key in keys] + (list(theta.items()) if holds is _POSITIVE else []):
+      if value is not None and not holds(value):
+        raise UserError(f"{file}: {key} is {value!r}; it must be {what}")
+
+
 def _config(file: Path, raw: dict) -> PolicyConfig:
   kind = raw.get("model_type")
   if kind not in FAMILIES:
@@ -91,6 +114,7 @@ def _config(file: Path, raw: dict) -> PolicyConfig:
       raise UserError(f"{file}: key {key} is {value!r}, it must be a positive whole number")
     return value
 
+  _check_values(file, raw)
   _refuse(file, family, raw)
   heads, width = need("num_attention_heads"), need("hidden_size")
   kv_heads = int(raw.get("num_key_value_heads", family.kv_heads) or heads)
@@ -124,8 +148,6 @@ def _refuse(file: Path, family: Family, raw: dict) -> None:
 
 def _rope(file: Path, raw: dict, length: int) -> tuple[float, Scaling | None]:
   rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-  if not isinstance(rope, dict):
-    raise UserError(f'{file}: rope_scaling is {rope!r}; it must be an object such as {{"rope_type": "yarn", "factor": 4.0}}')
   if any(isinstance(x, dict) for x in rope.values()):
     raise UserError(f"{file}: rope_parameters that differ by layer type ({', '.join(rope)}) are not supported")
   theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)

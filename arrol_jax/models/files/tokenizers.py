@@ -136,7 +136,7 @@ def stop_ids(tokenizer, *declared) -> tuple[int, ...]:
       templates = templates.get("default") or "".join(templates.values())
     ids += [special[t] for t in TURN_ENDS if t in special and t in templates]
     ids += [special[t] for t in TEXT_ENDS if t in special]
-  strange = [repr(i) for i in ids if not isinstance(i, int)]
+  strange = [repr(i) for i in ids if not isinstance(i, int) or isinstance(i, bool)]  # of generation_config.json
   if strange:
     raise UserError(f"eos_token_id {', '.join(strange)} in the model's files is no token id")
   return tuple(dict.fromkeys(ids))
