@@ -235,10 +235,10 @@ def run(main: Callable[[], None]) -> None:
     if not full and e.filename is None and e.errno not in (errno.EIO, errno.ESTALE, errno.EROFS):
       _fail()
     print(f"error: {e.filename or 'the run folder'}: {e.strerror}; {'make room' if full else 'repair it'}, and the same command "
-          "goes on from the last checkpoint", file=sys.stderr)
+          "goes on from the last checkpoint, if there is one", file=sys.stderr)
     _end(2)
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
     _end(130)
   except Exception:
     _fail()

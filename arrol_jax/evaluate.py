@@ -54,12 +54,15 @@ def main():
     prompts_of = {path: assemble.prompts(c, loaded, path, c.eval.problems) for path in paths}
     assemble.warn(c, loaded, [prompt for prompts in prompts_of.values() for prompt in prompts])
     engine, results = assemble.eval_engine(c, loaded, mesh, loaded.params), {}
-    for path, prompts in prompts_of.items():
-      result = finite(assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration))
-      hosts.say(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result))
-      results[path] = result
-    if hosts.first():
-      tell(results)
+    try:
+      for path, prompts in prompts_of.items():
+        result = finite(assemble.accuracy(c, loaded, engine, prompts, grader, path, loaded.head, loaded.calibration))
+        results[path] = result
+        if hosts.first():  # what this command is for: an error where it cannot be written
+          print(json.dumps({"benchmark": path, "step": step, "temperature": c.eval.temperature} | result), flush=True)
+    finally:
+      if hosts.first() and results:
+        tell(results)
 
 
 def tell(results: dict[str, dict]) -> None:

@@ -42,6 +42,7 @@ from arrol_jax.models.zoo import ZOO
 from arrol_jax.planning import card, chips, rollout, timing
 from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
 from arrol_jax.planning.suggesting import as_flags, what_fits
+from arrol_jax.running import streams
 from arrol_jax.types import UserError
 
 # GiB that programs may fill of a chip's memory; the compiler names the figure where one does not fit.
@@ -121,19 +122,20 @@ def plan_card(c: ConfigDict, model: PolicyConfig, source: str, flags) -> None:
     lines += [f"It fits with {' '.join(as_flags(fix))}: {said(card.count(card.changed(c, fix), model, limit))}."]
   elif not fits and flags.suggest != "no":
     lines += ["None of the changes tried makes it fit; take a larger card, or fewer and shorter rollouts."]
-  print("\n".join([*lines, "", card.ESTIMATE]))
   if flags.json:
     programs = [{"name": phase, "argument": sum(needs.held.values()), "temp": sum(needs.phases.get(phase, {}).values()),
                  "peak": needs.peak(phase) if phase in needs.phases else 0, "limit": limit} for phase in card.PHASES]
     write_json(flags.json, {
       "fits": fits, "topology": flags.topology, "model": source, "held": needs.held, "programs": programs, "fits_with": fix,
       "phases": needs.phases, "slots": needs.slots, "error": needs.error, "estimate": True})
+  print("\n".join([*lines, "", card.ESTIMATE]))
 
 
 def write_json(path: str, plan: dict) -> None:
   """The plan, and what it was made with."""
   out = plan | {"jax": jax.__version__, "command": " ".join(["python -m arrol_jax.plan", *sys.argv[1:]])}
-  Path(path).write_text(json.dumps(out, indent=1) + "\n")
+  with streams.naming(path):
+    Path(path).write_text(json.dumps(out, indent=1) + "\n")
 
 
 def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:
@@ -259,7 +261,6 @@ def main():
   cases = predicted(step, lengths, prompt) if fits else {}
   if cases:
     lines += ["", seconds_report(cases, flags, chip, step.mesh.size, price)]
-  print("\n".join(lines))
   if flags.json:
     write_json(flags.json, {
       "fits": fits, "topology": flags.topology, "mesh": c.mesh.to_dict(), "model": source, "shapes": step.shapes,
@@ -268,6 +269,7 @@ def main():
         "chip": chip, "peaks": chips.CHIPS[chip]._asdict(), "shares": chips.FITTED._asdict(), "lengths": flags.lengths,
         "prompt": prompt, "price": price,
         "steps": {name: t.as_dict(step.mesh.size, price) for name, t in cases.items()}}})
+  print("\n".join(lines))
 
 
 command = functools.partial(configuration.run, main)

@@ -33,7 +33,7 @@ from arrol_jax.learning.generation import Asked, Grading, Wanted
 from arrol_jax.models.files import tokenizers
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.rewards import Grader
-from arrol_jax.running import hosts, loggers
+from arrol_jax.running import hosts, loggers, streams
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
   Logs,
@@ -52,6 +52,7 @@ from arrol_jax.types import TrainState, UserError
 
 
 def main():
+  streams.spare()
   c, flags = configuration.parse(sys.argv, doc=__doc__)
   hosts.connect()
   hosts.together(lambda: configuration.check(c))

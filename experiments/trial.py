@@ -18,6 +18,7 @@ import time
 
 from absl import flags
 
+from arrol_jax.running import streams
 from arrol_jax.types import UserError
 from experiments import trial_devices, trial_queue
 from experiments.runs import read_flags
@@ -57,6 +58,7 @@ def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
 
 def run(values: flags.FlagValues, runs: list[Run]) -> None:
   """What is missing of `runs`, here or on several devices."""
+  streams.spare()
   version = {"commit": trial_queue.commit_of(values.commit), "code": trial_queue.code_hash()}
   deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
   call = Call(version, values.model, values.data, deadline, votes=values.votes)
@@ -70,6 +72,7 @@ def run(values: flags.FlagValues, runs: list[Run]) -> None:
 
 def work(values: flags.FlagValues, runs: list[Run]) -> None:
   """What one of --devices does."""
+  streams.spare()
   version = {"commit": values.commit, "code": trial_queue.code_hash()}
   call = Call(version, values.model, values.data, time.monotonic() + 60 * values.minutes, name=f"device {values.worker}: ",
               votes=values.votes, quiet=True, fresh=True)

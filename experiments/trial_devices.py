@@ -61,7 +61,8 @@ def told_by_signals(told: threading.Event) -> Iterator[None]:
     told.set()
     if number == signal.SIGINT:
       signal.signal(signal.SIGINT, signal.default_int_handler)
-      os.write(2, b"\nruns save their last step and end\n")
+      with contextlib.suppress(OSError):
+        os.write(2, b"\nruns save their last step and end\n")
 
   before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
   try:

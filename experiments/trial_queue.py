@@ -81,8 +81,7 @@ class Call:
     return 0.0 if self.told.is_set() else self.deadline - time.monotonic()
 
   def say(self, run: Run, text: str) -> None:
-    sys.stdout.write(f"{self.name}{run.regime.name}/{run.name}: {text}\n")
-    sys.stdout.flush()
+    hosts.say(f"{self.name}{run.regime.name}/{run.name}: {text}")
 
 
 class Failed(Exception):

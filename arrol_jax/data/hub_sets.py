@@ -15,6 +15,7 @@ import re
 
 from arrol_jax.data.problems import FIELDS, read_jsonl, to_problems
 from arrol_jax.rewards import extract_answer
+from arrol_jax.running import streams
 from arrol_jax.types import UserError
 
 # What stands around a problem of DAPO-Math-17k.
@@ -103,7 +104,7 @@ def in_our_form(folder: str, file: str) -> str | None:
 def _write(out: str, file: str, problems: list) -> str:
   """FILE.jsonl of the problems, in one move; its path."""
   path = os.path.join(out, f"{file}.jsonl")
-  with open(f"{path}.part", "w", encoding="utf-8") as f:
+  with streams.naming(path), open(f"{path}.part", "w", encoding="utf-8") as f:
     f.writelines(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
   os.replace(f"{path}.part", path)
   return path

@@ -16,6 +16,7 @@ import resource
 import signal
 
 from arrol_jax.rewards.grade import Graded, settle
+from arrol_jax.running import streams
 
 # What parameters of reward functions are called elsewhere: f(ground_truth, completion) must not be called the wrong way round.
 _MEANT = dict.fromkeys("completion prediction predicted pred solution_str generation generated output model_output "
@@ -41,6 +42,8 @@ def work(descriptor: int) -> None:
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   with contextlib.suppress(OSError):
     os.dup2(2, 1)  # what a reward function prints is not the run's output
+  streams.take()
+  streams.spare()  # nor its reward where that cannot be written
   connection = Connection(descriptor)
   try:
     parent, timeout_s, memory_mb, reward_fn, pattern, success = connection.recv()

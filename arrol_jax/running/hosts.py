@@ -9,7 +9,6 @@ one host alone meets (`together`), and signals (`Watch`). With one process all o
 
 from collections.abc import Callable
 import contextlib
-import errno
 import functools
 import glob
 import importlib.util
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from arrol_jax.running import streams
 from arrol_jax.types import UserError
 
 _DEAD_S = 30  # seconds without a sign of life after which a process counts as lost, and the others end
@@ -116,14 +116,10 @@ def first() -> bool:
 
 
 def say(text: str) -> None:
-  """Prints a line, once for all processes. A terminal that is gone, as after SIGHUP, is no reason to stop."""
+  """Prints a line, once for all processes. Where it cannot be written (streams.py) is no reason to stop."""
   if first():
-    try:
+    with contextlib.suppress(OSError):
       print(text, flush=True)
-    except OSError as e:
-      if e.errno not in (errno.EIO, errno.EPIPE):
-        raise
-      sys.stdout = open(os.devnull, "w")
 
 
 def warn(text: str) -> None:
@@ -207,6 +203,7 @@ def take_process() -> None:
 
 def begin() -> None:
   """What an entry point does first."""
+  streams.take()
   if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
     sys.path.append(os.getcwd())
   if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "arrol_jax":  # all is imported: KeyboardInterrupt again

@@ -20,7 +20,7 @@ import time
 import traceback
 import weakref
 
-from arrol_jax.running import hosts
+from arrol_jax.running import hosts, streams
 from arrol_jax.running.imports import without_torch
 from arrol_jax.serving.calls import Call, Cut, Standing, Ticket, check_room
 from arrol_jax.serving.lifecycle import listen
@@ -148,6 +148,8 @@ def main(listener: int, connection: int) -> int:
     signal.signal(name, lambda *_: None)
   connection = Connection(connection)
   hosts.take_process()
+  streams.take()
+  streams.spare()
   with without_torch():
     from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; imported while the model loads)
   try:
