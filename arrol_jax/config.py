@@ -5,7 +5,6 @@ configs/base.py says what every key means. Only entry points import this module.
 
 from collections.abc import Callable
 import contextlib
-import errno
 import math
 import os
 import re
@@ -31,7 +30,7 @@ from arrol_jax.pruning import features
 from arrol_jax.pruning.head import INPUTS
 from arrol_jax.pruning.own_rule import own_rule
 from arrol_jax.pruning.rule import DRAWS, RULES, WEIGH
-from arrol_jax.running import hosts, kept, shipped
+from arrol_jax.running import endings, hosts, kept, shipped
 from arrol_jax.running.workdir import RENAMED, VALUES, fill, is_run, stored_config
 from arrol_jax.types import UserError
 
@@ -227,21 +226,12 @@ def run(main: Callable[[], None]) -> None:
     main()
   except hosts.Preempted as e:
     hosts.say(f"stopped by {e}; the same command goes on from there")
-  except UserError as e:
-    print("error:", *str(e).split(), file=sys.stderr)
-    _end(2)
-  except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if not full and e.filename is None and e.errno not in (errno.EIO, errno.ESTALE, errno.EROFS):
+  except (Exception, KeyboardInterrupt) as e:
+    said = endings.told(e)
+    if said is None:
       _fail()
-    print(f"error: {e.filename or 'the run folder'}: {e.strerror}; {'make room' if full else 'repair it'}, and the same command "
-          "goes on from the last checkpoint, if there is one", file=sys.stderr)
-    _end(2)
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-    _end(130)
-  except Exception:
-    _fail()
+    print(said[0], file=sys.stderr)
+    _end(said[1])
 
 
 def _fail() -> None:
