@@ -181,8 +181,9 @@ def test_second_passes_have_a_bound_are_seen_and_end_with_their_client(server):
   before, body = float(left() or 0), json.dumps(SCORED)
   with slow_passes(server) as (go, begun):
     clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range((ROWS + QUEUE) // 2)]
-    for client in clients:
-      client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    for i, client in enumerate(clients):  # some ask for more behind it
+      client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode() +
+                     b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * (i % 2))
     assert until(lambda: scoring(server) == ROWS + QUEUE and len(begun) == 2)
     assert f"arrol_traces_scoring {ROWS + QUEUE}.0" in ask(server.port, None, "/metrics", "GET")[1]
     for more in (SCORED, SCORED | {"max_tokens": 2}, {"prompt": "1>", "n": 2, "vote": "majority"}):
@@ -219,13 +220,16 @@ def test_an_end_waits_for_no_second_pass(end, capfd):
     assert end != "signals" or "Traceback" not in capfd.readouterr().err
 
 
-def test_an_end_does_not_wait_for_a_client_that_reads_nothing(capfd):
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_end_does_not_wait_for_a_client_that_reads_nothing(stream, capfd):
+  """Nor does it say that such a client got its answer, where all of that was known."""
   with split() as server, socket.socket() as client:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", server.port))
-    body = json.dumps(FOREVER | {"n": ROWS, "max_tokens": 10**6, "logprobs": 0})
+    body = json.dumps(FOREVER | {"n": ROWS, "max_tokens": 10**6 if stream else 1000, "logprobs": 0, "stream": stream})
     client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
     assert until(lambda: server.service.totals.tokens > 3000)  # more than what is on the way can be
+    assert stream or until(lambda: not server.service.running) and client.recv(15) == b"HTTP/1.1 200 OK"
     server.front.stop()
     server.front.stop()
     assert server.ended() == (1, ["stopped: 1 calls under way were cut"]) and "Traceback" not in capfd.readouterr().err

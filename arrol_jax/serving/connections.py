@@ -20,6 +20,7 @@ class Patient(HttpToolsProtocol):
   def connection_made(self, transport):
     self.in_head, self.head, self.turned = True, 0, False  # head: its bytes so far; turned: whether a part has just ended
     self.over = False  # nothing more is read
+    self.cycles = []   # of requests that are not answered yet
     self.heard = self.loop.time()
     super().connection_made(transport)
     self.late = self.loop.call_later(HEAD_SECONDS, self._close_if_idle)
@@ -27,6 +28,10 @@ class Patient(HttpToolsProtocol):
 
   def connection_lost(self, exc):
     self.late.cancel()
+    for cycle in self.cycles:  # uvicorn tells the last one only
+      if not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()
     super().connection_lost(exc)
 
   def data_received(self, data):
@@ -68,6 +73,9 @@ class Patient(HttpToolsProtocol):
       return
     self.in_head, self.head = False, 0
     super().on_headers_complete()
+    self.cycles = [cycle for cycle in self.cycles if not cycle.response_complete] + [self.cycle]
+    if len(self.cycles) == 2:  # one that waits behind another: a client that leaves is seen only while it is read from
+      self.flow.resume_reading()
     if self.parser.get_http_version() == "1.0":
       _without_chunks(self.cycle)
 

@@ -61,9 +61,11 @@ class Server(uvicorn.Server):
     self.loop.call_later(GRACE, self._leave)
 
   def _leave(self):
-    """Clients that do not read what they are told are waited for no longer."""
-    for connection in list(self.server_state.connections):
-      connection.transport.abort()
+    """Clients that do not read what they are told are waited for no longer. Where that is an answer they have not got it."""
+    there = [connection.transport for connection in self.server_state.connections]
+    self.web.cut = max(self.web.cut, sum(x.get_write_buffer_size() > 0 for x in there))  # some of them were cut before
+    for transport in there:
+      transport.abort()
     self.loop.call_later(GRACE, setattr, self, "force_exit", True)
 
 
