@@ -7,9 +7,10 @@ symbolic.py, which runs in a worker process with a deadline (pool.py), never in 
 Strict where reports of other graders were not: a gold with a percent sign wants one (an answer may carry one more, if the
 numbers are equal: 20\\% for 20, never 0.2); an equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not
 [1,2]; 0.333333 is not 1/3; a word must be the same word. An integer gold takes the integer only (`12.0` and `x=12` too), not an
-expression that evaluates to it. Lenient where nothing is lost: a unit, a degree sign on a number, the name in `x=...` and "for
-any constant c" may be given or omitted (but units that both sides give must agree: units.py). Left out: partial credit,
-tolerances.
+expression that evaluates to it. Lenient where nothing is lost: a unit or what is counted (counted.py), a degree sign on a
+number, the name in `x=...` and "for any constant c" may be given or omitted (but units that both sides give must agree:
+units.py). A set has each element once, and as a whole answer the set of one element is that element; a quotient by zero is
+equal to nothing but its own text. Left out: partial credit, tolerances.
 """
 
 from collections import Counter
@@ -26,10 +27,12 @@ from arrol_jax.rewards.parts import (
   RELATION,
   as_set,
   bare,
+  distinct,
   forward,
   in_order,
   names,
   split,
+  value_or_text,
   without_builder,
   without_name,
   without_qualifier,
@@ -77,7 +80,10 @@ def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -
       if sets[0][0] and sets[1][0] and sets[0][0] != sets[1][0]:
         return False
       gold, answer = sets[0][1], sets[1][1]
-  return _by_parts(gold, answer, decide, outermost)
+  verdict = _by_parts(gold, answer, decide, outermost)
+  if verdict is False and (once := (distinct(gold), distinct(answer))) != (gold, answer):
+    return _by_parts(*once, decide, outermost)
+  return verdict
 
 
 def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool | None:
@@ -116,9 +122,7 @@ def _same_in_any_order(golds: list[str], answers: list[str], decide: Decide, kee
 
   def key(text: str) -> object:
     name = NAME.fullmatch(text)
-    text = bare(name[2] if name and not keep_names else text)
-    exact = None if text.endswith("%") else value(text)
-    return text if exact is None else exact
+    return value_or_text(bare(name[2] if name and not keep_names else text))
 
   keyed = [[(key(text), text) for text in texts] for texts in (golds, answers)]
   common = Counter(k for k, _ in keyed[0]) & Counter(k for k, _ in keyed[1])
@@ -173,7 +177,8 @@ def _same_words(gold: str, answer: str, outermost: bool) -> bool:
   if outermost or RELATION.search(gold + answer):
     return False
   (gold, gold_unit), (answer, unit) = units.split_unit(gold), units.split_unit(answer)
-  known = all(not text or units.measure(text) for text in (gold_unit, unit)) and not units.differ((gold_unit, ""), (unit, ""))
+  known = all(not text or units.measure(text) and units.droppable(text) for text in (gold_unit, unit))
+  known = known and not units.differ((gold_unit, ""), (unit, ""))
   return bool(known and (gold_unit or unit) and value(gold) is not None and value(gold) == value(answer))
 
 
@@ -296,7 +301,9 @@ def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
   if expected is not None:
     found = forward(without_qualifier(found))
     name = NAME.fullmatch(found) or _SUM.fullmatch(found)
-    found = bare(name[2] if name and "=" in found else found)
+    found = bare(name[2] if name and ("=" in found or name[2].startswith("\\{")) else found)
+    kind, elements = split(distinct(found)) or ("", [])
+    found = bare(elements[0]) if kind == "one" else found  # the solution set {4}
     return CORRECT if integer(found.removesuffix("%")) == expected else WRONG
   verdict = equivalent(gold, found, lambda _gold, _answer: None)
   return (gold, found) if verdict is None else CORRECT if verdict else WRONG

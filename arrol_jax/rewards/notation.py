@@ -57,7 +57,7 @@ def _font(found: re.Match, content: str) -> str:
   return f"\\text{{{plain}}}"
 
 
-_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|\{\\,\}|\\text\{,\}|'|,\s*\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))")
 _BASES = {word: str(base) for base, word in enumerate(
   "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2)}
 _BASE = "|".join(_BASES)
@@ -95,7 +95,8 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
     r"\}", ":"),
   ("\\%", r"\\%", "%"), ("%", r"\\text\{\s*%\s*\}", "%"), ("% of ", r"(?<=[0-9])\s*% of [a-z ]+$", "%"),
   ("%", r"%\s*\\text\{\s*of [a-zA-Z ]+\}$", "%"),
-  ("cent", r"\\text\{\s*(?:per\s?cents?|percentage)\s*\}|\b(?:per\s?cents?|percentage)(?![A-Za-z ])", "%"),
+  ("cent", r"\\text\{\s*(?:per\s?cents?|percentage)(?:\s+points?)?\s*\}"
+   r"|\b(?:per\s?cents?|percentage)(?:\s+points?)?(?![A-Za-z ])", "%"),
   ("p", r"\\text\{\s*(?:pct|por ciento|prozent)\s*\}|\bpct(?![A-Za-z ])", "%"),
   ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
   ("\\degree", r"\\degree(?![A-Za-z])", r"^\\circ "),
@@ -136,8 +137,8 @@ _GAP = re.compile(
   r"|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
 _MATRIX = r"[(\[]?\\begin\{(?:small)?matrix\}.*\\end\{(?:small)?matrix\}[)\]]?"
 _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
+  (r"(?:(?<![^=,;(\[{+-])|(?<=, ))[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 /]|\\frac)", lambda groups: groups[0].replace(" ", "")),
   (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*%?)\}", r"\1"), (r"^([+-])\{([0-9.,/]+)\}$", r"\1\2"),
-  (r"^([+-]?[0-9]{1,3}(?: [0-9]{3}){2,})$", lambda grouped: grouped[1].replace(" ", "")),
   (r"\\text\{(?:infinity)\}", r"\\infty"), (r"\\text\{[.,;:]*\}", ""),
   (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
   (r"^\+(?![+-])", ""), (r"([(\[,])\+(?=\\infty)", r"\1"),

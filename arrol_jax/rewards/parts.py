@@ -8,8 +8,10 @@ from arrol_jax.rewards.exact import value
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = r"\\?[A-Za-z]+'*(?:_\{[^{}]*\})?"
 _ARGUMENTS = r"(?:\((?:[^()=]|\([^()=]*\))*\)|\[[^\[\]=]*\])"
+_DENIED = "(?i:not?|nope|never|none|wrong|false|untrue|incorrect)"  # \text{not}=5
 _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|mathscr)\{[^{}]*\}"
-_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{{1,4}}"
+_NAMED = (rf"(?:\\text\{{(?!{_DENIED}\}})[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
+          r"(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{1,4}"
           rf"|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
           rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]"
           rf"|\\(?:max|min|sup|inf|deg|det|dim|#) ?{_LETTER}{_ARGUMENTS}?|\\[|]{_LETTER}\\[|]|\|{_POINTS}\||\|{_LETTER}\|"
@@ -116,6 +118,20 @@ def bare(text: str) -> str:
       break
     text = text[1:-1].strip()
   return text
+
+
+def value_or_text(text: str) -> object:
+  """What equal elements share: the exact value, else the text. A percentage is text."""
+  found = None if text.endswith("%") else value(text)
+  return text if found is None else found
+
+
+def distinct(text: str) -> str:
+  """A set in \\{ \\} with each element once, {1,2,2} as {1,2}; other text as it is."""
+  if not (text.startswith("\\{") and text.endswith("\\}") and closes_at_end(text[1:])):
+    return text
+  elements = {value_or_text(element): element for element in reversed(cut(text[2:-2], (",", ";")) or ())}
+  return f"\\{{{','.join(reversed(elements.values()))}\\}}"
 
 
 def _both_signs(text: str) -> list[str]:

@@ -80,7 +80,7 @@ def _same(left, right) -> bool:
   from math_verify import verify
   import sympy
 
-  if left is None or right is None:
+  if left is None or right is None or _undefined(left) or _undefined(right):
     return False
   if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
     return same_value(left, right)
@@ -91,6 +91,20 @@ def _same(left, right) -> bool:
     return False
   # Its own timeouts stay off: they need the main thread, take over SIGALRM and raise past `except Exception`.
   return verify([left], [right], numeric_precision=30, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _undefined(read) -> bool:
+  """Whether something is divided by zero in it, as it stands (1/0, 1/(1-1)); sympy has one infinity for all of these."""
+  import sympy
+
+  for part in sympy.preorder_traversal(read):
+    if part in (sympy.zoo, sympy.nan):
+      return True
+    if isinstance(part, sympy.Pow) and part.exp.is_extended_negative:
+      base = part.base.doit(deep=False) if isinstance(part.base, (sympy.Add, sympy.Mul)) else part.base
+      if base == 0:
+        return True
+  return False
 
 
 # --- expressions --------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Units of measurement at the end of an answer: dropped for the comparison, and compared where both sides name one.
 
-An answer may give or omit its unit. Where both sides give one of the table below (SI prefixes times bases, and what else is
-common), they must be the same unit: 5 cm is not 5 m, 5 mg not 5 g. Where a side has words that are not in the table ("apples",
-"miles east"), the words must be the same. A bare letter or word after a number is a unit only if it is in the table or, after a
-plain number, a word. Left out: conversion.
+An answer may give or omit its unit, if its words count as one (counted.py). Where both sides give one of the table below (SI
+prefixes times bases, and what else is common), they must be the same unit: 5 cm is not 5 m, 5 mg not 5 g. Where a side has words
+that are not in the table ("apples", "miles east"), the words must be the same. A bare letter or word after a number is a unit
+only if it is in the table or, after a plain number, a word. Left out: conversion.
 """
 
 import re
+
+from arrol_jax.rewards.counted import changes_east_asian, changes_value, names_things
 
 # name: symbol, then other spellings. Names and symbols take SI prefixes; symbols count in their case only.
 _SI = """
@@ -19,7 +21,8 @@ _PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "deci": "d", "micro": "μ"
 # Plurals in -s are found by themselves; what has one letter counts in its case only.
 _TABLE = """
 inch: in inches | foot: ft feet | yard: yd | mile: mi | gram: gm | kilogram: kilo | pound: lb | ounce: oz | ton:
-second: sec | meter: mtr | minute: min | hour: h hr | day: d | week: wk | month: | year: yr | cent: | dollar: usd buck
+second: sec sekunde sekunden | meter: mtr metro mètre | minute: min minuten minuto | hour: h hr stunde stunden heure hora
+day: d tage días | week: wk woche wochen semana | month: monate | year: yr jahr jahre année año anni | cent: | dollar: usd buck
 euro: eur | rupee: rs inr | yen: jpy | yuan: rmb | cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz
 kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade | fahrenheit: F | unit: | gallon: gal | hertz: hz | acre:
 pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly | steradian: sr | au: AU | angstrom: Å
@@ -50,22 +53,6 @@ _COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kmh": {"kilometer": 1, "hour": -1}
              "kWh": {"kilowatt": 1, "hour": 1}, "kwh": {"kilowatt": 1, "hour": 1}, "mps": {"meter": 1, "second": -1},
              "fps": {"foot": 1, "second": -1}, "sqft": {"foot": 2}, "psi": {"pound": 1, "inch": -2}}
 
-# Words after a number that change its value or offer a second one; everything else counts as a unit.
-_NOT_UNITS = frozenset(
-  "and or to not if when where plus minus times mod base percent percentage pct hundred hundreds thousand thousands "
-  "million millions billion billions trillion trillions dozen dozens half halves third thirds quarter quarters fourth "
-  "fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths "
-  "thousandth thousandths point maybe perhaps possibly probably otherwise except unless score squared cubed factorial pi "
-  "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-  "nineteen twenty thirty forty fifty sixty seventy eighty ninety am pm below negative choose over sqrt january february "
-  "march april may june july august september october november december "
-  "permille mille lakh lakhs crore crores gross tens repeating recurring eleventh elevenths twelfth twelfths "
-  "approximately approx about roughly nearly almost around wrong incorrect infinity infinite infinitely none but "
-  "mil ciento millones mille tausend und oder oppure cada root roots power bp bps zero pair pairs couple "
-  "sine cosine tangent theta alpha beta gamma delta lambda sigma omega epsilon thereof half double triple twice".split()
-)
-_NUMBER_WORD = re.compile(r"teenths?$|ieths?$|illions?$|illiards?$|ill[oó]n(?:es)?$|illionen$|тысяч|миллион|миллиард|[0-9]")
-_FUNCTION_WORD = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]?$")
 _UNIT_LETTERS = frozenset("ACFJKLNVWTghmslΩ\u03a9")
 _SMALL = frozenset("of the a an in total old".split())
 _JOINING = frozenset("per of a the square sq cubic cu old".split())
@@ -75,9 +62,7 @@ _GLUED = frozenset(  # a unit also directly after a number or \pi; mg, ml and ms
   "mL dL Pa MPa kN nm cc inch inches feet foot meters metres meter miles mile hours hour days minutes seconds dollars cents "
   "degrees "
   "radians grams years units".split())
-# After a number in Chinese, Japanese or Korean: what changes it.
-_CHANGES = re.compile("[一二三四五六七八九十百千万亿萬億兆半或和与與及不非零点點倍折成多余餘几幾左右约約以上下超]"
-                      "|分之|百分|만|억|천|백|또는|または")
+# After a number in Chinese, Japanese or Korean.
 _EAST_ASIAN = re.compile(r"(?<=[0-9])\s*\(?([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,6})\)?$")
 
 _EXPONENT = r"\^(?:-?[0-9]|\{-?[0-9]\})"
@@ -158,8 +143,8 @@ def split_unit(text: str) -> tuple[str, str]:
     content = unit[1] or "Ω" if unit else ""
     words = re.findall(r"[^\W\d_]+", content)
     # What begins with a comma was "and": a second answer, no unit.
-    if not 1 <= len(words) <= 6 or content.lstrip().startswith(",") or _CHANGES.search(content) or any(
-        _changes_value(word) or (len(word) == 1 and word.isascii() and word not in _UNIT_LETTERS) for word in words):
+    if not 1 <= len(words) <= 6 or content.lstrip().startswith(",") or changes_east_asian(content) or any(
+        changes_value(word) or (len(word) == 1 and word.isascii() and word not in _UNIT_LETTERS) for word in words):
       break
     text = text[:unit.start()]
   if text == whole:
@@ -180,7 +165,7 @@ def _split_bare(text: str) -> tuple[str, str]:
   plain = _PLAIN.fullmatch(text)
   if plain:
     words = re.findall(r"[^\W\d_]+", plain[2])
-    if len(words) <= 5 and len(words[-1]) > 1 and not any(map(_changes_value, words)) and all(
+    if len(words) <= 5 and len(words[-1]) > 1 and not any(map(changes_value, words)) and all(
         len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or word in _COMPOUND
         or len(word) > 1 and (_name(word) and word != "mg" or not word.isascii()) for word in words):
       return plain[1], plain[2]
@@ -190,14 +175,9 @@ def _split_bare(text: str) -> tuple[str, str]:
     if words[0] in _GLUED and all(word in _GLUED or "/" in bare[3] and _name(word) or word in _JOINING for word in words):
       return text[:-len(bare[3])].rstrip(), bare[3].strip()
   asian = _EAST_ASIAN.search(text)
-  if asian and not _CHANGES.search(asian[1]):
+  if asian and not changes_east_asian(asian[1]):
     return text[:asian.start()], asian[1]
   return text, ""
-
-
-def _changes_value(word: str) -> bool:
-  small = word.lower()
-  return small in _NOT_UNITS or _NUMBER_WORD.search(small) is not None or _FUNCTION_WORD.match(small) is not None
 
 
 def measure(unit: str) -> dict[str, int] | None:
@@ -230,8 +210,16 @@ def _words(unit: str) -> list[str]:
   return sorted(word.removesuffix("s") if len(word) > 3 else word for word in words if word not in _SMALL)
 
 
+def droppable(unit: str, money: str = "") -> bool:
+  """Whether an answer may have a unit that the gold lacks: 5 kg, 5 apples; not 5 never, nor what may be a number: 5 K, $5 m."""
+  phrase = unit.replace("\\text", " ").replace("\\cdot", " ")
+  if measure(unit) is None:
+    return names_things(phrase, _name)
+  return phrase.strip(" {}.") not in ("K", "T", "MM", "kilo") and not (money and not re.search("/|per", phrase))
+
+
 def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
-  """Whether two (unit, currency) cannot mean the same; what a side omits is no difference."""
+  """Whether two (unit, currency) cannot mean the same; what a side omits is no difference, unless it may be no unit at all."""
   parts, words_only = [], []
   for unit, currency in (gold, answer):
     powers = measure(unit)
@@ -249,6 +237,8 @@ def differ(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
     return True
   if "pound" in (gold_money, money) and {"pound": 1} in (gold_powers, powers):
     return False  # £5 is 5 pounds
+  if unit and not gold_unit and not droppable(unit, money):
+    return True
   if not gold_unit or not unit:
     return bool(gold_money and powers and not money and not gold_unit or money and gold_powers and not gold_money and not unit)
   if gold_powers and powers:
