@@ -1,9 +1,12 @@
 """Soaks the grader, and asks how often it accepts a wrong answer. Needs the JSONL files of README.md's table.
 
-  python -m experiments.grader_soak --data=DIR [--case=references,pairs,mutated,speed,soak] [--items=20000] [--pairs=10000]
+  python -m experiments.grader_soak --data=DIR [--case=references,counted,pairs,mutated,speed,soak]
+                                    [--items=20000] [--pairs=10000]
                                     [--out=experiments/results/rewards]
 
 References: every reference answer in FORMS, graded against itself: all must be right. Writes references.jsonl.
+Counted: integers with what the problem asks for ("how many red apples did" gives 5\\text{ red apples}), up to five words, each
+against the integer: all are right, and some are missed. Writes counted.jsonl: counts, then every phrase that is missed.
 Soak: `items` gradings, 2% hostile, 2 workers, default limits, in batches as a training step makes them, while workers are
 killed at random moments. Each item's right grade is known and differs from its neighbours', so a lost, repeated or reordered
 result shows as an unexpected one. Writes soak.jsonl: the soak, and the same without hostile items and kills.
@@ -17,6 +20,7 @@ none may be right unless the change says the same (-0 for 0). Writes mutated.jso
 
 import argparse
 from collections import Counter
+import itertools
 import json
 import os
 from pathlib import Path
@@ -53,6 +57,24 @@ def references(files: dict[str, list]) -> list[dict]:
     out.append({"case": "references", "file": name, "answers": len(problems), "forms": len(FORMS), "missed": missed,
                 "seconds": round(time.monotonic() - start, 1)})
   return out
+
+
+_ASKED = re.compile(r"[Hh]ow many ((?:[a-z-]+ ?){1,5})")
+_AFTER = frozenset("did does do are is were was will can could would has have had should must in of at on for to if per from "
+                   "that the a an and he she it they there you i left be still remain less than with who more each".split())
+
+
+def counted(files: dict[str, list]) -> tuple[dict, list[dict]]:
+  """Counts, and the phrases that are missed, of integers with the words that the problem asks for."""
+  asked, missed = 0, Counter()
+  for problem in (problem for problems in files.values() for problem in problems if re.fullmatch("-?[0-9]+", problem.answer)):
+    words = (_ASKED.findall(problem.problem) or [""])[-1].split()
+    phrase = " ".join(itertools.takewhile(lambda word: word not in _AFTER, words))
+    if phrase:
+      asked += 1
+      missed[phrase] += judge(f"\\boxed{{{problem.answer}\\text{{ {phrase}}}}}", problem.answer) != CORRECT
+  return ({"case": "counted", "answers": asked, "missed": missed.total()},
+          [{"case": "counted", "phrase": phrase, "missed": times} for phrase, times in missed.most_common() if times])
 
 
 def soak_items(golds: list[str], count: int, hostile: float, rng: random.Random) -> list[tuple[str, str, float, str]]:
@@ -231,7 +253,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--data", required=True)
   parser.add_argument("--out", default="experiments/results/rewards")
-  parser.add_argument("--case", default="references,pairs,mutated,speed,soak")
+  parser.add_argument("--case", default="references,counted,pairs,mutated,speed,soak")
   parser.add_argument("--items", type=int, default=20_000)
   parser.add_argument("--pairs", type=int, default=10_000)
   parser.add_argument("--mutated", type=int, default=4_000)
@@ -247,6 +269,9 @@ def main():
   out.mkdir(parents=True, exist_ok=True)
   if "references" in args.case:
     write(out / "references.jsonl", (line | machine for line in references(files)))
+  if "counted" in args.case:
+    line, missed = counted(files)
+    write(out / "counted.jsonl", [line | machine, *missed])
   if "pairs" in args.case:
     found = [wrong_pairs(files, args.pairs, hard, seed=2 + hard) for hard in (False, True)]
     accepted = [{"case": line["case"]} | pair for line, pairs in found for pair in pairs]
