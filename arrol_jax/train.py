@@ -43,7 +43,7 @@ from arrol_jax.running.workdir import (
   claim,
   finished,
   hold,
-  read_json,
+  read_results,
   seconds_of,
   write_json,
 )
@@ -129,15 +129,15 @@ def main():
       checkpoints.check()  # a save that has failed ends the run now, not when the next one is due
 
     engine.watch = watch
+    timed = c.stop_seconds is not None or len(c.eval.at_seconds) > 0
     backends = loggers.start(c.log.backends, workdir, start, c.to_dict()) if hosts.first() else []
-    logs = stack.enter_context(closing(Logs(workdir, start, backends))) if hosts.first() else None
+    logs = stack.enter_context(closing(Logs(workdir, start, backends, timed))) if hosts.first() else None
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines if x["step"] > start - start % c.checkpoint.every]
                               if logs else None)
     earlier, spent = hosts.agree((seconds_of(logs.lines[:-1]), seconds_of(logs.lines)) if logs else None)
     if passed(c, earlier, spent):  # if it was not told to stop in the middle of that evaluation, this one is there
       held_out(state, f"eval_all_{start:04d}")
-    timed = c.stop_seconds is not None or len(c.eval.at_seconds) > 0
     time_is_over = lambda: c.stop_seconds is not None and spent >= c.stop_seconds
 
     @stack.push
@@ -286,7 +286,7 @@ class HeldOut:
       results = self.measured(state, name.replace("_", " "), most)
       if hosts.first():
         write_json(path, results)
-    return hosts.agree(read_json(path) if hosts.first() else None)
+    return hosts.agree(hosts.together(lambda: read_results(path, self.prompts) if hosts.first() else None))
 
   def measured(self, state: TrainState, name: str, most: int | None) -> dict:
     c = self.c

@@ -1,15 +1,16 @@
 """A run's folder: config.json, inputs.json, metrics.jsonl, rollouts.jsonl, summary.json.
 
 Whatever moment a run is killed at, what is in the folder can be read and the run goes on: JSON files appear whole or not at
-all, logs lose at most their last line, and lines of steps that will be made again are dropped. One run at a time writes there
-(`hold`), and it is the run that began there: same settings, problems and weights (`check_workdir`, `claim`). Checkpoints are
-checkpoint.py's, other logs loggers.py's.
+all, logs (lines.py) lose at most their last line, and lines of steps that will be made again are dropped. One run at a time
+writes there (`hold`), and it is the run that began there: same settings, problems and weights (`check_workdir`, `claim`).
+Checkpoints are checkpoint.py's, other logs loggers.py's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -17,6 +18,8 @@ import socket
 import jax
 import numpy as np
 
+from arrol_jax.running import hosts
+from arrol_jax.running.lines import READ_AGAIN, cut_back, read_lines, records, seconds_of
 from arrol_jax.running.rollout_lines import finite, in_full, in_short
 from arrol_jax.types import UserError
 
@@ -24,13 +27,25 @@ from arrol_jax.types import UserError
 class Logs:
   """metrics.jsonl, rollouts.jsonl and summary.json of a workdir; lines past `start` steps are dropped.
 
-  backends: where else lines go (loggers.py).
+  backends: where else lines go (loggers.py). timed: the run goes by its seconds, which the line of step `start` says. UserError
+  where that line is not there, or one is damaged; else a warning of those that are not there.
   """
 
-  def __init__(self, workdir: str, start: int, backends: list):
-    self.workdir, self.backends = workdir, backends
-    self.files = {name: resumed(f"{workdir}/{name}.jsonl", start) for name in ("metrics", "rollouts")}
-    self.lines = read_lines(f"{workdir}/metrics.jsonl")
+  def __init__(self, workdir: str, start: int, backends: list, timed: bool = False):
+    self.workdir, self.start, self.backends = workdir, start, backends
+    path = f"{workdir}/metrics.jsonl"
+    cut_back(path, start, READ_AGAIN)
+    cut_back(f"{workdir}/rollouts.jsonl", start)
+    self.lines = read_lines(path)
+    there = {x["step"] for x in self.lines}
+    if timed and start and start not in there:
+      raise UserError(f"{path} has no line of step {start}, which the run goes on from, so the seconds that stop_seconds and "
+                      "eval.at_seconds count are not known; put it back, or choose another --workdir")
+    lacking = start - len(there & set(range(1, start + 1)))
+    if lacking:
+      hosts.warn(f"{path} has no lines of {lacking} of the {start} steps done: its sec_total and summary.json's totals will "
+                 "leave out what only these say; to have them, stop this run and put the file back")
+    self.files = {name: open(f"{workdir}/{name}.jsonl", "a") for name in ("metrics", "rollouts")}
 
   def write(self, line: dict, rollouts: list, texts: int) -> None:
     line = {k: finite(v) for k, v in line.items()}
@@ -55,9 +70,10 @@ class Logs:
 
   def finish(self, c, before: dict, after: dict, seconds: float, best: int | None = None) -> None:
     """best: the step that was evaluated and exported, where it is not simply the last."""
-    device, last = jax.devices()[0], self.lines[-1] if self.lines else {"step": c.steps, "reward": None}
+    device, steps = jax.devices()[0], max(self.start, *(x["step"] for x in self.lines[-1:]), 0)
+    last = self.lines[-1] if self.lines and self.lines[-1]["step"] == steps else {"reward": None}
     write_json(f"{self.workdir}/summary.json", {
-      "steps": last["step"], "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
+      "steps": steps, "seconds": seconds, "device": f"{jax.device_count()} x {device.device_kind}",
       "config_hash": fingerprint(c), "eval_before": before, "eval_after": after, "final_reward": last["reward"],
       **{name: sum(x[name] for x in self.lines) for name in ("tokens_generated", "tokens_trained")},
       **({} if best is None else {"best_step": best})})
@@ -143,13 +159,6 @@ def finished(workdir: str, steps: int, stop_seconds: float | None) -> int:
   return done if done >= steps or over else 0
 
 
-def seconds_of(lines: list[dict]) -> float:
-  """Seconds of the steps in metrics.jsonl, without compilation; lines of older versions say their own alone."""
-  if not lines:
-    return 0.0
-  return lines[-1]["sec_total"] if "sec_total" in lines[-1] else sum(x["sec_step"] for x in lines)
-
-
 def newest_checkpoint(workdir: str) -> int:
   """The step of the newest checkpoint in the folder; 0 without one."""
   folder = f"{workdir}/checkpoints"
@@ -232,38 +241,6 @@ def _older_hashes(workdir: str) -> list[str]:
   return [_hash(kept)]
 
 
-def resumed(path: str, start: int):
-  """Opens a JSONL log for appending, without the lines of steps after `start` (they will be made again)."""
-  lines = list(records(path))
-  last = max((i for i, (_, x) in enumerate(lines) if x and x["step"] <= start), default=-1)
-  for number, record in lines[:last]:
-    if record is None:
-      raise UserError(f"{path}, line {number}: damaged; delete that line, and the same command goes on without it")
-  with open(path + ".part", "w") as f:
-    f.writelines(json.dumps(x) + "\n" for _, x in lines[:last + 1] if x["step"] <= start)
-  os.replace(path + ".part", path)
-  return open(path, "a")
-
-
-def read_lines(path: str) -> list[dict]:
-  """The whole lines of a JSONL log."""
-  return [record for _, record in records(path) if record]
-
-
-def records(path: str) -> Iterator[tuple[int, dict | None]]:
-  """(line number, record) of a log's lines, None for one that a kill or a lost machine left half; no last line cut short."""
-  if not os.path.exists(path):
-    return
-  with open(path, errors="replace") as f:
-    for number, line in enumerate(f, 1):
-      try:
-        record = json.loads(line)
-      except ValueError:
-        record = None
-      if line.endswith("\n"):
-        yield number, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
 def read_json(path: str) -> dict:
   """A JSON object that this program has written. UserError where it is damaged."""
   try:
@@ -274,6 +251,17 @@ def read_json(path: str) -> dict:
   if not isinstance(value, dict):
     raise UserError(f"{path}: damaged (no JSON object); {_remedy(path)}")
   return value
+
+
+def read_results(path: str, names: Iterable[str]) -> dict:
+  """An evaluation's file: results by source. UserError where it is damaged, or has no accuracy of one of `names`."""
+  results = read_json(path)
+  is_number = lambda x: isinstance(x, int | float) and math.isfinite(x)
+  for name in names:
+    of = results.get(name)
+    if not (isinstance(of, dict) and is_number(of.get("accuracy")) and is_number(of.get("problems")) and of["problems"] > 0):
+      raise UserError(f"{path}: damaged (no accuracy of {name}); {_remedy(path)}")
+  return results
 
 
 def _remedy(path: str) -> str:
