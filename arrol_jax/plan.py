@@ -228,7 +228,7 @@ def main():
   check_positions(model, source, assemble.longest_row(c, True, c.data.eval != ""))
   try:
     effort = float(flags.effort) if flags.effort else None
-    flags.json and Path(flags.json).touch()  # found out before the compiler has worked for minutes
+    flags.json and open(flags.json, "a").close()  # found out before the compiler has worked for minutes
   except (ValueError, OSError) as e:
     raise UserError(f"{e}; --effort takes a number, --json a file in a folder that is there") from e
 

@@ -171,6 +171,7 @@ def test_the_command(tmp_path):
                                              ([], "gpu:24GB for one card"),
                                              (["--topology=gpu:24GB", "--price=3"], "--price: for a card"),
                                              (["--topology=gpu:24GB", "--suggest=maybe"], "it takes yes or no"),
+                                             (["--topology=gpu:24GB", "--json=/"], "Is a directory: '/'; --effort takes"),
                                              (["--topology=gpu:24GB", "--config.mesh.fsdp=8"], "is one card")])
 def test_a_mistake_is_one_line(arguments, word, monkeypatch, capsys):
   from arrol_jax import plan as command

@@ -67,6 +67,8 @@ def test_several_files_follow_each_other(tmp_path):
   (line(1) + line(2) + line(1), r"bad\.jsonl, line 3: id 'p1' was used before, in .*line 1"),
   (line(1) + b'{"id": "caf\xe9"}\n', r"bad\.jsonl, line 2: not UTF-8"),
   (line(1).decode().encode("utf-16"), r"bad\.jsonl, line 1: not UTF-8"),
+  (gzip.compress(line(1)), r"bad\.jsonl: compressed with gzip .* add \.gz"),
+  (line(1) + b'{"id": "p2", "answer": "2", "answer": "3"}\n', r"bad\.jsonl, line 2: not JSON: the key 'answer' comes twice"),
 ])
 def test_faults_name_file_and_line(tmp_path, content, message):
   with pytest.raises(UserError, match=message) as error:
@@ -209,3 +211,9 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else():
 def test_batch_faults(count, step, seed, batch_size):
   with pytest.raises(ValueError, match="batch_at"):
     batch_at(numbered(count), step, seed, batch_size)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  with pytest.raises(UserError, match="pipe.jsonl: a pipe or a device"):
+    load_problems(str(tmp_path / "pipe.jsonl"))

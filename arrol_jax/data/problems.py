@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import unicodedata
 import zlib
 
@@ -79,10 +80,15 @@ def to_problems(records: Iterable[tuple[str, dict]]) -> list[Problem]:
 def _lines(path: str) -> Iterator[tuple[int, str]]:
   """Lines that are not blank and their numbers from 1. Bytes are split: U+2028 in a problem ends no line."""
   lines = []
+  if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # opening a pipe waits for its writer
+    raise UserError(f"{path}: a pipe or a device; write its lines to a file")
   try:
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-      if file.read(4) == b"PAR1":
+      begins = file.read(4)
+      if begins == b"PAR1":
         raise UserError(f"{path}: a Parquet file; {NOT_JSONL}")
+      if begins[:2] == b"\x1f\x8b":
+        raise UserError(f"{path}: compressed with gzip once more than its name says; add .gz to it, or decompress the file")
       file.seek(0)
       for line in file:  # all of it first: a damaged .gz yields wrong lines before its checksum tells
         lines.append(line)
@@ -103,12 +109,20 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 def _parse(where: str, line: str) -> dict:
   try:
-    record = json.loads(line)
+    record = json.loads(line, object_pairs_hook=_once)
   except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
     raise UserError(f"{where}: not JSON: {error}") from None
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object but {line[:40]!r}")
   return record
+
+
+def _once(pairs: list[tuple]) -> dict:
+  """A JSON object; ValueError where a key comes twice, of which a dict would keep the last."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    raise ValueError(f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} comes twice in one object")
+  return out
 
 
 def _field(where: str, record: dict, name: str) -> str:
