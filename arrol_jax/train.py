@@ -151,6 +151,7 @@ def main():
     to_do = range(start, start if time_is_over() else c.steps)
     bar = stack.enter_context(tqdm(to_do, initial=start, total=c.steps, desc="train", unit="step", disable=not hosts.first()))
     compiling.seconds()  # what was compiled before is no step's
+    lost = []  # steps without a survivor
     for step in bar:
       pruning = c.prune.enabled and step >= c.prune.cold_start
       compiled, earlier = compiling.total, spent
@@ -161,6 +162,11 @@ def main():
       last = step + 1 == c.steps or time_is_over()
       line = {"step": step + 1} | metrics | {"sec_compile": compiling.seconds(), "sec_total": spent}
       since_saved.append(line["reward_ipw"])
+      if not line["rollouts_kept"]:
+        lost.append(step + 1)
+        if len(lost) == 1:
+          hosts.warn(f"step {lost[0]}: pruning left none of its {line['rollouts_started']} rollouts, so there was nothing to "
+                     "learn from; see prune.keep and prune.p_min")
       finite = all(math.isfinite(line[k]) for k in ("policy_loss", "head_loss", "grad_norm", "head_norm"))
       try:
         if finite and passed(c, earlier, spent):
@@ -206,6 +212,8 @@ def main():
     hosts.gather(None)  # the others wait for what the first writes
     if after:
       hosts.say(f"held-out accuracy after:  {summary_line(after)}")
+    if len(lost) > 1:
+      hosts.warn(f"{len(lost)} steps had no survivors (rollouts_kept in metrics.jsonl), steps {lost[0]} to {lost[-1]}")
     hosts.say(f"{workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
 
 

@@ -176,7 +176,8 @@ def test_head_auc_within_leaves_the_prompts_difficulty_out():
 @pytest.mark.parametrize("step, undefined", [
   # nothing survived
   ([rollout(0, score=1.0, pruned=True)], {"reward", "baseline_shift", "pos_ratio", "pos_var", "ungraded", "response_len",
-                                          "truncated", "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman"}),
+                                          "truncated", "head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman",
+                                          "tokens_saved"}),
   ([rollout(0, reward=1), rollout(0, reward=0)], {"head_auc", "head_auc_within", "head_ece", "head_brier", "head_spearman",
                                                   "signal_expected", "signal_expected_random"}),  # nothing was scored
   ([rollout(0, reward=1, score=1.0), rollout(1, reward=0, score=0.0)], {"head_auc_within", "baseline_shift"}),

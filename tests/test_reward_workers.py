@@ -17,6 +17,10 @@ REWARDS = """
     if kind == "still_later": threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     if kind == "noise": os.write(int(sys.argv[1]), b"not a pickle" * 9)
     if kind == "number": return float(rest)
+    if kind == "sleep": threading.Event().wait(100)
+    if kind == "exit": os._exit(int(rest))
+    if kind == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "memory": raise MemoryError
     return 1
 """
 
@@ -36,6 +40,29 @@ def test_a_worker_that_stands_still_holds_nobody_up(rewards_module):
     start = time.monotonic()
     assert grader.grade_all([("fine" + " " * 2**23, ""), ("fine", "")]) == [Graded(1.0, "correct")] * 2
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("response, reason, words", [
+  ("sleep", "timeout", "it took longer than reward.timeout=1 s"), ("memory", "crashed", "it ran out of memory"),
+  ("exit 0", "crashed", "its process ended under one answer twice (exit status 0)"), ("exit 3", "crashed", "(exit status 3)"),
+  ("killed", "crashed", "(SIGKILL)")])
+def test_the_first_failure_of_each_kind_is_told_when_it_happens(rewards_module, capfd, response, reason, words):
+  """Once, and as what went wrong first where all fail."""
+  with Grader(1, timeout_s=1.0, reward_fn=rewards_module) as grader:
+    for first in (True, False):
+      assert grader.grade_all([(response, ""), ("fine", "")]) == [Graded(0.0, reason), Graded(1.0, "correct")]
+      told = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"reward function {rewards_module}: ")]
+      assert len(told) == first and all(words in line and line.endswith("; reward 0") for line in told)
+    assert words in grader.first_problem
+    grader.grade_all([("number x", "")])  # another kind
+    assert "ValueError" in capfd.readouterr().err
+
+
+def test_a_grader_that_is_closed_blames_nobody(rewards_module, capfd):
+  grader = Grader(1, reward_fn=rewards_module)
+  pending = grader.grade_async([("sleep", "")])
+  grader.close()
+  assert pending.result()[0].reward == 0.0 and capfd.readouterr().err == ""
 
 
 def test_noise_from_a_worker_is_not_taken_for_the_next_items_grade(rewards_module):

@@ -324,3 +324,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert result.err.splitlines()[-1].startswith("error: step 2: the loss or gradient is not finite")
   assert "last checkpoint: step 1" in result.err
   assert os.listdir(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "summary.json").exists()
+
+
+def test_steps_that_pruning_leaves_nothing_are_told(tmp_path):
+  result = run(tmp_path, steps=3, data__eval="", checkpoint__export=False, prune__keep=1e-4, prune__p_min=1e-4,
+               prune__cold_start=0, rollout__prompts=1)
+  empty = [x for x in read(tmp_path / "metrics.jsonl") if not x["rollouts_kept"]]
+  assert empty and all(x["tokens_saved"] is None for x in empty)
+  told = [line for line in result.err.replace("\r", "\n").splitlines() if line.startswith("warning: ")]
+  assert told[0].startswith(f"warning: step {empty[0]['step']}: pruning left none of its 4 rollouts")
+  assert told[1:] == ([f"warning: {len(empty)} steps had no survivors (rollouts_kept in metrics.jsonl), steps "
+                       f"{empty[0]['step']} to {empty[-1]['step']}"] if len(empty) > 1 else [])

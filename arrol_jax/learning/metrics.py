@@ -157,9 +157,9 @@ def rollout_metrics(rollouts: list[Rollout], learned: list[Rollout] | None = Non
     # K rho (1 - rho): sum of squared centred rewards, over all groups that started
     "signal": total_signal / len(survivors),
     "groups_mixed": sum(len({r.reward for r in g}) > 1 for g in groups.values()),
-    "tokens_generated": sum(len(r.tokens) for r in rollouts), "tokens_trained": sum(len(r.tokens) for r in trained),
-    # What all rollouts would have been, by the same weights, less what they were
-    "tokens_saved": sum(len(r.tokens) / r.keep_probability for r in kept) - sum(len(r.tokens) for r in rollouts),
+    "tokens_generated": generated, "tokens_trained": sum(len(r.tokens) for r in trained),
+    # What all rollouts would have been, by the same weights, less what they were; without survivors nothing is known of it
+    "tokens_saved": sum(len(r.tokens) / r.keep_probability for r in kept) - generated if kept else math.nan,
     "ungraded": mean(r.reason in FAILED for r in kept),
     "response_len": mean(len(r.tokens) for r in kept), "truncated": mean(not r.stopped for r in kept),
     "head_auc": auc(score, right), "head_auc_within": mean(a for a in within if not np.isnan(a)),

@@ -18,6 +18,7 @@ import logging
 from multiprocessing.connection import Connection, Pipe
 import os
 import queue
+import signal
 import socket
 import struct
 import subprocess
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 class _Worker:
   """The parent's side of one worker process. One thread asks; any thread may close."""
 
-  def __init__(self, settings: tuple, tell: Callable[[str], None]):
-    """settings: seconds, MiB, reward function, pattern, least reward of a success. tell(text): what went wrong with an item."""
+  def __init__(self, settings: tuple, tell: Callable[[str, str], None]):
+    """settings: seconds, MiB, reward function, pattern, least reward of a success. tell(kind, text): what went wrong."""
     self.settings, self.timeout_s, self.tell = settings, settings[0], tell
     self.process: subprocess.Popen | None = None
     self.connection: Connection | None = None
@@ -93,18 +94,31 @@ class _Worker:
         self.connection.send(item)
         if not self.connection.poll(self.timeout_s):
           self.stop()
+          if not self.closed:
+            self.tell("timeout", f"it took longer than reward.timeout={self.timeout_s:g} s")
           return Graded(0.0, "timeout")
         *graded, problem = self.connection.recv()
         graded = Graded(*graded)
       except (OSError, EOFError):
+        how = self._death()
         self.stop()  # dead, of this item or of something else: the item gets a second worker
         continue
       if problem:
-        self.tell(problem)
+        self.tell("returned" if problem.startswith("it returned") else graded.reason, problem)
       if graded.reason == "crashed":
         self.stop()  # out of memory: what is left of the process is not to be relied on
       return graded
+    if not self.closed:
+      self.tell("died", f"its process ended under one answer twice ({how})")
     return Graded(0.0, "crashed")
+
+  def _death(self) -> str:
+    """How the process ended, whose end of the connection is closed."""
+    try:
+      status = self.process.wait(1.0)
+    except subprocess.TimeoutExpired:
+      return "it closed its connection"
+    return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
 
   def _ensure_started(self) -> str:
     """Returns "" or what stood in the way of having a live worker."""
@@ -139,7 +153,7 @@ class _Shared:
 
   def __init__(self, limit: int, settings: tuple[float, int, str | None, str | None, float]):
     self.limit, self.settings = limit, settings
-    self.problems: list[str] = []  # the first exception and the first result that was no number, in their order
+    self.problems: dict[str, str] = {}  # the first of each kind, in their order
     self.tasks: queue.SimpleQueue = queue.SimpleQueue()  # (Future, item); None: stop
     self.workers: list[_Worker] = []
     self.counts: Counter[str] = Counter()
@@ -151,12 +165,11 @@ class _Shared:
       self.counts[graded.reason] += 1
     return graded
 
-  def tell(self, problem: str) -> None:
+  def tell(self, kind: str, problem: str) -> None:
     """Prints the first problem of each kind: a function that fails each time must not look like a policy that knows nothing."""
-    kind = problem.startswith("it returned")
     with self.lock:
-      if self.settings[2] and all(x.startswith("it returned") != kind for x in self.problems):
-        self.problems.append(problem)
+      if self.settings[2] and kind not in self.problems:
+        self.problems[kind] = problem
         from tqdm import tqdm  # a line of its own, not behind a progress bar; workers import this module without it
 
         tqdm.write(f"reward function {self.settings[2]}: {problem}; reward 0", file=sys.stderr)
@@ -233,8 +246,8 @@ class Grader:
   memory_mb: MiB of address space an item may add to its worker's.
   reward_fn: dotted path ("my.module.function") of a function (response, answer) -> any finite number (up to 1e150), which
     then grades every item, in a worker under the same limits; any other value, or an exception, is reward 0,
-    reason "error", and the first of each is printed. It finds the answer by itself; a parameter called
-    pattern gets `pattern` (worker.bind says how parameters are filled).
+    reason "error"; the first failure of each kind, late answers and deaths too, is printed. It finds the answer by
+    itself; a parameter called pattern gets `pattern` (worker.bind says how parameters are filled).
   success: the least reward of reward_fn's that has the reason "correct".
   A worker that dies under an item is replaced and the item tried once more; the second death is reward 0,
   "crashed". Out of memory is "crashed" too. `counts` counts the reasons of all grades so far.
@@ -277,7 +290,7 @@ class Grader:
   @property
   def first_problem(self) -> str:
     """What first went wrong inside the reward function; "" if nothing did."""
-    return next(iter(self._shared.problems), "")
+    return next(iter(self._shared.problems.values()), "")
 
   def close(self) -> None:
     """Ends the workers. Items under way, and later ones that need a worker, are reward 0, reason "error"."""

@@ -80,7 +80,7 @@ def _graded(run: Callable, item: tuple[str, str]) -> tuple[Graded, str]:
   try:
     return run(*item), ""
   except MemoryError:
-    return Graded(0.0, "crashed"), ""
+    return Graded(0.0, "crashed"), "it ran out of memory (reward.memory)"
   except NoReward as problem:
     return Graded(0.0, "error"), str(problem)
   except BaseException as error:  # TimeoutException of math-verify and SystemExit are no Exceptions

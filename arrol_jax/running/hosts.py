@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from tqdm import tqdm
 
 from arrol_jax.running import streams
 from arrol_jax.types import UserError
@@ -125,7 +126,7 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
   """Prints a warning of one line to stderr, once for all processes."""
   if first():
-    print("warning:", text, file=sys.stderr, flush=True)
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # a line of its own, not behind a progress bar
 
 
 def gather(value) -> list:
