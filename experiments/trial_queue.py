@@ -171,7 +171,7 @@ def train(run: Run, call: Call) -> bool:
 
 def split(run: Run, data: str) -> None:
   """The files of Run.split, where its regime holds problems of the training file out and they are not there."""
-  if not run.regime.spare:
+  if not run.regime.spare or all((ROOT / path).exists() for path in run.split):
     return
   lines = Path(data, f"{run.regime.train}.jsonl").read_text().splitlines(keepends=True)
   out = {i * len(lines) // run.regime.spare for i in range(run.regime.spare)}  # evenly, as a file may be sorted by subject

@@ -4,6 +4,7 @@ import atexit
 import gc
 from importlib.metadata import version
 import os
+from pathlib import Path
 import shutil
 import signal
 import tempfile
@@ -72,6 +73,23 @@ def table():
 
   from arrol_jax.prune import Calibration
   return Calibration(jnp.array([1, 0, 2, 3, 6, 9, 4, 5], jnp.float32), jnp.array([7, 4, 8, 5, 3, 2, 1, 0], jnp.float32))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+  """A finished run of three steps (helpers_train.py's FAST); its folder, to be read."""
+  from helpers_train import FAST, run
+  folder = tmp_path_factory.mktemp("done")
+  run(folder, **FAST)
+  return folder
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+  """A copy of it, as if it had been killed before its end."""
+  folder = Path(shutil.copytree(done, tmp_path / "run"))
+  (folder / "summary.json").unlink()
+  return folder
 
 
 @pytest.fixture(scope="session")

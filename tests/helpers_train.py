@@ -27,6 +27,8 @@ METRICS = """step reward reward_ipw rollouts_started rollouts_pruned rollouts_ke
   logprob_gap policy_loss kl entropy clip_frac grad_norm lr
   sec_generate sec_reward sec_logprob sec_update sec_step""".split()
 SUMMARY = "steps seconds device config_hash eval_before eval_after tokens_generated tokens_trained final_reward".split()
+# A run without evaluation, saved after steps 2 and 3.
+FAST = {"steps": 3, "data__eval": "", "checkpoint__export": False}
 
 
 def arguments(workdir, **overrides):

@@ -1,32 +1,12 @@
 """A run that goes on beside a log, or evaluations, that lack what it reads of them: one line, and no totals that look whole."""
 
 import json
-from pathlib import Path
-import shutil
 
-from helpers_train import arguments, assert_refused, command, read, run
+from helpers_train import FAST, arguments, assert_refused, command, read, run
 import pytest
 
 from arrol_jax.running import lines
 from arrol_jax.types import UserError
-
-FAST = {"steps": 3, "data__eval": "", "checkpoint__export": False}
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-  """A finished run of three steps; its folder."""
-  folder = tmp_path_factory.mktemp("done")
-  run(folder, **FAST)
-  return folder
-
-
-@pytest.fixture
-def copied(done, tmp_path):
-  """A copy of it, as if it had been killed before its end."""
-  folder = Path(shutil.copytree(done, tmp_path / "run"))
-  (folder / "summary.json").unlink()
-  return folder
 
 
 def said(result) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 import time
 from unittest import mock
 
-from helpers_train import ROOT, arguments, assert_refused, command, read, run, timeless
+from helpers_train import FAST, ROOT, arguments, assert_refused, command, read, run, timeless
 import pytest
 
 from arrol_jax import config, train
@@ -19,25 +19,6 @@ from arrol_jax.models.files import safetensors
 from arrol_jax.running import hosts, workdir
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.types import UserError
-
-# A run without evaluation, saved after steps 2 and 3.
-FAST = {"steps": 3, "data__eval": "", "checkpoint__export": False}
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-  """A finished run of three steps; its folder."""
-  folder = tmp_path_factory.mktemp("done")
-  run(folder, **FAST)
-  return folder
-
-
-@pytest.fixture
-def copied(done, tmp_path):
-  """A copy of it, as if it had been killed before its end."""
-  folder = Path(shutil.copytree(done, tmp_path / "run"))
-  (folder / "summary.json").unlink()
-  return folder
 
 
 def files(folder):

@@ -250,9 +250,9 @@ def _generate(c: PolicyConfig, params: dict, slots: Slots, most: jax.Array | Non
   start = jnp.int32(0), slots, said
   if asks_nobody() and most is None:
     _, slots, said = several(steps, start)
-    return pin(slots), *sharding.constrain_rows(said)
-  stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
-  _, slots, said = jax.lax.while_loop(lambda x: (x[0] < end) & jnp.any(x[1].active), functools.partial(several, stride), start)
+  else:
+    stride, end = (math.gcd(steps, STRIDE), steps) if most is None else (1, most)
+    _, slots, said = jax.lax.while_loop(lambda x: (x[0] < end) & jnp.any(x[1].active), functools.partial(several, stride), start)
   return pin(slots), *sharding.constrain_rows(said)
 
 

@@ -29,7 +29,12 @@ def cut_back(path: str, start: int, keys: tuple[str, ...] = ()) -> None:
 
 def _has(record: dict, key: str) -> bool:
   value = record.get(key, 0 if key == "sec_total" else "")
-  return isinstance(value, int | float) and math.isfinite(value) or value is None and key == "reward"
+  return is_number(value) or value is None and key == "reward"
+
+
+def is_number(value) -> bool:
+  """Whether what a file says is a number, and finite."""
+  return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_lines(path: str) -> list[dict]:

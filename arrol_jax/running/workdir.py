@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import socket
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from arrol_jax.running import hosts
-from arrol_jax.running.lines import READ_AGAIN, cut_back, read_lines, records, seconds_of
+from arrol_jax.running.lines import READ_AGAIN, cut_back, is_number, read_lines, records, seconds_of
 from arrol_jax.running.rollout_lines import finite, in_full, in_short
 from arrol_jax.types import UserError
 
@@ -256,7 +255,6 @@ def read_json(path: str) -> dict:
 def read_results(path: str, names: Iterable[str]) -> dict:
   """An evaluation's file: results by source. UserError where it is damaged, or has no accuracy of one of `names`."""
   results = read_json(path)
-  is_number = lambda x: isinstance(x, int | float) and math.isfinite(x)
   for name in names:
     of = results.get(name)
     if not (isinstance(of, dict) and is_number(of.get("accuracy")) and is_number(of.get("problems")) and of["problems"] > 0):

@@ -81,23 +81,24 @@ def config_from_json(file: Path, raw: dict) -> PolicyConfig:
 
 _POSITIVE = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 _WHOLE = lambda x: isinstance(x, int) and not isinstance(x, bool)
-_IDS = lambda x: all(map(_WHOLE, x if isinstance(x, list) else [x]))
+_COUNT = lambda x: _WHOLE(x) and x > 0
 # What keys that may be left out hold where they are there and not null.
 _VALUES = {
-  "a number above 0": (_POSITIVE, ("rms_norm_eps", "rope_theta")),
-  "a positive whole number": (lambda x: _WHOLE(x) and x > 0, ("num_key_value_heads", "head_dim", "max_position_embeddings")),
-  "true or false": (lambda x: isinstance(x, bool), ("tie_word_embeddings",)),
   'an object such as {"rope_type": "yarn", "factor": 4.0}': (
     lambda x: isinstance(x, dict), ("rope_scaling", "rope_parameters")),
-  "a token id, or a list of them": (_IDS, ("eos_token_id", "bos_token_id", "pad_token_id"))}
+  "a number above 0": (_POSITIVE, ("rms_norm_eps", "rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta")),
+  "a positive whole number": (_COUNT, ("num_key_value_heads", "head_dim", "max_position_embeddings")),
+  "true or false": (lambda x: isinstance(x, bool), ("tie_word_embeddings",)),
+  "a token id, or a list of them": (
+    lambda x: all(map(_WHOLE, x if isinstance(x, list) else [x])), ("eos_token_id", "bos_token_id", "pad_token_id"))}
 
 
 def _check_values(file: Path, raw: dict) -> None:
   """UserError for values of another kind. transformers, which reads the tokenizer, would call that the tokenizer's fault."""
-  theta = {f"{name}.rope_theta": raw[name].get("rope_theta") for name in ("rope_scaling", "rope_parameters")
-           if isinstance(raw.get(name), dict)}
   for what, (holds, keys) in _VALUES.items():
-    for key, value in [(key, raw.get(key)) for key in keys] + (list(theta.items()) if holds is _POSITIVE else []):
+    for key in keys:
+      section, _, name = key.rpartition(".")
+      value = (raw.get(section) or {} if section else raw).get(name)
       if value is not None and not holds(value):
         raise UserError(f"{file}: {key} is {value!r}; it must be {what}")
 
@@ -110,7 +111,7 @@ def _config(file: Path, raw: dict) -> PolicyConfig:
 
   def need(key):
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _COUNT(value):
       raise UserError(f"{file}: key {key} is {value!r}, it must be a positive whole number")
     return value
 
@@ -164,7 +165,7 @@ def _rope(file: Path, raw: dict, length: int) -> tuple[float, Scaling | None]:
 
   def number(key: str, default=None) -> float:
     value = default if rope.get(key) is None else rope[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not _POSITIVE(value):
       raise UserError(f"{file}: rope scaling {kind} needs {key}, a number above 0, not {value!r}")
     return float(value)
 
