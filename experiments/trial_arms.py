@@ -121,7 +121,8 @@ _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6"
 class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
-  arms are compared with plain, and with the better of these. rates: learning rate of all arms but ours, and of ours; tuned:
+  arms are compared with plain, and with the better of these. square: four arms, with neither of two changes, the first, the
+  second, both. rates: learning rate of all arms but ours, and of ours; tuned:
   by what they were chosen, if they were. train, test: files of the data's folder, "" where the config has its own; spare: so many
   problems, evenly over `train`, are held out in place of `test`. votes: so many seeds of these arms may also vote, as `voting`
   says."""
@@ -142,6 +143,7 @@ class Regime:
   spare: int = 0
   ours: tuple[str, ...] = ("budget", "chosen")
   nulls: tuple[str, ...] = ("plain8", "max_variance")
+  square: tuple[str, ...] = ()
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -154,6 +156,7 @@ class Regime:
 _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
 _VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
 _MATH = _GSM8K | {"rollout.max_new": 1024}
+_SQUARE = ("plain", "chosen4", "plain_ahead4", "chosen4_ahead4")
 
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
@@ -171,14 +174,14 @@ REGIMES = {regime.name: regime for regime in (
          (dict.fromkeys(("plain", "chosen4_ahead4"), 5), dict.fromkeys(("plain_ahead4", "chosen4"), 5),
           dict.fromkeys(("budget_chosen4_ahead4", "resampled"), 5), {"budget_ahead4": 3}),
          AHEAD4, train="math_train", test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4", "budget_ahead4"),
-         nulls=("plain_ahead4", "resampled"), **_MATH_RATES.chosen()),
+         nulls=("plain_ahead4", "resampled"), square=_SQUARE, **_MATH_RATES.chosen()),
   Regime("square", "gpu", "MATH by later code: choosing prompts and running ahead, each with and without the other",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
-         (dict.fromkeys(("plain", "chosen4_ahead4", "chosen4", "plain_ahead4"), 5),
+         (dict.fromkeys(_SQUARE, 5),
           dict.fromkeys(("resampled", "budget_chosen4_ahead4"), 5)),
          {arm: AHEAD4[arm] for arm in AHEAD4 if arm != "budget_ahead4"}, 6, train="math_train", test="math500",
          ours=("chosen4_ahead4", "chosen4", "budget_chosen4_ahead4"), nulls=("plain_ahead4", "resampled"),
-         **_MATH_RATES.chosen()),
+         square=_SQUARE, **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),

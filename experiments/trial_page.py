@@ -21,6 +21,7 @@ from experiments.trial_stats import (
   best_half,
   clipped,
   difference,
+  effects,
   groups,
   interval,
   learned_share,
@@ -35,6 +36,7 @@ from experiments.trial_stats import (
   speedup,
   text,
   unpaired,
+  unpaired_effects,
 )
 
 PLAIN = "plain"
@@ -110,6 +112,21 @@ def differences_tables(results: Results) -> list[str]:
     out += [f"{head}:", "", *table(["points of accuracy", "pairs", *moments(results.regime), "a step, times faster",
                                     "signal a second, times"], rows)] if rows else []
   return out
+
+
+def effects_table(results: Results) -> list[str]:
+  """What either of two changes does to accuracy, whatever the other: twice the runs of a difference of two arms."""
+  cells = [effects(results, lambda r, w=when, s=sampled: accuracy(r, w, s)) for when in ("half", "full")
+           for sampled in (False, True)]
+  rows = [[name, *(text(cell.get(name, ()), "+.1f") for cell in cells)] for name in cells[0]]
+  if not rows:
+    return []
+  out = ["Either change over both levels of the other, and whether they add up (of differences above, not counted again):", "",
+         *table(["points of accuracy", *moments(results.regime)], rows)]
+  (a, b), (c, d) = unpaired_effects(results, "full")
+  neither, first, second, _ = results.regime.square
+  return [*out, f"Greedy at {results.regime.full:g} s over all runs of the four arms, as if seeds tied none to another and both "
+          f"added up: what `{first}` has beyond `{neither}` {a:+.1f} ± {b:.1f}, what `{second}` has {c:+.1f} ± {d:.1f}.", ""]
 
 
 def difference_row(results: Results, arm: str, other: str) -> list[str]:
@@ -314,7 +331,7 @@ def page(regimes: list[Regime]) -> str:
     results = load(regime)
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
     if results.there:
-      for part in (arms_table, steps_table, differences_tables, changes_table, votes_table):
+      for part in (arms_table, steps_table, differences_tables, effects_table, changes_table, votes_table):
         out += part(results)
       plots = {"": ("Reward against seconds of steps, and held-out accuracy", trial_plots.course)}
       if accuracy_pairs(results, PLAIN):

@@ -70,6 +70,41 @@ def test_pairs_are_by_seed(elsewhere):
   assert f"+4.5 ± 31.8 (2) points, undecided (unpaired, by Welch, ± {(welch.high - welch.low) / 2:.1f}); the aim" in said
 
 
+def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
+  """Seed 6: 10, +4 by choosing, +1 by running ahead, +7 by both; seed 7: +2, +3, +3. Seed 8 lacks an arm, seed 9 has two devices,
+  seed 10 two versions."""
+  square = REGIMES["square"]
+  neither, first, second, both = square.square
+  for seed, levels in ((6, (0.10, 0.14, 0.11, 0.17)), (7, (0.10, 0.12, 0.13, 0.13)), (8, (0.10, 0.90, 0.90)), (9, (0.1,) * 4),
+                       (10, (0.1,) * 4)):
+    for arm, level in zip(square.square, levels, strict=False):
+      made_up(arm, seed, level, regime=square, device="H200" if (seed, arm) == (9, first) else "H100",
+              version=("abc", "999" if (seed, arm) == (10, both) else "123"))
+  results = trial_stats.load(square)
+  found = trial_stats.effects(results, lambda r: trial_stats.accuracy(r, "full"))
+  assert list(found) == ["chosen4 - plain and chosen4_ahead4 - plain_ahead4, their mean",
+                         "plain_ahead4 - plain and chosen4_ahead4 - chosen4, their mean",
+                         "chosen4_ahead4 - chosen4 less plain_ahead4 - plain"]
+  assert [x for values in found.values() for x in values] == pytest.approx([5, 1, 2, 2, 2, -2])
+  assert any(line.startswith("| plain_ahead4 - plain and") and line.endswith("| +2.0 ± 0.0 (2) | +1.0 ± 0.0 (2) |")
+             for line in trial_page.effects_table(results))
+  assert not trial_page.effects_table(trial_stats.load(CPU))
+  # All of seeds 6 to 10, by a regression's own routine: what the first change adds with the second held fixed, and so on.
+  levels = {arm: [100 * r.about["full"]["accuracy"] for r in results.of(arm)] for arm in square.square}
+  y = np.concatenate(list(levels.values()))
+  x, z = (np.concatenate([np.full(len(levels[arm]), float(arm in ones)) for arm in levels])
+          for ones in ((first, both), (second, both)))
+  rest = lambda v, on: v - np.polyval(np.polyfit(on, v, 1), on)
+  for (mean, half), own, other in zip(trial_stats.unpaired_effects(results, "full"), (x, z), (z, x), strict=True):
+    line = stats.linregress(rest(own, other), rest(y, other))
+    freedom = len(y) - 3  # linregress takes one more, as it does not know of the other
+    assert mean == pytest.approx(line.slope)
+    assert half == pytest.approx(line.stderr * np.sqrt((len(y) - 2) / freedom) * stats.t.ppf(0.975, freedom))
+  assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (neither, first)} == {0}
+  assert [square.arms[arm].looked_at for arm in square.square] == [None, 4.0, None, 4.0]
+  assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (second, both)} == {4}
+
+
 def test_runs_of_two_commits_are_not_compared(elsewhere):
   regime = dataclasses.replace(CPU, queue=({"plain": 1, "plain8": 1, "budget": 1},))
   made_up("plain", 1, 0.3)
