@@ -36,7 +36,6 @@ from experiments.trial_stats import (
   speedup,
   text,
   unpaired,
-  unpaired_effects,
 )
 
 PLAIN = "plain"
@@ -115,18 +114,14 @@ def differences_tables(results: Results) -> list[str]:
 
 
 def effects_table(results: Results) -> list[str]:
-  """What either of two changes does to accuracy, whatever the other: twice the runs of a difference of two arms."""
+  """What either of two changes does to accuracy on the average over without and with the other, and whether they add up."""
   cells = [effects(results, lambda r, w=when, s=sampled: accuracy(r, w, s)) for when in ("half", "full")
            for sampled in (False, True)]
-  rows = [[name, *(text(cell.get(name, ()), "+.1f") for cell in cells)] for name in cells[0]]
-  if not rows:
-    return []
-  out = ["Either change over both levels of the other, and whether they add up (of differences above, not counted again):", "",
-         *table(["points of accuracy", *moments(results.regime)], rows)]
-  (a, b), (c, d) = unpaired_effects(results, "full")
-  neither, first, second, _ = results.regime.square
-  return [*out, f"Greedy at {results.regime.full:g} s over all runs of the four arms, as if seeds tied none to another and both "
-          f"added up: what `{first}` has beyond `{neither}` {a:+.1f} ± {b:.1f}, what `{second}` has {c:+.1f} ± {d:.1f}.", ""]
+  one = lambda values, alone: text(values, "+.1f") + ("" if np.isnan(alone) else f", unpaired ± {alone:.1f}")
+  rows = [[name, *(one(*cell[name]) if name in cell else "" for cell in cells)] for name in cells[0]]
+  return ["Either change, on the average over without and with the other, and whether they add up (of differences above, not "
+          "counted again; unpaired: as if seeds tied none to another):", "",
+          *table(["points of accuracy", *moments(results.regime)], rows)] if rows else []
 
 
 def difference_row(results: Results, arm: str, other: str) -> list[str]:
@@ -285,7 +280,7 @@ def multiplicity(results: Results) -> list[str]:
 
 
 def narrow(results: Results) -> list[str]:
-  """Differences whose few pairs agree better than answers to so many problems may: narrow by luck, for all one knows."""
+  """Differences whose few pairs agree better than answers to so many problems may: not to be relied on."""
   found = []
   for a, b in distinct(results):
     both = _pairs(results, a, b)
@@ -293,8 +288,8 @@ def narrow(results: Results) -> list[str]:
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by answers")
-  return ["- Greedy, narrower by seeds than if each run answered each held-out problem by itself, so luck of few pairs for all "
-          f"one knows (what another set of problems would change is in neither): {'; '.join(found)}."] if found else []
+  return ["- Greedy, narrower by seeds than if each run answered each held-out problem by itself, so not to be relied on "
+          f"(what another set of problems would change is in neither): {'; '.join(found)}."] if found else []
 
 
 def notes(results: Results) -> list[str]:

@@ -110,39 +110,33 @@ def difference(both: list[tuple[Found, Found]], value: Callable[[Found], float |
   return [x - y for x, y in each if x is not None and y is not None]
 
 
-def effects(results: Results, value: Callable[[Found], float | None]) -> dict[str, list[float]]:
-  """Of the regime's square of arms, by seed that has all four on one device and of one version: what the first change does to
-  `value`, averaged over without and with the second; the same of the second; what both do beyond the sum of each alone. {} where
-  there is no such seed."""
+def square_of(results: Results, value: Callable[[Found], float | None]) -> np.ndarray:
+  """`value` of the regime's square of arms, a row for each seed that has all four on one device and of one version."""
   arms = [results.there.get(arm, {}) for arm in results.regime.square]
-  found = []
+  rows = []
   for seed in sorted(set.intersection(*map(set, arms))) if arms else []:
     runs = [arm[seed] for arm in arms]
     values = [value(r) for r in runs]
     if len({(r.about["device"], r.version) for r in runs}) == 1 and None not in values:
-      neither, first, second, both = values
-      found.append(((first - neither + both - second) / 2, (second - neither + both - first) / 2,
-                    both - first - second + neither))
-  if not found:
+      rows.append(values)
+  return np.array(rows, float).reshape(-1, 4)
+
+
+def effects(results: Results, value: Callable[[Found], float | None]) -> dict[str, tuple[list[float], float]]:
+  """Of the regime's square: what the first change does to `value`, averaged over without and with the second; the same of the
+  second; what both do beyond the sum of each alone. By seed, and the half-width of the 95% interval of their mean as if seeds
+  tied no run to another (NaN for one seed). {} where no seed has all four arms."""
+  levels = square_of(results, value)
+  if not len(levels):
     return {}
   neither, first, second, both = results.regime.square
   names = (f"{first} - {neither} and {both} - {second}, their mean", f"{second} - {neither} and {both} - {first}, their mean",
            f"{both} - {first} less {second} - {neither}")
-  return dict(zip(names, map(list, zip(*found, strict=True)), strict=True))
-
-
-def unpaired_effects(results: Results, when: str) -> list[tuple[float, float]]:
-  """Of greedy accuracy, what either change of the regime's square adds, by least squares over all runs of its arms as if seeds
-  tied none to another and the changes added up: mean and half-width of the 95% interval of each; [] where an arm has no run."""
-  arms = [results.of(arm) for arm in results.regime.square]
-  rows = [(accuracy(r, when), 1.0, i % 2, i // 2) for i, runs in enumerate(arms) for r in runs]
-  if not all(arms) or len(rows) < 4 or None in [row[0] for row in rows]:
-    return []
-  y, x = np.array(rows, float)[:, 0], np.array(rows, float)[:, 1:]
-  found, left, freedom = np.linalg.solve(x.T @ x, x.T @ y), np.linalg.inv(x.T @ x), len(rows) - 3
-  deviation = np.sqrt(np.diag(left) * ((y - x @ found) ** 2).sum() / freedom)
-  half = stats.t.ppf(0.975, freedom) * deviation if freedom else np.full(3, np.nan)
-  return [(float(a), float(b)) for a, b in list(zip(found, half, strict=True))[1:]]
+  weights = np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [2, -2, -2, 2]]) / 2
+  count = len(levels)
+  variance = levels.var(axis=0, ddof=1).mean() / count if count > 1 else np.nan
+  alone = stats.t.ppf(0.975, 4 * (count - 1)) * np.sqrt(variance * (weights ** 2).sum(axis=1))
+  return {name: ((levels @ w).tolist(), float(half)) for name, w, half in zip(names, weights, alone, strict=True)}
 
 
 def unpaired(both: list[tuple[Found, Found]], when: str) -> float:

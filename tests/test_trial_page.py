@@ -85,21 +85,14 @@ def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
   assert list(found) == ["chosen4 - plain and chosen4_ahead4 - plain_ahead4, their mean",
                          "plain_ahead4 - plain and chosen4_ahead4 - chosen4, their mean",
                          "chosen4_ahead4 - chosen4 less plain_ahead4 - plain"]
-  assert [x for values in found.values() for x in values] == pytest.approx([5, 1, 2, 2, 2, -2])
-  assert any(line.startswith("| plain_ahead4 - plain and") and line.endswith("| +2.0 ± 0.0 (2) | +1.0 ± 0.0 (2) |")
-             for line in trial_page.effects_table(results))
+  assert [x for values, _ in found.values() for x in values] == pytest.approx([5, 1, 2, 2, 2, -2])
+  # Unpaired, by scipy: two means of both levels each, whose four arms vary alike, have the pooled variance of these.
+  levels = np.array([[10, 14, 11, 17], [10, 12, 13, 13]], float)
+  half = stats.t.ppf(0.975, 4) * np.sqrt(levels.var(axis=0, ddof=1).mean() / 2)
+  assert [alone for _, alone in found.values()] == pytest.approx([half, half, 2 * half])
+  assert any(line.startswith("| plain_ahead4 - plain and") and line.endswith(f"| +2.0 ± 0.0 (2), unpaired ± {half:.1f} | "
+             f"+1.0 ± 0.0 (2), unpaired ± {half / 2:.1f} |") for line in trial_page.effects_table(results))
   assert not trial_page.effects_table(trial_stats.load(CPU))
-  # All of seeds 6 to 10, by a regression's own routine: what the first change adds with the second held fixed, and so on.
-  levels = {arm: [100 * r.about["full"]["accuracy"] for r in results.of(arm)] for arm in square.square}
-  y = np.concatenate(list(levels.values()))
-  x, z = (np.concatenate([np.full(len(levels[arm]), float(arm in ones)) for arm in levels])
-          for ones in ((first, both), (second, both)))
-  rest = lambda v, on: v - np.polyval(np.polyfit(on, v, 1), on)
-  for (mean, half), own, other in zip(trial_stats.unpaired_effects(results, "full"), (x, z), (z, x), strict=True):
-    line = stats.linregress(rest(own, other), rest(y, other))
-    freedom = len(y) - 3  # linregress takes one more, as it does not know of the other
-    assert mean == pytest.approx(line.slope)
-    assert half == pytest.approx(line.stderr * np.sqrt((len(y) - 2) / freedom) * stats.t.ppf(0.975, freedom))
   assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (neither, first)} == {0}
   assert [square.arms[arm].looked_at for arm in square.square] == [None, 4.0, None, 4.0]
   assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (second, both)} == {4}
