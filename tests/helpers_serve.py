@@ -85,8 +85,9 @@ def ask(port, body, path="/v1/completions", method="POST", headers=None):
   return answer.status, json.loads(raw) if raw[:1] == b"{" else raw.decode()
 
 
-def until(condition):
-  for _ in range(500):
+def until(condition, seconds=20.0):
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
     if condition():
       return True
     time.sleep(0.01)

@@ -2,7 +2,7 @@
 are parsed in a thread of their own, and what is left of a refused one is not taken for the next request."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
@@ -16,12 +16,18 @@ SECONDS = 15.0         # for a body to come whole
 
 
 class Bodies:
-  """Reads and parses. `closing` is set when no more calls are taken: those whose body has not come are not under way."""
+  """Reads and parses. Once it is closed no more calls are taken: those whose body has not come are not under way."""
 
   def __init__(self):
-    self.closing = asyncio.Event()
+    self.closed = False
     self.held = 0
+    self.limits: set[asyncio.Timeout] = set()  # of the bodies that are being read
     self.short, self.long = ThreadPoolExecutor(2, "parse"), ThreadPoolExecutor(1, "parse-long")
+
+  def close(self) -> None:
+    self.closed = True
+    for limit in self.limits:
+      limit.reschedule(0.0)
 
   async def parsed(self, request: Request, parse: Callable) -> object:
     """parse(bytes) of the request's body. Raises Refused, what parse raises, and ClientDisconnect."""
@@ -42,21 +48,19 @@ class Bodies:
       if self.held > MAX_BODIES * (1 if len(parts) > LONG_BODY else 2):
         raise Refused("too many long bodies are being read at once; try again later", status=429)
 
-  async def in_time(self, reading) -> None:
+  async def in_time(self, reading: Coroutine) -> None:
     """Waits for a body, for so long, and no longer than calls are taken. Raises Refused, and what reading it raises."""
-    reading, closing = asyncio.ensure_future(reading), asyncio.ensure_future(self.closing.wait())
+    limit = asyncio.timeout(0.0 if self.closed else SECONDS)
     try:
-      await asyncio.wait({reading, closing}, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
-      if reading.done():
-        reading.result()
-      elif closing.done():
-        raise Refused("the server is stopping and takes no new calls", status=503)
-      else:
-        raise Refused(f"the body did not come whole within {SECONDS:g} seconds", status=408)
+      async with limit:
+        self.limits.add(limit)
+        await reading
+    except TimeoutError:
+      if self.closed:
+        raise Refused("the server is stopping and takes no new calls", status=503) from None
+      raise Refused(f"the body did not come whole within {SECONDS:g} seconds", status=408) from None
     finally:
-      reading.cancel()
-      closing.cancel()
-      await asyncio.gather(reading, closing, return_exceptions=True)
+      self.limits.discard(limit)
 
 
 class WholeRequests:

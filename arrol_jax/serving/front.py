@@ -3,6 +3,7 @@
 import functools
 from multiprocessing.connection import Pipe
 import os
+import pickle
 import queue
 import socket
 import subprocess
@@ -83,7 +84,7 @@ class Front:
   def _send(self, *message) -> None:
     try:
       with self.sending:
-        self.connection.send(message)
+        self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))  # send()'s pickler takes longer
     except OSError:
       pass  # the process has ended: the thread that listens finds out
 

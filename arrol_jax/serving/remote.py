@@ -12,6 +12,7 @@ from collections.abc import Callable
 import contextlib
 import itertools
 from multiprocessing.connection import Connection
+import pickle
 import signal
 import socket
 import sys
@@ -100,7 +101,7 @@ class Remote:
   def _send(self, *message) -> None:
     try:
       with self._sending:
-        self.connection.send(message)
+        self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))  # send()'s pickler takes longer
     except OSError:
       pass  # the other process has ended: the reading thread finds out
 

@@ -1,14 +1,15 @@
 """A call's way from what was asked to its answer, whole or streamed. Its client may leave and the server may stop at any time."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 import contextlib
 import functools
 import json
 import secrets
 import time
 
-from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from arrol_jax.serving import votes
 from arrol_jax.serving.answers import Answer, nothing_said, refusal
@@ -64,7 +65,7 @@ class Running:
     while not answer.done:
       piece = await self.pieces.get()
       if isinstance(piece, BaseException):
-        self.failed = True
+        self.failed = not isinstance(piece, ClientDisconnect)
         raise piece
       now = time.monotonic()
       if piece.tokens and self.first[piece.trace] is None:
@@ -96,11 +97,7 @@ class Running:
 
   async def whole(self, request: Request) -> dict | None:
     """The answer; None if the client left before it was there. Raises Cut."""
-    async def leaving():
-      while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-    work, left = asyncio.ensure_future(self._whole()), asyncio.ensure_future(leaving())
+    work, left = asyncio.ensure_future(self._whole()), asyncio.ensure_future(_left(request.receive))
     try:
       await asyncio.wait({work, left, self.stopped}, return_when=asyncio.FIRST_COMPLETED)
       if not work.done() and not self.stopped.done():
@@ -144,23 +141,42 @@ class Running:
     return answer.whole(vote)
 
 
-class Stream(StreamingResponse):
+class Stream(Response):
   """A call's server-sent events; the call is over at the end, also where the client left before the first."""
+  media_type = "text/event-stream"
 
   def __init__(self, call: Running):
-    super().__init__(_events(call), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    super().__init__(headers={"Cache-Control": "no-cache"})
+    del self.headers["content-length"]  # nobody knows
     self.call = call
 
   async def __call__(self, scope, receive, send):
+    call = self.call
+    left = asyncio.ensure_future(_left(receive))
+    left.add_done_callback(lambda _: call.pieces.put_nowait(ClientDisconnect()))
     try:
-      await super().__call__(scope, receive, send)
+      await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+      async for event in _events(call):
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+      if not left.done():
+        await send({"type": "http.response.body", "body": b""})
     finally:
-      self.call.over()
+      left.cancel()
+      call.over()
 
 
-async def _events(call: Running):
-  """A chunk a piece, the usage if it was asked for, and the end."""
-  event = lambda x: f"data: {json.dumps(x, ensure_ascii=False)}\n\n"
+async def _left(receive: Callable) -> None:
+  """Waits until the client has left."""
+  while (await receive())["type"] != "http.disconnect":
+    pass
+
+
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+async def _events(call: Running) -> AsyncIterator[str]:
+  """A chunk a piece, the usage if it was asked for, and the end; nothing more once the client has left."""
+  event = lambda x: f"data: {_json(x)}\n\n"
   answer, begun = call.answer, set()
   async with contextlib.aclosing(call.said()) as pieces:
     try:
@@ -168,6 +184,8 @@ async def _events(call: Running):
         if piece.text or piece.finish or answer.asked.logprobs:
           yield event(answer.chunk(piece, piece.trace not in begun))
           begun.add(piece.trace)
+    except ClientDisconnect:
+      return
     except Cut as e:  # the status is out already
       yield event(refusal(str(e), 503))
       return

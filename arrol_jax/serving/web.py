@@ -82,7 +82,7 @@ class Web:
       pieces.put_nowait(piece)
 
   def stop_taking(self) -> None:
-    self.bodies.closing.set()
+    self.bodies.close()
 
   def cut_off(self) -> None:
     """Ends the calls that are under way, whatever they wait for."""
@@ -104,7 +104,7 @@ class Web:
       return "broken", False
     if self.service.still > self.access.still:
       return "standing still", False
-    return ("stopping" if self.bodies.closing.is_set() else "ok"), True
+    return ("stopping" if self.bodies.closed else "ok"), True
 
 
 def make_app(service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
@@ -209,7 +209,7 @@ def _lifespan(web: Web, started: Callable | None, broken: Callable | None) -> Ca
 async def _answer(web: Web, chat: bool, request: Request) -> Response:
   """One call of either kind, whole or streamed."""
   start = time.monotonic()
-  if web.bodies.closing.is_set():
+  if web.bodies.closed:
     raise Refused("the server is stopping and takes no new calls", status=503)
   try:
     asked = await web.bodies.parsed(request, lambda raw: openai_api.read(raw, chat, web.limits))
