@@ -1,5 +1,6 @@
 """Several processes: two of four devices each train, stop and go on as one process of one device does."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
@@ -228,3 +230,28 @@ def test_the_watch_raises_at_the_next_call_and_hands_the_signal_back():
     with pytest.raises(hosts.Preempted):
       watch.check()
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Node:
+  other = None
+
+
+def test_only_a_process_of_our_own_takes_what_is_there_out_of_the_collectors_way(monkeypatch):
+  """Garbage of before is collected first, what comes later goes as ever."""
+  before = gc.get_freeze_count()
+  hosts.settle()
+  assert gc.get_freeze_count() == before
+  garbage = [Node(), Node()]
+  monkeypatch.setattr(hosts, "own_process", lambda: True)
+  try:
+    garbage[0].other = garbage[0]
+    gone = weakref.ref(garbage.pop(0))
+    hosts.settle()
+    assert gone() is None and gc.get_freeze_count() > before
+    later = weakref.ref(cycle := Node())
+    cycle.other = cycle
+    del cycle
+    gc.collect()
+    assert later() is None
+  finally:
+    gc.unfreeze()

@@ -12,6 +12,7 @@ import threading
 import traceback
 import weakref
 
+from arrol_jax.running import hosts
 from arrol_jax.serving.calls import Call, Cut, Piece, Ticket
 from arrol_jax.serving.lifecycle import GRACE
 from arrol_jax.serving.openai_api import Limits
@@ -58,6 +59,7 @@ class Front:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
     self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
     self._send(limits, access, drain, keep_alive, service.standing)
+    hosts.settle()
     engine = threading.Thread(target=self._decode, name="engine", daemon=True)
     engine.start()
     threading.Thread(target=self._listen, name="front", daemon=True).start()

@@ -158,4 +158,5 @@ def main(listener: int, connection: int) -> int:
   except (EOFError, OSError):
     return 0  # the model could not be loaded, which has been said
   remote = Remote(connection, limits.max_traces, standing)
+  hosts.settle()
   return listen(remote, limits, socket.socket(fileno=listener), *settings)
