@@ -1,11 +1,13 @@
 """What goes over a connection: one answer a request whatever its body, other protocols asked for, many that ask for nothing, and
 who may call."""
 
+import asyncio
 import contextlib
 import http.client
 import json
 import resource
 import socket
+import sys
 from types import SimpleNamespace
 import urllib.error
 import urllib.request
@@ -197,6 +199,13 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may():
 
 def test_the_url_of_an_ipv6_address_has_brackets():
   assert lifecycle._url("::1", 80, 0, 0) == "http://[::1]:80" and lifecycle._url("127.0.0.1", 80) == "http://127.0.0.1:80"
+
+
+def test_the_loop_is_asyncios_own_whatever_is_installed(monkeypatch):
+  monkeypatch.setitem(sys.modules, "uvloop", SimpleNamespace(new_event_loop=lambda: pytest.fail("uvloop's loop")))
+  app = SimpleNamespace(state=SimpleNamespace(web=None))
+  with contextlib.closing(lifecycle.Server(app, 1.0, 1).config.get_loop_factory()()) as loop:
+    assert isinstance(loop, asyncio.SelectorEventLoop)
 
 
 # ---- who may call -------------------------------------------------------------------------------------------

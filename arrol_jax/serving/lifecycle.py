@@ -27,6 +27,7 @@ class Server(uvicorn.Server):
 
   def __init__(self, app, drain: float, keep_alive: int):
     super().__init__(uvicorn.Config(app, log_level="error", access_log=False, lifespan="on", http=Patient, ws="none",
+                                    loop="asyncio",  # uvloop, where it is there, takes a quarter more of the processor here
                                     proxy_headers=False, timeout_keep_alive=keep_alive,
                                     timeout_graceful_shutdown=int(drain + 2 * GRACE) + 1))
     self.web: Web = app.state.web
