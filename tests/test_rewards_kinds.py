@@ -10,7 +10,7 @@ import time
 import pytest
 
 from arrol_jax.rewards import Grader
-from arrol_jax.rewards.grade import judge
+from arrol_jax.rewards.grade import CORRECT, judge
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [json.loads(line) for line in (ROOT / "tests/grading/kinds.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -62,3 +62,15 @@ def test_no_repetition_holds_the_caller_up(piece):
     judge(f"Answer: {text}", "x+1", "answer")
     judge("Answer: " + text * 10, "x+1", "answer")
   assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("command", [r"\frac", r"\binom", r"\frac\overline", r"\frac\sqrt", r"\frac1\overline", r"\frac\text"])
+@pytest.mark.parametrize("opening, close", [("{", "}"), ("", "")])
+def test_arguments_that_are_missing_hold_nobody_up(command, opening, close):
+  """2,000 characters of commands in commands' arguments, of which the last ones lack, are read once."""
+  depth = 18 if opening else 40
+  nest = (command + opening) * depth + "1" + close * depth
+  text = nest * (2000 // len(nest))
+  begun = time.process_time()
+  assert judge(f"\\boxed{{{text}}}", "x^2+1") != CORRECT
+  assert time.process_time() - begun < 1

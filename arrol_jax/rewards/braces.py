@@ -1,11 +1,13 @@
 """LaTeX's braces: where they close, what a command's arguments are, which commands only wrap their content."""
 
 import re
+from typing import NamedTuple
 
 # Commands that take arguments: how many. \sqrt and \overline{AB} may stand before one character without braces.
 _ARITY = {"frac": 2, "sqrt": 1, "binom": 2, "overline": 1, "bar": 1, "dot": 1, "vec": 1, "hat": 1, "text": 1, "mathbb": 1}
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _TAKES = re.compile(r"\\(?:frac|sqrt|binom)(?![A-Za-z])|[\^_]|\\(?:overline|bar|dot|vec|hat)(?![A-Za-z])")
+_DEGREE = re.compile(r"\s*\{?\\circ")
 MAX_DEPTH = 60  # of arguments in arguments
 
 
@@ -23,33 +25,54 @@ def closing(text: str, opening: int) -> int:
   return -1
 
 
-def _argument(text: str, i: int, depth: int) -> tuple[str, int] | None:
-  """The argument that begins at `i` (a group, a command with its arguments or one character) without its braces, and its end."""
-  while i < len(text) and text[i] == " ":
-    i += 1
+class _Read(NamedTuple):
+  """What was read from a text: in braces where it is an argument, as it stands where its command lacks another, and its end.
+
+  Not `complete`: a command whose arguments are not all there.
+  """
+
+  argument: str
+  alone: str
+  end: int
+  complete: bool = True
+
+
+def _argument(text: str, i: int, depth: int) -> _Read | None:
+  """The argument that begins at `i`: a group, a command with its arguments or one character; None where there is none."""
+  spaces = text[i:len(text) - len(text[i:].lstrip(" "))]
+  i += len(spaces)
   if i >= len(text) or text[i] in "})]&," or depth > MAX_DEPTH:
     return None
   if text[i] == "{":
     end = closing(text, i)
-    return None if end < 0 else (braced(text[i + 1:end], depth + 1), end + 1)
+    if end < 0:
+      return None
+    inner = braced(text[i + 1:end], depth + 1)
+    return _Read(inner, f"{spaces}{{{inner}}}", end + 1)
   command = _COMMAND.match(text, i)
   if command is None:
-    return text[i], i + 1
+    return _Read(text[i], spaces + text[i], i + 1)
   arity = _ARITY.get(command[1], 0)
-  return _command(text, command.end(), command[0], arity, depth + 1) if arity else (command[0], command.end())
+  if not arity:
+    return _Read(command[0], spaces + command[0], command.end())
+  found = _command(text, command.end(), command[0], arity, depth + 1)
+  return found._replace(alone=spaces + found.alone)
 
 
-def _command(text: str, i: int, name: str, arity: int, depth: int) -> tuple[str, int] | None:
-  """The command `name` with `arity` arguments from `i` on, all in braces, and its end; None where one is missing."""
-  out = name
+def _command(text: str, i: int, name: str, arity: int, depth: int) -> _Read:
+  """The command `name` with `arity` arguments from `i` on, all in braces. Each argument is read once, also where one is missing."""
   if name == "\\sqrt" and text[i:i + 1] == "[" and (end := text.find("]", i)) > 0:
-    out, i = out + text[i:end + 1], end + 1
+    name, i = name + text[i:end + 1], end + 1
+  out = alone = name
   for _ in range(arity):
     argument = _argument(text, i, depth)
     if argument is None:
-      return None
-    out, i = f"{out}{{{argument[0]}}}", argument[1]
-  return out, i
+      return _Read(alone, alone, i, complete=False)
+    alone, i = alone + argument.alone, argument.end
+    if not argument.complete:
+      return _Read(alone, alone, i, complete=False)
+    out = f"{out}{{{argument.argument}}}"
+  return _Read(out, out, i)
 
 
 def braced(text: str, depth: int = 0) -> str:
@@ -57,11 +80,14 @@ def braced(text: str, depth: int = 0) -> str:
   out, done = [], 0
   while (taker := _TAKES.search(text, done)) is not None:
     name = taker[0]
-    found = None if text[taker.end():].lstrip().startswith(("\\circ", "{\\circ")) else _command(
-      text, taker.end(), name, _ARITY.get(name[1:], 1), depth)
     out.append(text[done:taker.start()])
-    out.append(found[0] if found else name)
-    done = found[1] if found else taker.end()
+    if _DEGREE.match(text, taker.end()):
+      out.append(name)
+      done = taker.end()
+    else:
+      found = _command(text, taker.end(), name, _ARITY.get(name[1:], 1), depth)
+      out.append(found.alone)
+      done = found.end
   return "".join(out) + text[done:]
 
 
