@@ -60,7 +60,7 @@ def _argument(text: str, i: int, depth: int) -> _Read | None:
 
 
 def _command(text: str, i: int, name: str, arity: int, depth: int) -> _Read:
-  """The command `name` with `arity` arguments from `i` on, all in braces. Each argument is read once, also where one is missing."""
+  """The command `name` with `arity` arguments from `i` on, all in braces. No text is read twice where an argument is missing."""
   if name == "\\sqrt" and text[i:i + 1] == "[" and (end := text.find("]", i)) > 0:
     name, i = name + text[i:end + 1], end + 1
   out = alone = name

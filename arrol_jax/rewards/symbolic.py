@@ -6,8 +6,9 @@ takes a second.
 """
 
 import functools
-from itertools import count
 import logging
+import math
+import random
 import re
 
 MAX_DIGITS = 5000  # what a number may be computed with
@@ -137,6 +138,8 @@ def _number(expression, point: dict, digits: int = 30):
 
   reach = max(600, 2 * digits)  # digits that cancellation may cost
   options = {"maxprec": int(reach * 3.33), "chop": False, "strict": False, "verbose": False}
+  if point and expression.has(sympy.floor, sympy.ceiling):  # exact where they jump
+    expression, point = expression.subs(point), {}
   try:
     result = evalf(expression, int(digits * 3.33) + 4, options | ({"subs": point} if point else {}))
     if result is sympy.S.ComplexInfinity or result[0] is sympy.S.ComplexInfinity:
@@ -176,16 +179,45 @@ def _surely_agree(gold, answer, point: dict, value) -> bool:
   return digits < MAX_DIGITS and None not in closer and _agree(*closer, digits=digits)
 
 
+def _stepping(*expressions) -> set:
+  """The variables in which an expression jumps: those under floor or ceil, and the n of (-1)^n."""
+  import sympy
+
+  variables = set()
+  for expression in expressions:
+    variables |= set().union(*(part.free_symbols for part in expression.atoms(sympy.floor, sympy.ceiling)))
+    variables |= {variable for part in expression.atoms(sympy.Pow) if part.base.is_negative
+                  for variable in part.exp.free_symbols if _is_integer(variable)}
+  return variables
+
+
+def _is_integer(variable) -> bool:
+  """Whether a variable's name is an integer's: one of the letters i to n, with or without an index."""
+  return re.fullmatch("[i-nI-N](?:_.*)?", variable.name) is not None
+
+
 def _points(*expressions):
-  """Points to try, of all variables of the expressions; a single empty one where there are no variables."""
+  """Points to try, of all variables of the expressions; a single empty one where there are no variables.
+
+  Variables under floor or ceil take the numbers where those jump: integers, halves and thirds, what is written in them, and near;
+  integers alone if they are named as one.
+  """
   import sympy
 
   names = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
-  for first in count() if names else (0,):
-    if first >= len(_VALUES):
-      return
+  stepping = _stepping(*expressions)
+  numbers = set().union(*(expression.atoms(sympy.Rational) for expression in expressions))
+  written = {part + near for number in numbers for part in (abs(number.p), number.q) for near in (-1, 0, 1)}
+  integers = [sympy.Integer(k) for k in (*range(1, 31), *sorted(part for part in written if 30 < part < 10_000))]
+  jumps = list(dict.fromkeys([*integers, *(sympy.Rational(k, d) for d in (1, 2, 3) for k in range(-7, 8))]))
+  choices = {name: integers if _is_integer(name) else jumps for name in names if name in stepping}
+  draw = random.Random(0)
+  for first in range(max(map(len, choices.values()), default=len(_VALUES)) if names else 1):
     chosen = [_VALUES[(first + (first * 2 + 5) * i) % len(_VALUES)] for i in range(len(names))]
-    yield {name: sympy.Rational(*chosen[i]) + sympy.Rational(i, 7) for i, name in enumerate(names)}
+    point = {name: sympy.Rational(*chosen[i]) + sympy.Rational(i, 7) for i, name in enumerate(names)}
+    for i, (name, values) in enumerate(choices.items()):
+      point[name] = draw.choice(values) if i else values[first % len(values)]
+    yield point
 
 
 def same_value(gold, answer) -> bool:
@@ -202,6 +234,7 @@ def same_value(gold, answer) -> bool:
   if gold.has(sympy.Integral) or answer.has(sympy.Integral):
     return _same_integral(gold, answer)
   complex_gold, agreeing, constant = gold.has(sympy.I), 0, not (gold.free_symbols | answer.free_symbols)
+  enough = math.inf if _stepping(gold, answer) else _ENOUGH
   for point in _points(gold, answer):
     values = _number(gold, point), _number(answer, point)
     if None in values:
@@ -213,7 +246,7 @@ def same_value(gold, answer) -> bool:
     agreeing += 1
     if agreeing == 1 and not _surely_agree(gold, answer, point, values[0]):
       return False
-    if agreeing == _ENOUGH:
+    if agreeing == enough:
       break
   return agreeing >= (1 if constant else _ENOUGH - 1)
 
@@ -262,16 +295,18 @@ def _same_up_to_factor(gold, answer, negative_too: bool) -> bool:
   if gold.free_symbols != answer.free_symbols or not gold.free_symbols:
     return False
   gold, answer = _written_out(gold), _written_out(answer)
-  ratios = []
+  ratios, enough = [], math.inf if _stepping(gold, answer) else _ENOUGH
   for point in _points(gold, answer):
     values = _number(gold, point), _number(answer, point)
     if None in values or any(value[1] != 0 for value in values):
       continue
     if values[0][0] == 0 or values[1][0] == 0:
+      if values[0][0] == values[1][0] and enough > _ENOUGH:
+        continue  # a solution of both among the integers
       return False
     ratios.append((values[0][0] / values[1][0], 0))
     if not _agree(ratios[0], ratios[-1]):
       return False
-    if len(ratios) == _ENOUGH:
+    if len(ratios) == enough:
       break
   return len(ratios) >= _ENOUGH - 1 and (negative_too or ratios[0][0] > 0)
