@@ -8,11 +8,11 @@ MAX_EXPONENT = 1000  # beyond it 10**n is not formed in the caller
 MAX_BITS = 60_000  # of a power's value
 MAX_FACTORIAL = 500
 
-_INTEGER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?(?:\^\\circ)?")
+_INTEGER = re.compile(r"([+-]?)([0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?:\.0*)?(?:\^\\circ)?")
 _SIGNED = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))"
 _NUMBERS = [re.compile(pattern) for pattern in (
   rf"{_SIGNED}",
-  r"([+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?)",
+  r"([+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?)",
   rf"{_SIGNED}/{_SIGNED}",
   rf"([+-]?)\\frac\{{{_SIGNED}\}}\{{{_SIGNED}\}}",
   r"([+-]?)([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}",  # 1\frac{1}{2} is mixed, no product

@@ -280,6 +280,7 @@ def judge(response: str, answer: str, pattern: str | None = None) -> Graded | tu
 
 
 _SUM = re.compile(r"([a-z](?:\+[a-z])+)=(.+)")  # m+n=57
+_TWO_READINGS = re.compile("[1-9][0-9]{0,2}(?:,[1-9][0-9]{2})+")  # 70,110: a number or a list; 70,000 is a number
 
 
 def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
@@ -299,12 +300,16 @@ def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
     return WRONG
   expected = integer(gold)
   if expected is not None:
-    found = forward(without_qualifier(found))
+    whole, found = found, forward(without_qualifier(found))
     name = NAME.fullmatch(found) or _SUM.fullmatch(found)
     found = bare(name[2] if name and ("=" in found or name[2].startswith("\\{")) else found)
     kind, elements = split(distinct(found)) or ("", [])
     found = bare(elements[0]) if kind == "one" else found  # the solution set {4}
-    return CORRECT if integer(found.removesuffix("%")) == expected else WRONG
+    if integer(found.removesuffix("%")) == expected:
+      return CORRECT
+    if kind == "one" or not _TWO_READINGS.fullmatch(gold):
+      return WRONG
+    found = whole
   verdict = equivalent(gold, found, lambda _gold, _answer: None)
   return (gold, found) if verdict is None else CORRECT if verdict else WRONG
 
