@@ -1,8 +1,10 @@
-"""The words behind a number: which may be dropped as what is counted, and which change the number or deny it.
+"""The words around a number: which may be dropped as what is counted or named, and which change the number or deny it.
 
 Nobody can list what is counted (apples, tickets, years), and what is not listed may be a number word (5 bn), a denial (5 never)
 or anything else. So words that the other side lacks are dropped only if their noun is a unit of units.py, a plural in -s or one
-of _THINGS, and none of them is one of _OTHERS. Left out: most singulars (1 apple), most other languages' plurals (5 Bücher).
+of _THINGS, and none of them is one of _OTHERS. Words before it (the answer is, total =) only announce it, unless one of them
+denies it or says that it is something else, made from the answer. Left out: most singulars (1 apple), most other languages'
+plurals (5 Bücher).
 """
 
 from collections.abc import Callable
@@ -10,28 +12,30 @@ import re
 
 _DENIALS = (
   "not no nope nah never none nil null nought naught contradict disagree neither nor nothing false untrue wrong incorrect "
-  "invalid impossible without nein nicht nichts nie niemals kein keine falsch nunca jamás jamas falso falsa nada ningún ninguno "
+  "invalid impossible without nobody hardly doubt doubtful lie lied lying cannot "
+  "except unless but if nein nicht nichts nie niemals kein keine falsch nunca jamás jamas falso falsa nada ningún ninguno "
   "faux fausse jamais pas rien aucun aucune sbagliato não nao errado нет не неверно никогда")
+_OPERATIONS = "half halve halved double doubled triple tripled twice thrice plus minus mod modulo squared cubed factorial"
 _NUMBERS = (
   "hundred thousand thou million billion trillion bn mn tn bln mln mld mlrd trn bil tril mill mio mrd tsd grand myriad googol "
   "grosses sixes lakh lac crore dozen doz score gross ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
   "nineteen twenty thirty forty fifty sixty seventy eighty ninety zero one two three four five six seven eight nine pair couple "
-  "brace duo trio quartet quintet sextet septet octet nonet half halve third quarter fourth fifth sixth seventh eighth ninth "
-  "tenth eleventh twelfth hundredth thousandth double triple twice thrice percent percentage pct permille bp bps mil mille mila "
+  "brace duo trio quartet quintet sextet septet octet nonet third quarter fourth fifth sixth seventh eighth ninth "
+  "tenth eleventh twelfth hundredth thousandth percent percentage pct permille bp bps mil mille mila "
   "ciento cien centena centenar centenare millar millare decena docena medio media mitad mitade tercio cuarto quinto doble "
   "dezena dúzia duzia meia meio terço milhar milhare centaine dizaine douzaine quinzaine vingtaine millier demi demie moitié "
   "tiers dozzina dozzine decina decine centinaio centinaia migliaio migliaia mezzo mezza metà dutzend dutzende hundert hunderte "
   "tausend tausende paar halb halbe hälfte drittel viertel dozijn honderd duizend dussin tuzin дюжина дюжин десяток десятков "
   "сотня сотен млн млрд тыс")
 _SENSES = (
-  "and or to if when where plus minus mod base maybe perhaps possibly probably otherwise except unless squared cubed point "
-  "factorial pi am pm below negative choose over sqrt january february march april may june july august september october "
-  "november december repeating recurring approximately approx about roughly nearly almost around infinity infinite infinitely "
-  "but und oder oppure cada root power sine cosine tangent theta alpha beta gamma delta lambda sigma omega epsilon thereof "
+  "and or to when where base maybe perhaps possibly probably otherwise point pi am pm below negative choose over sqrt "
+  "january february march april may june july august september october november december repeating "
+  "recurring approximately approx about roughly nearly almost around infinity infinite infinitely "
+  "und oder oppure cada root power sine cosine tangent theta alpha beta gamma delta lambda sigma omega epsilon thereof "
   "least most reciprocal menos moins versus yes always sometimes besides fails falls lies exists thus equals exceeds differs "
   "means does has etwas mindestens höchstens")
 _COUNTED_TOO = frozenset("ones zeros points bases powers mills triples".split())
-_WORDS = frozenset(f"{_DENIALS} {_NUMBERS} {_SENSES}".split())
+_WORDS = frozenset(f"{_DENIALS} {_OPERATIONS} {_NUMBERS} {_SENSES}".split())
 _OTHERS = (_WORDS | {word + "s" for word in _WORDS}) - _COUNTED_TOO
 _NUMBER_WORD = re.compile(r"teenths?$|ieths?$|(?:twen|thir|for|fif|six|seven|eigh|nine)ties$|illions?$|illiard(?:e|en|s)?$"
                           r"|ill[oó]n(?:es)?$|illion(?:en|i)$|ilh(?:ão|ões)$|тысяч|миллион|миллиард|[0-9]")
@@ -63,6 +67,18 @@ def changes_value(word: str) -> bool:
   """Whether a word behind a number makes it another number, denies it or offers a second one."""
   small = word.lower()
   return small in _OTHERS or _NUMBER_WORD.search(small) is not None or _FUNCTION.match(small) is not None
+
+
+_BEFORE = re.compile(
+  rf"(?<!\w)(?:{'|'.join(f'{_DENIALS} {_OPERATIONS} than times log about approximately roughly nearly almost'.split())})(?!\w)"
+  r"|n['’]t(?!\w)|[+*^]|\s-\s|(?:square|cube|negative|inverse|reciprocal|opposite)"
+  r"(?:\s+(?:is|are|equals))?[\s:*_]*$")
+_COMPLEMENT = re.compile(r"\s+(?:of|for|in|on|at|from|with|when|where)(?!\w)")
+
+
+def announces(words: str) -> bool:
+  """Whether words before an answer only say what it is (the number of ways): it is not half of it, nor the wrong one."""
+  return _BEFORE.search(_COMPLEMENT.split(words.strip().lower(), maxsplit=1)[0]) is None
 
 
 def changes_east_asian(text: str) -> bool:

@@ -11,6 +11,8 @@ from re import _parser
 
 import regex
 
+from arrol_jax.rewards.counted import announces
+
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 SEARCH_S = 1.0  # what a pattern of the user's may take on one response; `regex` counts the time of all threads of the process
@@ -28,7 +30,8 @@ _MARKERS = {"answer": re.compile(r"(?i:answer(?:[ \t]+is)?)[*_`]{0,3}[ \t]*[:：
 _LEAD = re.compile(
   r"(?i)[\s*_`]*(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+)?"
   r"(?:(?:answer|result|solution|value)\s*(?:is|:|=)|it\s+is\b|it's\b|there\s+(?:is|are)\b"
-  r"|(?:[a-z]+\s+){1,6}?(?:is|are|equals)\b(?!\s+(?:not|more|less|at|between|no|either|either|divisible)\b))[\s:*_]*(?=\S)")
+  r"|(?:[a-z]+(?:['’]s)?\s+){1,6}?(?:is|are|equals)\b(?!\s+(?:not|more|less|at|between|no|either|divisible)\b)"
+  r"|(?:[a-z]+(?:['’]s)?\s+){0,5}[a-z]{2,}:(?=\s*[-\d$\\(\[{]))[\s:*_]*(?=\S)")
 _TRAIL = re.compile(r"(?i)[.。]?\s*i\s+hope\s+(?:it|this)\s+(?:is|helps)[^\n]*$")
 
 
@@ -128,7 +131,8 @@ def _of_line(line: str, pattern: str) -> str:
   text = re.sub(r"^(?:\*\*)?([^*\s](?:[^*]*[^*\s])?)\*\*(?=[\s.,])", r"\1", text)  # **57** apples
   for _ in range(2):
     text = re.sub(r"(?<=[*_`])[.。]$", "", text.strip()).strip("*_`").strip()
-    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text.removeprefix("=")
+    lead = _LEAD.match(text)
+    text = text.removeprefix("=") if lead is None else text[lead.end():] if announces(lead[0]) else text
   return text
 
 

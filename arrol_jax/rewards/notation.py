@@ -11,6 +11,7 @@ from typing import NamedTuple
 from arrol_jax.rewards import units
 from arrol_jax.rewards.braces import braced, closes_at_end, each_group, unwrapped
 from arrol_jax.rewards.characters import latex
+from arrol_jax.rewards.counted import announces
 
 
 class Canonical(NamedTuple):
@@ -164,7 +165,15 @@ _ROWS = re.compile(r"^\\begin\{(cases|aligned|align\*?|gathered|gather\*?|split|
 # What only announces an answer, in \text or not.
 _ANNOUNCED = re.compile(r"(?i)^\s*(\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s*(?:the\s+|our\s+)?(?:final\s+|correct\s+)?"
                         r"(?:answer|result)\s+is\b:?\s*(\})?\s*(?=[^\s}])")
+_NAMING = re.compile(r"(?:\\text\{([^{}]*)\}(?:_\{[^{}]*\}|_\w|\([^()]*\)|\s*[A-Z]{1,4}(?![A-Za-z]))?"
+                     r"|(?<![\\A-Za-z])([A-Za-z]{2,}+(?:\s+[A-Za-z]+)*+))\s*(?:=|\\in(?![A-Za-z]))")
 _SYSTEM = re.compile(r"^\\\{(?=\\begin\{matrix\})")
+
+
+def _named(found: re.Match) -> str:
+  """A name in words as it is; \\text{not the answer}=5 as the inequality that it is."""
+  words = found[1] or found[2] or ""
+  return found[0] if announces(words) else f"\\text{{{words}}}\\ne "
 
 
 def _rows(text: str) -> str:
@@ -246,6 +255,7 @@ def canonical(text: str) -> Canonical:
   text = " ".join(text.split())
   text = re.sub(r"(?:\.\s*){3,}$", r"\\dots ", text.strip()).rstrip(" .")  # 1,2,3,... is not 1,2,3
   text = _typed(_rows(_unmarked(re.sub(r"\s*\\text\{[\s.,;]*\}\s*$", "", text))))
+  text = _NAMING.sub(_named, text)
   text, unit = units.split_unit(text.strip())
   text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
   text = braced(text.strip().rstrip(".,;:"))

@@ -8,9 +8,8 @@ from arrol_jax.rewards.exact import value
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = r"\\?[A-Za-z]+'*(?:_\{[^{}]*\})?"
 _ARGUMENTS = r"(?:\((?:[^()=]|\([^()=]*\))*\)|\[[^\[\]=]*\])"
-_DENIED = "(?i:not?|nope|never|none|wrong|false|untrue|incorrect)"  # \text{not}=5
 _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|mathscr)\{[^{}]*\}"
-_NAMED = (rf"(?:\\text\{{(?!{_DENIED}\}})[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
+_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
           r"(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{1,4}"
           rf"|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
           rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]"

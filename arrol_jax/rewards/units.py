@@ -76,7 +76,7 @@ _QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POWER_OF}\s*\}}\s*\{{\s*{_POWER_OF}\s
 _SCALE = re.compile(r"(?<=\\circ)\s*(?:\\text\{\s*)?([CF])\s*\}?$")
 _MICRO = re.compile(r"\\mu\s*(?:\\text\{\s*([A-Za-z]+)\s*\}|([A-Za-z]{1,2})(?![A-Za-z]))")
 _KILO_OHM = re.compile(r"(?<=[0-9 }])(?:\\text\{\s*([kM])\s*\}|([kM]))\s*\\Omega")
-_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])(?:\s+|\s*/\s*)([^\W\d_][^\W\d_]*(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)")
+_PLAIN = re.compile(rf"([^A-Za-z\\]*[0-9])(?:\s+(\()?|\s*/\s*)([^\W\d_]+(?:[\s/.-]+[^\W\d_]+)*[.]?(?:{_EXPONENT})?)(?(2)\))")
 _BARE = re.compile(rf"(.*[0-9}})]|.*\\pi|.*\\circ)(\s*)((?:[A-Za-z]++(?:{_EXPONENT})?+(?:\s*/\s*|\s++)?+)++)$", re.DOTALL)
 _LONGEST = 60  # characters of a bare unit and what stands before it
 _TEXT = re.compile(rf"^\\text\{{\s*([-+]?[0-9][^{{}}\\]*)\}}({_EXPONENT})?$")
@@ -164,11 +164,11 @@ def _split_bare(text: str) -> tuple[str, str]:
     return rate[1], rate[2]
   plain = _PLAIN.fullmatch(text)
   if plain:
-    words = re.findall(r"[^\W\d_]+", plain[2])
+    words = re.findall(r"[^\W\d_]+", plain[3])
     if len(words) <= 5 and len(words[-1]) > 1 and not any(map(changes_value, words)) and all(
         len(word) > 3 - (len(words) > 1 and len(words[-1]) > 3) or word.lower() in _JOINING or word in _COMPOUND
         or len(word) > 1 and (_name(word) and word != "mg" or not word.isascii()) for word in words):
-      return plain[1], plain[2]
+      return plain[1], plain[3]
   bare = _BARE.match(text[-_LONGEST:])
   if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text[:-len(bare[3])])):
     words = re.findall("[A-Za-z]+", bare[3])
