@@ -11,8 +11,8 @@ import math
 import random
 import re
 
-MAX_DIGITS = 5000  # what a number may be computed with
-SURE_DIGITS = 450, 120  # equal to so many digits is equal: numbers, values of expressions with variables
+MAX_DIGITS = 50_000  # what a number may be computed with
+SURE_DIGITS = 450, 120  # equal to so many digits, and those of _hidden, is equal: numbers, values of expressions with variables
 MAX_TERMS = 1000  # of a sum or product that is written out
 # Values for variables: of both signs, below and above 1, and no two with a simple relation.
 _VALUES = ((7, 3), (3, 8), (-5, 4), (31, 5), (-17, 6), (5, 7), (29, 3), (-2, 9), (97, 8), (4, 9), (-43, 7), (11, 13))
@@ -168,15 +168,36 @@ def _agree(left, right, digits: int = 22) -> bool:
     return all(abs(a - b) <= allowed for a, b in zip(left, right, strict=True))
 
 
+def _hidden(gold, answer, point: dict) -> int:
+  """How many digits the numbers, powers and exponential functions in the two may shift one another by: 130 for 10^{-130}."""
+  from mpmath import mp
+  import sympy
+  from sympy.functions.elementary.hyperbolic import HyperbolicFunction
+
+  kinds = sympy.Pow, sympy.exp, sympy.factorial, HyperbolicFunction
+  digits = 0
+  for part in {part for side in (gold, answer) for part in sympy.preorder_traversal(side)}:
+    if part.is_Rational:
+      digits += int((abs(part.p).bit_length() + part.q.bit_length()) * 0.301)
+    elif isinstance(part, kinds):
+      value = _number(sympy.cosh(2 * part.args[0]) if isinstance(part, HyperbolicFunction) else part, point, 15)
+      with mp.workdps(20):
+        size = mp.hypot(*value) if value else 0
+        digits += int(abs(mp.log10(size))) if size else 0
+  return digits
+
+
 def _surely_agree(gold, answer, point: dict, value) -> bool:
   """Whether the two, of about `value` there, agree to so many digits that they are equal; digits before the point not counted."""
   from mpmath import mp
 
   with mp.workdps(20):
     before = max(0, int(mp.log10(max(abs(part) for part in value) + 1)) + 1)
-  digits = SURE_DIGITS[bool(point)] + before
+  digits = SURE_DIGITS[bool(point)] + before + _hidden(gold, answer, point)
+  if digits >= MAX_DIGITS:
+    return False
   closer = [_number(expression, point, digits + 20) for expression in (gold, answer)]
-  return digits < MAX_DIGITS and None not in closer and _agree(*closer, digits=digits)
+  return None not in closer and _agree(*closer, digits=digits)
 
 
 def _stepping(*expressions) -> set:
