@@ -26,8 +26,10 @@ _WRAPPER = re.compile(
   r"\\(?:underline|textcolor\s*\{[^{}]*\}|color\s*\{[^{}]*\}|colorbox\s*\{[^{}]*\}|ensuremath|fbox|framebox|mathop|mathord"
   r"|mathstrut"
   r"|displaystyle|textstyle|scriptstyle|limits|smash|hphantom\s*\{[^{}]*\}|[hv]space\*?\s*\{[^{}]*\}|tag\*?\s*\{[^{}]*\}"
-  r"|Large|large|LARGE|huge|Huge|normalsize|small|emph|uline|cancel|mathnormal|strut|hfill|noindent|nonumber"
+  r"|Large|large|LARGE|huge|Huge|normalsize|small|emph|uline|mathnormal|strut|hfill|noindent|nonumber"
   r"|notag)(?![A-Za-z])\s*")
+_STRUCK_OUT = re.compile(  # \\cancel{5}, ~~5~~
+  r"\\(?:[bx]?cancel|sout|st)\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?<![^\s{])~~[^~\s][^~]*~~(?![^\s}.])")
 _BOLD = "mathbf|boldsymbol|bm|pmb|mathit|mathsf|mathtt|bold"
 _FONT = re.compile(
   r"\\(text(?:bf|it|rm|normal|sf|tt|sc|md|up)?|mbox|hbox|mathrm|operatorname\*?|" + _BOLD + r")\s*(?=\{)")
@@ -239,11 +241,11 @@ def canonical(text: str) -> Canonical:
   """`text` in one notation, less its unit, and that unit. For texts of bounded length: grade.py caps it before and after.
 
   The same mathematics, fewer spellings: `$`, `\\(`, a currency sign, \\left, fonts, colors, spacing, a final full stop, a
-  leading + and units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, sqrt(2), environments
-  get one spelling each. The unit is as `units.measure` reads it.
+  leading +, what is struck out and units are dropped; \\dfrac, \\frac12, \\sqrt2, x^2, 10{,}080, ^{\\circ}, \\%, ½, sqrt(2),
+  environments get one spelling each. The unit is as `units.measure` reads it.
   """
   text, currency = units.split_currency(_unmarked(_LAST_BACKSLASH.sub("", latex(" ".join(text.split())))))
-  text = _THOUSANDS.sub("", text)
+  text = _THOUSANDS.sub("", _STRUCK_OUT.sub("", text))
   if "\\" in text:
     text = _PLAIN_FONT.sub(r"\\text", _SWITCH.sub(r"\\text{", text))
     text = each_group(unwrapped(text, _WRAPPER), _FONT, _font)
