@@ -34,7 +34,7 @@ _SENSES = (
   "und oder oppure cada root power sine cosine tangent theta alpha beta gamma delta lambda sigma omega epsilon thereof "
   "least most reciprocal menos moins versus yes always sometimes besides fails falls lies exists thus equals exceeds differs "
   "means does has etwas mindestens höchstens")
-_COUNTED_TOO = frozenset("ones zeros points bases powers mills triples".split())
+_COUNTED_TOO = frozenset("ones zeros roots points bases powers mills triples".split())
 _WORDS = frozenset(f"{_DENIALS} {_OPERATIONS} {_NUMBERS} {_SENSES}".split())
 _OTHERS = (_WORDS | {word + "s" for word in _WORDS}) - _COUNTED_TOO
 _NUMBER_WORD = re.compile(r"teenths?$|ieths?$|(?:twen|thir|for|fif|six|seven|eigh|nine)ties$|illions?$|illiard(?:e|en|s)?$"

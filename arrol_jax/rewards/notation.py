@@ -64,6 +64,14 @@ _THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:\{,\}|\{\\,\}|\\text\{,\}|'|,\s*\\!|\\
 _BASES = {word: str(base) for base, word in enumerate(
   "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2)}
 _BASE = "|".join(_BASES)
+
+
+def _unit_between(found: re.Match) -> str:
+  """A unit between two numbers by its name: 2 hours and 30 minutes."""
+  name = units.named(found[1] or found[2])
+  return f"\\text{{{name}}}" if name else found[0]
+
+
 # (what a text must contain, pattern, replacement): most answers contain few of these.
 _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, replacement in (
   ("\\", r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
@@ -96,6 +104,13 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("\\lbr", r"\\lbrack(?![A-Za-z])", "["), ("\\rbr", r"\\rbrack(?![A-Za-z])", "]"), ("\\lbr", r"\\lbrace(?![A-Za-z])", r"\\{"),
   ("\\rbr", r"\\rbrace(?![A-Za-z])", r"\\}"), ("\\colon", r"\\colon(?![A-Za-z])", ":"), (":", r"\\mathbin:|\\text\{\s*:\s*"
     r"\}", ":"),
+  ("{", r"(?<=[0-9])\{([.:])\}(?=[0-9])", r"\1"), ("\\prime", r"\^\s*(?:\{\s*)?((?:\\prime(?![A-Za-z])\s*)+)\}?",
+                                         lambda primes: "'" * primes[1].count("\\prime")),
+  ("mod", r"\\text\{\s*\(?\s*mod\s+([0-9A-Za-z]+)\s*\)?\s*\}", r"\\pmod{\1}"),
+  ("mod", r"(\()?\s*(?:\\[pb]?mod|\\text\{\s*\(?\s*mod\s*\}|(?<![A-Za-z\\])mod)(?![A-Za-z])\s*(?:\{([^{}]*)\}|([0-9A-Za-z]+))"
+   r"\s*(?(1)\))", r"\\pmod{\2\3}"),
+  (" ", r"(?<=[0-9])\s*(?:\\text\{\s*([A-Za-z]+),?(?:\s+and)?\s*\}|(?<=\s)([A-Za-z]{2,}),?(?:\s+and)?\s)\s*(?=[0-9])",
+   _unit_between),
   ("\\%", r"\\%", "%"), ("%", r"\\text\{\s*%\s*\}", "%"), ("% of ", r"(?<=[0-9])\s*% of [a-z ]+$", "%"),
   ("%", r"%\s*\\text\{\s*of [a-zA-Z ]+\}$", "%"),
   ("cent", r"\\text\{\s*(?:per\s?cents?|percentage)(?:\s+points?)?\s*\}"
@@ -143,7 +158,7 @@ _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"(?:(?<![^=,;(\[{+-])|(?<=, ))[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 /]|\\frac)", lambda groups: groups[0].replace(" ", "")),
   (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*%?)\}", r"\1"), (r"^([+-])\{([0-9.,/]+)\}$", r"\1\2"),
   (r"\\text\{(?:infinity)\}", r"\\infty"), (r"\\text\{[.,;:]*\}", ""),
-  (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"),
+  (r"_\{\\text\{([A-Za-z]+)\}\}", r"_{\1}"), (r"\\(max|min|gcd) ?\\\{([^{}\\]*)\\\}", r"\\\1(\2)"),
   (r"^\+(?![+-])", ""), (r"([(\[,])\+(?=\\infty)", r"\1"),
   (r"^\(([A-Z])\)$", r"\1"),  # (C), the choice, is C
   (r"^\\\{\\\}$|(?i:^\\text\{(?:the)?emptyset\}$)", r"\\emptyset"), (r"\\math(?:bb|cal|frak|scr)\{([0-9.]+)\}", r"\1"),
@@ -261,6 +276,8 @@ def canonical(text: str) -> Canonical:
   text, unit = units.split_unit(text.strip())
   text = _GAP.sub(lambda gap: gap["command"] + " " if gap["command"] else " " if gap["digits"] else "", text)
   text = braced(text.strip().rstrip(".,;:"))
+  if "\\pm" not in text:
+    text = text.replace("\\mp", "\\pm")
   for pattern, replacement in _TIDY:
     text = pattern.sub(replacement, text)
   return Canonical(text, unit or ("degree" if text.endswith("^\\circ") else ""), currency)

@@ -143,7 +143,7 @@ def _both_signs(text: str) -> list[str]:
 
 
 # A number times a matrix too. Not [vV]: a determinant, a norm.
-_MATRIX = re.compile(r"([-0-9./]*|-?\\frac\{[-0-9]+\}\{[0-9]+\})\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\2\}")
+_MATRIX = re.compile(r"([-0-9./]*|-?\\frac\{[-0-9]+\}\{[0-9]+\})(?:\\cdot ?)?\\begin\{([pbB]?matrix|pieces)\}(.*)\\end\{\2\}")
 
 
 def split(text: str, outermost: bool = True) -> tuple[str, list[str]] | None:

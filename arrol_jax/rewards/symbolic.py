@@ -11,6 +11,9 @@ import math
 import random
 import re
 
+from arrol_jax.rewards.braces import each_group
+from arrol_jax.rewards.exact import value
+
 MAX_DIGITS = 50_000  # what a number may be computed with
 SURE_DIGITS = 450, 120  # equal to so many digits, and those of _hidden, is equal: numbers, values of expressions with variables
 MAX_TERMS = 1000  # of a sum or product that is written out
@@ -19,10 +22,21 @@ _VALUES = ((7, 3), (3, 8), (-5, 4), (31, 5), (-17, 6), (5, 7), (29, 3), (-2, 9),
 _ENOUGH = 4  # points at which equal values make an identity
 
 
+_ODD_ROOT = re.compile(r"\\sqrt\[[0-9]*[13579]\](?=\{)")
+
+
+def _real_root(root: re.Match, content: str) -> str:
+  """An odd root of a negative number as the real one."""
+  number = value(content)
+  if number is not None and number < 0:
+    return f"(-{root[0]}{{\\frac{{{-number.numerator}}}{{{number.denominator}}}}})"
+  return f"{root[0]}{{{each_group(content, _ODD_ROOT, _real_root)}}}"
+
+
 def _for_sympy(text: str) -> str:
   """LaTeX that latex2sympy reads as meant: exact decimals, mixed numbers, 3/4\\pi as 3/4 of \\pi, e-notation as products, degrees
   in radians."""
-  text = re.sub(r"np\.([a-z]+)", r"\\\1", text)
+  text = each_group(re.sub(r"np\.([a-z]+)", r"\\\1", text), _ODD_ROOT, _real_root)
   text = re.sub(
     r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9.])", r"(\1\\cdot 10^{\2})", text)
   if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):

@@ -256,6 +256,11 @@ def without_same(text: str, unit: str) -> str:
   return found[1] if found and measure(found[2]) is not None and measure(found[2]) == measure(unit) else text
 
 
+def named(word: str) -> str | None:
+  """The name of a unit by one of its spellings, "hour" for h; None for other words."""
+  return _name(word)
+
+
 def _name(word: str) -> str | None:
   found = _NAMES.get(word)
   if found or len(word) == 1:
