@@ -19,6 +19,7 @@ import re
 from typing import NamedTuple
 
 from arrol_jax.rewards import units
+from arrol_jax.rewards.conventions import alike
 from arrol_jax.rewards.exact import SCIENTIFIC, integer, number, value
 from arrol_jax.rewards.extract import check_pattern, nesting, search
 from arrol_jax.rewards.notation import canonical
@@ -100,7 +101,8 @@ def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool |
     kind = answer_kind = "union"  # (-\infty,2) or (3,\infty)
   if kind != answer_kind:
     relations = [RELATION.search(text) is not None for text in (gold, answer)]
-    sets = {kind, answer_kind} <= {"union", "()", "(]", "[)", "[]", "one", "set", "list"} and "\\setminus" in gold + answer
+    sets = {kind, answer_kind} <= {"union", "()", "(]", "[)", "[]", "one", "set", "list"} and (
+      "\\setminus" in gold + answer or "union" in (kind, answer_kind) and all(text[0] in "([\\" for text in (gold, answer)))
     same_set = sorted(relations) == [False, True] and "=" not in gold + answer or sets
     return decide(gold, answer) if same_set else False
   if kind == "one":
@@ -298,6 +300,7 @@ def _judge(raw_gold: str, raw_found: str) -> Graded | tuple[str, str]:
     found = units.without_same(found, gold_unit[0])
   if units.differ(tuple(gold_unit), tuple(found_unit)) or any(gold_unit) and found.endswith("%"):
     return WRONG
+  gold, found = alike(gold, found)
   expected = integer(gold)
   if expected is not None:
     whole, found = found, forward(without_qualifier(found))

@@ -9,7 +9,7 @@ RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _LETTER = r"\\?[A-Za-z]+'*(?:_\{[^{}]*\})?"
 _ARGUMENTS = r"(?:\((?:[^()=]|\([^()=]*\))*\)|\[[^\[\]=]*\])"
 _POINTS = r"\\(?:overline|vec|hat|widehat|overrightarrow|tilde|mathbb|mathcal|mathscr)\{[^{}]*\}"
-_NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
+NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
           r"(?:(?:\\(?:triangle|angle|square|odot) ?)?[A-Z]{1,4}"
           rf"|{_POINTS})?|(?:{_POINTS}|{_LETTER})(?:_\{{[^{{}}]*\}})?(?:\^\{{(?:-1|\\prime|[*'])\}})?{_ARGUMENTS}?"
           rf"|m?\\(?:angle|triangle|measuredangle|Delta) ?[A-Za-z_{{}}0-9]+|\[(?:\\(?:triangle|square|odot) ?)?[A-Za-z]+\]"
@@ -18,8 +18,9 @@ _NAMED = (rf"(?:\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?(?:\([^()]*\))?"
           rf"|\\frac\{{d\^?\{{?[0-9]?\}}?{_LETTER}\}}\{{d{_LETTER}(?:\^\{{[0-9]\}})?\}}"
           rf"|\\lim_\{{[^{{}}]*\}}{_LETTER}{_ARGUMENTS}?|\\l(?:floor|ceil)(?![A-Za-z])[^=]{{1,40}}\\r(?:floor|ceil)"
           r"|(?:[PE]|\\Pr ?|\\mathbb\{[PE]\})(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]))")  # P(X=2), E[X|Y=1]
-NAME = re.compile(rf"({_NAMED}|\({_NAMED}(?:,{_NAMED})+\))(?:=|\\in(?![A-Za-z]))([^=]+)")
-_BACKWARD = re.compile(r"([^=A-Za-z]+)=([A-Za-z](?:_\{[^{}]*\})?)")  # 57=n
+NAME = re.compile(rf"({NAMED}|\({NAMED}(?:,{NAMED})+\))(?:=|\\in(?![A-Za-z]))([^=]+)")
+_BACKWARD = re.compile(r"((?:[^=A-Za-z\\]|\\(?:(?:frac|sqrt|pi|cdot|pm)(?![A-Za-z])|[^A-Za-z]))+)"  # 57=n, \frac{3}{4}=P(A)
+                       r"=([A-Za-z](?:_\{[^{}]*\})?(?:\([A-Za-z]\))?)")
 _INDEXED = re.compile(r"([A-Za-z])_\{[0-9A-Za-z]\}")
 # After an answer, without which it says the same: for any constant c, k\in\mathbb{Z}.
 _QUALIFIER = re.compile(
