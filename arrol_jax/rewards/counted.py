@@ -71,7 +71,7 @@ def changes_value(word: str) -> bool:
 
 _BEFORE = re.compile(
   rf"(?<!\w)(?:{'|'.join(f'{_DENIALS} {_OPERATIONS} than times log about approximately roughly nearly almost'.split())})(?!\w)"
-  r"|n['’]t(?!\w)|[+*^]|\s-\s|(?:square|cube|negative|inverse|reciprocal|opposite)"
+  r"|^(?:at|up|between|less|more|over|under|below|above)(?!\w)|n['’]t(?!\w)|[+*^]|\s-\s|(?:square|cube|negative|inverse|reciprocal|opposite)"
   r"(?:\s+(?:is|are|equals))?[\s:*_]*$")
 _COMPLEMENT = re.compile(r"\s+(?:of|for|in|on|at|from|with|when|where)(?!\w)")
 

@@ -1,8 +1,8 @@
 """Is the answer right? Exact rules for numbers and lists; algebra only for what is left.
 
-The order: the same text; caps on length and nesting; an integer gold by integer comparison; numbers exactly,
-as fractions; lists, sets, tuples, unions and matrices by their elements; a single expression or relation by
-symbolic.py, which runs in a worker process with a deadline (pool.py), never in the caller.
+The order: the same text; caps on length and nesting; one convention for both (conventions.py); an integer gold by integer
+comparison; numbers exactly, as fractions; lists, sets, tuples, unions and matrices by their elements; a single expression or
+relation by symbolic.py, which runs in a worker process with a deadline (pool.py), never in the caller.
 
 Strict where reports of other graders were not: a gold with a percent sign wants one (an answer may carry one more, if the
 numbers are equal: 20\\% for 20, never 0.2); an equation is not its last number (`1=2=12` is not 12); (1,2) is not 1,2 and not
