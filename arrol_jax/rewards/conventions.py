@@ -27,7 +27,7 @@ def alike(gold: str, answer: str) -> tuple[str, str]:
   if "=" in gold + answer:
     if "=" not in gold or "=" not in answer:
       gold, answer = (found[1] if (found := _QUANTITY.fullmatch(text)) else text for text in (gold, answer))
-    gold, answer = _coordinates(gold, answer), _coordinates(answer, gold)
+    answer = _coordinates(answer, gold)
   if "\\approx" in gold + answer:
     gold, answer = (found[1] if (found := _ABOUT.fullmatch(text)) else text for text in (gold, answer))
   if "\\binom" in gold and "C" in answer:
@@ -44,13 +44,13 @@ def _binomial(found: re.Match) -> str:
   return f"\\binom{{{k}}}{{{n}}}" if found[0].startswith("C^") else f"\\binom{{{n}}}{{{k}}}"
 
 
-def _coordinates(text: str, other: str) -> str:
-  """x=3,y=4 as (3,4), in the order of the letters, where the other answer is such a tuple without names."""
-  if "=" in other or not (other.startswith("(") and other.endswith(")") and closes_at_end(other)):
-    return text
-  values = [_VALUE.fullmatch(part) for part in cut(text, (",", ";")) or ()]
+def _coordinates(answer: str, gold: str) -> str:
+  """x=3,y=4 as (3,4), in the order of the letters, where the gold is such a tuple without names."""
+  if "=" in gold or not (gold.startswith("(") and gold.endswith(")") and closes_at_end(gold)):
+    return answer
+  values = [_VALUE.fullmatch(part) for part in cut(answer, (",", ";")) or ()]
   if len(values) < 2 or None in values or len({value[1] for value in values}) < len(values):
-    return text
+    return answer
   return f"({','.join(value[2] for value in sorted(values, key=lambda value: value[1]))})"
 
 
