@@ -152,7 +152,7 @@ def _number(expression, point: dict, digits: int = 30):
 
   reach = max(600, 2 * digits)  # digits that cancellation may cost
   options = {"maxprec": int(reach * 3.33), "chop": False, "strict": False, "verbose": False}
-  if point and expression.has(sympy.floor, sympy.ceiling):  # exact where they jump
+  if any(value.is_Integer for value in point.values()) or point and expression.has(sympy.floor, sympy.ceiling):  # exact at jumps
     expression, point = expression.subs(point), {}
   try:
     result = evalf(expression, int(digits * 3.33) + 4, options | ({"subs": point} if point else {}))
