@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +17,7 @@ import pytest
 
 from arrol_jax import train
 from arrol_jax.learning import generation, update
+from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,35 @@ def test_sigterm_saves_the_step_before_and_ends_with_0_and_a_word(tmp_path, plai
   assert result.status == 0 and (f"going on after step {saved}" in result.out) == (saved is not None)
   assert course(tmp_path) == course(plain)
   assert {step: scores(tmp_path)[step] for step in (4, STEPS)} == {step: scores(plain)[step] for step in (4, STEPS)}
+
+
+WAITED_FOR = """
+import os, signal, time
+def reward(response, answer):
+  if os.path.exists(os.environ["WHEN"]) and os.path.getsize(os.environ["WHEN"]):
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+  return float(len(response) % 2)
+"""
+
+
+@pytest.mark.parametrize("when, saved", [("config.json", None), ("metrics.jsonl", 1)], ids=["an evaluation", "a step"])
+def test_sigterm_while_grades_are_waited_for(tmp_path, monkeypatch, when, saved):
+  """Heard at once, though none of them would come for long; the step is made again by the same command."""
+  (tmp_path / "late_rewards.py").write_text(WAITED_FOR)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.setenv("WHEN", str(tmp_path / "run" / when))
+  other = {"steps": 2, "reward__function": "late_rewards.reward", "reward__timeout": 60.0, "eval__problems": 4}
+  if saved is None:
+    other["data__eval"] = "experiments/arithmetic/test.jsonl"
+  told, real = [], hosts.Watch._note
+  with mock.patch.object(hosts.Watch, "_note", lambda *args: told.append(time.monotonic()) or real(*args)):
+    result = run(tmp_path / "run", **other)
+  assert time.monotonic() - told[0] < 20 and result.status == 0
+  assert result.out.endswith("stopped by SIGTERM; the same command goes on from there\n")
+  assert (f"SIGTERM; step {saved} is saved" in result.out) == (saved is not None)
+  monkeypatch.setenv("WHEN", str(tmp_path / "never"))
+  assert run(tmp_path / "run", **other).status == 0 and len(course(tmp_path / "run")[0]) == 2
 
 
 def test_a_checkpoint_does_not_outlive_its_log(tmp_path):

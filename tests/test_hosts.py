@@ -127,6 +127,35 @@ def test_sigterm_to_one_stops_both_and_another_mesh_goes_on(tmp_path, one):
     assert texts(tmp_path)[:len(texts(one))] == texts(one)
 
 
+LATE = """
+import os, pathlib, time
+def reward(response, answer):
+  log, waiting = pathlib.Path(os.environ["LOG"]), pathlib.Path(os.environ["WAITING"])
+  if os.environ["JAX_PROCESS_ID"] == "1" and log.exists() and log.stat().st_size:
+    waiting.touch()
+    time.sleep(100)
+  return float(len(response) % 2)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_while_another_waits_for_grades(tmp_path, monkeypatch):
+  """The first has its own and waits for the second's: both give the step up."""
+  (tmp_path / "late_rewards.py").write_text(LATE)
+  waiting = tmp_path / "waiting"
+  for name, value in {"PYTHONPATH": tmp_path, "LOG": tmp_path / "run" / "metrics.jsonl", "WAITING": waiting}.items():
+    monkeypatch.setenv(name, str(value))
+  processes = start(tmp_path, 2, 1, (2, 1, 1), **{"data.eval": "", "reward.function": "late_rewards.reward", "reward.timeout": 200.0})
+  deadline = time.monotonic() + 300
+  while not waiting.exists():
+    assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, (tmp_path / "log.0").read_text()
+    time.sleep(0.01)
+  time.sleep(2.0)  # of the wait
+  processes[0].send_signal(signal.SIGTERM)
+  said = finish(tmp_path, processes, 30)
+  assert "SIGTERM; step 1 is saved\nstopped by SIGTERM" in said[0] and (tmp_path / "run" / "checkpoints" / "1").is_dir()
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_from_what_one_left(tmp_path, one):
   """From one process of one device to two of four, past a newest checkpoint that is damaged: both take the one before."""

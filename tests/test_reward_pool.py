@@ -188,7 +188,7 @@ SCRIPT = """
   import os, sys, time
   from arrol_jax.rewards import Grader, grade
   print("main ran", grade(r"\\\\boxed{1+x}", "x+1"), "jax" in sys.modules, flush=True)
-  grader = Grader(1, timeout_s=0.5, reward_fn="some_rewards.behave")
+  grader = Grader(1, timeout_s=60, reward_fn="some_rewards.behave")
   grader.grade_async([("sleep 60", "")])
   time.sleep(0.3)  # now the worker is at it, and would not see that its parent is gone
   print(grader._shared.workers[0].process.pid, flush=True)

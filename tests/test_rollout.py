@@ -14,7 +14,8 @@ from arrol_jax.data.problems import Problem, Prompt
 from arrol_jax.engine import programs
 from arrol_jax.engine.sampling import Sampling
 from arrol_jax.engine.scheduler import Engine, Request
-from arrol_jax.learning.generation import Grading, generate
+from arrol_jax.learning.ahead import Ahead
+from arrol_jax.learning.generation import Grading, Wanted, generate
 from arrol_jax.learning.head_training import update_calibration
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
@@ -285,6 +286,9 @@ def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, capl
       log.append("asked")
       return self
 
+    def wait(self, seconds):
+      return True
+
     def result(self):
       log.append("waited for")
       return [Graded(0.0, "timeout")]
@@ -299,6 +303,39 @@ def test_grading_begins_while_others_decode_and_its_failures_are_told(mesh, capl
   assert {r.reason for r in out} == {"timeout"}
   assert [r.getMessage()[:62] for r in caplog.records if r.name == "arrol_jax.learning.generation"] == [
     "20 of 20 answers could not be graded (20 timeout) and count as wrong"[:62]]
+
+
+class Told(Exception):
+  """As hosts.Preempted."""
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_that_is_told_to_stop_waits_for_no_grades(mesh, ahead):
+  """The grades never come; the watch hears of it once all tokens are there."""
+  waits = []
+
+  class Never:
+    def grade_async(self, items):
+      return self
+
+    def wait(self, seconds):
+      waits.append(seconds)
+      return len(waits) > 100
+
+  def watch():
+    if len(waits) == 3:
+      raise Told
+
+  with jax.set_mesh(mesh):
+    e, grading = engine(mesh), Grading(Words(), Never())
+    e.watch = watch
+    with pytest.raises(Told):
+      if ahead:
+        begin = lambda step: Wanted(numbered(), GROUP, e.max_new, grading)
+        Ahead(e, SAMPLING, KEY, begin, steps=1, most=1).generate(0)
+      else:
+        generate(e, numbered(), GROUP, KEY, SAMPLING, grading)
+  assert len(waits) == 3 and all(0 < seconds <= 1 for seconds in waits)
 
 
 def test_generate_stops_at_the_engines_limit(mesh):

@@ -62,7 +62,7 @@ class Ahead:
     del self.under_way[step]
     if not self.under_way:  # nothing that an update would have to leave room for
       self.drop()
-    return *wanted.graded([sequence.rollout for sequence in sequences]), wanted.chosen
+    return *wanted.graded([sequence.rollout for sequence in sequences], self.engine.watch), wanted.chosen
 
   def _begun(self, step: int) -> tuple[Wanted, list[Sequence]]:
     if step not in self.under_way:

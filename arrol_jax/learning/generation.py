@@ -16,6 +16,7 @@ from arrol_jax.running import hosts
 from arrol_jax.types import FAILED, Rollout, UserError
 
 _log = logging.getLogger(__name__)
+_LISTEN_S = 0.5  # how often a wait for grades looks whether the run is told to stop
 
 
 class Grading(NamedTuple):
@@ -43,7 +44,7 @@ def generate(engine: Engine, prompts: dict, asked: Asked | int, key: jax.Array, 
   processes each reads and grades its share of the rollouts, and all get all of them.
   """
   wanted = Wanted(prompts, asked, engine.max_new, grading, progress=progress)
-  return wanted.graded(engine.run(wanted.requests, key, sampling, decide=decide, on_done=wanted.ended))
+  return wanted.graded(engine.run(wanted.requests, key, sampling, decide=decide, on_done=wanted.ended), engine.watch)
 
 
 class Wanted:
@@ -73,9 +74,14 @@ class Wanted:
         self.pending.append((rollout, self.grading.grader.grade_async([(rollout.text, answer)])))
     self.progress and self.progress(rollout)
 
-  def graded(self, rollouts: list[Rollout]) -> tuple[list[Rollout], float]:
-    """All of them, in the order of the requests, with their rewards, and the seconds waited for grades."""
+  def graded(self, rollouts: list[Rollout], watch: Callable | None = None) -> tuple[list[Rollout], float]:
+    """All of them, in the order of the requests, with their rewards, and the seconds waited for grades.
+
+    watch() is called meanwhile, as often in every process; what it raises ends the wait.
+    """
     waited = time.perf_counter()
+    while not all(hosts.gather(self._wait(_LISTEN_S))):
+      watch and watch()
     for rollout, waiting in self.pending:
       rollout.reward, rollout.reason = waiting.result()[0]
     parts = hosts.gather([(r.text, r.reward, r.reason) for r in rollouts if hosts.mine(r.request)])
@@ -84,6 +90,11 @@ class Wanted:
       r.success_at, r.problem = self.grading.success, self.prompts[r.prompt].problem
     _tell_failures(self.grading, [r.reason for r in rollouts if not r.pruned])
     return rollouts, time.perf_counter() - waited
+
+  def _wait(self, seconds: float) -> bool:
+    """Waits so long at most for this process's grades, and says whether all are there."""
+    until = time.monotonic() + seconds
+    return all(waiting.wait(max(0.0, until - time.monotonic())) for _, waiting in self.pending)
 
 
 def _tell_failures(grading: Grading, reasons: list[str]) -> None:

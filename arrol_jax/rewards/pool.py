@@ -12,7 +12,7 @@ Left out: grading over several hosts.
 import atexit
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 import contextlib
 import logging
 from multiprocessing.connection import Connection, Pipe
@@ -230,7 +230,11 @@ class Pending:
 
   def done(self) -> bool:
     """Whether `result` would return at once."""
-    return all(isinstance(grade, Graded) or grade.done() for grade in self._grades)
+    return self.wait(0)
+
+  def wait(self, seconds: float) -> bool:
+    """Waits so long for the missing ones, and says whether `result` would return at once."""
+    return not wait([grade for grade in self._grades if isinstance(grade, Future)], seconds).not_done
 
   def result(self) -> list[Graded]:
     """The grades in the order of the items; waits for the missing ones."""

@@ -4,8 +4,9 @@ A worker imports this package's rewards and the reward function's module, nothin
 ends them. Left out: deadlines, which are the parent's to keep.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import fcntl
 from importlib import import_module
 import inspect
 import math
@@ -40,6 +41,7 @@ def work(descriptor: int) -> None:
   inside = True
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the socket
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
+  signal.signal(signal.SIGIO, signal.SIG_DFL)
   with contextlib.suppress(OSError):
     os.dup2(2, 1)  # what a reward function prints is not the run's output
   streams.take()
@@ -67,12 +69,25 @@ def work(descriptor: int) -> None:
       return
     # The parent kills a late worker. If the parent is gone, the signal's default action ends even C code.
     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-    graded, problem = _graded(run, item)
-    signal.setitimer(signal.ITIMER_REAL, 0)
     try:
+      with _signalled(descriptor):
+        graded, problem = _graded(run, item)
+      signal.setitimer(signal.ITIMER_REAL, 0)
       connection.send((*graded, problem))
     except OSError:
       return
+
+
+@contextlib.contextmanager
+def _signalled(descriptor: int) -> Iterator[None]:
+  """SIGIO ends this process (Linux) when something happens on the socket: while an item is graded, that is the parent's end."""
+  fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+  flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+  fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+  try:
+    yield
+  finally:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
 def _graded(run: Callable, item: tuple[str, str]) -> tuple[Graded, str]:

@@ -134,6 +134,7 @@ def gather(value) -> list:
   """Every process's `value` (anything that pickles), in the order of the processes. All must call it."""
   if not several():
     return [value]
+  jax.block_until_ready(Watch.asked)  # two collectives at once may wait for each other for ever
   data = np.frombuffer(pickle.dumps(value), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32([len(data)])).ravel()
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes: each is compiled
@@ -258,12 +259,13 @@ class Watch:
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+  asked: jax.Array | None = None  # whether any process was told to stop, as this one last asked
 
   def __init__(self, at_once: bool = False):
     self.at_once, self.told = at_once, ""  # told: the signal's name
-    self.asked: jax.Array | None = None
 
   def __enter__(self) -> "Watch":
+    Watch.asked = None
     watched = [s for s in self.SIGNALS if s == signal.SIGTERM or signal.getsignal(s) != signal.SIG_IGN]
     self.before = {s: signal.signal(s, self._note) for s in watched}
     return self
@@ -286,9 +288,8 @@ class Watch:
     if not several():
       stop = bool(self.told)
     else:
-      stop, self.asked = self.asked is not None and bool(self.asked), _any(bool(self.told))
+      stop, Watch.asked = Watch.asked is not None and bool(Watch.asked), _any(bool(self.told))
     if stop:
-      jax.block_until_ready(self.asked)  # two collectives at once may wait for each other for ever
       raise Preempted(next(filter(None, gather(self.told)), "SIGTERM"))
 
 
