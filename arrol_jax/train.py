@@ -43,6 +43,7 @@ from arrol_jax.running.workdir import (
   claim,
   finished,
   hold,
+  read_json,
   read_results,
   seconds_of,
   write_json,
@@ -141,11 +142,15 @@ def main():
     time_is_over = lambda: c.stop_seconds is not None and spent >= c.stop_seconds
 
     @stack.push
-    def save_before_leaving(kind, signal, *_):
-      if kind is hosts.Preempted and int(state.step):
-        checkpoints.save(int(state.step), state)
+    def save_before_leaving(kind, reason, *_):
+      done = int(state.step)
+      if kind in (hosts.Preempted, generation.Ungraded) and done:
+        checkpoints.save(done, state)
         checkpoints.wait()
-        hosts.say(f"{workdir}: {signal}; step {int(state.step)} is saved")
+      if kind is hosts.Preempted and done:
+        hosts.say(f"{workdir}: {reason}; step {done} is saved")
+      if kind is generation.Ungraded:
+        raise UserError(f"after step {done}{', which is saved' if done else ''}: {reason}; the same command goes on from there")
 
     # ---- loop
     to_do = range(start, start if time_is_over() else c.steps)
@@ -203,9 +208,9 @@ def main():
       checkpoints.wait()
       _, state = checkpoints.restore(state, best)
       hosts.say(f"step {best} has the best {c.checkpoint.best}: evaluated and exported")
-    after = held_out(state, "eval_after")
-    if c.checkpoint.export:
+    if c.checkpoint.export:  # before what a reward function may still end
       assemble_state.export(c, loaded, state, workdir)
+    after = held_out(state, "eval_after")
     checkpoints.wait()  # a run whose last step is not on disk is not done
     if logs:
       logs.finish(c, before, after, time.time() - started, best)
@@ -290,7 +295,7 @@ class HeldOut:
     path = f"{self.workdir}/{name}.json"
     if not self.prompts:
       return {}
-    if not hosts.agree(os.path.exists(path)):
+    if not hosts.agree(hosts.together(lambda: hosts.first() and os.path.exists(path) and not all_failed(path))):
       results = self.measured(state, name.replace("_", " "), most)
       if hosts.first():
         write_json(path, results)
@@ -310,6 +315,12 @@ class HeldOut:
       for source, prompts in self.prompts.items():
         results[source]["sampled"] = accuracy(assemble.sampled(c), prompts)
     return results
+
+
+def all_failed(path: str) -> bool:
+  """Whether an evaluation's file is of a reward function that failed on every answer: then its mending calls for another."""
+  results = read_json(path).values()
+  return bool(results) and all(isinstance(x, dict) and x.get("ungraded") == 1 for x in results)
 
 
 def held_out_line(results: dict) -> dict:

@@ -145,7 +145,8 @@ def test_sigterm_to_one_while_another_waits_for_grades(tmp_path, monkeypatch):
   waiting = tmp_path / "waiting"
   for name, value in {"PYTHONPATH": tmp_path, "LOG": tmp_path / "run" / "metrics.jsonl", "WAITING": waiting}.items():
     monkeypatch.setenv(name, str(value))
-  processes = start(tmp_path, 2, 1, (2, 1, 1), **{"data.eval": "", "reward.function": "late_rewards.reward", "reward.timeout": 200.0})
+  late = {"data.eval": "", "reward.function": "late_rewards.reward", "reward.timeout": 200.0}
+  processes = start(tmp_path, 2, 1, (2, 1, 1), **late)
   deadline = time.monotonic() + 300
   while not waiting.exists():
     assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, (tmp_path / "log.0").read_text()

@@ -99,6 +99,7 @@ def test_held_out_accuracy_and_pass_count_successes(monkeypatch):
 # ---- whole runs
 
 FUNCTIONS = """
+  import zlib
   from arrol_jax.rewards import grade
 
   def form(response, answer, weight=0.5):
@@ -111,6 +112,11 @@ FUNCTIONS = """
 
   def nothing(response, answer):
     return None
+
+  def mostly(response, answer):
+    if zlib.crc32(response.encode()) % 3:
+      raise ValueError("no such form")
+    return float(len(response) % 2)
 
   def three(response, answer, more):
     return 1.0
@@ -132,15 +138,57 @@ def test_a_run_with_rewards_above_1_trains_on_them(tmp_path, functions):
   assert any(x["reward"] > x["pos_ratio"] for x in lines) and any(x["grad_norm"] > 0 for x in lines)
 
 
-@pytest.mark.parametrize("name, words", [("fails", ["16 error", "RuntimeError: no key for the judge"]),
+def failed(result) -> str:
+  """The line that a run ends with."""
+  line, = [line for line in result.err.splitlines() if line.startswith("error: ")]
+  assert result.status == 2 and "Traceback" not in result.err
+  return line
+
+
+@pytest.mark.parametrize("name, words", [("fails", ["128 error", "RuntimeError: no key for the judge"]),
                                          ("nothing", ["it returned None"])])
-def test_a_function_that_fails_on_every_answer_ends_the_run(tmp_path, functions, name, words):
-  result = command(*arguments(tmp_path / "run", **SHORT, reward__function=f"shaped_rewards.{name}"))
-  assert result.status == 2
-  last = [line for line in result.err.splitlines() if line.startswith("error: ")]
-  assert len(last) == 1 and "Traceback" not in result.err
-  for word in [f"shaped_rewards.{name}", "failed on all 16 answers", *words]:
-    assert word in last[0]
+def test_a_function_that_fails_on_every_answer_ends_the_run_which_goes_on_once_it_is_mended(tmp_path, functions, name, words):
+  """After eight steps of 16 answers, of which the eighth is given up. What was evaluated by it is evaluated again."""
+  long = SHORT | {"steps": 9, "prune__enabled": False, "checkpoint__every": 100, "eval__problems": 4,
+                  "data__eval": "experiments/arithmetic/test.jsonl"}
+  line = failed(command(*arguments(tmp_path / "run", **long, reward__function=f"shaped_rewards.{name}")))
+  for word in ["after step 7, which is saved", f"shaped_rewards.{name}", "failed on all of the last 128 answers", *words]:
+    assert word in line
+  assert read(tmp_path / "run" / "eval_before.json")["test"]["ungraded"] == 1.0
+  (tmp_path / "shaped_rewards.py").write_text(f"def {name}(response, answer): return 1.0")
+  assert "going on after step 7" in run(tmp_path / "run", **long, reward__function=f"shaped_rewards.{name}").out
+  assert [x["ungraded"] for x in read(tmp_path / "run" / "metrics.jsonl")] == [1.0] * 7 + [0.0] * 2
+  assert read(tmp_path / "run" / "eval_before.json")["test"]["accuracy"] == 1.0
+
+
+def test_few_survivors_whose_answers_cannot_be_graded_end_nothing(tmp_path, functions):
+  """One answer in three raises; pruning leaves a handful: steps without a graded one come, and 128 such answers in a row do not."""
+  run(tmp_path / "run", **SHORT | {"steps": 12, "prune__keep": 0.15}, reward__function="shaped_rewards.mostly")
+  lines = read(tmp_path / "run" / "metrics.jsonl")
+  assert any(x["ungraded"] == 1 for x in lines) and any(x["ungraded"] < 1 for x in lines)
+
+
+def test_a_failing_evaluation_keeps_what_a_finished_training_made(tmp_path, functions):
+  """Enough held-out answers end the run after the policy is exported; it finishes once the function is mended. Few end nothing."""
+  fails_after_step_2 = """
+import pathlib
+def not_held_out(response, answer):
+  lines = [len(path.read_text().splitlines()) for path in pathlib.Path(__file__).parent.glob("FOLDER/metrics.jsonl")]
+  return float(len(response) % 2) if lines < [2] else None
+"""
+  (tmp_path / "shaped_rewards.py").write_text(fails_after_step_2.replace("FOLDER", "few"))
+  other = SHORT | {"data__eval": "experiments/arithmetic/test.jsonl", "eval__before": False,
+                   "reward__function": "shaped_rewards.not_held_out"}
+  run(tmp_path / "few", **other, eval__problems=4)
+  assert read(tmp_path / "few" / "summary.json")["eval_after"]["test"]["ungraded"] == 1.0
+  (tmp_path / "shaped_rewards.py").write_text(fails_after_step_2.replace("FOLDER", "run"))
+  line = failed(command(*arguments(tmp_path / "run", **other, eval__problems=128)))
+  assert "after step 2, which is saved" in line and "failed on all of the last 128 answers" in line
+  assert (tmp_path / "run" / "policy" / "model.safetensors").exists() and not (tmp_path / "run" / "summary.json").exists()
+  (tmp_path / "shaped_rewards.py").write_text("def not_held_out(response, answer): return 1.0")
+  run(tmp_path / "run", **other, eval__problems=128)
+  after = read(tmp_path / "run" / "summary.json")["eval_after"]["test"]
+  assert after["accuracy"] == 1.0 and "ungraded" not in after
 
 
 def test_a_signature_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, functions, monkeypatch):

@@ -19,7 +19,7 @@ from arrol_jax.pruning.decision import NO_HEAD, Voters, make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.pruning.table import Calibration, posterior
 from arrol_jax.rewards import extract_answer, grade
-from arrol_jax.types import Rollout
+from arrol_jax.types import FAILED, Rollout
 
 
 def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, sampling: Sampling, grading: Grading,
@@ -29,9 +29,9 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
   accuracy: share of successes (reward.success) among all samples that finished (avg@k); reward: their mean reward, where it is
   another; ci95: half-width of accuracy's normal interval over problems; pass: share of problems with at least one right answer;
   truncated: share that hit the length limit; tokens: response tokens a problem, stopped: share of traces that were ended as
-  hopeless. With several samples also the votes of `vote_accuracies` and, where all traces finished, pass@k for k = 1, 2, 4, ...
-  (the unbiased estimator), each with a bootstrap interval over problems, "..._ci"; "..._gain_ci" is that of a vote's gain on the
-  majority, paired.
+  hopeless; ungraded: share of the others that could not be graded, where there are any. With several samples also the votes of
+  `vote_accuracies` and, where all traces finished, pass@k for k = 1, 2, 4, ... (the unbiased estimator), each with a bootstrap
+  interval over problems, "..._ci"; "..._gain_ci" is that of a vote's gain on the majority, paired.
   """
   v, samples = voters, asked.samples if isinstance(asked, Asked) else asked
   decide = None
@@ -51,6 +51,9 @@ def measure(engine: Engine, prompts: list, asked: Asked | int, key: jax.Array, s
          "tokens": sum(len(r.tokens) for r in rollouts) / len(prompts), "stopped": float(np.mean([r.pruned for r in rollouts]))}
   if any(r.reward != r.success for r in rollouts if not r.pruned):
     out["reward"] = float(np.nanmean([r.reward for r in rollouts]))
+  ungraded = [r.reason in FAILED for r in rollouts if not r.pruned]
+  if any(ungraded):
+    out["ungraded"] = float(np.mean(ungraded))
   if samples > 1:
     per_problem = {} if out["stopped"] else {
       f"pass@{k}": [pass_at_k(row, k) for row in right] for k in (2**i for i in range(samples.bit_length())) if k <= samples}

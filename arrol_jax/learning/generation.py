@@ -4,6 +4,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+import dataclasses
 import logging
 import time
 from typing import NamedTuple
@@ -17,16 +18,24 @@ from arrol_jax.types import FAILED, Rollout, UserError
 
 _log = logging.getLogger(__name__)
 _LISTEN_S = 0.5  # how often a wait for grades looks whether the run is told to stop
+ENOUGH = 128  # answers in a row, of which none could be graded, that say that the reward function is broken
 
 
-class Grading(NamedTuple):
+class Ungraded(UserError):
+  """The reward function has failed on all of so many answers that it is not for the answers."""
+
+
+@dataclasses.dataclass
+class Grading:
   """What turns a response into a reward; pattern: the grader's, to read answers that are voted on. success: the least reward of a
-  success. function: the reward function's name, which must not fail on all answers; None: answers are compared."""
+  success. function: the reward function's name, which must not fail on ENOUGH answers in a row; None: answers are compared.
+  failed: reasons of the answers that could not be graded, since the last batch of which one could."""
   tokenizer: object
   grader: object
   pattern: str | None = None
   success: float = 1.0
   function: str | None = None
+  failed: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 class Asked(NamedTuple):
@@ -77,7 +86,7 @@ class Wanted:
   def graded(self, rollouts: list[Rollout], watch: Callable | None = None) -> tuple[list[Rollout], float]:
     """All of them, in the order of the requests, with their rewards, and the seconds waited for grades.
 
-    watch() is called meanwhile, as often in every process; what it raises ends the wait.
+    watch() is called meanwhile, as often in every process; what it raises ends the wait. Raises Ungraded.
     """
     waited = time.perf_counter()
     while not all(hosts.gather(self._wait(_LISTEN_S))):
@@ -98,25 +107,20 @@ class Wanted:
 
 
 def _tell_failures(grading: Grading, reasons: list[str]) -> None:
-  """A warning where most answers could not be graded; see also `check_failures`.
+  """A warning where most answers could not be graded, Ungraded where the reward function has failed on ENOUGH in a row.
 
-  Now and then it is a hostile answer; but this must not pass for a policy that knows nothing. One late answer alone ends nothing.
+  Now and then it is a hostile answer; but this must not pass for a policy that knows nothing. Few answers alone end nothing.
   """
-  if grading.function:
-    check_failures(grading.function, grading.grader, reasons)
   failed = Counter(reason for reason in reasons if reason in FAILED)
+  grading.failed = grading.failed + failed if failed.total() == len(reasons) else Counter()
+  if grading.function and grading.failed.total() >= ENOUGH:
+    problem = grading.grader.first_problem
+    raise Ungraded(f"reward.function={grading.function} failed on all of the last {grading.failed.total()} answers "
+                   f"({_counts(grading.failed)}{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and "
+                   "reward.memory")
   if 2 * failed.total() > len(reasons):
     _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
                  "reward.memory, reward.workers", failed.total(), len(reasons), _counts(failed))
-
-
-def check_failures(function: str, grader, reasons: list[str]) -> None:
-  """UserError where the reward function failed on all of a step's answers, by the reasons of their grades."""
-  failed = Counter(reason for reason in reasons if reason in FAILED)
-  if failed and failed.total() == len(reasons) and (len(reasons) > 1 or failed["error"]):
-    problem = grader.first_problem
-    raise UserError(f"reward.function={function} failed on all {len(reasons)} answers ({_counts(failed)}"
-                    f"{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and reward.memory")
 
 
 def _counts(failed: Counter) -> str:

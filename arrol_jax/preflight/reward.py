@@ -6,10 +6,10 @@ import functools
 from ml_collections import ConfigDict
 
 from arrol_jax.data.problems import Prompt, spaced
-from arrol_jax.learning.generation import check_failures
 from arrol_jax.preflight.page import Page
 from arrol_jax.rewards import Graded, Grader
 from arrol_jax.rewards.extract import response_with
+from arrol_jax.types import FAILED
 
 _ASKED = 64  # reference answers that are graded against themselves, where no function of the user's is called
 # What else a reward function may look for the answer in.
@@ -70,7 +70,11 @@ def _function(page: Page, c: ConfigDict, grader: Grader, prompts: list[Prompt]) 
   _tell(page, "right", response, gold, right)
   _tell(page, "wrong", other, gold, wrong)
   everything = [graded for _, graded, _ in asked] + [wrong]
-  check_failures(r.function, grader, [graded.reason for graded in everything])
+  problem = grader.first_problem
+  if all(graded.reason in FAILED for graded in everything):
+    page.warn(f"{r.function} failed on all {len(everything)} answers that it was asked, right and wrong (first: {problem}); a run "
+              "ends where that goes on")
+    return
   if len({graded.reward for graded in everything}) == 1:
     page.warn(f"{r.function}: all rewards are alike ({wrong.reward:g}), right or wrong: nothing can be learned from them")
   elif right.reward < r.success:
@@ -78,7 +82,6 @@ def _function(page: Page, c: ConfigDict, grader: Grader, prompts: list[Prompt]) 
               f"usual forms; most, {right.reward:g}, gets {response!r} for {gold!r}: see the form it wants, or reward.success")
   elif wrong.reward >= r.success:
     page.warn(f"{r.function} gives a wrong answer the reward of a success ({wrong.reward:g}): {other!r} for {gold!r}")
-  problem = grader.first_problem
   if problem:
     page.warn(f"{r.function}: {problem}; such an answer gets reward 0")
 

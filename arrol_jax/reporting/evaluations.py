@@ -12,7 +12,7 @@ def table(results: Iterable[tuple[str, dict]]) -> list[list[str]]:
   columns = {"accuracy": lambda x: _percent(x.get("accuracy"), x.get("ci95")), "reward": lambda x: _number(x.get("reward")),
              "problems": lambda x: _count(x.get("problems")), "samples": lambda x: _count(x.get("samples")),
              "tokens a response": lambda x: _count(x.get("response_len")), "cut off": lambda x: _percent(x.get("truncated")),
-             "stopped": lambda x: _percent(x.get("stopped") or None)}
+             "stopped": lambda x: _percent(x.get("stopped") or None), "ungraded": lambda x: _percent(x.get("ungraded"))}
   rows = [[name, *(of(x) for of in columns.values())] for name, x in results]
   used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
   return [[row[i] for i in used] for row in [["", *columns], *rows]]
