@@ -1,6 +1,7 @@
 """Reward functions of every shape: how their parameters are filled, what their results mean, and what is refused at the start."""
 
 import functools
+import gc
 import math
 import sys
 import textwrap
@@ -22,6 +23,27 @@ class Called:
 
 async def later(response, answer):
   return 1.0
+
+
+class Later:
+  async def __call__(self, response, answer):
+    return 1.0
+
+  async def method(self, response, answer):
+    return 1.0
+
+
+def one_by_one(response, answer):
+  yield 1.0
+
+
+async def later_one_by_one(response, answer):
+  yield 1.0
+
+
+@functools.wraps(later)
+def awaited(response, answer):
+  return response, answer
 
 
 FITS = {  # what is called -> what it should see of ("R", "A") and the pattern
@@ -47,6 +69,8 @@ FITS = {  # what is called -> what it should see of ("R", "A") and the pattern
   "keyword only": (lambda *, answer, response, strict=True: (response, answer, strict), ("R", "A", True)),
   "partial": (functools.partial(lambda r, a, tol: (r, a, tol), tol=5), ("R", "A", 5)),
   "an object": (Called(), ("R", "A")),
+  "a partial of an object": (functools.partial(Called(), answer="B"), ("R", "A")),
+  "a wrapper that runs a coroutine": (awaited, ("R", "A")),
 }
 
 
@@ -67,7 +91,13 @@ REFUSED = {
   "a default where the answer would go": (lambda r, tol=1e-6: 1, "no parameter for the answer"),
   "a class": (Called, "a class"),
   "a number": (3, "'int', not a function"),
-  "a coroutine": (later, "coroutine"),
+  "a coroutine": (later, "coroutine.*asyncio.run inside"),
+  "a partial of one": (functools.partial(later, answer="A"), "coroutine"),
+  "an object with one": (Later(), "coroutine"),
+  "a partial of an object with one": (functools.partial(Later(), answer="A"), "coroutine"),
+  "a method that is one": (Later().method, "coroutine"),
+  "a generator": (one_by_one, "generator"),
+  "a generator of coroutines": (later_one_by_one, "generator"),
 }
 
 
@@ -93,6 +123,14 @@ def test_anything_else_is_told_with_its_value(value, text):
   with pytest.raises(worker.NoReward) as e:
     worker.as_reward(value)
   assert text in str(e.value) and len(str(e.value)) < 260 and "\n" not in str(e.value)
+
+
+def test_a_coroutine_that_is_returned_is_closed_and_told(recwarn):
+  """No function says before its call that it returns one."""
+  with pytest.raises(worker.NoReward, match=r"it returned a coroutine.*asyncio.run\(...\)"):
+    worker.as_reward(later("R", "A"))
+  gc.collect()
+  assert not [w for w in recwarn if "never awaited" in str(w.message)]
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def failed(result) -> str:
 
 @pytest.mark.parametrize("name, words", [("fails", ["128 error", "RuntimeError: no key for the judge"]),
                                          ("nothing", ["it returned None"])])
-def test_a_function_that_fails_on_every_answer_ends_the_run_which_goes_on_once_it_is_mended(tmp_path, functions, name, words):
+def test_a_function_that_fails_on_every_answer_ends_the_run_until_it_is_mended(tmp_path, functions, name, words):
   """After eight steps of 16 answers, of which the eighth is given up. What was evaluated by it is evaluated again."""
   long = SHORT | {"steps": 9, "prune__enabled": False, "checkpoint__every": 100, "eval__problems": 4,
                   "data__eval": "experiments/arithmetic/test.jsonl"}
@@ -162,14 +162,14 @@ def test_a_function_that_fails_on_every_answer_ends_the_run_which_goes_on_once_i
 
 
 def test_few_survivors_whose_answers_cannot_be_graded_end_nothing(tmp_path, functions):
-  """One answer in three raises; pruning leaves a handful: steps without a graded one come, and 128 such answers in a row do not."""
+  """Two answers in three raise; pruning leaves a handful: steps without a graded one come, 128 such answers in a row do not."""
   run(tmp_path / "run", **SHORT | {"steps": 12, "prune__keep": 0.15}, reward__function="shaped_rewards.mostly")
   lines = read(tmp_path / "run" / "metrics.jsonl")
   assert any(x["ungraded"] == 1 for x in lines) and any(x["ungraded"] < 1 for x in lines)
 
 
 def test_a_failing_evaluation_keeps_what_a_finished_training_made(tmp_path, functions):
-  """Enough held-out answers end the run after the policy is exported; it finishes once the function is mended. Few end nothing."""
+  """Enough held-out answers end the run after the policy is exported; it finishes once the function is mended. Few do not."""
   fails_after_step_2 = """
 import pathlib
 def not_held_out(response, answer):

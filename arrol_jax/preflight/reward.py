@@ -72,8 +72,8 @@ def _function(page: Page, c: ConfigDict, grader: Grader, prompts: list[Prompt]) 
   everything = [graded for _, graded, _ in asked] + [wrong]
   problem = grader.first_problem
   if all(graded.reason in FAILED for graded in everything):
-    page.warn(f"{r.function} failed on all {len(everything)} answers that it was asked, right and wrong (first: {problem}); a run "
-              "ends where that goes on")
+    page.warn(f"{r.function} failed on all {len(everything)} answers that it was asked, right and wrong (first: {problem}); a "
+              "run ends where that goes on")
     return
   if len({graded.reward for graded in everything}) == 1:
     page.warn(f"{r.function}: all rewards are alike ({wrong.reward:g}), right or wrong: nothing can be learned from them")

@@ -7,6 +7,7 @@ ends them. Left out: deadlines, which are the parent's to keep.
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import fcntl
+import functools
 from importlib import import_module
 import inspect
 import math
@@ -137,12 +138,20 @@ def _roles(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
   return roles
 
 
+def _called(function: Callable) -> tuple:
+  """What may run when this is called: itself without a partial's arguments, and an object's __call__."""
+  while isinstance(function, functools.partial):
+    function = function.func
+  return function, type(function).__call__
+
+
 def _places(function: Callable) -> tuple[list[str], dict[str, str]]:
   """Which of response, answer and pattern a function takes by position, in their order, and which by name: {parameter: which}."""
   if inspect.isclass(function) or not callable(function):
     raise TypeError(f"it is {'a class' if inspect.isclass(function) else type(function).__name__!r}, not a function")
-  if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
-    raise TypeError("it is a coroutine or a generator; a plain function that returns a number is needed")
+  kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+  if any(kind(called) for kind in kinds for called in _called(function)):
+    raise TypeError("it is a coroutine or a generator; a plain function that returns a number is needed (asyncio.run inside)")
   try:
     signature = inspect.signature(function)
   except ValueError as e:
@@ -183,6 +192,9 @@ def _places(function: Callable) -> tuple[list[str], dict[str, str]]:
 
 def as_reward(value) -> float:
   """A reward function's result as a float; NoReward unless it is a finite real number up to LARGEST (0-d arrays and True are)."""
+  if inspect.iscoroutine(value):
+    value.close()
+    raise NoReward("it returned a coroutine, which is no number; return asyncio.run(...) of it")
   is_number = (hasattr(type(value), "__float__") and not isinstance(value, str) and getattr(value, "shape", ()) == ()
                and not (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)))
   reward = float(value) if is_number else math.nan
