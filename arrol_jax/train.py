@@ -33,7 +33,7 @@ from arrol_jax.learning.generation import Asked, Grading, Wanted
 from arrol_jax.models.files import tokenizers
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.rewards import Grader
-from arrol_jax.running import hosts, loggers, streams
+from arrol_jax.running import endings, hosts, loggers, streams
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import (
   Logs,
@@ -72,6 +72,7 @@ def main():
 
   # ---- mesh, model, data
   with lock, jax.set_mesh(mesh := assemble.make_mesh(c)), assemble.grader(c) as grader, ExitStack() as stack:
+    stack.enter_context(endings.naming(workdir))
     hosts.together(lambda: check_can_go_on(workdir))
     stop = stack.enter_context(hosts.Watch(at_once=not hosts.several()))
     hosts.wake_devices()

@@ -13,8 +13,7 @@ _SHOWN = 8  # keys of a kind
 
 def settings(page: Page, c: ConfigDict, defaults: ConfigDict, workdir: str) -> bool:
   """Whether a run is there, and may go on under these settings (UserError where it may not)."""
-  if os.path.exists(workdir) and not (os.path.isdir(workdir) and os.access(workdir, os.W_OK)):
-    runs.check_workdir(workdir, c, defaults)  # says why it cannot be written to
+  runs.check_writable(workdir)
   if os.path.exists(f"{workdir}/.lock"):
     runs.hold(workdir).close()
   stored = runs.stored_config(workdir, defaults)

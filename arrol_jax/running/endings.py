@@ -1,5 +1,7 @@
 """What a command says of the error that ends it, and its exit status."""
 
+from collections.abc import Iterator
+import contextlib
 import errno
 
 import jax
@@ -11,6 +13,17 @@ _PLACES = errno.EIO, errno.ESTALE, errno.EROFS  # a place's own fault, also wher
 _AGAIN = "the same command goes on from the last checkpoint, if there is one"
 
 
+@contextlib.contextmanager
+def naming(folder: str) -> Iterator[None]:
+  """What a disk says of no file by its name, as of one that is open, is of this folder."""
+  try:
+    yield
+  except OSError as e:
+    if e.filename is None and e.errno in _FULL + _PLACES:
+      e.filename = folder
+    raise
+
+
 def told(e: BaseException) -> tuple[str, int] | None:
   """A line and a status; None for what nobody foresaw, which is a traceback."""
   match e:
@@ -20,7 +33,7 @@ def told(e: BaseException) -> tuple[str, int] | None:
       return f"interrupted; {_AGAIN}", 130
     case OSError() if e.errno in _FULL or e.filename is not None or e.errno in _PLACES:
       do = "make room" if e.errno in _FULL else "repair it"
-      return f"error: {e.filename or 'the run folder'}: {e.strerror}; {do}, and {_AGAIN}", 2
+      return f"error: {f'{e.filename}: ' * bool(e.filename)}{e.strerror}; {do}, and {_AGAIN}", 2
     case MemoryError():
       return _out_of_memory("this machine's memory", e)
     case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e):

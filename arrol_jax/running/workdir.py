@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 
 import jax
 import numpy as np
@@ -84,13 +85,23 @@ class Logs:
 
 def check_workdir(workdir: str, c, defaults=None) -> None:
   """Makes the folder, or checks that what it holds belongs to this config. defaults: what keys have that it does not name."""
+  check_writable(workdir)
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as e:
     raise UserError(f"--workdir={workdir}: {e.strerror}") from e
-  if not os.access(workdir, os.W_OK):
-    raise UserError(f"--workdir={workdir}: this user may not write there")
   check_settings(workdir, c, defaults)
+
+
+def check_writable(workdir: str) -> None:
+  """UserError, in the system's words, where the folder, or what is there of the path to it, takes no file."""
+  there = workdir
+  while not os.path.exists(there):
+    there = os.path.dirname(there) or "."
+  try:
+    tempfile.TemporaryFile(dir=there).close()
+  except OSError as e:
+    raise UserError(f"--workdir={workdir}: nothing can be written there ({e.strerror})") from e
 
 
 def check_settings(workdir: str, c, defaults=None) -> None:
