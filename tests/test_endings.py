@@ -2,11 +2,14 @@
 
 import errno
 import os
+from unittest import mock
 
+from helpers_train import FAST, arguments, command, in_process
 import jax
 import pytest
 
-from arrol_jax import config
+from arrol_jax import config, doctor
+from arrol_jax.running import workdir
 from arrol_jax.types import UserError
 
 AGAIN = "the same command goes on from the last checkpoint, if there is one"
@@ -38,3 +41,32 @@ def test_what_nobody_foresaw_keeps_its_traceback(error):
   with pytest.raises(type(error)) as e:
     config.run(main)
   assert e.value is error
+
+
+@pytest.mark.parametrize("folder", ["run", "new/run"])
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_folder_that_takes_no_file_is_told_in_the_systems_words(tmp_path, error, folder):
+  """Before anything is read, and by arrol-doctor; whoever the user is."""
+  (tmp_path / "run").mkdir()
+  asked = []
+
+  def refuse(dir):
+    asked.append(dir)
+    raise OSError(error, os.strerror(error), dir)
+
+  line = f"error: --workdir={tmp_path / folder}: nothing can be written there ({os.strerror(error)})"
+  with mock.patch.object(workdir.tempfile, "TemporaryFile", refuse):
+    assert command(*arguments(tmp_path / folder, **FAST)).err == f"{line}\n"
+    assert in_process(doctor, *arguments(tmp_path / folder, **FAST)).err.splitlines()[-1] == line
+  assert asked == [str(tmp_path / folder) if folder == "run" else str(tmp_path)] * 2
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing_there(tmp_path):
+  workdir.check_writable(str(tmp_path))
+  workdir.check_writable(str(tmp_path / "a" / "b"))
+  workdir.check_writable("no/such/folder")
+  assert os.listdir(tmp_path) == [] and not os.path.exists("no")
+  (tmp_path / "file").touch()
+  for name in ("file", "file/run"):
+    with pytest.raises(UserError, match="Not a directory"):
+      workdir.check_writable(str(tmp_path / name))

@@ -1,6 +1,5 @@
 """A run's folder: who may write there, with which settings, problems and weights, and what a damaged file in it does."""
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -11,10 +10,10 @@ import sys
 import time
 from unittest import mock
 
-from helpers_train import FAST, ROOT, arguments, assert_refused, command, in_process, read, run, timeless
+from helpers_train import FAST, ROOT, arguments, assert_refused, command, read, run, timeless
 import pytest
 
-from arrol_jax import config, doctor, train
+from arrol_jax import config, train
 from arrol_jax.learning import generation
 from arrol_jax.models.files import safetensors
 from arrol_jax.running import hosts, workdir
@@ -380,32 +379,3 @@ def test_what_the_disk_says_is_one_line(tmp_path, error, words):
   """With the file's name, or, of one that is open, the folder's."""
   with mock.patch.object(train, "claim", side_effect=error):
     assert_refused(command(*arguments(tmp_path, **FAST)), "error: " + words.replace("FOLDER", str(tmp_path)))
-
-
-@pytest.mark.parametrize("folder", ["run", "new/run"])
-@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_a_folder_that_takes_no_file_is_told_in_the_systems_words(tmp_path, error, folder):
-  """Before anything is read, and by arrol-doctor; whoever the user is."""
-  (tmp_path / "run").mkdir()
-  asked = []
-
-  def refuse(dir):
-    asked.append(dir)
-    raise OSError(error, os.strerror(error), dir)
-
-  line = f"error: --workdir={tmp_path / folder}: nothing can be written there ({os.strerror(error)})"
-  with mock.patch.object(workdir.tempfile, "TemporaryFile", refuse):
-    assert command(*arguments(tmp_path / folder, **FAST)).err == f"{line}\n"
-    assert in_process(doctor, *arguments(tmp_path / folder, **FAST)).err.splitlines()[-1] == line
-  assert asked == [str(tmp_path / folder) if folder == "run" else str(tmp_path)] * 2
-
-
-def test_looking_whether_a_folder_can_be_written_leaves_nothing_there(tmp_path):
-  workdir.check_writable(str(tmp_path))
-  workdir.check_writable(str(tmp_path / "a" / "b"))
-  workdir.check_writable("no/such/folder")
-  assert os.listdir(tmp_path) == [] and not os.path.exists("no")
-  (tmp_path / "file").touch()
-  for name in ("file", "file/run"):
-    with pytest.raises(UserError, match="Not a directory"):
-      workdir.check_writable(str(tmp_path / name))
