@@ -104,4 +104,4 @@ def test_a_pattern_that_searches_for_ever_finds_nothing_and_is_a_timeout():
   assert extract_answer(response, pattern) is None
   with Grader(1, pattern=pattern) as grader:
     assert grader.grade_all([(response, "12")]) == [Graded(0.0, "timeout")]
-  assert time.monotonic() - begun < 5
+  assert time.monotonic() - begun < 20
