@@ -175,13 +175,13 @@ REGIMES = {regime.name: regime for regime in (
           dict.fromkeys(("budget_chosen4_ahead4", "resampled"), 5), {"budget_ahead4": 3}),
          AHEAD4, train="math_train", test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4", "budget_ahead4"),
          nulls=("plain_ahead4", "resampled"), square=_SQUARE, **_MATH_RATES.chosen()),
-  Regime("square", "gpu", "MATH by later code: choosing prompts and running ahead, each with and without the other",
+  Regime("math_fresh", "gpu", "MATH by later code on fresh seeds: ours beside other ways to halve the work or to mixed groups",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
-         (dict.fromkeys(_SQUARE, 5),
-          dict.fromkeys(("resampled", "budget_chosen4_ahead4"), 5)),
-         {arm: AHEAD4[arm] for arm in AHEAD4 if arm != "budget_ahead4"}, 6, train="math_train", test="math500",
-         ours=("chosen4_ahead4", "chosen4", "budget_chosen4_ahead4"), nulls=("plain_ahead4", "resampled"),
-         square=_SQUARE, **_MATH_RATES.chosen()),
+         (dict.fromkeys(("plain", "chosen4_ahead4", "budget_chosen4_ahead4", "plain8", "max_variance", "resampled"), 5),
+          dict.fromkeys(("chosen4", "plain_ahead4"), 5)),
+         {arm: AHEAD4[arm] for arm in AHEAD4 if arm != "budget_ahead4"} | {arm: ARMS[arm] for arm in ("plain8", "max_variance")},
+         6, train="math_train", test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4"),
+         nulls=("plain8", "max_variance", "resampled"), square=_SQUARE, **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
@@ -196,7 +196,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "square", "falling"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "falling"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)

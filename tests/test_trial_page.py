@@ -73,7 +73,7 @@ def test_pairs_are_by_seed(elsewhere):
 def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
   """Seed 6: 10, +4 by choosing, +1 by running ahead, +7 by both; seed 7: +2, +3, +3. Seed 8 lacks an arm, seed 9 has two devices,
   seed 10 two versions."""
-  square = REGIMES["square"]
+  square = REGIMES["math_fresh"]
   neither, first, second, both = square.square
   for seed, levels in ((6, (0.10, 0.14, 0.11, 0.17)), (7, (0.10, 0.12, 0.13, 0.13)), (8, (0.10, 0.90, 0.90)), (9, (0.1,) * 4),
                        (10, (0.1,) * 4)):
