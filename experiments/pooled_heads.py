@@ -3,7 +3,7 @@
   python -m experiments.pooled_heads --config=configs/gsm8k_qwen05b.py --lengths=128,64,192 --prompts=640 --out=DIR \\
     --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl
 
-One H100 (untried); --seconds, 280 unless said, ends it with what is done by then. On a CPU, two or three minutes:
+170 s on one H200; --seconds, 280 unless said, ends it with what is done by then. On a CPU, two or three minutes:
 --config=configs/quickstart.py --lengths=16 --prompts=96 --width=32.
 
 Rolls out `prompts` training problems once, unpruned, keeps the states of their first tokens at shares of the depth
