@@ -13,7 +13,7 @@ PACKAGE = ROOT / "arrol_jax"
 
 # A package imports only from packages before it; so does a module on the top floor, from packages and from modules before it.
 PACKAGES = "types running reporting rewards data models engine pruning learning serving".split()
-READ_CONFIG = "config_ranges config assemble assemble_state assemble_service planning preflight".split()
+READ_CONFIG = "config_ranges config assemble assemble_state assemble_service planning preflight course".split()
 TOP = ["prune", "voting", "usage", *READ_CONFIG[:2], "step", "step_programs", *READ_CONFIG[2:], "benchmarks"]
 ENTRY_POINTS = "train evaluate look chat bench get plan doctor serve jetstream".split()  # nothing imports them
 ORDER = PACKAGES + TOP
@@ -73,7 +73,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_the_config_and_what_assembles_read_the_config():
-  """And planning, which proposes changes to it, and preflight, which explains it. Everything below takes plain arguments."""
+  """And planning, which proposes changes to it, preflight, which explains it, and a run's course. Everything below takes plain
+  arguments."""
   for name, path in modules():
     if name not in [*ENTRY_POINTS, *READ_CONFIG]:
       assert "ml_collections" not in path.read_text(), path
