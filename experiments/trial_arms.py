@@ -71,7 +71,9 @@ _BOTH = dataclasses.replace(ARMS["budget_chosen"], what="ours, on the quarter of
                             looked_at=4.0)
 AHEAD = running_ahead(2, "two", "_ahead", _THREE)
 # A step lasts at least its longest response's decode steps divided by one more than that, whoever is pruned: sim_ahead.py.
-AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH}) | {
+_EIGHT = dataclasses.replace(ARMS["chosen4"], what="GRPO, 8 rollouts a prompt of the quarter that promises most",
+                             settings=ARMS["chosen4"].settings | {"rollout.group_size": 8})
+AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH, "chosen4_8": _EIGHT}) | {
   "chosen4": ARMS["chosen4"], "resampled": Arm("DAPO's dynamic sampling: groups that are all alike are replaced, in three rounds",
                                                {"prune.enabled": False, "rollout.resampling": 3})}
 # The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
@@ -178,10 +180,14 @@ REGIMES = {regime.name: regime for regime in (
   Regime("math_fresh", "gpu", "MATH by later code on fresh seeds: ours beside other ways to halve the work or to mixed groups",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
          (dict.fromkeys(("plain", "chosen4_ahead4", "budget_chosen4_ahead4", "plain8", "max_variance", "resampled"), 5),
-          dict.fromkeys(("chosen4", "plain_ahead4"), 5)),
+          {"chosen4_8_ahead4": 5}, dict.fromkeys(("chosen4", "plain_ahead4"), 5)),
          {arm: AHEAD4[arm] for arm in AHEAD4 if arm != "budget_ahead4"} | {arm: ARMS[arm] for arm in ("plain8", "max_variance")},
          6, train="math_train", test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4"),
          nulls=("plain8", "max_variance", "resampled"), square=_SQUARE, **_MATH_RATES.chosen()),
+  Regime("math_long", "gpu", "MATH as above, three times as long: is the lead more than a head start?",
+         "configs/gsm8k_qwen05b.py", 180.0, 360.0, _MATH, (dict.fromkeys(("plain", "chosen4_ahead4", "budget_chosen4_ahead4"), 4),),
+         {arm: AHEAD4[arm] for arm in ("plain", "chosen4_ahead4", "budget_chosen4_ahead4")}, 11, train="math_train",
+         test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4"), nulls=(), **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
@@ -196,7 +202,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "falling"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_long", "falling"), "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)
