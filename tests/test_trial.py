@@ -80,13 +80,17 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
 
 
-def test_the_shipped_config_of_math_is_the_arm_that_its_result_is_of():
-  """But for seed, logs, evaluations halfway, and how pruning would go if there were any."""
-  arm = config.parse(list(Run(REGIMES["math4"], "chosen4_ahead4", 1).training("", "")))[0]
-  shipped = config.parse(["train.py", "--config=math_qwen05b_chosen"])[0]
-  for name in ("model", "rollout", "quality", "loss", "optim", "reward", "learn", "mesh", "steps", "stop_seconds"):
-    assert shipped[name] == arm[name], name
-  assert not shipped.prune.enabled and shipped.data.template == arm.data.template and shipped.eval.sampled == arm.eval.sampled
+@pytest.mark.parametrize("name, arm", [
+  ("math_qwen05b_chosen", "chosen4_ahead4"), ("math_qwen05b_pruned", "budget_chosen4_ahead4")])
+def test_the_shipped_configs_of_math_are_the_arms_that_their_results_are_of(name, arm):
+  """But for seed, logs, evaluations halfway, and how pruning would go where there is none."""
+  arm = config.parse(list(Run(REGIMES["math_fresh"], arm, 6).training("", "")))[0]
+  shipped = config.parse(["train.py", f"--config={name}"])[0]
+  for section in ("model", "rollout", "quality", "loss", "optim", "reward", "learn", "mesh", "steps", "stop_seconds"):
+    assert shipped[section] == arm[section], section
+  assert shipped.prune.enabled == arm.prune.enabled == (name == "math_qwen05b_pruned")
+  assert not shipped.prune.enabled or shipped.prune == arm.prune
+  assert shipped.data.template == arm.data.template and shipped.eval.sampled == arm.eval.sampled
 
 
 def test_paths_are_given_and_not_kept():
