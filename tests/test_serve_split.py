@@ -210,7 +210,7 @@ def test_an_end_waits_for_no_second_pass(end, capfd):
       server.front.stop()
       server.front.stop()
     else:  # as where the command is killed
-      with socket.socket(fileno=os.dup(server.front.connection.fileno())) as line:
+      with socket.socket(fileno=os.dup(server.front.line.connection.fileno())) as line:
         line.shutdown(socket.SHUT_RDWR)
     cut = f"stopped: {len(callers)} calls under way were cut"
     assert server.ended() == (1, [cut] if end == "signals" else [])
@@ -262,7 +262,7 @@ def test_a_message_that_makes_no_sense_ends_both(reader, capsys):
   with split() as server:
     connection, answer = begun(server.port, FOREVER | {"max_tokens": 10**6})
     if reader == "http":
-      server.front._send("nonsense")
+      server.front.line.send("nonsense")
       assert b'"code": 500' in answer.read()
     else:
       server.service.cancel = None  # so that nothing can be made of the next message

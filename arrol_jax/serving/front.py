@@ -3,7 +3,6 @@
 import functools
 from multiprocessing.connection import Pipe
 import os
-import pickle
 import queue
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import weakref
 from arrol_jax.running import hosts
 from arrol_jax.serving.calls import Call, Cut, Piece, Ticket
 from arrol_jax.serving.lifecycle import GRACE
+from arrol_jax.serving.line import Line
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access
@@ -28,7 +28,7 @@ class Front:
   this one's stdout)."""
 
   def __init__(self, listener: socket.socket, said=None):
-    self.connection, theirs = Pipe()
+    ours, theirs = Pipe()
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     fds = [listener.fileno(), theirs.fileno()]
     with listener, theirs:
@@ -36,10 +36,10 @@ class Front:
       self.process = subprocess.Popen([sys.executable, "-P", "-c", _START, *map(str, fds)], pass_fds=fds, start_new_session=True,
                                       stdin=subprocess.DEVNULL, stdout=said,
                                       env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"})
+    self.line = Line(ours)
     self.service: Service | None = None
     self.tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # by number; the service holds them
     self.said, self.waits = [], []  # of this turn
-    self.sending = threading.Lock()
     self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: the process has ended
 
   def __enter__(self) -> "Front":
@@ -48,8 +48,7 @@ class Front:
   def __exit__(self, *_exception) -> None:
     self.process.kill()
     self.process.wait()
-    with self.sending:  # a second pass may end now, and must not write to a file that has this one's number next
-      self.connection.close()
+    self.line.close()
 
   def stop(self) -> None:
     """What a signal does: the first drains, the second cuts. For signal handlers too."""
@@ -58,13 +57,13 @@ class Front:
   def run(self, service: Service, limits: Limits, access: Access, drain: float, keep_alive: int) -> int:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
     self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
-    self._send(limits, access, drain, keep_alive, service.standing)
+    self.line.send(limits, access, drain, keep_alive, service.standing)
     hosts.settle()
     engine = threading.Thread(target=self._decode, name="engine", daemon=True)
     engine.start()
     threading.Thread(target=self._listen, name="front", daemon=True).start()
     while order := self.orders.get():
-      self._send(order)
+      self.line.send(order)
     status = self._ended()
     service.cut()
     engine.join(10 * GRACE)
@@ -83,13 +82,6 @@ class Front:
       print(f"error: the HTTP side was killed (signal {-status})", file=sys.stderr, flush=True)
     return status
 
-  def _send(self, *message) -> None:
-    try:
-      with self.sending:
-        self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))  # send()'s pickler takes longer
-    except OSError:
-      pass  # the process has ended: the thread that listens finds out
-
   # ---- the engine's thread
 
   def _decode(self) -> None:
@@ -100,7 +92,7 @@ class Front:
     try:
       self._turn()
     finally:
-      self._send("end", self.service.failure and _told(self.service.failure))
+      self.line.send("end", self.service.failure and _told(self.service.failure))
 
   def _say(self, number: int, piece: Piece | BaseException) -> None:
     self.said.append((number, piece if isinstance(piece, Piece) else _plain(piece)))
@@ -110,14 +102,14 @@ class Front:
     said, waits = list(self.said), list(self.waits)
     self.said.clear()
     self.waits.clear()
-    self._send("said", said, waits, self.service.standing)
+    self.line.send("said", said, waits, self.service.standing)
 
   # ---- the thread that listens
 
   def _listen(self) -> None:
     try:
       while True:
-        self._take(*self.connection.recv())
+        self._take(*self.line.hear())
     except (EOFError, OSError):
       pass
     except Exception:
@@ -144,7 +136,7 @@ class Front:
       told = [functools.partial(self._say, number) for number, _ in calls]
       tickets = self.service.submit_all([call for _, call in calls], told)
     except Exception as e:
-      self._send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
+      self.line.send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
       return
     self.tickets.update({number: ticket for (number, _), ticket in zip(calls, tickets, strict=True)})
 
@@ -152,7 +144,7 @@ class Front:
     if isinstance(result, Exception):
       traceback.print_exception(result)
       result = _plain(result)
-    self._send("scored", number, result)
+    self.line.send("scored", number, result)
 
 
 def _told(e: BaseException) -> str:

@@ -12,11 +12,9 @@ from collections.abc import Callable
 import contextlib
 import itertools
 from multiprocessing.connection import Connection
-import pickle
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import weakref
@@ -25,16 +23,17 @@ from arrol_jax.running import hosts, streams
 from arrol_jax.running.imports import without_torch
 from arrol_jax.serving.calls import Call, Cut, Standing, Ticket, check_room
 from arrol_jax.serving.lifecycle import listen
+from arrol_jax.serving.line import Line
 
 
 class Remote:
   """What the HTTP side asks of a Service. `most`: as the Service's; submit_all and cancel are called from one thread."""
 
-  def __init__(self, connection: Connection, most: int, standing: Standing):
-    self.connection, self.most, self.standing, self.failure = connection, most, standing, None
+  def __init__(self, line: Line, most: int, standing: Standing):
+    self.line, self.most, self.standing, self.failure = line, most, standing, None
     self.on_queue: Callable[[float], None] | None = None
     self.on_stop: Callable[[], None] | None = None  # called when the other process got a signal
-    self._numbers, self._sending = itertools.count(), threading.Lock()
+    self._numbers = itertools.count()
     self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # callers hold them
     self._scores: dict[int, Callable] = {}
     self._end: Exception | None = None  # why nobody answers any more: the failure, or Cut
@@ -50,26 +49,26 @@ class Remote:
     self._sent += sum(call.n for call in calls)
     tickets = [Ticket(call, told, next(self._numbers)) for call, told in zip(calls, on_piece, strict=True)]
     self._tickets.update({ticket.number: ticket for ticket in tickets})
-    self._send("submit", [(ticket.number, ticket.call) for ticket in tickets])
+    self.line.send("submit", [(ticket.number, ticket.call) for ticket in tickets])
     if self._end is not None:  # perhaps before that was noted: nobody may be left to tell
       raise Cut() if self.failure is None else RuntimeError("the engine broke") from self.failure
     return tickets
 
   def cancel(self, ticket: Ticket) -> None:
-    self._send("cancel", ticket.number)
+    self.line.send("cancel", ticket.number)
 
   def score(self, name: str, args: tuple, tell: Callable) -> None:
     """As Service.score."""
     number = next(self._numbers)
     self._scores[number] = tell
-    self._send("score", number, name, args)
+    self.line.send("score", number, name, args)
     self._tell_scores()
 
   def close(self) -> None:
-    self._send("close")
+    self.line.send("close")
 
   def cut(self) -> None:
-    self._send("cut")
+    self.line.send("cut")
 
   @property
   def running(self) -> int:
@@ -98,19 +97,12 @@ class Remote:
       with contextlib.suppress(KeyError):  # the other thread was first
         self._scores.popitem()[1](self._end)
 
-  def _send(self, *message) -> None:
-    try:
-      with self._sending:
-        self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))  # send()'s pickler takes longer
-    except OSError:
-      pass  # the other process has ended: the reading thread finds out
-
   # ---- the reading thread -----------------------------------------------------------------------------------
 
   def serve(self) -> None:
     """Hands on what comes, until the engine's thread has ended; what broke it, or the line to it, is in `failure` then."""
     try:
-      while (message := self.connection.recv())[0] != "end":
+      while (message := self.line.hear())[0] != "end":
         self._take(*message)
       self.failure = message[1] and RuntimeError(message[1])
     except (EOFError, OSError):
@@ -147,16 +139,16 @@ def main(listener: int, connection: int) -> int:
   """The process: serves at a listening socket, both given as file descriptors; the exit status."""
   for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
     signal.signal(name, lambda *_: None)
-  connection = Connection(connection)
+  line = Line(Connection(connection))
   hosts.take_process()
   streams.take()
   streams.spare()
   with without_torch():
     from transformers import PreTrainedTokenizerFast  # noqa: F401  (what comes has one; imported while the model loads)
   try:
-    limits, *settings, standing = connection.recv()
+    limits, *settings, standing = line.hear()
   except (EOFError, OSError):
     return 0  # the model could not be loaded, which has been said
-  remote = Remote(connection, limits.max_traces, standing)
+  remote = Remote(line, limits.max_traces, standing)
   hosts.settle()
   return listen(remote, limits, socket.socket(fileno=listener), *settings)
