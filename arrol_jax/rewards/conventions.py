@@ -14,6 +14,7 @@ _QUANTITY = re.compile(
   r"(?:\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{2\})? ?[0-9]*(?:\\?[A-Za-z]+|\\angle ?[A-Z]+|\([^()=]*\)|\{[^{}=]*\})"
   rf"|\\frac\{{{_SIDE}\}}\{{{_SIDE}\}})=([^=]+)")
 _ABOUT = re.compile(rf"(?:{NAMED})?\\approx ?([-+]?[0-9]*\.[0-9]+)")
+_CLOCK = re.compile(r"(?:\\text\{)?0?([1-9]|1[0-2])(?::([0-9]{2}))?(?:\\text\{)?([AaPp])\.?[Mm]\.?\}*")
 _COMBINATION = re.compile(
   r"C\(([^(),]+),([^(),]+)\)|C_\{([^{}]*)\}\^\{([^{}]*)\}|C\^\{([^{}]*)\}_\{([^{}]*)\}|[\^_]\{([^{}]*)\}C_\{([^{}]*)\}")
 _INTEGRAL = re.compile(r"(.*)\+C"), re.compile(r"(.*)\+([cKk]|C_\{[0-9]\})")
@@ -30,6 +31,9 @@ def alike(gold: str, answer: str) -> tuple[str, str]:
     answer = _coordinates(answer, gold)
   if "\\approx" in gold + answer:
     gold, answer = (found[1] if (found := _ABOUT.fullmatch(text)) else text for text in (gold, answer))
+  times = [_CLOCK.fullmatch(text) for text in (gold, answer)]
+  if None not in times:
+    return tuple(f"{hour}:{minute or '00'}\\text{{{half.lower()}m}}" for hour, minute, half in (x.groups() for x in times))
   if "\\binom" in gold and "C" in answer:
     answer = _COMBINATION.sub(_binomial, answer)
   ends = [pattern.fullmatch(text) for pattern, text in zip(_INTEGRAL, (gold, answer), strict=True)]
