@@ -171,9 +171,13 @@ def clipped(found: Found) -> float:
   return float(np.mean(found.column("grad_norm", 0) > found.about["settings"]["optim.clip_norm"]))
 
 
-def groups(found: Found) -> int:
-  """Prompts a step."""
-  return found.about["settings"]["rollout.prompts"]
+def groups(found: Found) -> float:
+  """Groups that a step starts: its prompts, and with dynamic sampling, in the mean, those that replaced some."""
+  given = found.about["settings"]
+  if given.get("rollout.resampling", 1) == 1:
+    return given["rollout.prompts"]
+  sums = found.column("signal_per_1k_tokens") * found.column("tokens_generated") / 1000  # over all groups
+  return float(np.nansum(sums) / np.nansum(found.column("signal")))
 
 
 def learned_share(found: Found) -> float:

@@ -70,6 +70,21 @@ def test_pairs_are_by_seed(elsewhere):
   assert f"+4.5 ± 31.8 (2) points, undecided (unpaired, by Welch, ± {(welch.high - welch.low) / 2:.1f}); the aim" in said
 
 
+def test_signal_a_second_is_of_all_groups_that_dynamic_sampling_starts(elsewhere):
+  """8 prompts a step and twice as many more that replace groups: 24 in all, of 1.5 each, in 2 s."""
+  regime = dataclasses.replace(CPU, queue=({"plain": 1, "resampled": 1},),
+                               arms=CPU.arms | {"resampled": trial_arms.AHEAD4["resampled"]})
+  for arm in regime.seeds:
+    path = made_up(arm, 1, 0.3, seconds=2.0, regime=regime).folder / "metrics.jsonl"
+    groups = 24 if arm == "resampled" else 8
+    lines = [json.loads(x) | {"signal_per_1k_tokens": groups * 1.5 / 5} for x in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+  found = trial_stats.load(regime)
+  rates = {arm: trial_stats.signal_rate(found.there[arm][1]) for arm in regime.seeds}
+  assert rates == {"plain": pytest.approx(8 * 1.5 / 2), "resampled": pytest.approx(24 * 1.5 / 2)}
+  assert trial_stats.groups(found.there["resampled"][1]) == pytest.approx(24)
+
+
 def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
   """Seed 6: 10, +4 by choosing, +1 by running ahead, +7 by both; seed 7: +2, +3, +3. Seed 8 lacks an arm, seed 9 has two devices,
   seed 10 two versions."""
