@@ -189,8 +189,11 @@ def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:
     asked = Asked(c.eval.samples, c.eval.temperature)
-    return measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters(c, head, tables),
-                   lambda _: bar.update())[0]
+    found = measure(engine, prompts, asked, key(c, EVAL), how, grading(c, loaded, grader), voters(c, head, tables),
+                    lambda _: bar.update())[0]
+  if 0 < found.get("ungraded", 0) <= 0.5:  # of more the grading has told
+    hosts.warn(f"{name}: {100 * found['ungraded']:.2g}% of the answers could not be graded and count as wrong")
+  return found
 
 
 def sampled(c: ConfigDict) -> ConfigDict:

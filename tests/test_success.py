@@ -168,6 +168,14 @@ def test_few_survivors_whose_answers_cannot_be_graded_end_nothing(tmp_path, func
   assert any(x["ungraded"] == 1 for x in lines) and any(x["ungraded"] < 1 for x in lines)
 
 
+def test_an_evaluation_says_which_share_of_its_answers_was_not_graded(tmp_path, functions):
+  (tmp_path / "shaped_rewards.py").write_text("def some(response, answer): return 1.0 if len(response) % 4 else None")
+  said = run(tmp_path / "run", **SHORT | {"steps": 1, "data__eval": "experiments/arithmetic/test.jsonl", "eval__problems": 40},
+             reward__function="shaped_rewards.some").err
+  share = read(tmp_path / "run" / "eval_before.json")["test"]["ungraded"]
+  assert 0 < share <= 0.5 and f"eval before: {100 * share:.2g}% of the answers could not be graded" in said
+
+
 def test_a_failing_evaluation_keeps_what_a_finished_training_made(tmp_path, functions):
   """Enough held-out answers end the run after the policy is exported; it finishes once the function is mended. Few do not."""
   fails_after_step_2 = """

@@ -15,6 +15,8 @@ _QUANTITY = re.compile(
   rf"|\\frac\{{{_SIDE}\}}\{{{_SIDE}\}})=([^=]+)")
 _ABOUT = re.compile(rf"(?:{NAMED})?\\approx ?([-+]?[0-9]*\.[0-9]+)")
 _CLOCK = re.compile(r"(?:\\text\{)?0?([1-9]|1[0-2])(?::([0-9]{2}))?(?:\\text\{)?([AaPp])\.?[Mm]\.?\}*")
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,.])")
+_NOTHING = re.compile(r"(?i)\\text\{(?:there(?:is|are))?nosolutions?\}|nosolutions?")
 _COMBINATION = re.compile(
   r"C\(([^(),]+),([^(),]+)\)|C_\{([^{}]*)\}\^\{([^{}]*)\}|C\^\{([^{}]*)\}_\{([^{}]*)\}|[\^_]\{([^{}]*)\}C_\{([^{}]*)\}")
 _INTEGRAL = re.compile(r"(.*)\+C"), re.compile(r"(.*)\+([cKk]|C_\{[0-9]\})")
@@ -31,6 +33,10 @@ def alike(gold: str, answer: str) -> tuple[str, str]:
     answer = _coordinates(answer, gold)
   if "\\approx" in gold + answer:
     gold, answer = (found[1] if (found := _ABOUT.fullmatch(text)) else text for text in (gold, answer))
+  if "," in answer and "," not in gold and (found := _THOUSANDS.match(answer)):  # 1,000\pi
+    answer = found[0].replace(",", "") + answer[found.end():]
+  if "\\emptyset" in (gold, answer):
+    gold, answer = ("\\emptyset" if _NOTHING.fullmatch(text) else text for text in (gold, answer))
   times = [_CLOCK.fullmatch(text) for text in (gold, answer)]
   if None not in times:
     return tuple(f"{hour}:{minute or '00'}\\text{{{half.lower()}m}}" for hour, minute, half in (x.groups() for x in times))

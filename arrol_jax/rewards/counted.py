@@ -15,13 +15,14 @@ _DENIALS = (
   "invalid impossible without nobody hardly doubt doubtful lie lied lying cannot "
   "except unless but if nein nicht nichts nie niemals kein keine falsch nunca jamás jamas falso falsa nada ningún ninguno "
   "faux fausse jamais pas rien aucun aucune sbagliato não nao errado нет не неверно никогда")
+_REFUSED = "rejected extraneous mistake mistaken erroneous discarded excluded ruled fake trap contradiction"  # before an answer
 _OPERATIONS = "half halve halved double doubled triple tripled twice thrice plus minus mod modulo squared cubed factorial"
 _NUMBERS = (
   "hundred thousand thou million billion trillion bn mn tn bln mln mld mlrd trn bil tril mill mio mrd tsd grand myriad googol "
   "grosses sixes lakh lac crore dozen doz score gross ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
   "nineteen twenty thirty forty fifty sixty seventy eighty ninety zero one two three four five six seven eight nine pair couple "
   "brace duo trio quartet quintet sextet septet octet nonet third quarter fourth fifth sixth seventh eighth ninth "
-  "tenth eleventh twelfth hundredth thousandth percent percentage pct permille bp bps mil mille mila "
+  "tenth eleventh twelfth hundredth thousandth percent percentage pct permille bp bps basis mil mille mila "
   "ciento cien centena centenar centenare millar millare decena docena medio media mitad mitade tercio cuarto quinto doble "
   "dezena dúzia duzia meia meio terço milhar milhare centaine dizaine douzaine quinzaine vingtaine millier demi demie moitié "
   "tiers dozzina dozzine decina decine centinaio centinaia migliaio migliaia mezzo mezza metà dutzend dutzende hundert hunderte "
@@ -70,9 +71,10 @@ def changes_value(word: str) -> bool:
 
 
 _BEFORE = re.compile(
-  rf"(?<!\w)(?:{'|'.join(f'{_DENIALS} {_OPERATIONS} than times log about approximately roughly nearly almost'.split())})(?!\w)"
-  r"|^(?:at|up|between|less|more|over|under|below|above)(?!\w)|n['’]t(?!\w)|[+*^]|\s-\s|(?:square|cube|negative|inverse|reciprocal|opposite)"
-  r"(?:\s+(?:is|are|equals))?[\s:*_]*$")
+  rf"(?<!\w)(?:{'|'.join(f'{_DENIALS} {_OPERATIONS} {_REFUSED}'.split())}|than|times|log"
+  r"|about|approximately|roughly|nearly|almost)(?!\w)"
+  r"|^(?:at|up|between|less|more|over|under|below|above)(?!\w)|n['’]t(?!\w)|[+*^]|\s-\s|(?:square|cube"
+  r"|negative|inverse|reciprocal|opposite)(?:\s+(?:is|are|equals))?[\s:*_]*$")
 _COMPLEMENT = re.compile(r"\s+(?:of|for|in|on|at|from|with|when|where)(?!\w)")
 
 

@@ -26,6 +26,9 @@ PATTERNS = {
 }
 _MARKERS = {"answer": re.compile(r"(?i:answer(?:[ \t]+is)?)[*_`]{0,3}[ \t]*[:：]"), "hashes": re.compile("####"),
             "first_hashes": re.compile("####")}
+# "not the", "the wrong", before "answer: 12"
+_DENIED = re.compile(r"(?i)(?<!\w)(?:wrong|incorrect|false|invalid|not|no|\w+n['’]t|twice|half|double|triple)"
+                     r"(?:\s+(?:the|an?|my|our|your|his|her|their|old|first|final|correct|right|real|true|actual)){0,3}[\s*_`]*$")
 # What stands around an answer on its line: "The final answer is $12$. I hope it is correct."
 _LEAD = re.compile(
   r"(?i)[\s*_`]*(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+)?"
@@ -54,9 +57,9 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
   pattern None or "boxed": the content of the last \\boxed{...}, braces balanced, escaped braces not counted. If that
   last box is never closed (a truncated response) there is no answer, even if an earlier box was complete; of
   nested boxes the inner one counts; \\fbox does not. Takes time linear in the response's length.
-  "answer": what follows the last "Answer:" on its line; "hashes": what follows the last "####"; "first_hashes":
-  the first one (a base model shown examples goes on to questions of its own). Backticks around these three and words that
-  only announce an answer ("The final answer is") are left out.
+  "answer": what follows the last "Answer:" on its line, but for those that words before it deny ("The wrong answer:"); "hashes":
+  what follows the last "####"; "first_hashes": the first one (a base model shown examples goes on to questions of its own).
+  Backticks around these three and words that only announce an answer ("The final answer is") are left out.
   Else a regular expression as the `regex` package reads it; group 1 of its last match (r"A(-?\\d+)$"). One that searches for more
   than a second has found nothing. Raises ValueError for a pattern that does not compile or has no group.
   """
@@ -71,6 +74,8 @@ def search(response: str, pattern: str | None) -> str | None:
   if PATTERNS.get(pattern, pattern) is not None:
     if pattern in PATTERNS:
       matches = re.finditer(PATTERNS[pattern], response)  # linear: needs no deadline
+      if pattern == "answer":
+        matches = (match for match in matches if not _denied(response, match))
     else:
       check_pattern(pattern)
       matches = regex.finditer(pattern, response, timeout=SEARCH_S)
@@ -134,6 +139,13 @@ def _of_line(line: str, pattern: str) -> str:
     lead = _LEAD.match(text)
     text = text.removeprefix("=") if lead is None else text[lead.end():] if announces(lead[0]) else text
   return text
+
+
+def _denied(response: str, match: re.Match) -> bool:
+  """Whether the words before the last "answer:" on its line deny it: "The wrong answer: 12"."""
+  *_, marker = _MARKERS["answer"].finditer(response, match.start(), match.end())
+  begin = max(response.rfind("\n", 0, marker.start()) + 1, marker.start() - 100)
+  return _DENIED.search(response[begin:marker.start()]) is not None
 
 
 def _last(matches: Iterator):

@@ -87,6 +87,9 @@ def equivalent(gold: str, answer: str, decide: Decide, outermost: bool = True) -
   return verdict
 
 
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
+
+
 def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool | None:
   """`equivalent` without names: by the kind of the two answers and their elements."""
   gold_parts, answer_parts = split(gold, outermost), split(answer, outermost)
@@ -101,6 +104,9 @@ def _by_parts(gold: str, answer: str, decide: Decide, outermost: bool) -> bool |
     kind = answer_kind = "union"  # (-\infty,2) or (3,\infty)
   if kind != answer_kind:
     relations = [RELATION.search(text) is not None for text in (gold, answer)]
+    plain = [which for which, relation in zip((kind, answer_kind), relations, strict=True) if not relation]
+    if plain == ["list"] and _INEQUALITY.search(gold + answer):
+      return False  # two numbers are not what lies between them
     sets = {kind, answer_kind} <= {"union", "()", "(]", "[)", "[]", "one", "set", "list"} and (
       "\\setminus" in gold + answer or "union" in (kind, answer_kind) and all(text[0] in "([\\" for text in (gold, answer)))
     same_set = sorted(relations) == [False, True] and "=" not in gold + answer or sets
