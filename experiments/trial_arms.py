@@ -70,9 +70,9 @@ _THREE = {name: ARMS[name] for name in ("plain", "budget", "chosen4")}
 _BOTH = dataclasses.replace(ARMS["budget_chosen"], what="ours, on the quarter of four times as many prompts that promises most",
                             looked_at=4.0)
 AHEAD = running_ahead(2, "two", "_ahead", _THREE)
-# A step lasts at least its longest response's decode steps divided by one more than that, whoever is pruned: sim_ahead.py.
 _EIGHT = dataclasses.replace(ARMS["chosen4"], what="GRPO, 8 rollouts a prompt of the quarter that promises most",
                              settings=ARMS["chosen4"].settings | {"rollout.group_size": 8})
+# A step lasts at least its longest response's decode steps divided by one more than that, whoever is pruned: sim_ahead.py.
 AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH, "chosen4_8": _EIGHT}) | {
   "chosen4": ARMS["chosen4"], "resampled": Arm("DAPO's dynamic sampling: groups that are all alike are replaced, in three rounds",
                                                {"prune.enabled": False, "rollout.resampling": 3})}
