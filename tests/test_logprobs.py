@@ -1,8 +1,25 @@
 """Log-probs of a batch, in chunks over its responses: value, gradient, and how many positions a chip unembeds at once."""
 
 import dataclasses
+import functools
+import re
 
-from helpers_update import BATCH, COMPUTE, KL, LENGTH, ORDER, PARAMS, ROWS, TABLE, C, config, plain_logprobs, same, scalars
+from helpers_update import (
+  BATCH,
+  COMPUTE,
+  KL,
+  LENGTH,
+  ORDER,
+  PARAMS,
+  ROWS,
+  TABLE,
+  C,
+  config,
+  gradients,
+  plain_logprobs,
+  same,
+  scalars,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +27,7 @@ import pytest
 
 from arrol_jax.learning import logprobs, update
 from arrol_jax.learning.batching import PackShape, abstract_batches
+from arrol_jax.learning.losses import CORRECTIONS, GRPO, GSPO, LossConfig
 from arrol_jax.models import sharding, softmax, transformer
 from arrol_jax.planning import hlo
 
@@ -37,6 +55,71 @@ def test_chunked_logprobs_are_log_softmax_in_value_and_gradient(temperature, chu
   assert np.any(np.asarray(want_slopes[0]["embed"]) != 0)
 
 
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 1), (0.7, 6), (1.3, 20), (1.0, 10**9)])
+def test_pulled_logprobs_send_the_gradient_of_the_loss(temperature, chunk):
+  """A loss that bends in each log-prob: value, log-probs, entropies and gradient, scaled too, are those of the plain way."""
+  hidden = jax.random.normal(jax.random.key(5), (3, 13, C.width))
+  tokens = jax.random.randint(jax.random.key(6), (3, 13), 0, C.vocab)
+  used = np.array([13, 7, 0], np.int32)
+  mask = ((np.arange(13) > 0) & (np.arange(13) < used[:, None])).astype(np.float32)
+  told = {"weight": mask * jax.random.normal(jax.random.key(7), (3, 13)), "at": jax.random.normal(jax.random.key(8), (3, 13))}
+  loss = lambda logprobs, told: jnp.sum(told["weight"] * jnp.exp(0.3 * logprobs + told["at"]))
+  params = {"unembed": jax.random.normal(jax.random.key(9), (C.width, C.vocab))}
+
+  def fast(params, hidden):
+    pull, got, entropy = logprobs.pulled_logprobs(params, hidden, tokens, used, temperature, chunk, jax.grad(loss), told)
+    return 3.0 * (pull + loss(got, told)), (pull, got, entropy)
+
+  def slow(params, hidden):
+    got, entropy = logprobs.token_logprobs(params, hidden, tokens, used, temperature, chunk)
+    return 3.0 * loss(got, told), (0.0, got, entropy)
+
+  (got, more), slopes = jax.value_and_grad(fast, argnums=(0, 1), has_aux=True)(params, hidden)
+  (want, others), expected = jax.value_and_grad(slow, argnums=(0, 1), has_aux=True)(params, hidden)
+  assert float(got) == pytest.approx(float(want), rel=1e-6) and more[0] == 0
+  for a, b in zip(jax.tree.leaves(more), jax.tree.leaves(others), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  same(slopes, expected, 2e-5)
+  assert np.abs(np.asarray(expected[0]["unembed"])).max() > 0.1
+
+
+def plain_twin(u):
+  """The same update, by the way that computes logits again in the backward pass."""
+  class Rows(LossConfig):
+    by_token = False
+
+  return dataclasses.replace(u, loss=Rows(**dataclasses.asdict(u.loss)))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("loss", [GRPO, KL, dataclasses.replace(KL, correction="truncate", correction_cap=1.05),
+                                  dataclasses.replace(GRPO, aggregate="constant", longest=12, clip_low=0.05, kl_weight=0.3)],
+                         ids=["grpo", "dapo, kl", "dapo, kl, truncate", "constant, tight clip, kl"])
+def test_logits_computed_once_give_the_step_of_those_computed_twice(loss, fresh):
+  got, metrics = gradients([BATCH], config(loss, fresh=fresh))
+  want, others = gradients([BATCH], plain_twin(config(loss, fresh=fresh)))
+  same(got, want, 1e-5)
+  for name, value in others.items():
+    assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+  assert metrics["grad_norm"] > 1 and (fresh or metrics["clip_frac"] > 0.05)
+
+
+def test_what_depends_on_a_whole_row_is_not_taken_by_token():
+  assert GRPO.by_token and KL.by_token and not GSPO.by_token
+  assert [dataclasses.replace(GRPO, correction=c).by_token for c in CORRECTIONS] == [True, True, False]
+
+
+def test_logits_are_computed_once():
+  """By the products that make them, in the gradient's program: a vocabulary like no other size."""
+  c = dataclasses.replace(C, vocab=56)
+
+  def products(u):
+    grad = jax.grad(lambda p: update.micro_loss(dataclasses.replace(u, model=c), p, BATCH, scalars())[0])
+    return len(re.findall(r"56\] = dot_general", str(jax.make_jaxpr(grad)(transformer.abstract_params(c)))))
+
+  assert (products(config(KL)), products(plain_twin(config(KL)))) == (1, 2)
+
+
 def test_one_pass_over_the_logits_gives_the_sums_of_two():
   """Rows of ordinary logits, of far ones (whose exponentials would overflow), all alike, and with some infinitely unlikely."""
   x = jax.random.normal(jax.random.key(3), (4, 300)) * jnp.array([1.0, 200.0, 0.0, 3.0])[:, None] + 1000.0
@@ -47,8 +130,9 @@ def test_one_pass_over_the_logits_gives_the_sums_of_two():
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("pulled", [True, False])
 @pytest.mark.parametrize("shape, tied", [((8, 1, 1), True), ((1, 8, 1), False)])
-def test_the_tables_gradient_is_summed_over_devices_once(shape, tied):
+def test_the_tables_gradient_is_summed_over_devices_once(shape, tied, pulled):
   """Each keeps what its own rows add until the last chunk: sums over devices must not grow with the number of chunks."""
   mesh, c = sharding.make_mesh(*shape), dataclasses.replace(C, tied=tied)
   weights = transformer.abstract_params(c)
@@ -58,7 +142,8 @@ def test_the_tables_gradient_is_summed_over_devices_once(shape, tied):
     rows = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
 
     def summed(chunk_tokens):
-      loss = lambda p, h, t, used: jnp.sum(logprobs.token_logprobs(p, h, t, used, 1.0, chunk_tokens)[0])
+      way = functools.partial(logprobs.pulled_logprobs, slope=lambda x, told: told, told=jnp.ones((ROWS, 16)))
+      loss = lambda p, h, t, used: jnp.sum((way if pulled else logprobs.token_logprobs)(p, h, t, used, 1.0, chunk_tokens)[0])
       lowered = jax.jit(jax.grad(loss), out_shardings=axes).lower(
         params, rows((ROWS, 16, c.width), jnp.float32), rows((ROWS, 16), jnp.int32), rows((ROWS,), jnp.int32))
       module = hlo.parse(lowered.compile().as_text())
@@ -95,8 +180,9 @@ def test_fill_logprobs_keeps_old_and_reference_apart():
 # ---- on a mesh
 
 
+@pytest.mark.parametrize("loss", [KL, GSPO], ids=["logits once", "logits twice"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunks_gather_the_unembedding_once(tied):
+def test_chunks_gather_the_unembedding_once(tied, loss):
   """With fsdp a device holds a part of it: what the update gathers must not grow with the number of chunks."""
   c, mesh = dataclasses.replace(C, tied=tied), sharding.make_mesh(1, 8, 1)
   with jax.set_mesh(mesh):
@@ -108,7 +194,7 @@ def test_chunks_gather_the_unembedding_once(tied):
     metrics = dict.fromkeys(update.METRICS, jax.ShapeDtypeStruct((), jnp.float32))
 
     def gathered(chunk_tokens):
-      u = update.UpdateConfig(c, KL, dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens))
+      u = update.UpdateConfig(c, loss, dataclasses.replace(COMPUTE, chunk_tokens=chunk_tokens))
       lowered = update.accumulate.lower(u, params, params, metrics, batch, told)
       module = hlo.parse(lowered.compile().as_text())
       return hlo.collective_counts(module, hlo.trips(module))["all-gather"]

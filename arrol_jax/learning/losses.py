@@ -41,6 +41,11 @@ class LossConfig:
   correction: str = "none"
   correction_cap: float = 2.0
 
+  @property
+  def by_token(self) -> bool:
+    """Whether a token's loss depends on its own log-prob alone, not on its row's: then update.py computes logits once."""
+    return self.ratio == "token" and self.correction != "mask"
+
 
 GRPO = LossConfig()
 DAPO = LossConfig(clip_high=0.28, aggregate="token", overlong=0.2)  # 4,096 of 20,480 tokens

@@ -7,6 +7,7 @@ denominators, so how rows are cut into micro-batches does not change the step.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,12 @@ import numpy as np
 import optax
 
 from arrol_jax.learning import losses
-from arrol_jax.learning.logprobs import token_logprobs
+from arrol_jax.learning.logprobs import pulled_logprobs, token_logprobs
 from arrol_jax.learning.losses import LossConfig, binary_cross_entropy
 from arrol_jax.learning.optimizers import Optimizer
 from arrol_jax.models import transformer
 from arrol_jax.models.sharding import constrain
-from arrol_jax.models.sharing import shared_attention, spread
+from arrol_jax.models.sharing import collect, shared_attention, spread
 from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.pruning.head import is_linear, quality_logit
 from arrol_jax.running import kept
@@ -47,41 +48,80 @@ class UpdateConfig:
   fresh: bool = True
 
 
-def row_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Log-probs of the response tokens under `params`, and the entropy there: f32[B,S] each, 0 outside the responses."""
-  attend = shared_attention(u.compute.attention, batch.layout)
-  hidden = transformer.forward(u.model, params, batch.tokens, batch.positions, attend, dtype=u.compute.dtype,
-                               remat=u.compute.remat, scan=u.compute.scan_layers)[0]
-  found = token_logprobs(params, hidden, batch.tokens, batch.used, temperature, u.compute.chunk_tokens)
-  return tuple(jnp.where(batch.response_mask > 0, spread(x, batch.layout), 0.0) for x in found)
+def _hidden_states(u: UpdateConfig, params: dict, batch: Batch) -> jax.Array:
+  """After the final norm, [I,U,D]."""
+  return transformer.forward(u.model, params, batch.tokens, batch.positions, shared_attention(u.compute.attention, batch.layout),
+                             dtype=u.compute.dtype, remat=u.compute.remat, scan=u.compute.scan_layers)[0]
+
+
+def _rows(x: jax.Array, batch: Batch) -> jax.Array:
+  """Values of tokens, f32[I,U], where the responses stand, f32[B,S]: 0 elsewhere."""
+  return jnp.where(batch.response_mask > 0, spread(x, batch.layout), 0.0)
 
 
 @functools.partial(kept.jit, static_argnames=("u",))
 def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax.Array) -> jax.Array:
   """Log-probs of the response tokens under `params`, f32[B,S], 0 outside the responses."""
-  return row_logprobs(u, params, batch, temperature)[0]
+  found = token_logprobs(params, _hidden_states(u, params, batch), batch.tokens, batch.used, temperature, u.compute.chunk_tokens)
+  return _rows(found[0], batch)
+
+
+class Told(NamedTuple):
+  """What the loss of a token takes beside its log-prob, f32[B,S] each. Rows weigh alike in both terms: advantages have
+  batch.weights in them, the KL term takes them as `rows`."""
+  mask: jax.Array             # 1 where a response stands
+  weight: jax.Array           # of the token in the batch's mean
+  advantages: jax.Array
+  sampler: jax.Array          # log-probs of the sampler,
+  old: jax.Array | None       # of the policy that the batch began with, None where the loss's own are the old ones
+  reference: jax.Array | None  # and of the KL term's reference; None, as `rows` then, where there is no KL term
+  rows: jax.Array | None
+
+  @classmethod
+  def of(cls, u: UpdateConfig, batch: Batch, scalars: dict) -> "Told":
+    wide = lambda x: jnp.broadcast_to(x[:, None], batch.response_mask.shape)
+    weight = losses.token_weights(batch.response_mask, u.loss.aggregate, scalars["tokens"], scalars["rows"], u.loss.longest)
+    kl = (batch.ref_logprobs, wide(batch.weights)) if u.loss.kl_weight else (None, None)
+    return cls(batch.response_mask, weight, wide(batch.advantages), batch.sampler_logprobs,
+               None if u.fresh else batch.old_logprobs, *kl)
+
+
+def objective(loss: LossConfig, logprobs: jax.Array, told: Told) -> tuple[jax.Array, dict]:
+  """The loss of rows f32[B,S], f32[], and its parts: "policy_loss" f32[], and by token f32[B,S] the others of METRICS."""
+  old = jax.lax.stop_gradient(logprobs) if told.old is None else told.old
+  weight = told.weight * losses.correction_weights(old, told.sampler, told.mask, loss.correction, loss.correction_cap)
+  term, clipped = losses.surrogate(logprobs, old, told.advantages[:, 0], told.mask, clip_low=loss.clip_low,
+                                   clip_high=loss.clip_high, ratio=loss.ratio)
+  kl = losses.kl_estimate(logprobs, told.reference, told.mask) if loss.kl_weight else jnp.zeros_like(told.mask)
+  policy_loss = jnp.sum(weight * term)
+  total = policy_loss + loss.kl_weight * jnp.sum(weight * told.rows * kl) if loss.kl_weight else policy_loss
+  return total, {"policy_loss": policy_loss, "kl": kl, "clip_frac": clipped, "logprob_gap": jnp.abs(old - told.sampler)}
 
 
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
   """One micro-batch's share of the loss f32[] and of the metrics (sums that carry the batch's denominators).
 
-  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature". Rows
-  weigh alike in both terms: advantages have batch.weights in them, the KL term takes them here.
+  params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature".
   """
-  loss, mask = u.loss, batch.response_mask
-  logprobs, entropy = row_logprobs(u, params, batch, scalars["temperature"])
-  old = jax.lax.stop_gradient(logprobs) if u.fresh else batch.old_logprobs
-  weight = losses.token_weights(mask, loss.aggregate, scalars["tokens"], scalars["rows"], loss.longest)
-  weight = weight * losses.correction_weights(old, batch.sampler_logprobs, mask, loss.correction, loss.correction_cap)
-  term, clipped = losses.surrogate(logprobs, old, batch.advantages, mask, clip_low=loss.clip_low, clip_high=loss.clip_high,
-                                   ratio=loss.ratio)
-  policy_loss = jnp.sum(weight * term)
-  kl = losses.kl_estimate(logprobs, batch.ref_logprobs, mask) if loss.kl_weight else jnp.zeros_like(mask)
-  per_token = mask / jnp.maximum(scalars["trained"], 1.0)
-  gap = jnp.where(mask > 0, jnp.abs(old - batch.sampler_logprobs), 0.0)
-  metrics = {"policy_loss": policy_loss, "kl": jnp.sum(per_token * kl), "entropy": jnp.sum(per_token * entropy),
-             "clip_frac": jnp.sum(per_token * clipped), "logprob_gap": jnp.sum(per_token * gap)}
-  return policy_loss + loss.kl_weight * jnp.sum(weight * batch.weights[:, None] * kl), metrics
+  told, hidden = Told.of(u, batch, scalars), _hidden_states(u, params, batch)
+  given = (params, hidden, batch.tokens, batch.used, scalars["temperature"], u.compute.chunk_tokens)
+  if u.loss.by_token:
+    pull, *found = pulled_logprobs(*given, functools.partial(_slope, u.loss),
+                                   jax.tree.map(lambda x: collect(x, batch.layout), told))
+  else:
+    pull, *found = 0.0, *token_logprobs(*given)
+  logprobs, entropy = (_rows(x, batch) for x in found)
+  loss, parts = objective(u.loss, logprobs, told)
+  by_token = {"entropy": entropy, **{name: x for name, x in parts.items() if x.ndim}}
+  metrics = {name: jnp.sum(told.mask / jnp.maximum(scalars["trained"], 1.0) * x) for name, x in by_token.items()}
+  return loss + pull, metrics | {"policy_loss": parts["policy_loss"]}
+
+
+def _slope(loss: LossConfig, logprobs: jax.Array, told: Told) -> jax.Array:
+  """The loss's derivative by each log-prob f32[I,W] where each depends on its own alone (`LossConfig.by_token`): each a row."""
+  alone = lambda x: x.reshape(-1, 1)
+  slopes = jax.grad(lambda x: objective(loss, x, jax.tree.map(alone, told))[0])(alone(logprobs))
+  return slopes.reshape(logprobs.shape)
 
 
 SCALARS = ("tokens", "rows", "trained", "temperature")
