@@ -43,6 +43,7 @@ from arrol_jax.planning import card, chips, rollout, timing
 from arrol_jax.planning.compiling import GIB, PHASES, SKIPPED, Program, Step
 from arrol_jax.planning.suggesting import as_flags, what_fits
 from arrol_jax.running import streams
+from arrol_jax.running.hosts import CARD_SHARE
 from arrol_jax.types import UserError
 
 # GiB that programs may fill of a chip's memory; the compiler names the figure where one does not fit.
@@ -111,7 +112,7 @@ def plan_card(c: ConfigDict, model: PolicyConfig, source: str, flags) -> None:
     raise UserError(f"{', '.join(given)}: for a card nothing is compiled and no time predicted; leave that out")
   if any(c.mesh[name] != 1 for name in sharding.AXES):
     raise UserError(f"--topology={flags.topology} is one card: give --config.mesh.data=1, .fsdp=1 and .tensor=1")
-  limit = int(int(size[1]) * 1e9 * card.SHARE)
+  limit = int(int(size[1]) * 1e9 * CARD_SHARE)
   needs = card.count(c, model, limit)
   fits = card.fits(needs, limit)
   fix = None if fits or flags.suggest == "no" else card.what_fits(c, model, limit)

@@ -9,7 +9,6 @@ Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_llama32_1b --topology=gp
           24 GB: adapters alone: --config.model.lora.rank=16 --config.optim.chunk_tokens=1024: 21.5 GB
           40 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 36.7 GB
           80 GB: as it is: 49.4 GB
-          Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94: JAX takes 0.75 of a card if not told
 Expected: not run. So no hours and no accuracy.
 Chosen here: as in gsm8k_qwen3_06b. The model's chat template may write today's date into each prompt, so that runs of different
 days see different prompts; a copy of the model whose template has a date of its own avoids that.

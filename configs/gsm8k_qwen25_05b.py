@@ -7,7 +7,6 @@ Command:  arrol-get gsm8k
 Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_qwen25_05b --topology=gpu:24GB), not measured, all 512 rows at once:
           24 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 18.7 GB
           40 GB: as it is: 30.3 GB; 80 GB: the same
-          Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94: JAX takes 0.75 of a card if not told
 Expected: not run. So no hours and no accuracy. verl reports 49.6% before and 56.7% after PPO on this model; its prompt, lengths
           and number of samples are not these, so compare the gain only, and only after a run of one's own.
 Chosen here: as in gsm8k_qwen3_06b; gsm8k_qwen05b has results for the Coder model of this shape.

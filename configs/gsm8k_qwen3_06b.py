@@ -7,7 +7,7 @@ Command:  arrol-get gsm8k
 Hardware: one GPU. Estimated (arrol-plan --config=gsm8k_qwen3_06b --topology=gpu:24GB), not measured:
           24 GB: --config.optim.chunk_tokens=1024 --config.optim.micro_tokens=8192: 22.4 GB, 112 rows decode at once
           40 GB: as it is: 35.4 GB, 256 rows; 80 GB: as it is: 59.8 GB, all 512 rows
-          Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94: JAX takes 0.75 of a card if not told. Qwen3-1.7B on 24 GB, with adapters:
+          Qwen3-1.7B on 24 GB, with adapters:
           --config.model.path=Qwen/Qwen3-1.7B --config.model.lora.rank=16 --config.optim.chunk_tokens=1024
           --config.optim.micro_tokens=8192: 21.8 GB, 128 rows; its learning rate has to be found (1e-5 to 1e-4 to begin with)
 Expected: not run. So no hours and no accuracy.

@@ -189,7 +189,7 @@ REGIMES = {regime.name: regime for regime in (
          (dict.fromkeys(("plain", "chosen4_ahead4", "budget_chosen4_ahead4"), 4),),
          {arm: AHEAD4[arm] for arm in ("plain", "chosen4_ahead4", "budget_chosen4_ahead4")}, 11, train="math_train",
          test="math500", ours=("chosen4_ahead4", "budget_chosen4_ahead4"), nulls=(), **_MATH_RATES.chosen()),
-  Regime("math_halved", "gpu", "MATH as above: two ways to halve chosen prompts' rollouts, dropping some of 16 or starting 8",
+  Regime("math_halved", "gpu", "MATH as above: chosen prompts, rollouts halved by dropping some of 16 or by starting 8",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH,
          (dict.fromkeys(("budget_chosen4_ahead4", "chosen4_8_ahead4"), 6), dict.fromkeys(("chosen4_ahead4", "plain"), 6)),
          {arm: AHEAD4[arm] for arm in ("plain", "chosen4_ahead4", "budget_chosen4_ahead4", "chosen4_8_ahead4")}, 21,
@@ -209,7 +209,8 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_long", "falling"), "cpu": ("arithmetic",)}
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_long", "falling"),
+           "cpu": ("arithmetic",)}
 
 
 @dataclasses.dataclass(frozen=True)

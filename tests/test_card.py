@@ -16,6 +16,7 @@ from arrol_jax.models.files.weights import load_policy
 from arrol_jax.models.zoo import ZOO
 from arrol_jax.planning import card, compiling
 from arrol_jax.planning.suggesting import as_flags
+from arrol_jax.running.hosts import CARD_SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests/fixtures/qwen3_tied"
@@ -105,7 +106,7 @@ def test_recipes_say_what_the_plan_says(name, shape):
   """Settings and peak for 24, 40 and 80 GB stand in the config's docstring, each time as counted."""
   text = " ".join(importlib.import_module(f"configs.{name}").__doc__.split())
   for size in (24, 40, 80):
-    c, limit = recipe(name), int(size * 1e9 * card.SHARE)
+    c, limit = recipe(name), int(size * 1e9 * CARD_SHARE)
     needs = card.count(c, ZOO[shape], limit)
     fix = {} if card.fits(needs, limit) else card.what_fits(c, ZOO[shape], limit)
     needs = card.count(card.changed(c, fix), ZOO[shape], limit)
@@ -116,7 +117,7 @@ def test_recipes_say_what_the_plan_says(name, shape):
 
 def test_what_fits_costs_no_more_than_it_must():
   """Nothing smaller on the list fits; where nothing does, None."""
-  limit = int(24e9 * card.SHARE)
+  limit = int(24e9 * CARD_SHARE)
   fix = card.what_fits(recipe(), BIG, limit)
   assert fix == {"model.lora.rank": 16, "optim.chunk_tokens": 1024, "optim.micro_tokens": 8192}
   assert not card.fits(card.count(card.changed(recipe(), fix | {"optim.micro_tokens": 16384}), BIG, limit), limit)
@@ -125,7 +126,7 @@ def test_what_fits_costs_no_more_than_it_must():
 
 def test_of_too_many_slots_as_many_are_left_as_fit():
   """Before adapters, which train something else."""
-  limit, small = int(24e9 * card.SHARE), ZOO["qwen3-0.6b"]
+  limit, small = int(24e9 * CARD_SHARE), ZOO["qwen3-0.6b"]
   fix = card.what_fits(recipe(rollout__slots=4096), small, limit)
   without = card.what_fits(recipe(), small, limit)
   assert fix == without | {"rollout.slots": card.count(card.changed(recipe(), without), small, limit).slots}

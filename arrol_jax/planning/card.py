@@ -21,12 +21,12 @@ from arrol_jax.learning import batching
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.running.hosts import CARD_SHARE
 from arrol_jax.types import UserError
 
-SHARE = 0.94  # of a card that programs may fill; its driver and libraries take the rest
 ESTIMATE = ("An estimate, by count. Beside four peaks of an H100 (experiments/results/card): decoding 4% below to 2% above, the "
-            "update 12% above; an adapters' step in 24 GB of an H100 and of an H200 4% above. The limit is that of "
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE}; if the environment does not say so, JAX takes 0.75 of a card.")
+            "update 12% above; an adapters' step in 24 GB of an H100 and of an H200 4% above. The limit is "
+            f"{CARD_SHARE} of the card, which commands take unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.")
 PHASES = "generation", "update", "optimizer"
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from arrol_jax.running import streams
 from arrol_jax.types import UserError
 
+CARD_SHARE = 0.94  # of a GPU's memory that programs may fill; its driver and libraries take the rest. JAX itself would take 0.75
 _DEAD_S = 30  # seconds without a sign of life after which a process counts as lost, and the others end
 _LAST_WORDS_S = 3  # seconds by which the first process, which holds the others' connections, leaves later than they
 
@@ -215,6 +216,8 @@ def settle() -> None:
 def begin() -> None:
   """What an entry point does first."""
   streams.take()
+  if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):  # JAX refuses both names at once
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(CARD_SHARE)
   if not {"", os.getcwd()} & set(sys.path):  # a console script has its own folder there; reward.function may be in this one
     sys.path.append(os.getcwd())
   if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "arrol_jax":  # all is imported: KeyboardInterrupt again
