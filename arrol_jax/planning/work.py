@@ -16,7 +16,9 @@ from arrol_jax.planning.chips import Rates
 from arrol_jax.planning.rollout import Generation
 
 _LOGIT_PASSES = 4    # over float32 logits in a decode step: written, largest, sum of exponentials, token drawn
-_LOSS_PASSES = 8     # over float32 logits in an update: the same, computed again backward, their slopes written and read twice
+# Over float32 logits in an update: the same, computed again backward, their slopes written and read twice. So it was where
+# chips.FITTED was measured; update.py computes them once now, 4% of a step's update less (experiments/LOG.md, "Logits once").
+_LOSS_PASSES = 8
 _BETWEEN = 3.5       # passes over what lies between a layer's products: forward, computed again, backward with two inputs each
 
 
