@@ -142,7 +142,7 @@ def test_the_tables_gradient_is_summed_over_devices_once(shape, tied, pulled):
     rows = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
 
     def summed(chunk_tokens):
-      way = functools.partial(logprobs.pulled_logprobs, slope=lambda x, told: told, told=jnp.ones((ROWS, 16)))
+      way = functools.partial(logprobs.pulled_logprobs, slope=lambda x, inputs: inputs, inputs=jnp.ones((ROWS, 16)))
       loss = lambda p, h, t, used: jnp.sum((way if pulled else logprobs.token_logprobs)(p, h, t, used, 1.0, chunk_tokens)[0])
       lowered = jax.jit(jax.grad(loss), out_shardings=axes).lower(
         params, rows((ROWS, 16, c.width), jnp.float32), rows((ROWS, 16), jnp.int32), rows((ROWS,), jnp.int32))

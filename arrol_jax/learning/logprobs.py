@@ -63,16 +63,16 @@ def token_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, used: jax
 
 
 def pulled_logprobs(params: dict, hidden: jax.Array, tokens: jax.Array, used: jax.Array, temperature: jax.Array,
-                    chunk_tokens: int, slope: Callable, told) -> tuple[jax.Array, jax.Array, jax.Array]:
+                    chunk_tokens: int, slope: Callable, inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`token_logprobs` whose logits are computed once, and what sends the gradient of a loss: (f32[], f32[I,U], f32[I,U]).
 
-  slope(log-probs f32[I,W], chunk of `told`) -> the loss's derivative by each log-prob, f32[I,W]; told: a tree of f32[I,U], as
+  slope(log-probs f32[I,W], chunk of `inputs`) -> the loss's derivative by each log-prob, f32[I,W]; inputs: a tree of f32[I,U], as
   `tokens` are. The first value is 0 and has the loss's gradient; log-probs and entropies send none.
   """
   columns = _Columns(used, *tokens.shape, chunk_tokens)
   table, axes = transformer.unembedding(params)
   pull, *out = _pulled(axes, slope, table, columns.split(hidden), columns.split_next(tokens), columns.live,
-                       jnp.asarray(temperature, jnp.float32), jax.tree.map(columns.split_next, told))
+                       jnp.asarray(temperature, jnp.float32), jax.tree.map(columns.split_next, inputs))
   return pull, *(columns.join(jax.lax.stop_gradient(x)) for x in out)
 
 
@@ -151,24 +151,24 @@ _chunked.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _pulled(axes: str, slope: Callable, table: jax.Array, hidden: jax.Array, tokens: jax.Array, live: jax.Array,
-            temperature: jax.Array, told) -> tuple[jax.Array, jax.Array, jax.Array]:
+            temperature: jax.Array, inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
   """0 with the loss's gradient, f32[]; then as `_chunked`."""
   return jnp.zeros((), jnp.float32), *_forward(axes, table, hidden, tokens, live, temperature)[0]
 
 
-def _pulled_forward(axes, slope, wide, hidden, tokens, live, temperature, told):
+def _pulled_forward(axes, slope, wide, hidden, tokens, live, temperature, inputs):
   table, logits_of = _product(axes, wide, hidden, temperature)
   pull = _Pull(axes, wide, table, hidden, temperature)
 
-  def chunk(total, h, t, told):
+  def chunk(total, h, t, inputs):
     logits = logits_of(h)
     logprobs, entropy, norm = _values(logits, t)
-    total, into_hidden = pull.add(total, h, t, logits, norm, slope(logprobs, told))
+    total, into_hidden = pull.add(total, h, t, logits, norm, slope(logprobs, inputs))
     return total, (logprobs, entropy, into_hidden)
 
-  nothing = lambda total, h, t, told: (total, (*_nowhere(t)[:2], jnp.zeros_like(h)))
+  nothing = lambda total, h, t, inputs: (total, (*_nowhere(t)[:2], jnp.zeros_like(h)))
   total, (*out, into_hidden) = jax.lax.scan(lambda total, x: jax.lax.cond(x[0], chunk, nothing, total, *x[1:]), pull.start(),
-                                            (live, hidden, tokens, told))
+                                            (live, hidden, tokens, inputs))
   return (jnp.zeros((), jnp.float32), *out), (pull.end(total), into_hidden)
 
 

@@ -66,7 +66,7 @@ def batch_logprobs(u: UpdateConfig, params: dict, batch: Batch, temperature: jax
   return _rows(found[0], batch)
 
 
-class Told(NamedTuple):
+class LossInputs(NamedTuple):
   """What the loss of a token takes beside its log-prob, f32[B,S] each. Rows weigh alike in both terms: advantages have
   batch.weights in them, the KL term takes them as `rows`."""
   mask: jax.Array             # 1 where a response stands
@@ -78,7 +78,7 @@ class Told(NamedTuple):
   rows: jax.Array | None
 
   @classmethod
-  def of(cls, u: UpdateConfig, batch: Batch, scalars: dict) -> "Told":
+  def of(cls, u: UpdateConfig, batch: Batch, scalars: dict) -> "LossInputs":
     wide = lambda x: jnp.broadcast_to(x[:, None], batch.response_mask.shape)
     weight = losses.token_weights(batch.response_mask, u.loss.aggregate, scalars["tokens"], scalars["rows"], u.loss.longest)
     kl = (batch.ref_logprobs, wide(batch.weights)) if u.loss.kl_weight else (None, None)
@@ -86,16 +86,16 @@ class Told(NamedTuple):
                None if u.fresh else batch.old_logprobs, *kl)
 
 
-def objective(loss: LossConfig, logprobs: jax.Array, told: Told) -> tuple[jax.Array, dict]:
+def objective(loss: LossConfig, logprobs: jax.Array, inputs: LossInputs) -> tuple[jax.Array, dict]:
   """The loss of rows f32[B,S], f32[], and its parts: "policy_loss" f32[], and by token f32[B,S] the others of METRICS."""
-  old = jax.lax.stop_gradient(logprobs) if told.old is None else told.old
-  weight = told.weight * losses.correction_weights(old, told.sampler, told.mask, loss.correction, loss.correction_cap)
-  term, clipped = losses.surrogate(logprobs, old, told.advantages[:, 0], told.mask, clip_low=loss.clip_low,
+  old = jax.lax.stop_gradient(logprobs) if inputs.old is None else inputs.old
+  weight = inputs.weight * losses.correction_weights(old, inputs.sampler, inputs.mask, loss.correction, loss.correction_cap)
+  term, clipped = losses.surrogate(logprobs, old, inputs.advantages[:, 0], inputs.mask, clip_low=loss.clip_low,
                                    clip_high=loss.clip_high, ratio=loss.ratio)
-  kl = losses.kl_estimate(logprobs, told.reference, told.mask) if loss.kl_weight else jnp.zeros_like(told.mask)
+  kl = losses.kl_estimate(logprobs, inputs.reference, inputs.mask) if loss.kl_weight else jnp.zeros_like(inputs.mask)
   policy_loss = jnp.sum(weight * term)
-  total = policy_loss + loss.kl_weight * jnp.sum(weight * told.rows * kl) if loss.kl_weight else policy_loss
-  return total, {"policy_loss": policy_loss, "kl": kl, "clip_frac": clipped, "logprob_gap": jnp.abs(old - told.sampler)}
+  total = policy_loss + loss.kl_weight * jnp.sum(weight * inputs.rows * kl) if loss.kl_weight else policy_loss
+  return total, {"policy_loss": policy_loss, "kl": kl, "clip_frac": clipped, "logprob_gap": jnp.abs(old - inputs.sampler)}
 
 
 def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tuple[jax.Array, dict]:
@@ -103,24 +103,24 @@ def micro_loss(u: UpdateConfig, params: dict, batch: Batch, scalars: dict) -> tu
 
   params: the policy's; scalars f32[]: "tokens", "rows" and "trained" of the whole batch (batching.pack), "temperature".
   """
-  told, hidden = Told.of(u, batch, scalars), _hidden_states(u, params, batch)
+  inputs, hidden = LossInputs.of(u, batch, scalars), _hidden_states(u, params, batch)
   given = (params, hidden, batch.tokens, batch.used, scalars["temperature"], u.compute.chunk_tokens)
   if u.loss.by_token:
     pull, *found = pulled_logprobs(*given, functools.partial(_slope, u.loss),
-                                   jax.tree.map(lambda x: collect(x, batch.layout), told))
+                                   jax.tree.map(lambda x: collect(x, batch.layout), inputs))
   else:
     pull, *found = 0.0, *token_logprobs(*given)
   logprobs, entropy = (_rows(x, batch) for x in found)
-  loss, parts = objective(u.loss, logprobs, told)
+  loss, parts = objective(u.loss, logprobs, inputs)
   by_token = {"entropy": entropy, **{name: x for name, x in parts.items() if x.ndim}}
-  metrics = {name: jnp.sum(told.mask / jnp.maximum(scalars["trained"], 1.0) * x) for name, x in by_token.items()}
+  metrics = {name: jnp.sum(inputs.mask / jnp.maximum(scalars["trained"], 1.0) * x) for name, x in by_token.items()}
   return loss + pull, metrics | {"policy_loss": parts["policy_loss"]}
 
 
-def _slope(loss: LossConfig, logprobs: jax.Array, told: Told) -> jax.Array:
+def _slope(loss: LossConfig, logprobs: jax.Array, inputs: LossInputs) -> jax.Array:
   """The loss's derivative by each log-prob f32[I,W] where each depends on its own alone (`LossConfig.by_token`): each a row."""
   alone = lambda x: x.reshape(-1, 1)
-  slopes = jax.grad(lambda x: objective(loss, x, jax.tree.map(alone, told))[0])(alone(logprobs))
+  slopes = jax.grad(lambda x: objective(loss, x, jax.tree.map(alone, inputs))[0])(alone(logprobs))
   return slopes.reshape(logprobs.shape)
 
 
