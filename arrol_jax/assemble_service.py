@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -9,9 +10,10 @@ from ml_collections import ConfigDict
 
 from arrol_jax import assemble, assemble_state
 from arrol_jax.models import sharding
+from arrol_jax.rewards.extract import check_pattern
 from arrol_jax.serving import prompts
 from arrol_jax.serving.openai_api import Limits
-from arrol_jax.serving.prefixes import PrefixCache
+from arrol_jax.serving.prefixes import BLOCK, PrefixCache
 from arrol_jax.serving.service import Service
 from arrol_jax.types import UserError
 
@@ -23,6 +25,10 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
          kept_mib: int = 0, resize: Callable[[int], None] | None = None) -> tuple[Service, Limits]:
   """The engine's side of a server, of the config's model or of the newest checkpoint in `workdir`; prefixes get kept_mib MiB.
   resize(positions) may set the config's lengths to what the model has positions for."""
+  try:
+    check_pattern(c.reward.pattern)  # where votes find the answer
+  except ValueError as e:
+    raise UserError(f"reward.pattern: {e}") from e
   mesh = assemble.make_mesh(c)
   fit(c, steady)
   with jax.set_mesh(mesh):
@@ -50,10 +56,17 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
 
 
 def _prefix_cache(c: ConfigDict, loaded, mib: int) -> PrefixCache | None:
+  if not mib:
+    return None
+  if c.rollout.max_prompt <= BLOCK:
+    raise UserError(f"--prefix_cache={mib} keeps blocks of {BLOCK} tokens with something behind them, and rollout.max_prompt is "
+                    f"{c.rollout.max_prompt}: leave it out, or allow longer prompts")
   try:
-    return PrefixCache(loaded.config, assemble.sampling(c, loaded).cache_dtype, mib) if mib else None
+    return PrefixCache(loaded.config, assemble.sampling(c, loaded).cache_dtype, mib)
   except ValueError as e:
     raise UserError(f"--prefix_cache: {e}") from e
+  except jax.errors.JaxRuntimeError as e:
+    raise UserError(f"--prefix_cache={mib}: a device has no room for so many MiB beside the model; give it fewer") from e
 
 
 def fit(c: ConfigDict, steady: bool) -> None:
@@ -65,8 +78,10 @@ def fit(c: ConfigDict, steady: bool) -> None:
 
 
 def model_name(path: str) -> str:
-  """A model's folder, or the run's of an exported policy; of a file its own name, unless that says nothing."""
+  """A model's folder, or the run's of an exported policy; of a file its own name, unless that says nothing. What is not text in
+  it is replaced."""
   name = Path(path).resolve()
   if name.is_file():
     name = name.parent if name.stem == "model" else name.with_suffix("")
-  return name.parent.name if name.name == "policy" else name.name
+  name = name.parent.name if name.name == "policy" else name.name
+  return os.fsencode(name).decode(errors="replace")

@@ -159,7 +159,9 @@ def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
     word = next(iter(argv[1:]), "")
     if is_run(word) or word in shipped.names():  # arrol-look and arrol-chat take a folder without a flag
       raise UserError(f"unexpected argument {word!r}; write --{'workdir' if is_run(word) else 'config'}={word}")
-    raise UserError(f"no --config=NAME or --config=FILE given{f', and {given[-1]} holds no run' if given else ''}; shipped ones: "
+    half = given and os.path.isdir(os.path.join(given[-1], "checkpoints"))
+    where = f", and {given[-1]} {'has checkpoints and no config.json' if half else 'holds no run'}" if given else ""
+    raise UserError(f"no --config=NAME or --config=FILE given{where}; shipped ones: "
                     f"{', '.join(shipped.names())}")
   c, file = defaults(), os.path.join(given[-1], "config.json")
   for name in fill(c, stored_config(given[-1], c)):

@@ -39,6 +39,7 @@ FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any
          "deterministic": ("false", "true: a text depends on nothing but its call, in bfloat16 too; costs speed")}
 MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6, "prefix_cache": 10**6}
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+_HOST = re.compile(r"[^\s/:\[\]]+")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -46,6 +47,10 @@ def main():
   c, flags = configuration.parse(_underscored(sys.argv), FLAGS, __doc__)
   _check(c)
   tokenizers.import_early()
+  if not flags.host:
+    raise UserError("--host is empty; give an address: 127.0.0.1 for this machine alone, 0.0.0.0 for all of its addresses")
+  if not flags.name.isprintable():
+    raise UserError(f"--name is {flags.name!r}; a model's name is text that can be printed")
   number = {name: configuration.whole_number(name, flags[name].value, 0, most) for name, most in MOST.items()}
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])
@@ -103,15 +108,23 @@ def _boolean(name: str, text: str) -> bool:
   return text.lower() == "true"
 
 
-def _is_loopback(host: str) -> bool:
+def _is_address(host: str) -> bool:
   try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:  # a name
-    return host in LOOPBACK
+    ipaddress.ip_address(host)
+  except ValueError:
+    return False
+  return True
+
+
+def _is_loopback(host: str) -> bool:
+  return ipaddress.ip_address(host).is_loopback if _is_address(host) else host in LOOPBACK
 
 
 def _access(flags, still: int) -> Access:
   listed = lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip())
+  for name in listed(flags.allowed_hosts):
+    if not (name == "*" or _HOST.fullmatch(name) or _is_address(name)):
+      raise UserError(f"--allowed_hosts has {name!r}; it takes names and addresses, without a scheme or a port")
   hosts = listed(flags.allowed_hosts) or ((*LOOPBACK, flags.host) if _is_loopback(flags.host) else ("*",))
   origins = listed(flags.cors)
   for origin in origins:

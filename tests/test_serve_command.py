@@ -1,5 +1,6 @@
 """The serving command and the parts under the server: limits, draws of rows that choose, what waits, votes without answers."""
 
+import contextlib
 import http.client
 import json
 import signal
@@ -19,7 +20,7 @@ from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.serving import votes
 from arrol_jax.serving.calls import Call, Piece
 from arrol_jax.serving.trace import Text, Trace
-from arrol_jax.types import Rollout
+from arrol_jax.types import Rollout, UserError
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,20 @@ def test_a_checkpoint_is_served_with_its_head(tmp_path):
   service, limits = serve.load(c, workdir, 3)
   assert limits.model == "trained" and limits.scored and limits.calibrated
   assert not service.engine.params["final_norm"].any()
+
+
+@pytest.mark.parametrize("flags, words", [
+  (["--host="], "--host is empty"), (["--name=\udcff"], "--name is"), (["--config.reward.pattern=("], "reward.pattern: "),
+  (["--prefix_cache=1"], "rollout.max_prompt is 16"),
+  (["--prefix_cache=1000000", "--config.rollout.max_prompt=40", "--config.rollout.max_new=24"], "no room for so many MiB")])
+def test_flags_that_cannot_be_are_told_before_anything_is_served(monkeypatch, flags, words):
+  monkeypatch.setattr(serve, "Front", lambda listener: contextlib.closing(listener))
+  monkeypatch.setattr(sys, "argv", ["serve", "--config=quickstart", "--port=0", "--config.rollout.slots=2", *flags])
+  with pytest.raises(UserError, match=words.replace(".", "[.]")):
+    serve.main()
+
+
+def test_a_run_without_its_config_is_told_from_no_run(tmp_path):
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  with pytest.raises(UserError, match="has checkpoints and no config.json"):
+    configuration.parse(["serve", f"--workdir={tmp_path}"])

@@ -36,6 +36,9 @@ def test_a_drain_that_runs_out_says_what_it_cut():
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
+    time.sleep(0.4)  # new connections are answered meanwhile
+    assert ask(port, None, "/health", "GET")[1]["status"] == "stopping" and ask(port, None, "/ready", "GET")[0] == 503
+    assert ask(port, FOREVER)[0] == 503
     for connection, answer in streams:
       last = answer.read().decode().strip().split("\n\n")[-1]
       assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503  # and no [DONE]

@@ -47,6 +47,12 @@ def refused(limits, body, chat=False):
   return str(e.value)
 
 
+def test_what_the_tokenizer_does_not_know_is_named_not_lost(limits):
+  assert "no token for ' ', 'x' of prompt" in refused(limits, {"prompt": "5 + x>"})
+  assert "no token for 'h', 'i' of messages" in refused(limits, {"messages": [{"role": "user", "content": "hi"}]}, chat=True)
+  assert len(read(limits, {"prompt": "<pad>5+5>"}).calls[0].tokens) == 5  # asked for by its name
+
+
 # ---- neutral values -----------------------------------------------------------------------------------------
 
 

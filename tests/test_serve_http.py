@@ -257,3 +257,11 @@ def test_origins_are_named_whole():
   for text in ("a.example", "https://a.example/", "https://a.example/page"):
     with pytest.raises(UserError, match="--cors"):
       serve._access(flags(cors=text), 60)
+
+
+def test_hosts_are_named_without_scheme_or_port():
+  given = flags(allowed_hosts="Proxy.example, ::1,10.0.0.7")
+  assert serve._access(given, 60).hosts == ("proxy.example", "::1", "10.0.0.7") and serve._access(flags(allowed_hosts="*"), 60)
+  for text in ("proxy.example:8443", "http://proxy.example", "[::1]", "a b"):
+    with pytest.raises(UserError, match="--allowed_hosts"):
+      serve._access(flags(allowed_hosts=text), 60)

@@ -105,7 +105,10 @@ class Checkpoints:
       if not self.read_only:
         self._set_aside(candidate)
     if damaged:
-      raise UserError(f"{self.workdir}: no checkpoint can be read (tried {damaged}); choose another --workdir to start again")
+      policy = os.path.join(self.workdir, "policy")
+      more = f", or use what was exported: --config.model.path={policy}" if os.path.isdir(policy) else ""
+      raise UserError(f"{self.workdir}: no checkpoint can be read (tried {damaged}); choose another --workdir to start again"
+                      f"{more}")
     return 0, state
 
   def _read(self, step: int, state: TrainState) -> TrainState:

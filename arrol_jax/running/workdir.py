@@ -275,7 +275,7 @@ def read_results(path: str, names: Iterable[str]) -> dict:
 
 def _remedy(path: str) -> str:
   if os.path.basename(path) == "config.json":
-    return "put it back, or delete it if the command is as it was (the checkpoints know their settings)"
+    return "put it back, or delete it and give --config as the run's first command did (the checkpoints know their settings)"
   return "delete it, and the same command makes it again"
 
 

@@ -108,7 +108,7 @@ class Answer:
       return None
     texts = [self._spell(token) for token in tokens]
     others = self._alternatives(i, len(tokens))
-    logprobs = [p if p is not None and math.isfinite(p) else None for p in logprobs]
+    logprobs = [min(p, 0.0) if p is not None and math.isfinite(p) else None for p in logprobs]  # 1e-10 by rounding
     if self.asked.chat:
       one = lambda text, p: {"token": text, "logprob": p, "bytes": _bytes(text)}
       return {"content": [one(t, p) | {"top_logprobs": [one(*other) for other in top or ()]}

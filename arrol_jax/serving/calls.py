@@ -8,6 +8,7 @@ import numpy as np
 
 from arrol_jax.types import Rollout
 
+FAILED = "the server failed; its log says why"
 HOPELESS = "hopeless"  # why a trace ended, beside "stop" and "length"
 
 
@@ -20,6 +21,10 @@ class Cut(Exception):
 
   def __init__(self, text: str = "the server stopped before this call was done"):
     super().__init__(text)
+
+
+class Broken(RuntimeError):
+  """The engine broke, and its log has said how."""
 
 
 class Call(NamedTuple):

@@ -44,7 +44,9 @@ def parse(raw: bytes) -> dict:
     raise Refused("the body is not UTF-8 text; send a JSON object") from None
   except UnicodeEncodeError:
     raise Refused("the body holds half a character (an unpaired surrogate)") from None
-  except (ValueError, RecursionError):
+  except (ValueError, RecursionError) as e:
+    if "integer string conversion" in str(e):
+      raise Refused("the JSON holds a number of thousands of digits") from None
     raise Refused("the body is not JSON; send a JSON object") from None
   if not isinstance(body, dict):
     raise Refused("the body is not a JSON object")

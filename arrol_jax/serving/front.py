@@ -12,7 +12,7 @@ import traceback
 import weakref
 
 from arrol_jax.running import hosts
-from arrol_jax.serving.calls import Call, Cut, Piece, Ticket
+from arrol_jax.serving.calls import Broken, Call, Cut, Piece, Ticket
 from arrol_jax.serving.lifecycle import GRACE
 from arrol_jax.serving.line import Line
 from arrol_jax.serving.openai_api import Limits
@@ -153,4 +153,4 @@ def _told(e: BaseException) -> str:
 
 def _plain(e: BaseException) -> Exception:
   """An exception that any process can read."""
-  return Cut(str(e)) if isinstance(e, Cut) else RuntimeError(_told(e))
+  return Cut(str(e)) if isinstance(e, Cut) else Broken(_told(e))

@@ -19,6 +19,7 @@ from arrol_jax.serving.connections import Patient, take_descriptors, tell_of_des
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.web import Access, Web, make_app
 
+_LOOK_S = 0.05  # between looks for calls that are under way
 GRACE = 2.0  # seconds that calls which were cut get to tell their clients
 
 
@@ -31,7 +32,7 @@ class Server(uvicorn.Server):
                                     proxy_headers=False, timeout_keep_alive=keep_alive,
                                     timeout_graceful_shutdown=int(drain + 2 * GRACE) + 1))
     self.web: Web = app.state.web
-    self.drain = drain
+    self.drain, self.stopping = drain, False
 
   async def startup(self, sockets=None):
     self.loop = asyncio.get_running_loop()
@@ -45,7 +46,7 @@ class Server(uvicorn.Server):
 
   def stop(self):
     """A signal came. From any thread."""
-    first, self.should_exit = not self.should_exit, True
+    first, self.stopping = not self.stopping, True
     self.loop.call_soon_threadsafe(self._begin_drain if first else self._cut)
 
   def broken(self):
@@ -56,8 +57,16 @@ class Server(uvicorn.Server):
   def _begin_drain(self):
     self.web.stop_taking()
     self.loop.call_later(self.drain, self._cut)
+    self._end_when_answered()
+
+  def _end_when_answered(self):
+    """Until then who asks is told how it is, and that no call is taken: uvicorn's own end closes the listening socket first."""
+    self.should_exit = self.should_exit or not self.web.under_way
+    if not self.should_exit:
+      self.loop.call_later(_LOOK_S, self._end_when_answered)
 
   def _cut(self):
+    self.should_exit = True
     if self.web.under_way:
       self.web.cut_off()
     self.loop.call_later(GRACE, self._leave)

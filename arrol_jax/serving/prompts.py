@@ -53,7 +53,7 @@ def prompts(prompt, limits) -> list[list[int]]:
 
 def _tokens(prompt: str | list, limits) -> list[int]:
   if isinstance(prompt, str):
-    return _known(limits.tokenizer.encode(prompt), limits, "prompt")
+    return _known(limits.tokenizer.encode(prompt), prompt, limits, "prompt")
   if len(prompt) > limits.max_prompt:
     return prompt  # its length is refused, whatever is in it
   if not all(type(t) is int for t in prompt):
@@ -85,16 +85,21 @@ def chat(messages, limits) -> list[int]:
   check_length(text, 2 * limits.max_prompt, limits.longest, "messages")
   encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
   if not typed:
-    return _known(encode(text), limits, "messages")
+    return _known(encode(text), text, limits, "messages")
   out = []
   for i, part in enumerate(re.split("\ue000([0-9]+)\ue001", text)):
     for piece in _harmless(typed[int(part)], special) if i % 2 else [part]:
       out += encode(piece) if piece else []
-  return _known(out, limits, "messages")
+  return _known(out, text, limits, "messages")
 
 
-def _known(tokens: list[int], limits, field: str) -> list[int]:
-  """The tokens of a text, if the model has an embedding for all of them."""
+def _known(tokens: list[int], text: str, limits, field: str) -> list[int]:
+  """The tokens of a text, if they stand for all of it and the model has an embedding for all of them."""
+  for name, number in _unknown(limits.tokenizer):
+    if number in tokens and name not in text:
+      special, unknown = _specials(limits.tokenizer), lambda c: number in limits.tokenizer.encode(c, add_special_tokens=False)
+      lost = list(filter(unknown, dict.fromkeys(special.sub("", text) if special else text)))
+      raise Refused(f"the model's tokenizer has no token for {', '.join(map(repr, lost[:8])) or 'a part'} of {field}", field)
   strange = next((t for t in tokens if t >= limits.vocab), None)
   if strange is not None:
     raise Refused(f"{field} holds {limits.tokenizer.convert_ids_to_tokens(strange)!r}, which the tokenizer knows as {strange} "
@@ -134,6 +139,13 @@ def _part(i: int, part) -> str:
   if not all(name in ("type", "text") or _says_nothing(name, value, EMPTY_PART) for name, value in part.items()):
     raise Refused(f"message {i} has a text part with more than a type and a text", "messages")
   return part["text"]
+
+
+@functools.lru_cache(maxsize=8)
+def _unknown(tokenizer) -> list[tuple[str, int]]:
+  """The token that stands for what the tokenizer does not know, and its number; none where it knows every byte."""
+  name = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "unk_token", None)
+  return [(name, tokenizer.convert_tokens_to_ids(name))] if name else []
 
 
 @functools.lru_cache(maxsize=8)

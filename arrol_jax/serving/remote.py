@@ -21,7 +21,7 @@ import weakref
 
 from arrol_jax.running import hosts, streams
 from arrol_jax.running.imports import without_torch
-from arrol_jax.serving.calls import Call, Cut, Standing, Ticket, check_room
+from arrol_jax.serving.calls import Broken, Call, Cut, Standing, Ticket, check_room
 from arrol_jax.serving.lifecycle import listen
 from arrol_jax.serving.line import Line
 
@@ -51,7 +51,7 @@ class Remote:
     self._tickets.update({ticket.number: ticket for ticket in tickets})
     self.line.send("submit", [(ticket.number, ticket.call) for ticket in tickets])
     if self._end is not None:  # perhaps before that was noted: nobody may be left to tell
-      raise Cut() if self.failure is None else RuntimeError("the engine broke") from self.failure
+      raise Cut() if self.failure is None else Broken("the engine broke") from self.failure
     return tickets
 
   def cancel(self, ticket: Ticket) -> None:
@@ -104,9 +104,9 @@ class Remote:
     try:
       while (message := self.line.hear())[0] != "end":
         self._take(*message)
-      self.failure = message[1] and RuntimeError(message[1])
+      self.failure = message[1] and Broken(message[1])
     except (EOFError, OSError):
-      self.failure = RuntimeError("the engine's process has ended")
+      self.failure = Broken("the engine's process has ended")
       with contextlib.suppress(OSError):  # as its terminal may have
         print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
     except Exception as e:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from arrol_jax.serving import votes
 from arrol_jax.serving.answers import Answer, nothing_said, refusal
-from arrol_jax.serving.calls import Cut, Piece
+from arrol_jax.serving.calls import FAILED, Cut, Piece
 from arrol_jax.serving.openai_api import Asked
 
 
@@ -190,6 +190,6 @@ async def _events(call: Running) -> AsyncIterator[str]:
       yield event(refusal(str(e), 503))
       return
     except Exception:
-      yield event(refusal("the server failed; its log says why", 500))
+      yield event(refusal(FAILED, 500))
       return
   yield (event(answer.closing()) if answer.asked.usage else "") + "data: [DONE]\n\n"

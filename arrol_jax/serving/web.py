@@ -25,7 +25,7 @@ from starlette.routing import Route
 from arrol_jax.serving import openai_api, votes
 from arrol_jax.serving.answers import refusal
 from arrol_jax.serving.bodies import Bodies, WholeRequests
-from arrol_jax.serving.calls import Cut, Full
+from arrol_jax.serving.calls import FAILED, Broken, Cut, Full
 from arrol_jax.serving.fields import Refused
 from arrol_jax.serving.meters import Meters
 from arrol_jax.serving.openai_api import Limits
@@ -135,7 +135,7 @@ def make_app(service, limits: Limits, started: Callable | None = None, broken: C
     return web.error(f"{request.method} {request.url.path}: {e.detail}", e.status_code, headers=e.headers)
 
   async def failed(request, e: Exception):
-    return web.error("the server failed; its log says why", 500)
+    return web.error(FAILED, 500)
 
   routes = [Route("/v1/models", lambda request: JSONResponse({"object": "list", "data": [web.model]})),
             Route("/v1/models/{name:path}", one_model), Route("/metrics", metrics),
@@ -228,4 +228,6 @@ async def _answer(web: Web, chat: bool, request: Request) -> Response:
     raise Refused(f"the server is full: {e}; try again later", status=429) from None
   except Cut as e:
     raise Refused(str(e), status=503) from None
+  except Broken:
+    return web.error(FAILED, 500)
   return Response(status_code=499) if answer is None else JSONResponse(answer)
