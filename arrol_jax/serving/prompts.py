@@ -95,11 +95,12 @@ def chat(messages, limits) -> list[int]:
 
 def _known(tokens: list[int], text: str, limits, field: str) -> list[int]:
   """The tokens of a text, if they stand for all of it and the model has an embedding for all of them."""
-  for name, number in _unknown(limits.tokenizer):
-    if number in tokens and name not in text:
-      special, unknown = _specials(limits.tokenizer), lambda c: number in limits.tokenizer.encode(c, add_special_tokens=False)
-      lost = list(filter(unknown, dict.fromkeys(special.sub("", text) if special else text)))
-      raise Refused(f"the model's tokenizer has no token for {', '.join(map(repr, lost[:8])) or 'a part'} of {field}", field)
+  tokenizer, (name, number) = limits.tokenizer, _unknown(limits.tokenizer)
+  if number in tokens and name not in text:
+    special = _specials(tokenizer)
+    lost = [c for c in dict.fromkeys(special.sub("", text) if special else text)
+            if number in tokenizer.encode(c, add_special_tokens=False)]
+    raise Refused(f"the model's tokenizer has no token for {', '.join(map(repr, lost[:8])) or 'a part'} of {field}", field)
   strange = next((t for t in tokens if t >= limits.vocab), None)
   if strange is not None:
     raise Refused(f"{field} holds {limits.tokenizer.convert_ids_to_tokens(strange)!r}, which the tokenizer knows as {strange} "
@@ -142,10 +143,10 @@ def _part(i: int, part) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _unknown(tokenizer) -> list[tuple[str, int]]:
-  """The token that stands for what the tokenizer does not know, and its number; none where it knows every byte."""
+def _unknown(tokenizer) -> tuple[str, int]:
+  """The token that stands for what the tokenizer does not know, and its number; -1 where it knows every byte."""
   name = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "unk_token", None)
-  return [(name, tokenizer.convert_tokens_to_ids(name))] if name else []
+  return (name, tokenizer.convert_tokens_to_ids(name)) if name else ("", -1)
 
 
 @functools.lru_cache(maxsize=8)
