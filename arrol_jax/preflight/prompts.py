@@ -22,7 +22,7 @@ def train_prompts(page: Page, c: ConfigDict, loaded: Policy) -> list[Prompt]:
   page.say(f"{c.steps:,} steps x {asked:,} prompts: {c.steps * asked / len(out):.2f} times through them")
   if len(out) < asked:
     page.warn(f"data.train has {len(out)} prompts and a step takes {asked}: the same ones come several times within a step "
-              "(rollout.prompts)")
+              f"({'rollout.candidates' if c.rollout.candidates else 'rollout.prompts'})")
   answers = {}
   for p in out:
     answers.setdefault(p.problem.problem.strip(), set()).add(p.problem.answer.strip())
