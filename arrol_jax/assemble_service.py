@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from arrol_jax import assemble, assemble_state
 from arrol_jax.models import sharding
 from arrol_jax.rewards.extract import check_pattern
-from arrol_jax.serving import prompts
+from arrol_jax.serving import prefixes, prompts
 from arrol_jax.serving.openai_api import Limits
-from arrol_jax.serving.prefixes import BLOCK, PrefixCache
+from arrol_jax.serving.prefixes import PrefixCache
 from arrol_jax.serving.service import Service
 from arrol_jax.types import UserError
 
@@ -58,9 +58,9 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
 def _prefix_cache(c: ConfigDict, loaded, mib: int) -> PrefixCache | None:
   if not mib:
     return None
-  if c.rollout.max_prompt <= BLOCK:
-    raise UserError(f"--prefix_cache={mib} keeps blocks of {BLOCK} tokens with something behind them, and rollout.max_prompt is "
-                    f"{c.rollout.max_prompt}: leave it out, or allow longer prompts")
+  if c.rollout.max_prompt <= prefixes.BLOCK:
+    raise UserError(f"--prefix_cache={mib} keeps blocks of {prefixes.BLOCK} tokens with something behind them, and "
+                    f"rollout.max_prompt is {c.rollout.max_prompt}: leave it out, or allow longer prompts")
   try:
     return PrefixCache(loaded.config, assemble.sampling(c, loaded).cache_dtype, mib)
   except ValueError as e:
