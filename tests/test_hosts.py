@@ -93,7 +93,6 @@ def one(tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6"}])
 def test_commands_take_as_much_of_a_gpu_as_plans_count_with(monkeypatch, given):
   """Unless the environment says how much; JAX refuses both names at once."""
@@ -108,6 +107,7 @@ def test_commands_take_as_much_of_a_gpu_as_plans_count_with(monkeypatch, given):
   assert 0.9 < hosts.CARD_SHARE < 0.97
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_do_what_one_does(tmp_path, one):
   """Five steps, with evaluations before and after, over a mesh (2, 2, 2) whose data axis crosses the processes."""
   said = finish(tmp_path, start(tmp_path, 2, 4, (2, 2, 2)))
