@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
   c.optim.micro_tokens = 16384  # tokens (padding included) a micro-batch
   c.optim.chunk_tokens = 4096  # tokens whose logits exist at once, on each chip
   c.optim.length_buckets = 2   # compiled lengths of attention's rows in the update
-  c.optim.tail_sizes = 2       # compiled sizes of the last micro-batch that are smaller: a half, a quarter
+  c.optim.tail_sizes = 2       # compiled sizes of the last micro-batch that are smaller, evenly: a third and two thirds
 
   c.reward = ConfigDict()
   c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":

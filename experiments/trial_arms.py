@@ -195,6 +195,10 @@ REGIMES = {regime.name: regime for regime in (
          {arm: AHEAD4[arm] for arm in ("plain", "chosen4_ahead4", "budget_chosen4_ahead4", "chosen4_8_ahead4")}, 21,
          train="math_train", test="math500", ours=("budget_chosen4_ahead4",), nulls=("chosen4_8_ahead4",),
          **_MATH_RATES.chosen()),
+  Regime("math_halved_again", "gpu", "the same question on fresh seeds by later code, both arms that it is about",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("budget_chosen4_ahead4", "chosen4_8_ahead4"), 8),),
+         {arm: AHEAD4[arm] for arm in ("plain", "budget_chosen4_ahead4", "chosen4_8_ahead4")}, 31, train="math_train",
+         test="math500", ours=("budget_chosen4_ahead4",), nulls=("chosen4_8_ahead4",), **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
@@ -209,7 +213,8 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_long", "falling"),
+DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
+                   "math_long", "falling"),
            "cpu": ("arithmetic",)}
 
 

@@ -57,7 +57,9 @@ def test_a_layout_says_the_same_in_both_directions(mesh):
 
 
 @pytest.mark.parametrize("buckets, micro_tokens, lengths, bins", [
-  (1, 64, [32], [(32, 2, 32), (32, 2, 32), (64, 3, 32), (64, 4, 32)]), (4, 1, [16, 32], None), (3, 128, [16, 32], None)])
+  (1, 64, [32], [(32, 2, 32), (48, 3, 32), (64, 3, 32), (64, 4, 32)]),
+  (1, 96, [32], [(32, 2, 32), (64, 4, 32), (96, 4, 32), (96, 6, 32)]),
+  (4, 1, [16, 32], None), (3, 128, [16, 32], None)])
 def test_a_few_fixed_shapes(mesh, buckets, micro_tokens, lengths, bins):
   """Lengths are multiples of 16; a part-filled micro-batch takes the smallest bin that holds it; long rows first."""
   shape = PackShape(32, micro_tokens, buckets)

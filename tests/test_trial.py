@@ -44,12 +44,13 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     read[run.arm] = c
     config.check(config.parse(list(run.voting("")))[0], files=False)
   read.pop("shared")
-  if regime.name in ("ahead", "falling", "math", "math4", "math_fresh", "math_halved", "math_long"):
-    falling, four = regime.name == "falling", regime.name in ("math4", "math_fresh", "math_halved", "math_long")
+  four = regime.name in ("math4", "math_fresh", "math_halved", "math_halved_again", "math_long")
+  if four or regime.name in ("ahead", "falling", "math"):
+    falling = regime.name == "falling"
     pruned = [arm for arm in read if "budget" in arm]
     assert {c.optim.schedule for c in read.values()} == {"linear" if falling else "constant"}
     assert [arm for arm, c in read.items() if c.loss.baseline == "started"] == ["budget_ahead"] * falling
-    if regime.name in ("math_fresh", "math_halved"):
+    if "chosen4_8_ahead4" in read:
       assert read["chosen4_8_ahead4"].rollout.group_size == 8 and read["budget_chosen4_ahead4"].rollout.group_size == 16
     if "resampled" in read:
       assert read.pop("resampled").rollout.resampling == 3

@@ -32,7 +32,7 @@ class PackShape(NamedTuple):
   length: int
   micro_tokens: int
   buckets: int = 2
-  tails: int = 2  # smaller sizes, a half and a quarter of the whole one, for the last micro-batch
+  tails: int = 2  # smaller sizes for the last micro-batch, evenly below the whole one: with 2 a third and two thirds of it
 
   def lengths(self) -> list[int]:
     """Row lengths, ascending."""
@@ -40,11 +40,11 @@ class PackShape(NamedTuple):
 
   def bins(self, unit: int, length: int) -> list[BinShape]:
     """The shapes of a bin for rows of `length`, smallest first; `unit` bins make a micro-batch. A whole one holds at least the
-    longest row, and has few rows or many; part-filled micro-batches take half or a quarter where that holds one too."""
+    longest row, and has few rows or many; part-filled micro-batches take a smaller size where that holds one too."""
     longest = self.lengths()[-1]
     whole = _up(max(self.micro_tokens // unit, longest), 16)
-    parts = ((4, 8), (2, 8), (1, 5), (1, 8))[2 - self.tails:]
-    sizes = sorted({(max(_up(whole // part, 16), longest), many) for part, many in parts})
+    tails = [_up(whole * n // (self.tails + 1), 16) for n in range(1, self.tails + 1)]
+    sizes = sorted({(max(size, longest), many) for size, many in (*((size, 8) for size in tails), (whole, 5), (whole, 8))})
     return [BinShape(n, max(1, -(-many * n // (4 * length))), length) for n, many in sizes]
 
 

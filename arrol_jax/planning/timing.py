@@ -74,7 +74,8 @@ def of_step(step: Step, lengths, prompt: int, pruning: bool) -> Timed:
                 seconds("gather", p["gather"].runs if "gather" in p else 0) + cost.seconds(made, rates))
   bins = step.shapes["micro-batch tokens"] // shards
   trained = work.packed(prompt, len(lengths) // c.rollout.group_size, made.kept, bins)
-  batches = math.ceil(4 * trained.tokens / step.shapes["micro-batch tokens"]) / 4  # the last may be a half or a quarter
+  parts = c.optim.tail_sizes + 1  # sizes that the last may have
+  batches = math.ceil(parts * trained.tokens / step.shapes["micro-batch tokens"]) / parts
   passes = p["log-probs"].runs // p["update"].runs if "log-probs" in p else 0
   square = work.attention_flops(model, step.shapes["micro-batch rows"], step.shapes["micro-batch columns"])
   kernel = square / step.mesh.size / rates.flops if step.kernels else 0.0  # which the compiled text hides
