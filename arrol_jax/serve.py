@@ -23,7 +23,8 @@ from arrol_jax.assemble_service import load
 from arrol_jax.engine import compile_ahead
 from arrol_jax.models.files import tokenizers
 from arrol_jax.running import hosts
-from arrol_jax.serving.front import Front
+from arrol_jax.serving.front import Front, processes_here
+from arrol_jax.serving.lifecycle import BACKLOG
 from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
 
@@ -34,10 +35,12 @@ FLAGS = {"host": ("127.0.0.1", "address to listen at"), "port": ("8000", "0: any
          "api_key": (None, "who calls must send it (or ARROL_API_KEY in the environment)"),
          "allowed_hosts": ("", "Host headers that are answered, separated by commas (on 127.0.0.1: its own)"),
          "cors": ("", "origins of web pages that may call, separated by commas"),
+         "http_processes": ("0", "that speak HTTP; 0: one for four cores, four at most"),
          "keep_alive": ("60", "seconds of an idle connection"), "still": ("60", "seconds without a step until /health says so"),
          "prefix_cache": ("0", "MiB for what prompts begin with, kept between calls; 0: off"),
          "deterministic": ("false", "true: a text depends on nothing but its call, in bfloat16 too; costs speed")}
-MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6, "prefix_cache": 10**6}
+MOST = {"port": 65535, "queue": 10**6, "drain": 10**6, "keep_alive": 10**6, "still": 10**6, "prefix_cache": 10**6,
+        "http_processes": 64}
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 _HOST = re.compile(r"[^\s/:\[\]]+")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -55,7 +58,8 @@ def main():
   steady = _boolean("deterministic", flags.deterministic)
   access = _access(flags, number["still"])
   workdir = flags.workdir if flags["workdir"].present else None
-  with Front(_bind(flags.host, number["port"])) as front, _on_signal(_give_up):  # bound before a model is loaded for nothing
+  listener = _bind(flags.host, number["port"])  # before a model is loaded for nothing
+  with Front(listener, number["http_processes"] or processes_here()) as front, _on_signal(_give_up):
     service, limits = load(c, workdir, number["queue"], steady, flags.name, number["prefix_cache"])
     _tell(f"loaded {limits.model}: {service.engine.rows} slots, prompts of at most {limits.max_prompt} tokens")
     service.warm_up(_tell)
@@ -150,7 +154,7 @@ def _bind(host: str, port: int) -> socket.socket:
   out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     out.bind((host, port))
-    out.listen(2048)
+    out.listen(BACKLOG)
   except OSError as e:
     out.close()
     raise UserError(f"cannot listen at {host}:{port}: {e.strerror or e}; give another --port or --host") from e

@@ -4,11 +4,11 @@
                                     [--workdir=RUN] --out=FILE            # at most five minutes on one H100
   python -m experiments.serve_speed --config=quickstart --at_once=4,8 --calls=2 --max_tokens=16 --config.rollout.slots=8   # a CPU
 
-One process holds the model: the bare engine runs first, then the server over the same engine, with the HTTP side in a process of
-its own as in arrol-serve, whose calls come from a third process. Both get the same prompts, lengths (ignore_eos) and seeds in the
+One process holds the model: the bare engine runs first, then the server over the same engine, with the HTTP side in processes of
+its own as in arrol-serve, whose calls come from others. Both get the same prompts, lengths (ignore_eos) and seeds in the
 same order, with at most --at_once of them running. A JSON line a case:
   bare, served     tokens a second; of the served the share of the bare engine's, first tokens, time between tokens, seconds of
-                   compiling by jax's own count (none is expected); the same again
+                   compiling by jax's own count (none is expected); the same again; all of it by --http_processes
   lone             one call after another: time to the first token, and between tokens; beside it the bare engine with one slot:
                    a prefill, a decode step, and a first token's bound, a prefill and three steps
   deterministic    the same server with --deterministic: tokens a second, and seeded texts alone and in a crowd
@@ -16,6 +16,7 @@ same order, with at most --at_once of them running. A JSON line a case:
 What --seconds leave no time for is said to be skipped. Nothing is downloaded.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import json
@@ -35,7 +36,7 @@ from arrol_jax.running import hosts
 from arrol_jax.serving import openai_api
 from arrol_jax.serving.calls import Call, seed_of
 from arrol_jax.serving.fields import Refused
-from arrol_jax.serving.front import Front
+from arrol_jax.serving.front import Front, processes_here
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import ANYONE
 from arrol_jax.types import UserError
@@ -44,6 +45,7 @@ from experiments.serve_load import quantile
 FLAGS = {"out": ("", "a file for the lines, besides stdout"), "problems": ("", "JSON lines with a problem and an answer"),
          "at_once": ("64,256", "calls at once"), "calls": ("4", "times as many in all"),
          "max_tokens": ("256", "of the longest text"),
+         "http_processes": ("0", "that speak HTTP, one number after another; 0: as arrol-serve has them here"),
          "votes": ("64", "problems to vote on"), "stop_below": ("0.2", "posterior below which a trace ends early"),
          "seconds": ("270", "after which no further case begins")}
 N = 16
@@ -57,6 +59,7 @@ class Bench:
   def __init__(self, c, flags):
     self.c, self.flags, self.start, self.lines, self.compiling = c, flags, time.monotonic(), [], hosts.Compiling()
     self.at_once = [int(n) for n in flags.at_once.split(",")]
+    self.processes = [int(n) or processes_here() for n in flags.http_processes.split(",")]
     self.service, self.limits = serve.load(c, flags.workdir if flags["workdir"].present else None, 4 * max(self.at_once))
     self.problems = [x for x in problems(flags.problems) if self.fits(x["problem"])]
     self.longest = min(int(flags.max_tokens), self.limits.max_new)
@@ -153,11 +156,11 @@ def alone(b: Bench) -> dict:
 
 
 @contextlib.contextmanager
-def serving(service: Service, limits):
-  """The server over a service, as the command has it, with the HTTP side in a process of its own: its port."""
+def serving(service: Service, limits, processes: int):
+  """The server over a service, as the command has it, with the HTTP side in processes of its own: its port."""
   listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
   port = listener.getsockname()[1]
-  with Front(listener, said=sys.stderr) as front:
+  with Front(listener, processes, sys.stderr) as front:
     service.warm_up(lambda text: print(text, file=sys.stderr, flush=True))
     thread = threading.Thread(target=front.run, args=(service, limits, ANYONE, 10.0, 60))
     thread.start()
@@ -169,17 +172,25 @@ def serving(service: Service, limits):
 
 
 def ask(port: int, bodies: list[dict], at_once: int) -> tuple[list[dict], float]:
-  """The replies (serve_load.Reply as dicts) and the seconds for all of them. Raises UserError where one went wrong."""
-  lines = "".join(json.dumps(body) + "\n" for body in bodies)
-  command = [sys.executable, "-m", "experiments.serve_load", str(port), str(at_once)]
-  done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-  if done.returncode:
-    raise UserError(f"the callers failed: {(done.stderr.strip().splitlines() or ['they said nothing'])[-1]}")
-  *replies, last = [json.loads(line) for line in done.stdout.splitlines()]
+  """The replies (serve_load.Reply as dicts) and the seconds for all of them, from as many processes as the HTTP side has where
+  nobody says. Raises UserError where one went wrong."""
+  callers = min(processes_here(), at_once)
+
+  def call(i: int) -> list[dict]:
+    lines = "".join(json.dumps(body) + "\n" for body in bodies[i::callers])
+    command = [sys.executable, "-m", "experiments.serve_load", str(port), str((at_once - i - 1) // callers + 1)]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+      raise UserError(f"the callers failed: {(done.stderr.strip().splitlines() or ['they said nothing'])[-1]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+  with ThreadPoolExecutor(callers) as pool:
+    said = list(pool.map(call, range(callers)))
+  replies = [said[i % callers][i // callers] for i in range(len(bodies))]
   wrong = [reply for reply in replies if reply["texts"] is None]
   if wrong:
     raise UserError(f"{len(wrong)} of {len(replies)} calls got no answer: {wrong[0]['status']} {wrong[0]['error']}")
-  return replies, last["seconds"]
+  return replies, max(one[-1]["seconds"] for one in said)
 
 
 def waits(replies: list[dict]) -> dict:
@@ -191,7 +202,7 @@ def waits(replies: list[dict]) -> dict:
           "between_tokens_s": quantile(between, 0.5), "between_tokens_p99_s": quantile(between, 0.99)}
 
 
-def throughput(b: Bench, port: int, case: str, at_once: int, alone: float | None = None) -> None:
+def throughput(b: Bench, port: int, case: str, at_once: int, processes: int, alone: float | None = None) -> None:
   bodies = b.bodies(at_once * int(b.flags.calls))
   b.compiling.seconds()
   ask(port, bodies[:at_once], at_once)  # warm
@@ -199,8 +210,8 @@ def throughput(b: Bench, port: int, case: str, at_once: int, alone: float | None
   replies, seconds = ask(port, bodies, at_once)
   speed = sum(reply["tokens"] for reply in replies) / seconds
   share = {"of_bare": speed / alone} if alone else {}
-  b.tell(case, at_once=at_once, calls=len(bodies), seconds=seconds, tokens_s=speed, **share, **waits(replies),
-         compiled_before_s=warm, compiled_s=b.compiling.seconds())
+  b.tell(case, at_once=at_once, http_processes=processes, calls=len(bodies), seconds=seconds, tokens_s=speed, **share,
+         **waits(replies), compiled_before_s=warm, compiled_s=b.compiling.seconds())
 
 
 def steady(b: Bench) -> None:
@@ -208,8 +219,8 @@ def steady(b: Bench) -> None:
   s, most = b.service, b.at_once[0]
   engine = dataclasses.replace(s.engine, row_buckets=1, length_buckets=1)
   service = Service(engine, s.sampling, s.tokenizer, 4 * max(b.at_once), s.voters, steady=True)
-  with serving(service, b.limits) as port:
-    throughput(b, port, "deterministic", most)
+  with serving(service, b.limits, b.processes[-1]) as port:
+    throughput(b, port, "deterministic", most, b.processes[-1])
     crowd = [b.body(i, max_tokens=b.longest, temperature=1.0) for i in range(max(FEW, most))]
     alone, _ = ask(port, crowd[:FEW], 1)
     together, _ = ask(port, crowd, len(crowd))
@@ -248,15 +259,17 @@ def main():
     speed[at_once] = bare(b, b.bodies(at_once * int(flags.calls)), at_once)
     b.tell("bare", at_once=at_once, calls=at_once * int(flags.calls), tokens_s=speed[at_once])
   bound = alone(b)
-  with serving(b.service, b.limits) as port:
-    replies, _ = ask(port, b.bodies(FEW), 1)
-    b.tell("lone", calls=FEW, **waits(replies[1:]), **bound)
-    for case in ("served", "served again"):  # the first calls after the start are slower
-      for at_once in b.at_once:
-        b.late(case) or throughput(b, port, case, at_once, speed[at_once])
+  again = lambda: Service(b.service.engine, b.service.sampling, b.service.tokenizer, 4 * max(b.at_once), b.service.voters)
+  for i, processes in enumerate(b.processes):
+    with serving(again() if i else b.service, b.limits, processes) as port:
+      replies, _ = ask(port, b.bodies(FEW), 1)
+      b.tell("lone", calls=FEW, http_processes=processes, **waits(replies[1:]), **bound)
+      for case in ("served", "served again"):  # the first calls after the start are slower
+        for at_once in b.at_once:
+          b.late(case) or throughput(b, port, case, at_once, processes, speed[at_once])
   b.late("deterministic") or steady(b)
   if not b.late("vote"):
-    with serving(Service(b.service.engine, b.service.sampling, b.service.tokenizer, 256, b.service.voters), b.limits) as port:
+    with serving(again(), b.limits, b.processes[-1]) as port:
       votes(b, port)
   if flags.out:
     Path(flags.out).parent.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,7 @@ def test_a_checkpoint_is_served_with_its_head(tmp_path):
   (["--prefix_cache=1"], "rollout.max_prompt is 16"),
   (["--prefix_cache=1000000", "--config.rollout.max_prompt=40", "--config.rollout.max_new=24"], "no room for so many MiB")])
 def test_flags_that_cannot_be_are_told_before_anything_is_served(monkeypatch, flags, words):
-  monkeypatch.setattr(serve, "Front", lambda listener: contextlib.closing(listener))
+  monkeypatch.setattr(serve, "Front", lambda listener, _: contextlib.closing(listener))
   monkeypatch.setattr(sys, "argv", ["serve", "--config=quickstart", "--port=0", "--config.rollout.slots=2", *flags])
   with pytest.raises(UserError, match=words.replace(".", "[.]")):
     serve.main()

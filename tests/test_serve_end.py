@@ -27,7 +27,7 @@ def ended(process, within):
 
 @pytest.mark.slow
 def test_a_drain_that_runs_out_says_what_it_cut():
-  with command("--drain=1", "--name=mine") as (process, port):
+  with command("--drain=1", "--name=mine", "--http-processes=2") as (process, port):
     assert ask(port, None, "/v1/models", "GET")[1]["data"][0]["id"] == "mine"
     streams = [begun(port) for _ in range(2)]
     got = []

@@ -16,7 +16,7 @@ from helpers_serve import PROMPT, ask, until
 import pytest
 
 from arrol_jax import serve
-from arrol_jax.serving import bodies, connections, lifecycle
+from arrol_jax.serving import bodies, connections, front, lifecycle
 from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
 
@@ -198,7 +198,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may():
 
 
 def test_the_url_of_an_ipv6_address_has_brackets():
-  assert lifecycle._url("::1", 80, 0, 0) == "http://[::1]:80" and lifecycle._url("127.0.0.1", 80) == "http://127.0.0.1:80"
+  assert front._url("::1", 80, 0, 0) == "http://[::1]:80" and front._url("127.0.0.1", 80) == "http://127.0.0.1:80"
 
 
 def test_the_loop_is_asyncios_own_whatever_is_installed(monkeypatch):

@@ -1,5 +1,7 @@
-"""The engine's end of the line to the process that speaks HTTP (remote.py, which says what goes over it)."""
+"""The engine's end of the lines to the processes that speak HTTP (remote.py, which says what goes over them)."""
 
+from collections.abc import Callable
+import contextlib
 import functools
 from multiprocessing.connection import Pipe
 import os
@@ -7,11 +9,13 @@ import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
 
 from arrol_jax.running import hosts
+from arrol_jax.serving.board import Board
 from arrol_jax.serving.calls import Broken, Call, Cut, Piece, Ticket
 from arrol_jax.serving.lifecycle import GRACE
 from arrol_jax.serving.line import Line
@@ -19,68 +23,112 @@ from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access
 
+CORES, MOST = 4, 4  # a process of the HTTP side for so many cores, and so many at most
+_COUNTED = "PROMETHEUS_MULTIPROC_DIR"
 _START = "import sys; from arrol_jax.serving import remote; sys.exit(remote.main(*map(int, sys.argv[1:])))"
 
 
-class Front:
-  """The HTTP side, in a process that is started at once, so that it is ready when the model is. It takes the socket over. As a
-  context manager it leaves no process behind. said: where that process prints "serving NAME at URL" and how it ended (None: to
-  this one's stdout)."""
+def processes_here() -> int:
+  """How many processes the HTTP side has where nobody says: one keeps up with some hundred calls a second."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return max(1, min(MOST, cores // CORES))
 
-  def __init__(self, listener: socket.socket, said=None):
+
+class _Side:
+  """One process of the HTTP side, and the line to it."""
+
+  def __init__(self, number: int, listener: socket.socket, board: Board, said, env: dict[str, str]):
     ours, theirs = Pipe()
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    fds = [listener.fileno(), theirs.fileno()]
-    with listener, theirs:
+    fds = [listener.fileno(), theirs.fileno(), board.fd]
+    with theirs:
       # A session of its own: Ctrl-C comes here alone. -P: only this process's sys.path counts.
-      self.process = subprocess.Popen([sys.executable, "-P", "-c", _START, *map(str, fds)], pass_fds=fds, start_new_session=True,
-                                      stdin=subprocess.DEVNULL, stdout=said,
-                                      env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"})
+      self.process = subprocess.Popen([sys.executable, "-P", "-c", _START, *map(str, (*fds, number))], pass_fds=fds,
+                                      start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
+                                      env=env | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"})
     self.line = Line(ours)
-    self.service: Service | None = None
     self.tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # by number; the service holds them
-    self.said, self.waits = [], []  # of this turn
-    self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: the process has ended
+    self.said: list[tuple] = []  # of this turn
+    self.serving = False  # it takes calls
+    self.over = self.cut = self.gone = False  # it takes no more; its calls are cut; its end of the line is closed
+
+  def end(self) -> None:
+    self.process.kill()
+    self.process.wait()
+    self.line.close()
+
+
+class Front:
+  """The HTTP side, in `count` processes that are started at once, so that they are ready when the model is. They take the socket
+  over, and connections as they come. As a context manager it leaves no process behind. said: where "serving NAME at URL" is
+  printed, and how it ended (None: to stdout)."""
+
+  def __init__(self, listener: socket.socket, count: int = 1, said=None):
+    self.said, self.address, self.board = said, listener.getsockname(), Board(count)
+    self.counted = tempfile.TemporaryDirectory(prefix="arrol-serve-") if count > 1 else None  # where they count together
+    env = {name: value for name, value in os.environ.items() if name.upper() != _COUNTED}
+    env |= {_COUNTED: self.counted.name} if self.counted else {}
+    with listener:
+      self.sides = [_Side(number, listener, self.board, said, env) for number in range(count)]
+    self.service: Service | None = None
+    self.waits: list[float] = []  # of this turn
+    self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: all processes have ended
+    self.stopping = False
+    self._lock = threading.Lock()  # over what has become of the sides
 
   def __enter__(self) -> "Front":
     return self
 
   def __exit__(self, *_exception) -> None:
-    self.process.kill()
-    self.process.wait()
-    self.line.close()
+    for side in self.sides:
+      side.end()
+    self.board.close()
+    self.counted and self.counted.cleanup()
 
   def stop(self) -> None:
     """What a signal does: the first drains, the second cuts. For signal handlers too."""
+    self.stopping = True
     self.orders.put("stop")
 
   def run(self, service: Service, limits: Limits, access: Access, drain: float, keep_alive: int) -> int:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
     self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
-    self.line.send(limits, access, drain, keep_alive, service.standing)
+    for side in self.sides:
+      side.line.send(limits, access, drain, keep_alive, service.standing)
     hosts.settle()
     engine = threading.Thread(target=self._decode, name="engine", daemon=True)
     engine.start()
-    threading.Thread(target=self._listen, name="front", daemon=True).start()
+    for side in self.sides:
+      threading.Thread(target=self._listen, args=(side, limits.model), name="front", daemon=True).start()
     while order := self.orders.get():
-      self.line.send(order)
-    status = self._ended()
+      for side in self.sides:
+        side.line.send(order)
+    status = [self._ended(side) for side in self.sides]
     service.cut()
     engine.join(10 * GRACE)
+    if cut := self.board.total("cut"):
+      self._print(f"stopped: {cut} calls under way were cut")
+    elif not any(status):
+      self._print("drained")
     if engine.is_alive():  # in the device's hands: the interpreter would not end
+      print("the engine does not answer; leaving without it", file=sys.stderr, flush=True)
       os._exit(1)
-    return int(status != 0 or service.failure is not None)
+    return int(any(status) or service.failure is not None)
 
-  def _ended(self) -> int:
-    """The exit status of the HTTP side, whose end of the line is closed; said where it was killed."""
+  def _ended(self, side: _Side) -> int:
+    """The exit status of a process whose end of the line is closed; said where it was killed."""
     try:
-      status = self.process.wait(10 * GRACE)
+      status = side.process.wait(10 * GRACE)
     except subprocess.TimeoutExpired:
-      self.process.kill()
-      status = self.process.wait()
+      side.process.kill()
+      status = side.process.wait()
     if status < 0:
       print(f"error: the HTTP side was killed (signal {-status})", file=sys.stderr, flush=True)
     return status
+
+  def _print(self, text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be left to read it, or its disk be full: no reason not to serve
+      os.write(self.said.fileno() if self.said else 1, f"{text}\n".encode())
 
   # ---- the engine's thread
 
@@ -92,59 +140,104 @@ class Front:
     try:
       self._turn()
     finally:
-      self.line.send("end", self.service.failure and _told(self.service.failure))
-
-  def _say(self, number: int, piece: Piece | BaseException) -> None:
-    self.said.append((number, piece if isinstance(piece, Piece) else _plain(piece)))
+      for side in self.sides:
+        side.line.send("end", self.service.failure and _told(self.service.failure))
 
   def _turn(self) -> None:
-    """All pieces of a segment go together."""
-    said, waits = list(self.said), list(self.waits)
-    self.said.clear()
+    """All pieces of a segment go together; how the engine stands goes to all, how long calls waited to one, which counts it."""
+    waits = list(self.waits)
     self.waits.clear()
-    self.line.send("said", said, waits, self.service.standing)
+    for side in self.sides:
+      said = list(side.said)
+      side.said.clear()
+      if not side.gone:
+        side.line.send("said", said, waits, self.service.standing)
+        waits = []
 
-  # ---- the thread that listens
+  # ---- the threads that listen, one a side
 
-  def _listen(self) -> None:
+  def _listen(self, side: _Side, model: str) -> None:
     try:
       while True:
-        self._take(*self.line.hear())
+        word, *rest = side.line.hear()
+        if word == "serving":
+          self._serving(side, model)
+        else:
+          self._take(side, word, *rest)
     except (EOFError, OSError):
       pass
     except Exception:
       traceback.print_exc()
-      self.process.kill()  # no sense in what it says
-    self.orders.put(None)
+      side.process.kill()  # no sense in what it says
+    self._gone(side)
 
-  def _take(self, word: str, *rest) -> None:
+  def _serving(self, side: _Side, model: str) -> None:
+    with self._lock:
+      side.serving = True
+      if all(x.serving for x in self.sides):
+        self._print(f"serving {model} at {_url(*self.address)}")
+
+  def _gone(self, side: _Side) -> None:
+    """A process has ended. Where it was not told to, the others drain: nobody should have to find out which one answers."""
+    with self._lock:
+      died, side.gone = not side.over, True
+      if all(x.gone for x in self.sides):
+        self.orders.put(None)
+      elif died and not self.stopping:
+        self.stop()
+    self._over(side, True)
+
+  def _over(self, side: _Side, cut: bool) -> None:
+    """A side takes no more calls, and those that it has are answered or cut. The last one's word is the engine's end."""
+    with self._lock:
+      side.over, side.cut = True, side.cut or cut
+      last, all_cut = all(x.over for x in self.sides), all(x.cut for x in self.sides)
+    if last and not all_cut:
+      self.service.close()
+    elif last:
+      self.service.cut()
+    else:
+      for ticket in list(side.tickets.values()):
+        self.service.cancel(ticket)
+      side.line.send("end", None)
+
+  def _take(self, side: _Side, word: str, *rest) -> None:
     if word == "submit":
-      self._submit(*rest)
+      self._submit(side, *rest)
     elif word == "cancel":
-      ticket = self.tickets.get(rest[0])
+      ticket = side.tickets.get(rest[0])
       ticket and self.service.cancel(ticket)
     elif word == "score":
       number, name, args = rest
-      self.service.score(name, args, functools.partial(self._scored, number))
+      self.service.score(name, args, functools.partial(self._scored, side, number))
     elif word in ("close", "cut"):
-      getattr(self.service, word)()
+      self._over(side, word == "cut")
     else:
       raise ValueError(f"no such message: {word!r}")
 
-  def _submit(self, calls: list[tuple[int, Call]]) -> None:
+  def _submit(self, side: _Side, calls: list[tuple[int, Call]]) -> None:
     try:
-      told = [functools.partial(self._say, number) for number, _ in calls]
-      tickets = self.service.submit_all([call for _, call in calls], told)
+      told = [_teller(side, number) for number, _ in calls]
+      tickets = self.service.submit_all([call for _, call in calls], told, room_found=True)
     except Exception as e:
-      self.line.send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
+      side.line.send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
       return
-    self.tickets.update({number: ticket for (number, _), ticket in zip(calls, tickets, strict=True)})
+    side.tickets.update({number: ticket for (number, _), ticket in zip(calls, tickets, strict=True)})
 
-  def _scored(self, number: int, result) -> None:
+  def _scored(self, side: _Side, number: int, result) -> None:
     if isinstance(result, Exception):
       traceback.print_exception(result)
       result = _plain(result)
-    self.line.send("scored", number, result)
+    side.line.send("scored", number, result)
+
+
+def _teller(side: _Side, number: int) -> Callable:
+  """What the engine's thread calls with a call's pieces."""
+  return lambda piece: side.said.append((number, piece if isinstance(piece, Piece) else _plain(piece)))
+
+
+def _url(host: str, port: int, *_ipv6) -> str:
+  return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _told(e: BaseException) -> str:

@@ -1,8 +1,8 @@
 """From a listening socket to the end: a signal drains, a second one cuts.
 
 The first SIGTERM or SIGINT lets what is under way end, for so many seconds; after these, or at a second signal, it is cut:
-streams end with an error event, other calls get a 503, and the process says how many they were. This is the HTTP side's process
-(remote.py); signals come to the engine's, which tells it.
+streams end with an error event, other calls get a 503, and the engine's process says how many they were. This is a process of the
+HTTP side (remote.py); signals come to the engine's, which tells it.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 import threading
 
 import uvicorn
@@ -23,13 +22,24 @@ _LOOK_S = 0.05  # between looks for calls that are under way
 GRACE = 2.0  # seconds that calls which were cut get to tell their clients
 
 
+BACKLOG = 2048  # connections that wait to be taken
+
+
+class Shared(socket.socket):
+  """A listening socket that several processes take connections from."""
+
+  def listen(self, _backlog: int = 0) -> None:
+    """asyncio takes as many connections at a time as it lets wait; that would be nearly all for the first process to look."""
+    super().listen(BACKLOG)
+
+
 class Server(uvicorn.Server):
   """drain: seconds that calls under way get after the first signal."""
 
   def __init__(self, app, drain: float, keep_alive: int):
     super().__init__(uvicorn.Config(app, log_level="error", access_log=False, lifespan="on", http=Patient, ws="none",
                                     loop="asyncio",  # uvloop, where it is there, takes a quarter more of the processor here
-                                    proxy_headers=False, timeout_keep_alive=keep_alive,
+                                    backlog=1, proxy_headers=False, timeout_keep_alive=keep_alive,
                                     timeout_graceful_shutdown=int(drain + 2 * GRACE) + 1))
     self.web: Web = app.state.web
     self.drain, self.stopping = drain, False
@@ -88,29 +98,19 @@ def _on_trouble(loop: asyncio.AbstractEventLoop, context: dict) -> None:
     loop.default_exception_handler(context)
 
 
-def _url(host: str, port: int, *_ipv6) -> str:
-  return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def listen(remote, limits: Limits, listener: socket.socket, access: Access, drain: float, keep_alive: int) -> int:
+def listen(remote, limits: Limits, listener: Shared, access: Access, drain: float, keep_alive: int) -> int:
   """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
   answer."""
   take_descriptors()
-  url = _url(*listener.getsockname())
-  app = make_app(remote, limits, lambda: _say(f"serving {limits.model} at {url}"), lambda: server.broken(), access)
+  app = make_app(remote, limits, remote.serving, lambda: server.broken(), access, remote.board)
   server = Server(app, drain, keep_alive)
   remote.on_stop = server.stop
   server.run(sockets=[listener])
   return _end(app.state.web)
 
 
-def _say(text: str) -> None:
-  with contextlib.suppress(OSError):  # nobody may be left to read it, or its disk be full: no reason not to serve
-    print(text, flush=True)
-
-
 def _end(web: Web) -> int:
-  """Waits for the engine's thread and says how it ended."""
+  """Waits for the engine's thread, and notes how many calls were cut."""
   web.service.cut()
   engine = next((t for t in threading.enumerate() if t.name == "engine"), None)
   if engine is not None:
@@ -118,8 +118,7 @@ def _end(web: Web) -> int:
   web.sameness.close()
   if web.service.failure is not None:  # its thread has said how
     return 1
-  _say(f"stopped: {web.cut} calls under way were cut" if web.cut else "drained")
-  if engine is not None and engine.is_alive():  # in the device's hands: the interpreter would not end
-    print("the engine does not answer; leaving without it", file=sys.stderr, flush=True)
+  web.board.put("cut", web.cut)
+  if engine is not None and engine.is_alive():  # it does not answer: the interpreter would not end
     os._exit(1)
   return 1 if web.cut else 0

@@ -1,14 +1,18 @@
 """What /metrics tells, in Prometheus' text format or OpenMetrics'."""
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Meters:
-  """Counts of the HTTP side, and the service's and its passes' as they stand when asked."""
+  """Counts of the HTTP side, and the service's and its passes' as they stand when asked. Where the environment has
+  PROMETHEUS_MULTIPROC_DIR, the library counts in files there, for all processes together."""
 
   def __init__(self, service, passes):
     self.registry, self.service, self.passes = CollectorRegistry(), service, passes
@@ -46,4 +50,9 @@ class Meters:
   def text(self, accept: str) -> tuple[bytes, str]:
     """The page and its content type, in the format that a scraper accepts."""
     encode, kind = exposition.choose_encoder(accept)
-    return encode(self.registry), kind
+    registry = self.registry
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+      registry = CollectorRegistry()
+      MultiProcessCollector(registry)
+      registry.register(self)
+    return encode(registry), kind

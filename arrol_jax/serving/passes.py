@@ -8,27 +8,29 @@ import asyncio
 from collections.abc import Callable
 import contextlib
 
+from arrol_jax.serving.board import Board
 from arrol_jax.serving.calls import Call, check_room
 
 TOGETHER = 2  # passes: one waits while the device makes another
 
 
 class Passes:
-  """Of a Service, or a Remote one. taken: traces of calls that want passes or a vote and are not answered yet."""
+  """Of a Service, or a Remote one."""
 
-  def __init__(self, service):
-    self.service, self.taken, self.turns = service, 0, asyncio.Semaphore(TOGETHER)
+  def __init__(self, service, board: Board):
+    self.service, self.board, self.turns = service, board, asyncio.Semaphore(TOGETHER)
+
+  @property
+  def taken(self) -> int:
+    """Traces of calls, of all processes, that want passes or a vote and are not answered yet."""
+    return self.board.total("scoring")
 
   def take(self, calls: tuple[Call, ...]) -> Callable[[], None]:
     """Takes room, which what is returned gives back. Raises Full where there is none."""
     check_room(self.taken, calls, self.service.most)
     count = sum(call.n for call in calls)
-    self.taken += count
-
-    def give_back():
-      self.taken -= count
-
-    return give_back
+    self.board.add("scoring", count)
+    return lambda: self.board.add("scoring", -count)
 
   async def make(self, name: str, *args):
     """What a method of the service's Scorer returns or raises. One that nobody waits for any more keeps its turn to its end."""

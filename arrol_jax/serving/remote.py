@@ -1,10 +1,12 @@
-"""The HTTP side in a process of its own, so that it does not share the interpreter with the engine's thread: `Remote` stands
-there for the Service, which lives at the other end of a connection (front.py).
+"""The HTTP side in processes of its own, so that it does not share the interpreter with the engine's thread: in each of them
+`Remote` stands for the Service, which lives at the other end of a connection (front.py). What one of them must know of the others
+stands on a page that all share (board.py).
 
-Messages are tuples, pickled, a word first. To the engine's process: ("submit", [(number, Call)]), ("cancel", number),
-("score", number, method of Scorer, arguments), ("close",), ("cut",). From it: ("said", [(number, Piece or exception)], waits for
-a slot in seconds, Standing) after each turn of the engine's thread, ("scored", number, result or exception), ("stop",) for a
-signal, ("end", what went wrong or None). A connection that ends counts as an engine that broke.
+Messages are tuples, pickled, a word first. To the engine's process: ("serving",), ("submit", [(number, Call)]), ("cancel",
+number), ("score", number, method of Scorer, arguments), ("close",), ("cut",). From it: ("said", [(number, Piece or exception)],
+waits for a slot in seconds, Standing) after each turn of the engine's thread, ("scored", number, result or exception), ("stop",)
+for a signal, ("end", what went wrong or None) when the engine's thread has ended or this process alone has no more to wait for. A
+connection that ends counts as an engine that broke.
 No accelerator is touched here.
 """
 
@@ -13,7 +15,6 @@ import contextlib
 import itertools
 from multiprocessing.connection import Connection
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,23 +22,24 @@ import weakref
 
 from arrol_jax.running import hosts, streams
 from arrol_jax.running.imports import without_torch
+from arrol_jax.serving.board import Board
 from arrol_jax.serving.calls import Broken, Call, Cut, Standing, Ticket, check_room
-from arrol_jax.serving.lifecycle import listen
+from arrol_jax.serving.lifecycle import Shared, listen
 from arrol_jax.serving.line import Line
 
 
 class Remote:
   """What the HTTP side asks of a Service. `most`: as the Service's; submit_all and cancel are called from one thread."""
 
-  def __init__(self, line: Line, most: int, standing: Standing):
-    self.line, self.most, self.standing, self.failure = line, most, standing, None
+  def __init__(self, line: Line, most: int, standing: Standing, board: Board):
+    self.line, self.most, self.standing, self.board, self.failure = line, most, standing, board, None
     self.on_queue: Callable[[float], None] | None = None
     self.on_stop: Callable[[], None] | None = None  # called when the other process got a signal
     self._numbers = itertools.count()
     self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # callers hold them
     self._scores: dict[int, Callable] = {}
     self._end: Exception | None = None  # why nobody answers any more: the failure, or Cut
-    self._sent, self._woke = self._over, 0.0  # traces handed in; when the first of those under way was
+    self._before = self._over  # traces that had ended before any was handed in here
 
   # ---- called from any thread -------------------------------------------------------------------------------
 
@@ -45,8 +47,8 @@ class Remote:
     """As Service.submit_all."""
     check_room(self._taken, calls, self.most)
     if not self._taken:
-      self._woke = time.monotonic()
-    self._sent += sum(call.n for call in calls)
+      self.board.put("woke", time.monotonic())
+    self.board.add("sent", sum(call.n for call in calls))
     tickets = [Ticket(call, told, next(self._numbers)) for call, told in zip(calls, on_piece, strict=True)]
     self._tickets.update({ticket.number: ticket for ticket in tickets})
     self.line.send("submit", [(ticket.number, ticket.call) for ticket in tickets])
@@ -64,6 +66,10 @@ class Remote:
     self.line.send("score", number, name, args)
     self._tell_scores()
 
+  def serving(self) -> None:
+    """Calls are taken from now on."""
+    self.line.send("serving")
+
   def close(self) -> None:
     self.line.send("close")
 
@@ -80,7 +86,7 @@ class Remote:
 
   @property
   def still(self) -> float:
-    return time.monotonic() - max(self.standing.beat, self._woke) if self._taken else 0.0
+    return time.monotonic() - max(self.standing.beat, self.board.latest("woke")) if self._taken else 0.0
 
   @property
   def _over(self) -> int:
@@ -88,8 +94,8 @@ class Remote:
 
   @property
   def _taken(self) -> int:
-    """Traces that run or wait; never fewer than the Service knows of."""
-    return self._sent - self._over
+    """Traces that run or wait, of all processes; never fewer than the Service knows of."""
+    return self.board.total("sent") - (self._over - self._before)
 
   def _tell_scores(self) -> None:
     """If nobody answers any more: tells so, each once."""
@@ -135,8 +141,8 @@ class Remote:
       raise ValueError(f"no such message: {word!r}")
 
 
-def main(listener: int, connection: int) -> int:
-  """The process: serves at a listening socket, both given as file descriptors; the exit status."""
+def main(listener: int, connection: int, board: int, number: int) -> int:
+  """The process: serves at a listening socket; all but its number are given as file descriptors. The exit status."""
   for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
     signal.signal(name, lambda *_: None)
   line = Line(Connection(connection))
@@ -149,6 +155,6 @@ def main(listener: int, connection: int) -> int:
     limits, *settings, standing = line.hear()
   except (EOFError, OSError):
     return 0  # the model could not be loaded, which has been said
-  remote = Remote(line, limits.max_traces, standing)
+  remote = Remote(line, limits.max_traces, standing, Board(number=number, fd=board))
   hosts.settle()
-  return listen(remote, limits, socket.socket(fileno=listener), *settings)
+  return listen(remote, limits, Shared(fileno=listener), *settings)

@@ -74,12 +74,13 @@ class Service:
     """Takes a call. Raises Full where its traces would be more than may wait, and RuntimeError once the engine broke."""
     return self.submit_all([call], [on_piece])[0]
 
-  def submit_all(self, calls: list[Call], on_piece: list[Callable]) -> list[Ticket]:
-    """Takes several calls or none of them, see `submit`."""
+  def submit_all(self, calls: list[Call], on_piece: list[Callable], room_found: bool = False) -> list[Ticket]:
+    """Takes several calls or none of them, see `submit`. room_found: somebody has looked for room already."""
     if self.failure is not None:
       raise RuntimeError("the engine broke") from self.failure
     with self._lock:
-      check_room(self._taken, calls, self.most)
+      if not room_found:
+        check_room(self._taken, calls, self.most)
       if not self._taken:
         self._beat = time.monotonic()
       self._taken += sum(call.n for call in calls)

@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from arrol_jax.serving import openai_api, votes
 from arrol_jax.serving.answers import refusal
+from arrol_jax.serving.board import Board
 from arrol_jax.serving.bodies import Bodies, WholeRequests
 from arrol_jax.serving.calls import FAILED, Broken, Cut, Full
 from arrol_jax.serving.fields import Refused
@@ -48,11 +49,11 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*?)\.?)(?::[0-9]*)?")  # a Ho
 
 class Web:
   """What the routes share. service: a Service, or a Remote one; `under_way`: calls that were taken and not yet answered to their
-  end; `passes`: what is left to be done when their traces have ended."""
+  end; `passes`: what is left to be done when their traces have ended; board: shared with other processes that do the same."""
 
-  def __init__(self, service, limits: Limits, access: Access):
-    self.service, self.limits, self.access = service, limits, access
-    self.passes, self.bodies, self.sameness = Passes(service), Bodies(), votes.Sameness()
+  def __init__(self, service, limits: Limits, access: Access, board: Board):
+    self.service, self.limits, self.access, self.board = service, limits, access, board
+    self.passes, self.bodies, self.sameness = Passes(service, board), Bodies(), votes.Sameness()
     self.meters = Meters(service, self.passes)
     self.voting, self.spelling = ThreadPoolExecutor(2, "vote"), ThreadPoolExecutor(1, "spell")  # off the others' way
     self.under_way: set[Running] = set()
@@ -108,10 +109,10 @@ class Web:
 
 
 def make_app(service, limits: Limits, started: Callable | None = None, broken: Callable | None = None,
-             access: Access = ANYONE) -> Starlette:
+             access: Access = ANYONE, board: Board | None = None) -> Starlette:
   """The server of a Service, or a Remote one. Its lifespan runs the engine's thread; broken() is called if that dies.
   app.state.web is the Web."""
-  web = Web(service, limits, access)
+  web = Web(service, limits, access, board or Board())
 
   async def health(ready: bool, request):
     status, alive = web.health()

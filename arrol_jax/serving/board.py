@@ -1,0 +1,44 @@
+"""A page of memory that the processes of the HTTP side share, and the engine's with them: what each must know of all."""
+
+import mmap
+import os
+import tempfile
+
+import numpy as np
+
+FIELDS = ("sent", "woke", "scoring", "cut")  # traces handed in; when the first of those under way was, by time.monotonic();
+#                                              traces that passes or votes are made of; calls cut off
+
+
+class Board:
+  """Each process writes its own row and reads all of them, without a lock: a sum may be a moment old. So two calls that come to
+  two processes at once may both find the last place free, and one trace more waits than should.
+
+  count: of rows; number: the own one; fd: of a Board made by another process (None: a new page, whose `fd` it is).
+  """
+
+  def __init__(self, count: int = 1, number: int = 0, fd: int | None = None):
+    if fd is None:
+      with tempfile.TemporaryFile() as file:
+        self.fd = os.dup(file.fileno())
+      os.ftruncate(self.fd, count * len(FIELDS) * 8)
+    else:
+      self.fd = fd
+    self._rows = np.frombuffer(mmap.mmap(self.fd, 0), np.float64).reshape(-1, len(FIELDS))
+    self._mine = self._rows[number]
+
+  def put(self, field: str, value: float) -> None:
+    """Sets a field of the own row."""
+    self._mine[FIELDS.index(field)] = value
+
+  def add(self, field: str, value: int) -> None:
+    self._mine[FIELDS.index(field)] += value
+
+  def total(self, field: str) -> int:
+    return int(self._rows[:, FIELDS.index(field)].sum())
+
+  def latest(self, field: str) -> float:
+    return float(self._rows[:, FIELDS.index(field)].max())
+
+  def close(self) -> None:
+    os.close(self.fd)

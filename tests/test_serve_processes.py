@@ -1,0 +1,160 @@
+"""Several processes speak HTTP for one engine: a client cannot tell, and no end of one of them loses the others' calls."""
+
+import json
+import os
+import threading
+
+from helpers_serve import FOREVER, PROMPT, ask, begun, until
+from helpers_split import QUEUE, ROWS, split
+import pytest
+
+from arrol_jax.serving import front
+from arrol_jax.serving.board import Board
+
+ENDLESS = FOREVER | {"max_tokens": 10**6}
+
+
+def streams_at_both(server):
+  """A stream at each of two processes: [(connection, answer)]. A third that opened one closes it."""
+  found = {}
+  while len(found) < 2:
+    before = sent(server)
+    connection, answer = begun(server.port, ENDLESS)
+    grown = [number for number, (old, new) in enumerate(zip(before, sent(server), strict=True)) if new > old]
+    if grown[0] in found:
+      answer.close()
+      connection.close()
+    else:
+      found[grown[0]] = connection, answer
+  return [found[number] for number in sorted(found)]
+
+
+def sent(server):
+  """Traces that each process has handed in."""
+  return [Board(number=number, fd=server.front.board.fd)._mine[0] for number in range(len(server.front.sides))]
+
+
+def nearly(server):
+  """What runs has nothing more to say after its next tokens."""
+  for sequence in filter(None, server.service.run.slot_to_request):
+    sequence.request = sequence.request._replace(max_tokens=1)
+
+
+def last_event(answer):
+  return answer.read().decode().strip().split("\n\n")[-1].removeprefix("data: ")
+
+
+@pytest.fixture(scope="module")
+def server():
+  with split(count=2) as out:
+    assert until(lambda: all(side.serving for side in out.front.sides))
+    yield out
+    out.front.stop()
+    assert out.ended() == (0, ["drained"])
+
+
+def test_both_take_calls_and_count_them_together(server):
+  calls = 0
+  while not all(sent(server)):
+    assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4, "n": 2})[0] == 200
+    calls += 1
+  assert ask(server.port, {"prompt": 7})[0] == 400
+  for _ in range(8):  # whichever is asked
+    lines = dict(line.rsplit(" ", 1) for line in ask(server.port, None, "/metrics", "GET")[1].splitlines() if line[0] != "#")
+    found = {name: float(value) for name, value in lines.items()}
+    assert found['arrol_requests_total{status="200"}'] == found["arrol_request_seconds_count"] == calls
+    assert found['arrol_requests_total{status="400"}'] == 1
+    assert found["arrol_queue_seconds_count"] == found["arrol_traces_total"] == 2 * calls and found["arrol_traces_running"] == 0
+
+
+def test_room_is_found_for_the_calls_of_all(server):
+  streams = streams_at_both(server)
+  more = begun(server.port, ENDLESS | {"n": ROWS - 2})
+  waiting = [threading.Thread(target=ask, args=(server.port, {"prompt": PROMPT, "max_tokens": 4})) for _ in range(QUEUE)]
+  for thread in waiting:
+    thread.start()
+  health = lambda: ask(server.port, None, "/health", "GET")[1]
+  assert until(lambda: (health()["running"], health()["waiting"]) == (ROWS, QUEUE))
+  for _ in range(8):
+    status, answer = ask(server.port, {"prompt": PROMPT, "max_tokens": 4})
+    assert status == 429 and f"{ROWS + QUEUE} is the most" in answer["error"]["message"]
+    assert health().items() >= {"status": "ok", "running": ROWS, "waiting": QUEUE, "scoring": 0}.items()
+  for connection, answer in (*streams, more):
+    answer.close()
+    connection.close()
+  for thread in waiting:
+    thread.join(20)
+  assert until(lambda: health()["running"] == health()["waiting"] == 0)
+
+
+def test_one_that_has_drained_leaves_and_the_other_ends_its_call():
+  with split(count=2) as server:
+    left, (connection, answer) = streams_at_both(server)
+    for x in reversed(left):  # that process has nothing to do any more
+      x.close()
+    assert until(lambda: server.service.running == 1)
+    server.front.stop()
+    assert until(lambda: server.front.sides[0].process.poll() is not None)
+    assert server.front.sides[0].process.returncode == 0 and server.front.sides[1].process.poll() is None
+    assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 503 and server.service.running == 1
+    answer.readline()
+    assert answer.readline().startswith(b"data: ")  # it goes on
+    nearly(server)
+    assert last_event(answer) == "[DONE]"
+    connection.close()
+    assert server.ended() == (0, ["drained"])
+
+
+def test_a_second_signal_cuts_the_calls_of_all(capfd):
+  with split(count=2) as server:
+    streams = streams_at_both(server)
+    server.front.stop()
+    server.front.stop()
+    for connection, answer in streams:
+      assert json.loads(last_event(answer))["error"]["code"] == 503
+      connection.close()
+    assert server.ended() == (1, ["stopped: 2 calls under way were cut"]) and "Traceback" not in capfd.readouterr().err
+
+
+def test_where_one_is_killed_the_other_answers_its_calls_and_all_ends(capfd):
+  with split(count=2) as server:
+    (gone, _), (connection, answer) = streams_at_both(server)
+    server.front.sides[0].process.kill()
+    assert until(lambda: server.service.running == 1)  # nobody reads what it says
+    nearly(server)
+    assert last_event(answer) == "[DONE]"
+    gone.close()
+    connection.close()
+    assert server.ended() == (1, [])
+    said = [line for line in capfd.readouterr().err.splitlines() if "socket.send()" not in line]  # of streams that were left
+    assert said == ["error: the HTTP side was killed (signal 9)"] and not server.service.running
+
+
+def test_an_engine_that_breaks_is_told_to_the_calls_of_all(capsys):
+  with split(count=2) as server:
+    streams = streams_at_both(server)
+    server.service.run.trouble = "breaks"
+    for connection, answer in streams:
+      assert json.loads(last_event(answer))["error"]["code"] == 500
+      connection.close()
+    assert server.ended() == (1, []) and "Traceback" in capsys.readouterr().err
+
+
+def test_what_others_wrote_is_read_and_only_the_own_row_is_written():
+  first = Board(2)
+  second = Board(number=1, fd=os.dup(first.fd))
+  first.add("sent", 3)
+  second.add("sent", 2)
+  second.add("sent", -1)
+  first.put("woke", 5.5)
+  second.put("woke", 4.5)
+  assert first.total("sent") == second.total("sent") == 4 and second.latest("woke") == 5.5
+  assert first.total("cut") == 0 and Board().total("sent") == 0
+  for board in (first, second):
+    board.close()
+
+
+@pytest.mark.parametrize("cores, processes", [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (64, 4)])
+def test_small_machines_have_one(monkeypatch, cores, processes):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+  assert front.processes_here() == processes
