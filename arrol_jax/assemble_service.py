@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from arrol_jax import assemble, assemble_state
 from arrol_jax.models import sharding
 from arrol_jax.rewards.extract import check_pattern
+from arrol_jax.running import endings
 from arrol_jax.serving import prefixes, prompts
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.prefixes import PrefixCache
@@ -66,6 +67,8 @@ def _prefix_cache(c: ConfigDict, loaded, mib: int) -> PrefixCache | None:
   except ValueError as e:
     raise UserError(f"--prefix_cache: {e}") from e
   except jax.errors.JaxRuntimeError as e:
+    if not endings.device_is_full(e):
+      raise
     raise UserError(f"--prefix_cache={mib}: a device has no room for so many MiB beside the model; give it fewer") from e
 
 

@@ -116,6 +116,7 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
   for section, name in (x.split(".") for x in _PATHS):
     if section in config and name in config[section] and isinstance(config[section][name], str):
       config[section][name] = _with_home(config[section][name])
+  _split_lists(config)
   keep_compilations(values.compilation_cache)
   if path and os.path.isfile(path):
     kept.depends_on(path)
@@ -139,6 +140,15 @@ _PATHS = ("model.path", "data.train", "data.eval", "data.folder", "data.tfds_dir
 def _with_home(text: str) -> str:
   """A path, or sources separated by commas, in which ~ is the user's home as in a shell."""
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
+
+
+def _split_lists(c: ConfigDict) -> None:
+  """--config.prune.weigh=table,head is ("table", "head"), as --config.prune.detect=64,128 is (64, 128)."""
+  for name, value in c.items():
+    if isinstance(value, ConfigDict):
+      _split_lists(value)
+    elif isinstance(value, tuple) and any(isinstance(x, str) for x in value):
+      c[name] = tuple(part for x in value for part in (map(str.strip, x.split(",")) if isinstance(x, str) else [x]))
 
 
 def _switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -233,7 +243,8 @@ def run(main: Callable[[], None]) -> None:
     if said is None:
       _fail()
     print(said[0], file=sys.stderr)
-    _end(said[1])
+    hosts.several() and hosts.leave(said[1])
+    sys.exit(said[1])
 
 
 def _fail() -> None:
@@ -244,12 +255,6 @@ def _fail() -> None:
   print(f"error: process {jax.process_index()} of {jax.process_count()} stops: it failed, or another process is gone (see its "
         "log); the same command on all hosts goes on from the last checkpoint", file=sys.stderr)
   hosts.leave(1)
-
-
-def _end(status: int) -> None:
-  if hosts.several():
-    hosts.leave(status)
-  sys.exit(status)
 
 
 @contextlib.contextmanager

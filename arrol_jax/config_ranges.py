@@ -51,6 +51,9 @@ def check_ranges(c: ConfigDict) -> None:
        f"{c.rollout.group_size}; together they must be at most {_MANY} rollouts a step")
   need(c.optim.minibatches <= c.rollout.prompts, f"optim.minibatches is {c.optim.minibatches}; a minibatch holds whole groups, "
        f"of which a step has rollout.prompts ({c.rollout.prompts})")
+  cap = c.loss.correction_cap
+  need(c.loss.correction != "mask" or cap > 1, f"loss.correction_cap is {cap}; with loss.correction=mask it must be above 1, as "
+       "a row whose ratio is above it teaches nothing, and ratios lie around 1")
   r = c.reward
   need(r.function is not None or 0 < r.success <= 1, f"reward.success is {r.success}; without reward.function rewards are 0 and "
        "1, so it must lie above 0 and be at most 1")

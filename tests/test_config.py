@@ -1,5 +1,6 @@
 """Configs that would train the wrong way are refused; several held-out sources keep their names; when a workdir was given."""
 
+import contextlib
 import json
 from pathlib import Path
 import sys
@@ -34,6 +35,21 @@ def test_numbers_that_would_train_the_wrong_way_are_refused(override, words):
   c, _ = config.parse(["train.py", QUICKSTART, f"--config.{override}"])
   with pytest.raises(UserError, match=words):
     config.check(c)
+
+
+@pytest.mark.parametrize("said", ["table,head", "table, head", "('table','head')", "('table,head',)"])
+def test_a_list_of_words_needs_no_quotes(said):
+  c, _ = config.parse(["p", "--config=quickstart", f"--config.prune.weigh={said}", "--config.prune.detect=8,16"])
+  assert tuple(c.prune.weigh) == ("table", "head") and tuple(c.prune.detect) == (8, 16)
+  config.check_ranges(c)
+
+
+def test_a_mask_with_a_cap_at_which_nothing_is_learned_is_refused():
+  argv = ["p", "--config=quickstart", "--config.loss.correction=mask", "--config.loss.correction_cap="]
+  for cap, fine in (("1.0", False), ("0.5", False), ("1.01", True)):
+    c, _ = config.parse([*argv[:-1], argv[-1] + cap])
+    with contextlib.nullcontext() if fine else pytest.raises(UserError, match="must be above 1"):
+      config.check(c)
 
 
 def test_the_shipped_values_and_the_ends_of_their_ranges_are_fine():

@@ -36,9 +36,14 @@ def told(e: BaseException) -> tuple[str, int] | None:
       return f"error: {f'{e.filename}: ' * bool(e.filename)}{e.strerror}; {do}, and {_AGAIN}", 2
     case MemoryError():
       return _out_of_memory("this machine's memory", e)
-    case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e):
+    case _ if device_is_full(e):
       return _out_of_memory("a device's memory", e)
   return None
+
+
+def device_is_full(e: BaseException) -> bool:
+  """Whether this is JAX's error where a device has no memory left."""
+  return isinstance(e, jax.errors.JaxRuntimeError) and ("RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e))
 
 
 def _out_of_memory(whose: str, e: Exception) -> tuple[str, int]:
