@@ -18,12 +18,7 @@ class Board:
   """
 
   def __init__(self, count: int = 1, number: int = 0, fd: int | None = None):
-    if fd is None:
-      with tempfile.TemporaryFile() as file:
-        self.fd = os.dup(file.fileno())
-      os.ftruncate(self.fd, count * len(FIELDS) * 8)
-    else:
-      self.fd = fd
+    self.fd = _page(count * len(FIELDS) * 8) if fd is None else fd
     self._rows = np.frombuffer(mmap.mmap(self.fd, 0), np.float64).reshape(-1, len(FIELDS))
     self._mine = self._rows[number]
 
@@ -42,3 +37,14 @@ class Board:
 
   def close(self) -> None:
     os.close(self.fd)
+
+
+def _page(size: int) -> int:
+  """A file descriptor of so many bytes of memory, all 0."""
+  if hasattr(os, "memfd_create"):
+    out = os.memfd_create("arrol-board")
+  else:
+    with tempfile.TemporaryFile() as file:
+      out = os.dup(file.fileno())
+  os.ftruncate(out, size)
+  return out

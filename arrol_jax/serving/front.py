@@ -22,6 +22,7 @@ from arrol_jax.serving.line import Line
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access
+from arrol_jax.types import UserError
 
 CORES, MOST = 4, 4  # a process of the HTTP side for so many cores, and so many at most
 _COUNTED = "PROMETHEUS_MULTIPROC_DIR"
@@ -65,7 +66,7 @@ class Front:
 
   def __init__(self, listener: socket.socket, count: int = 1, said=None):
     self.said, self.address, self.board = said, listener.getsockname(), Board(count)
-    self.counted = tempfile.TemporaryDirectory(prefix="arrol-serve-") if count > 1 else None  # where they count together
+    self.counted = _folder() if count > 1 else None  # where they count together
     env = {name: value for name, value in os.environ.items() if name.upper() != _COUNTED}
     env |= {_COUNTED: self.counted.name} if self.counted else {}
     with listener:
@@ -229,6 +230,14 @@ class Front:
       traceback.print_exception(result)
       result = _plain(result)
     side.line.send("scored", number, result)
+
+
+def _folder() -> tempfile.TemporaryDirectory:
+  try:
+    return tempfile.TemporaryDirectory(prefix="arrol-serve-")
+  except OSError as e:
+    raise UserError(f"several processes that speak HTTP count together in a temporary folder, and there is none to be had ({e}); "
+                    "let TMPDIR say where, or give --http_processes=1") from e
 
 
 def _teller(side: _Side, number: int) -> Callable:
