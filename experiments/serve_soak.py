@@ -1,12 +1,16 @@
 """Soaks a server: thousands of calls among hostile ones, then SIGTERM while calls are under way.
 
   python -m experiments.serve_soak --calls=5000 --together=64 --hostile=0.05 --minutes=20 --out=FILE
-                                   [--config=quickstart --config.model.path=... --config.model.dtype=bfloat16 --prefix_cache=64]
+                                   [--config=quickstart --config.model.path=... --config.model.dtype=bfloat16]
+                                   [--opening=32 --prefix_cache=8 --config.rollout.max_prompt=48
+                                    --max_new=16 --config.rollout.max_new=16 --config.prune.detect=8
+                                    --config.rollout.segment=8]
 
 Starts `python -m arrol_jax.serve` in a process of its own; what is not a flag of this command goes to it, and so does
 --deterministic=true unless told otherwise. One caller alone first hears the texts of so many different calls (--distinct). Then
 `together` callers make them again and again in random order, until --calls or --minutes are over, among hostile ones (`HOSTILE`:
-each kind has the answers that are right) and clients that leave.
+each kind has the answers that are right) and clients that leave. With --opening half of the prompts begin with as many
+characters, the same ones, for --prefix_cache to keep.
 
 One JSON line: calls with the very text that the call got alone, another's, lost; hostile calls by kind that got a wrong answer;
 the times of small calls; resident memory; what was left running. Then `together` streams and SIGTERM: who ended, who was cut, how
@@ -57,11 +61,12 @@ HOSTILE = {
 }
 
 
-def good_calls(count: int, max_new: int) -> list[dict]:
+def good_calls(count: int, max_new: int, opening: int) -> list[dict]:
   rng, out, seen = random.Random(0), [], set()
   while len(out) < count:
     numbers = [str(rng.randint(1, 9)) for _ in range(rng.randint(3, 6))]
-    prompt = "".join(n + rng.choice("+-") for n in numbers)[:-1] + ">"
+    prompt = ("1+2-" * (opening // 4) if opening and rng.random() < 0.5 else "")
+    prompt += "".join(n + rng.choice("+-") for n in numbers)[:-1] + ">"
     if prompt in seen:
       continue
     seen.add(prompt)
@@ -111,17 +116,17 @@ def resident(pid: int) -> float:
   return mine + sum(map(resident, map(int, started.split())))
 
 
-def health(port: int) -> dict:
+def told(port: int, path: str) -> str:
   connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-  connection.request("GET", "/health")
-  out = json.loads(connection.getresponse().read())
+  connection.request("GET", path)
+  out = connection.getresponse().read().decode()
   connection.close()
   return out
 
 
 def soak(process, port: int, args) -> dict:
   """The calls, and what became of them."""
-  rng, calls = random.Random(1), good_calls(args.distinct, args.max_new)
+  rng, calls = random.Random(1), good_calls(args.distinct, args.max_new, args.opening)
   alone = [post(port, call).texts for call in calls]
   hostile = Hostile(port, calls[0] | {"stream": True, "n": 4, "max_tokens": args.max_new})
   jobs = ["hostile" if rng.random() < args.hostile else rng.randrange(len(calls)) for _ in range(args.calls)]
@@ -155,7 +160,8 @@ def soak(process, port: int, args) -> dict:
           "alone_lost": alone.count(None),
           "hostile": hostile.asked, "hostile_wrong": hostile.wrong, "median_s": round(quantile(small, 0.5) or 0, 3),
           "p99_s": round(quantile(small, 0.99) or 0, 3), "memory_mib": [round(m) for m in memory],
-          **{name: n for name, n in health(port).items() if name in ("running", "waiting", "scoring")}}
+          "prefix_hits": int(float(told(port, "/metrics").partition("\narrol_prefix_cache_hits_total ")[2].split()[0])),
+          **{name: n for name, n in json.loads(told(port, "/health")).items() if name in ("running", "waiting", "scoring")}}
 
 
 def drain(process, port: int, args) -> dict:
@@ -180,6 +186,7 @@ def failures(result: dict, drained: dict, args) -> list[str]:
   memory, none = result["memory_mib"], ("lost", "another's", "alone_lost", "running", "waiting", "scoring")
   out = [name for name in none if result[name]]
   out += ["nothing was answered"] if not result["right"] else []
+  out += ["no prefix was kept"] if args.opening and not result["prefix_hits"] else []
   out += [f"hostile: {kind}" for kind in result["hostile_wrong"]]
   out += ["p99 of small calls above 5 medians"] if result["p99_s"] > 5 * result["median_s"] else []
   out += ["memory grows"] if memory[-1] > 1.15 * memory[len(memory) // 2] + 64 else []
@@ -191,7 +198,7 @@ def failures(result: dict, drained: dict, args) -> list[str]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  for name, default in {"calls": 5000, "together": 64, "distinct": 200, "max_new": 48, "drain": 20}.items():
+  for name, default in {"calls": 5000, "together": 64, "distinct": 200, "max_new": 48, "drain": 20, "opening": 0}.items():
     parser.add_argument(f"--{name}", type=int, default=default)
   for name, default in {"hostile": 0.05, "minutes": 60.0}.items():
     parser.add_argument(f"--{name}", type=float, default=default)
