@@ -198,9 +198,11 @@ def test_a_full_disk_under_its_stdout_is_no_reason_not_to_serve():
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_engine():
+def test_nothing_outlives_a_killed_engine(monkeypatch, tmp_path):
   """Whoever lived would hold stdout open."""
-  with command() as (process, port):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  with command("--http-processes=2") as (process, port):
+    assert [path.name for path in tmp_path.glob("arrol-serve-*")]
     connection, answer = begun(port)
     process.kill()
     said = answer.read().decode()
@@ -208,6 +210,7 @@ def test_nothing_outlives_a_killed_engine():
     connection.close()
     out, err = process.communicate(timeout=20)
     assert out == "" and err.endswith("\nerror: the engine's process was killed; its callers have been told\n")
+    assert err.count("killed") == 1 and not list(tmp_path.glob("arrol-serve-*"))
     assert "Traceback" not in err
     with pytest.raises(ConnectionRefusedError):
       ask(port, None, "/health", "GET")

@@ -6,8 +6,9 @@ import tempfile
 
 import numpy as np
 
-FIELDS = ("sent", "woke", "scoring", "cut")  # traces handed in; when the first of those under way was, by time.monotonic();
-#                                              traces that passes or votes are made of; calls cut off
+# Traces handed in; when the first of those under way was, by time.monotonic(); traces of calls that want passes or a vote; calls
+# cut off; 1: has said that the engine's process is gone.
+FIELDS = ("sent", "woke", "scoring", "cut", "told")
 
 
 class Board:

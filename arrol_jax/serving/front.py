@@ -19,13 +19,13 @@ from arrol_jax.serving.board import Board
 from arrol_jax.serving.calls import Broken, Call, Cut, Piece, Ticket
 from arrol_jax.serving.lifecycle import GRACE
 from arrol_jax.serving.line import Line
+from arrol_jax.serving.meters import COUNTED
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.service import Service
 from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
 
 CORES, MOST = 4, 4  # a process of the HTTP side for so many cores, and so many at most
-_COUNTED = "PROMETHEUS_MULTIPROC_DIR"
 _START = "import sys; from arrol_jax.serving import remote; sys.exit(remote.main(*map(int, sys.argv[1:])))"
 
 
@@ -67,8 +67,8 @@ class Front:
   def __init__(self, listener: socket.socket, count: int = 1, said=None):
     self.said, self.address, self.board = said, listener.getsockname(), Board(count)
     self.counted = _folder() if count > 1 else None  # where they count together
-    env = {name: value for name, value in os.environ.items() if name.upper() != _COUNTED}
-    env |= {_COUNTED: self.counted.name} if self.counted else {}
+    env = {name: value for name, value in os.environ.items() if name.upper() != COUNTED}
+    env |= {COUNTED: self.counted.name} if self.counted else {}
     with listener:
       self.sides = [_Side(number, listener, self.board, said, env) for number in range(count)]
     self.service: Service | None = None

@@ -6,13 +6,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
+COUNTED = "PROMETHEUS_MULTIPROC_DIR"  # the folder where several processes count together, which the library looks for
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Meters:
   """Counts of the HTTP side, and the service's and its passes' as they stand when asked. Where the environment has
-  PROMETHEUS_MULTIPROC_DIR, the library counts in files there, for all processes together."""
+  COUNTED, the library counts in files there, for all processes together."""
 
   def __init__(self, service, passes):
     self.registry, self.service, self.passes = CollectorRegistry(), service, passes
@@ -51,7 +52,7 @@ class Meters:
     """The page and its content type, in the format that a scraper accepts."""
     encode, kind = exposition.choose_encoder(accept)
     registry = self.registry
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    if os.environ.get(COUNTED):
       registry = CollectorRegistry()
       MultiProcessCollector(registry)
       registry.register(self)

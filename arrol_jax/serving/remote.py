@@ -14,6 +14,8 @@ from collections.abc import Callable
 import contextlib
 import itertools
 from multiprocessing.connection import Connection
+import os
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +28,7 @@ from arrol_jax.serving.board import Board
 from arrol_jax.serving.calls import Broken, Call, Cut, Standing, Ticket, check_room
 from arrol_jax.serving.lifecycle import Shared, listen
 from arrol_jax.serving.line import Line
+from arrol_jax.serving.meters import COUNTED
 
 
 class Remote:
@@ -113,8 +116,7 @@ class Remote:
       self.failure = message[1] and Broken(message[1])
     except (EOFError, OSError):
       self.failure = Broken("the engine's process has ended")
-      with contextlib.suppress(OSError):  # as its terminal may have
-        print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
+      self._orphaned()
     except Exception as e:
       self.failure = e
       traceback.print_exc()
@@ -122,6 +124,15 @@ class Remote:
     for ticket in list(self._tickets.values()):
       ticket.on_piece(self._end)
     self._tell_scores()
+
+  def _orphaned(self) -> None:
+    """The engine's process was killed: one of those that are left says so, and removes what it would have removed."""
+    if not self.board.total("told"):
+      self.board.put("told", 1)
+      with contextlib.suppress(OSError):  # the terminal may have ended with it
+        print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
+    if folder := os.environ.get(COUNTED):
+      shutil.rmtree(folder, ignore_errors=True)
 
   def _take(self, word: str, *rest) -> None:
     if word == "said":
