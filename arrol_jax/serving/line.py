@@ -1,4 +1,4 @@
-"""One end of a line between the engine's process (front.py) and one that speaks HTTP (remote.py, which says what goes over it)."""
+"""One end of a line between the engine's process (front.py) and one that speaks HTTP; remote.py says what goes over it."""
 
 from multiprocessing.connection import Connection
 import pickle
