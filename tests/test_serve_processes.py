@@ -1,7 +1,9 @@
 """Several processes speak HTTP for one engine: a client cannot tell, and no end of one of them loses the others' calls."""
 
+import http.client
 import json
 import os
+import signal
 import threading
 
 from helpers_serve import FOREVER, PROMPT, ask, begun, until
@@ -14,19 +16,27 @@ from arrol_jax.serving.board import Board
 ENDLESS = FOREVER | {"max_tokens": 10**6}
 
 
+def at(server, number, body):
+  """A connection whose call has come to that process: the others stand still until then."""
+  others = [side.process for i, side in enumerate(server.front.sides) if i != number]
+  for process in others:
+    process.send_signal(signal.SIGSTOP)
+  try:
+    before, connection = sent(server)[number], http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    assert until(lambda: sent(server)[number] > before, 60)
+  finally:
+    for process in others:
+      process.send_signal(signal.SIGCONT)
+  return connection
+
+
 def streams_at_both(server):
-  """A stream at each of two processes: [(connection, answer)]. A third that opened one closes it."""
-  found = {}
-  while len(found) < 2:
-    before = sent(server)
-    connection, answer = begun(server.port, ENDLESS)
-    grown = [number for number, (old, new) in enumerate(zip(before, sent(server), strict=True)) if new > old]
-    if grown[0] in found:
-      answer.close()
-      connection.close()
-    else:
-      found[grown[0]] = connection, answer
-  return [found[number] for number in sorted(found)]
+  """A stream at each of two processes: [(connection, answer)]."""
+  connections = [at(server, number, ENDLESS) for number in range(2)]
+  answers = [connection.getresponse() for connection in connections]
+  assert all(answer.readline().startswith(b"data: ") for answer in answers)
+  return list(zip(connections, answers, strict=True))
 
 
 def sent(server):
@@ -54,11 +64,12 @@ def server():
 
 
 def test_both_take_calls_and_count_them_together(server):
-  calls = 0
-  while not all(sent(server)):
-    assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4, "n": 2})[0] == 200
-    calls += 1
-  assert ask(server.port, {"prompt": 7})[0] == 400
+  for number in (0, 1, 1):
+    connection = at(server, number, {"prompt": PROMPT, "max_tokens": 4, "n": 2})
+    assert connection.getresponse().status == 200
+    connection.close()
+  assert sent(server) == [2, 4] and ask(server.port, {"prompt": 7})[0] == 400
+  calls = 3
   for _ in range(8):  # whichever is asked
     lines = dict(line.rsplit(" ", 1) for line in ask(server.port, None, "/metrics", "GET")[1].splitlines() if line[0] != "#")
     found = {name: float(value) for name, value in lines.items()}
