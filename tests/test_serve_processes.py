@@ -3,7 +3,10 @@
 import http.client
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import threading
 
 from helpers_serve import FOREVER, PROMPT, ask, begun, until
@@ -12,6 +15,7 @@ import pytest
 
 from arrol_jax.serving import front
 from arrol_jax.serving.board import Board
+from arrol_jax.types import UserError
 
 ENDLESS = FOREVER | {"max_tokens": 10**6}
 
@@ -96,6 +100,50 @@ def test_room_is_found_for_the_calls_of_all(server):
   for thread in waiting:
     thread.join(20)
   assert until(lambda: health()["running"] == health()["waiting"] == 0)
+
+
+def test_a_caller_who_stays_within_the_room_is_never_refused(server):
+  """Whichever process gets the next call: what has ended is known to all before anybody hears of it."""
+  for _ in range(40):
+    assert ask(server.port, {"prompt": PROMPT, "max_tokens": 2, "n": ROWS + QUEUE})[0] == 200
+
+
+def test_one_that_hangs_holds_up_no_end(monkeypatch, capfd):
+  monkeypatch.setattr(front, "GRACE", 0.2)
+  with split(count=2) as server:
+    streams = streams_at_both(server)
+    server.front.sides[0].process.send_signal(signal.SIGSTOP)
+    server.front.stop()
+    server.front.stop()
+    status, said = server.ended()
+    assert status == 1 and said == ["stopped: 1 calls under way were cut"] and "killed (signal 9)" in capfd.readouterr().err
+    for connection, _ in streams:
+      connection.close()
+
+
+def test_where_not_all_can_be_started_none_is_left(monkeypatch):
+  started, real = [], subprocess.Popen
+
+  def popen(*args, **more):
+    if started:
+      raise OSError(24, "Too many open files")
+    started.append(real(*args, **more))
+    return started[0]
+
+  monkeypatch.setattr(front.subprocess, "Popen", popen)
+  with pytest.raises(UserError, match="http_processes=3: 1 could be started .Too many open files.; give it fewer"):
+    front.Front(socket.create_server(("127.0.0.1", 0)), 3)
+  assert started[0].returncode == -signal.SIGKILL
+
+
+def test_counting_goes_on_where_its_folder_is_removed():
+  with split(count=2) as server:
+    assert until(lambda: all(side.serving for side in server.front.sides))
+    shutil.rmtree(server.front.counted.name)
+    assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 200 and ask(server.port, {"prompt": 7})[0] == 400
+    assert all(ask(server.port, None, "/metrics", "GET")[0] == 200 for _ in range(4))
+    server.front.stop()
+    assert server.ended() == (0, ["drained"])
 
 
 def test_one_that_has_drained_leaves_and_the_other_ends_its_call():

@@ -6,14 +6,14 @@ import tempfile
 
 import numpy as np
 
-# Traces handed in; when the first of those under way was, by time.monotonic(); traces of calls that want passes or a vote; calls
-# cut off; 1: has said that the engine's process is gone.
-FIELDS = ("sent", "woke", "scoring", "cut", "told")
+# Traces handed in; those that have ended; when the first of those under way was handed in, by time.monotonic(); traces of calls
+# that want passes or a vote; calls cut off; 1: has said that the engine's process is gone.
+FIELDS = ("sent", "ended", "woke", "scoring", "cut", "told")
 
 
 class Board:
   """Each process writes its own row and reads all of them, without a lock: a sum may be a moment old. So two calls that come to
-  two processes at once may both find the last place free, and one trace more waits than should.
+  two processes at once may both find the last place free, and be one call more than there is room for.
 
   count: of rows; number: the own one; fd: of a Board made by another process (None: a new page, whose `fd` it is).
   """

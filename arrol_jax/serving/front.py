@@ -16,7 +16,8 @@ import weakref
 
 from arrol_jax.running import hosts
 from arrol_jax.serving.board import Board
-from arrol_jax.serving.calls import Broken, Call, Cut, Piece, Ticket
+from arrol_jax.serving.calls import Broken, Call, Cut, Piece, Ticket, Totals
+from arrol_jax.serving.connections import take_descriptors
 from arrol_jax.serving.lifecycle import GRACE
 from arrol_jax.serving.line import Line
 from arrol_jax.serving.meters import COUNTED
@@ -65,12 +66,21 @@ class Front:
   printed, and how it ended (None: to stdout)."""
 
   def __init__(self, listener: socket.socket, count: int = 1, said=None):
-    self.said, self.address, self.board = said, listener.getsockname(), Board(count)
+    take_descriptors()
+    self.said, self.address = said, listener.getsockname()
+    self.board = Board(count + 1, count)  # a row a process, the last is this one's
     self.counted = _folder() if count > 1 else None  # where they count together
     env = {name: value for name, value in os.environ.items() if name.upper() != COUNTED}
     env |= {COUNTED: self.counted.name} if self.counted else {}
-    with listener:
-      self.sides = [_Side(number, listener, self.board, said, env) for number in range(count)]
+    self.sides: list[_Side] = []
+    try:
+      with listener:
+        for number in range(count):
+          self.sides.append(_Side(number, listener, self.board, said, env))
+    except OSError as e:
+      self.__exit__()
+      raise UserError(f"--http_processes={count}: {len(self.sides)} could be started ({e.strerror or e}); give it fewer, or "
+                      "allow more open files and processes (ulimit)") from e
     self.service: Service | None = None
     self.waits: list[float] = []  # of this turn
     self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: all processes have ended
@@ -94,6 +104,7 @@ class Front:
   def run(self, service: Service, limits: Limits, access: Access, drain: float, keep_alive: int) -> int:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
     self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
+    self.before = _ended(service.standing.totals)
     for side in self.sides:
       side.line.send(limits, access, drain, keep_alive, service.standing)
     hosts.settle()
@@ -101,10 +112,14 @@ class Front:
     engine.start()
     for side in self.sides:
       threading.Thread(target=self._listen, args=(side, limits.model), name="front", daemon=True).start()
+    patience = drain + 10 * GRACE
     while order := self.orders.get():
-      for side in self.sides:
-        side.line.send(order)
-    status = [self._ended(side) for side in self.sides]
+      for side in self.sides:  # one that hangs, its line full, holds up nobody
+        threading.Thread(target=side.line.send, args=(order,), daemon=True).start()
+      killing = threading.Timer(patience, self._kill)
+      killing.daemon, patience = True, 10 * GRACE
+      killing.start()
+    status = [self._status(side) for side in self.sides]
     service.cut()
     engine.join(10 * GRACE)
     if cut := self.board.total("cut"):
@@ -116,7 +131,13 @@ class Front:
       os._exit(1)
     return int(any(status) or service.failure is not None)
 
-  def _ended(self, side: _Side) -> int:
+  def _kill(self) -> None:
+    """Those that have not ended when all was to be over."""
+    for side in self.sides:
+      if not side.gone:
+        side.process.kill()
+
+  def _status(self, side: _Side) -> int:
     """The exit status of a process whose end of the line is closed; said where it was killed."""
     try:
       status = side.process.wait(10 * GRACE)
@@ -148,6 +169,7 @@ class Front:
     """All pieces of a segment go together; how the engine stands goes to all, how long calls waited to one, which counts it."""
     waits = list(self.waits)
     self.waits.clear()
+    self.board.put("ended", _ended(self.service.totals) - self.before)  # before anybody hears of it
     for side in self.sides:
       said = list(side.said)
       side.said.clear()
@@ -232,9 +254,14 @@ class Front:
     side.line.send("scored", number, result)
 
 
+def _ended(totals: Totals) -> int:
+  return totals.traces + totals.cancelled
+
+
 def _folder() -> tempfile.TemporaryDirectory:
   try:
-    return tempfile.TemporaryDirectory(prefix="arrol-serve-")
+    memory = "/dev/shm"  # where there is one: no disk that is full, nor what is cleaned away
+    return tempfile.TemporaryDirectory(prefix="arrol-serve-", dir=memory if os.access(memory, os.W_OK) else None)
   except OSError as e:
     raise UserError(f"several processes that speak HTTP count together in a temporary folder, and there is none to be had ({e}); "
                     "let TMPDIR say where, or give --http_processes=1") from e

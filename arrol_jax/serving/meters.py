@@ -25,6 +25,8 @@ class Meters:
     self.queue = Histogram("arrol_queue_seconds", "From a call to a trace's slot", buckets=_SECONDS, **more)
     self.total = Histogram("arrol_request_seconds", "From a call to its last token", buckets=_SECONDS, **more)
     self.vote = Histogram("arrol_vote_seconds", "What a vote took after the last token", buckets=_SECONDS, **more)
+    if COUNTED in os.environ:
+      self.answers.labels(200)  # its file is made now: whatever becomes of the folder, counting goes on
     service.on_queue = self.queue.observe
     self.registry.register(self)
 
@@ -52,7 +54,7 @@ class Meters:
     """The page and its content type, in the format that a scraper accepts."""
     encode, kind = exposition.choose_encoder(accept)
     registry = self.registry
-    if os.environ.get(COUNTED):
+    if os.path.isdir(os.environ.get(COUNTED, "")):  # else of this process alone: somebody has removed it
       registry = CollectorRegistry()
       MultiProcessCollector(registry)
       registry.register(self)

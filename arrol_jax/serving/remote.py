@@ -42,7 +42,6 @@ class Remote:
     self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # callers hold them
     self._scores: dict[int, Callable] = {}
     self._end: Exception | None = None  # why nobody answers any more: the failure, or Cut
-    self._before = self._over  # traces that had ended before any was handed in here
 
   # ---- called from any thread -------------------------------------------------------------------------------
 
@@ -92,13 +91,9 @@ class Remote:
     return time.monotonic() - max(self.standing.beat, self.board.latest("woke")) if self._taken else 0.0
 
   @property
-  def _over(self) -> int:
-    return self.standing.totals.traces + self.standing.totals.cancelled
-
-  @property
   def _taken(self) -> int:
     """Traces that run or wait, of all processes; never fewer than the Service knows of."""
-    return self.board.total("sent") - (self._over - self._before)
+    return self.board.total("sent") - self.board.total("ended")
 
   def _tell_scores(self) -> None:
     """If nobody answers any more: tells so, each once."""
@@ -131,8 +126,7 @@ class Remote:
       self.board.put("told", 1)
       with contextlib.suppress(OSError):  # the terminal may have ended with it
         print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
-    if folder := os.environ.get(COUNTED):
-      shutil.rmtree(folder, ignore_errors=True)
+    _remove_counts()
 
   def _take(self, word: str, *rest) -> None:
     if word == "said":
@@ -152,6 +146,11 @@ class Remote:
       raise ValueError(f"no such message: {word!r}")
 
 
+def _remove_counts() -> None:
+  if folder := os.environ.get(COUNTED):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main(listener: int, connection: int, board: int, number: int) -> int:
   """The process: serves at a listening socket; all but its number are given as file descriptors. The exit status."""
   for name in (signal.SIGTERM, signal.SIGINT):  # they may go to all processes of a group; the other one passes its own on
@@ -165,7 +164,8 @@ def main(listener: int, connection: int, board: int, number: int) -> int:
   try:
     limits, *settings, standing = line.hear()
   except (EOFError, OSError):
-    return 0  # the model could not be loaded, which has been said
+    _remove_counts()
+    return 0  # the model could not be loaded, which has been said, or the command was killed
   remote = Remote(line, limits.max_traces, standing, Board(number=number, fd=board))
   hosts.settle()
   return listen(remote, limits, Shared(fileno=listener), *settings)
