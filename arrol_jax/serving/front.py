@@ -112,12 +112,12 @@ class Front:
     engine.start()
     for side in self.sides:
       threading.Thread(target=self._listen, args=(side, limits.model), name="front", daemon=True).start()
-    patience = drain + 10 * GRACE
+    patience = drain + 30 * GRACE  # a process waits up to 20 GRACE for an engine that does not answer
     while order := self.orders.get():
       for side in self.sides:  # one that hangs, its line full, holds up nobody
         threading.Thread(target=side.line.send, args=(order,), daemon=True).start()
       killing = threading.Timer(patience, self._kill)
-      killing.daemon, patience = True, 10 * GRACE
+      killing.daemon, patience = True, 30 * GRACE
       killing.start()
     status = [self._status(side) for side in self.sides]
     service.cut()
