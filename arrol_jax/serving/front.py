@@ -66,7 +66,7 @@ class Front:
   printed, and how it ended (None: to stdout)."""
 
   def __init__(self, listener: socket.socket, count: int = 1, said=None):
-    take_descriptors()
+    take_descriptors()  # as many as its processes, which inherit that, may have
     self.said, self.address = said, listener.getsockname()
     self.board = Board(count + 1, count)  # a row a process, the last is this one's
     self.counted = _folder() if count > 1 else None  # where they count together
@@ -104,7 +104,7 @@ class Front:
   def run(self, service: Service, limits: Limits, access: Access, drain: float, keep_alive: int) -> int:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
     self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
-    self.before = _ended(service.standing.totals)
+    self.before = _ended(service.totals)
     for side in self.sides:
       side.line.send(limits, access, drain, keep_alive, service.standing)
     hosts.settle()

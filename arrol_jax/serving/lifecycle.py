@@ -14,7 +14,7 @@ import threading
 
 import uvicorn
 
-from arrol_jax.serving.connections import Patient, take_descriptors, tell_of_descriptors
+from arrol_jax.serving.connections import Patient, tell_of_descriptors
 from arrol_jax.serving.openai_api import Limits
 from arrol_jax.serving.web import Access, Web, make_app
 
@@ -101,7 +101,6 @@ def _on_trouble(loop: asyncio.AbstractEventLoop, context: dict) -> None:
 def listen(remote, limits: Limits, listener: Shared, access: Access, drain: float, keep_alive: int) -> int:
   """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
   answer."""
-  take_descriptors()
   app = make_app(remote, limits, remote.serving, lambda: server.broken(), access, remote.board)
   server = Server(app, drain, keep_alive)
   remote.on_stop = server.stop
