@@ -109,7 +109,7 @@ def main():
       print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
             f"{' '.join(one.training(values.model, values.data, values.votes and one.votes))}")
     print(f"# {progress(runs)}")
-  if values.run:
+  elif values.run:
     run(values, runs)
   if values.table:
     write_page(values)

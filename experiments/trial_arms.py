@@ -126,7 +126,7 @@ class Regime:
   arms are compared with plain, and with the better of these. square: four arms, with neither of two changes, the first, the
   second, both. rates: learning rate of all arms but ours, and of ours; tuned:
   by what they were chosen, if they were. train, test: files of the data's folder, "" where the config has its own; spare: so many
-  problems, evenly over `train`, are held out in place of `test`. votes: so many seeds of these arms may also vote, as `voting`
+  problems, evenly over `train`, are held out in place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms may also vote, as `voting`
   says."""
   name: str
   scale: str
@@ -143,6 +143,7 @@ class Regime:
   train: str = ""
   test: str = ""
   spare: int = 0
+  every: int = 1
   ours: tuple[str, ...] = ("budget", "chosen")
   nulls: tuple[str, ...] = ("plain8", "max_variance")
   square: tuple[str, ...] = ()
@@ -158,6 +159,7 @@ class Regime:
 _GSM8K = {"rollout.prompts": 32, "rollout.group_size": 16, "rollout.max_new": 600, "prune.detect": "(128,)"}
 _VOTING = {"eval.samples": 16, "eval.temperature": 1.0, "eval.deepconf": True, "eval.window": 64, "eval.problems": 640}
 _MATH = _GSM8K | {"rollout.max_new": 1024}
+_MATH_VOTING = _VOTING | {"eval.problems": 0}
 _SQUARE = ("plain", "chosen4", "plain_ahead4", "chosen4_ahead4")
 
 REGIMES = {regime.name: regime for regime in (
@@ -199,6 +201,11 @@ REGIMES = {regime.name: regime for regime in (
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("budget_chosen4_ahead4", "chosen4_8_ahead4"), 8),),
          {arm: AHEAD4[arm] for arm in ("plain", "budget_chosen4_ahead4", "chosen4_8_ahead4")}, 31, train="math_train",
          test="math500", ours=("budget_chosen4_ahead4",), nulls=("chosen4_8_ahead4",), **_MATH_RATES.chosen()),
+  Regime("math_alone", "gpu", "MATH, what the paper compares: pruning alone, no prompt chosen, nothing ahead; a larger test set",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("plain", "budget", "published"), 5), {"plain8": 5},
+                                                          dict.fromkeys(("random", "max_variance", "budget035"), 3)),
+         first=41, train="math_train", test="math_test", every=4, ours=("budget", "published"), nulls=("plain8",),
+         voting=_MATH_VOTING, votes={"plain": 3, "budget": 3}, **_MATH_RATES.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
@@ -214,7 +221,7 @@ REGIMES = {regime.name: regime for regime in (
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
 DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
-                   "math_long", "falling"),
+                   "math_alone", "math_long", "falling"),
            "cpu": ("arithmetic",)}
 
 
@@ -241,6 +248,11 @@ class Run:
   def split(self) -> tuple[Path, Path]:
     """Where the parts of the training file stand that a regime with `spare` trains on, and is evaluated on."""
     return tuple(Path("runs/trial") / self.regime.name / f"{self.regime.train}_{part}.jsonl" for part in ("fit", "spare"))
+
+  @property
+  def thinned(self) -> Path:
+    """Where each `every`-th problem of the test file stands."""
+    return Path("runs/trial") / self.regime.name / f"{self.regime.test}_every{self.regime.every}.jsonl"
 
   @property
   def votes(self) -> bool:
@@ -272,7 +284,8 @@ class Run:
   def _paths(self, model: str, data: str) -> dict:
     r, found = self.regime, {"model.path": model} if model else {}
     if data and r.train:
-      paths = map(str, self.split) if r.spare else (f"{data}/{r.train}.jsonl", f"{data}/{r.test}.jsonl")
+      held_out = self.thinned if r.every > 1 else f"{data}/{r.test}.jsonl"
+      paths = map(str, self.split if r.spare else (f"{data}/{r.train}.jsonl", held_out))
       found |= {"data.folder": data} | dict(zip(("data.train", "data.eval"), paths, strict=True))
     return found
 
@@ -283,11 +296,13 @@ def options(settings: dict) -> list[str]:
 
 
 def runs_of(regime: Regime) -> Iterator[Run]:
-  """Seed by seed within each part of the regime's queue, so that what is there at any moment is balanced over its arms."""
+  """Seed by seed within each part of the regime's queue, so that what is there at any moment is balanced over its arms; each seed
+  begins with another arm, so that none is always on the same of several devices."""
   seen = set()
   for seeds in regime.queue:
     for i in range(max(seeds.values())):
-      for run in (Run(regime, arm, regime.first + i) for arm, count in seeds.items() if i < count):
+      arms = [arm for arm, count in seeds.items() if i < count]
+      for run in (Run(regime, arm, regime.first + i) for arm in arms[i % len(arms):] + arms[:i % len(arms)]):
         if run.name not in seen:  # an arm may come again with more seeds
           seen.add(run.name)
           yield run

@@ -170,16 +170,23 @@ def train(run: Run, call: Call) -> bool:
 
 
 def split(run: Run, data: str) -> None:
-  """The files of Run.split, where its regime holds problems of the training file out and they are not there."""
-  if not run.regime.spare or all((ROOT / path).exists() for path in run.split):
-    return
-  lines = Path(data, f"{run.regime.train}.jsonl").read_text().splitlines(keepends=True)
-  out = {i * len(lines) // run.regime.spare for i in range(run.regime.spare)}  # evenly, as a file may be sorted by subject
-  for path, held_out in zip(run.split, (False, True), strict=True):
-    if not (ROOT / path).exists():
-      half = ROOT / f"{path}.{os.getpid()}"  # several processes may be here
-      half.write_text("".join(line for i, line in enumerate(lines) if (i in out) == held_out))
-      half.rename(ROOT / path)
+  """The files of Run.split and Run.thinned, where its regime holds problems of the training file out, or asks a part of the test
+  file, and they are not there."""
+  regime = run.regime
+  if regime.spare and not all((ROOT / path).exists() for path in run.split):
+    lines = Path(data, f"{regime.train}.jsonl").read_text().splitlines(keepends=True)
+    out = {i * len(lines) // regime.spare for i in range(regime.spare)}  # evenly, as a file may be sorted by subject
+    for path, held_out in zip(run.split, (False, True), strict=True):
+      _write(path, [line for i, line in enumerate(lines) if (i in out) == held_out])
+  if data and regime.every > 1 and not (ROOT / run.thinned).exists():
+    _write(run.thinned, Path(data, f"{regime.test}.jsonl").read_text().splitlines(keepends=True)[::regime.every])
+
+
+def _write(path: Path, lines: list[str]) -> None:
+  """At once: several processes may be here."""
+  half = ROOT / f"{path}.{os.getpid()}"
+  half.write_text("".join(lines))
+  half.rename(ROOT / path)
 
 
 def vote(run: Run, call: Call) -> bool:

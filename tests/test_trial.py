@@ -76,9 +76,12 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
 def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   order = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k"])]
   assert len(order) == len(set(order)) == 20 + 5 + 12 + 9
-  assert order[:20] == [(arm, seed) for seed in range(1, 6) for arm in ("plain", "plain8", "budget", "chosen")]
+  arms = ["plain", "plain8", "budget", "chosen"]
+  assert order[:8] == [*((arm, 1) for arm in arms), *((arm, 2) for arm in arms[1:] + arms[:1])]  # each seed begins with another
+  assert [{order[4 * i + j] for j in range(4)} for i in range(5)] == [{(arm, seed) for arm in arms} for seed in range(1, 6)]
   assert order[20:25] == [("chosen4", seed) for seed in range(1, 6)]
-  assert order[25:37] == [(arm, seed) for seed in (1, 2, 3) for arm in ("published", "max_variance", "random", "budget_chosen")]
+  others = ("published", "max_variance", "random", "budget_chosen")
+  assert sorted(order[25:37]) == sorted((arm, seed) for seed in (1, 2, 3) for arm in others)
   assert {arm for arm, _ in order} == trial_arms.ARMS.keys()
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
 
@@ -128,6 +131,17 @@ def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsew
   assert spare == "".join(lines[::2][:run.regime.spare])  # evenly: a file may be sorted by subject
   assert sorted((fit + spare).splitlines()) == sorted("".join(lines).splitlines())
   trial_queue.split(Run(REGIMES["falling"], "plain", 1), "nowhere")
+
+
+def test_a_regime_may_ask_each_fourth_problem_of_a_test_file(elsewhere, tmp_path):
+  run, lines = Run(REGIMES["math_alone"], "plain", 41), [f'{{"id": {i}}}\n' for i in range(8)]
+  (tmp_path / "math_test.jsonl").write_text("".join(lines))
+  (elsewhere / run.thinned).parent.mkdir(parents=True)
+  trial_queue.split(run, str(tmp_path))
+  for argv in (run.training("m", str(tmp_path)), run.voting(str(tmp_path))):
+    given = dict(a.removeprefix("--config.").partition("=")[::2] for a in argv)
+    assert given["data.train"] == f"{tmp_path}/math_train.jsonl"
+    assert (elsewhere / given["data.eval"]).read_text() == "".join(lines[::4])
 
 
 # ---- the queue
@@ -242,6 +256,13 @@ def test_the_commit_is_that_of_the_code(elsewhere):
 
 
 # ---- the command
+
+
+def test_dry_lists_the_commands_and_runs_none_of_them(monkeypatch, capsys, elsewhere):
+  monkeypatch.setattr(sys, "argv", ["trial.py", "--run", "--dry", "--arms=plain8"])
+  monkeypatch.setattr(trial_queue, "start", None)
+  trial.main()
+  assert capsys.readouterr().out.count("\npython -m arrol_jax.train ") == len([r for r in runs_of(CPU) if r.arm == "plain8"])
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -32,7 +32,8 @@ def _join(a: tuple, b: tuple) -> tuple:
   """`sums` of two parts from those of each."""
   top = jnp.maximum(a[0], b[0])
   below = [part[0] - top for part in (a, b)]
-  share = [jnp.exp(y) for y in below]
+  lower = jnp.exp(below[0] + below[1])  # of the two differences one is 0, and so is known what its exponential is
+  share = [jnp.where(y == 0, 1.0, lower) for y in below]
   out = top, a[1] * share[0] + b[1] * share[1]
   if len(a) == 2:
     return out
