@@ -124,10 +124,10 @@ class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
   arms are compared with plain, and with the better of these. square: four arms, with neither of two changes, the first, the
-  second, both. rates: learning rate of all arms but ours, and of ours; tuned:
-  by what they were chosen, if they were. train, test: files of the data's folder, "" where the config has its own; spare: so many
-  problems, evenly over `train`, are held out in place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms may also vote, as `voting`
-  says."""
+  second, both. rates: learning rate of all arms but ours, and of ours; tuned: by what they were chosen, if they were. train,
+  test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over `train`, are held out in
+  place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms may also vote, as
+  `voting` says."""
   name: str
   scale: str
   what: str
