@@ -3,11 +3,14 @@
 import http.client
 import json
 import os
+from pathlib import Path
 import shutil
 import signal
 import socket
 import subprocess
 import threading
+import time
+from types import SimpleNamespace
 
 from helpers_serve import FOREVER, PROMPT, ask, begun, until
 from helpers_split import QUEUE, ROWS, split
@@ -15,6 +18,7 @@ import pytest
 
 from arrol_jax.serving import front
 from arrol_jax.serving.board import Board
+from arrol_jax.serving.calls import Piece, Totals
 from arrol_jax.types import UserError
 
 ENDLESS = FOREVER | {"max_tokens": 10**6}
@@ -116,9 +120,72 @@ def test_one_that_hangs_holds_up_no_end(monkeypatch, capfd):
     server.front.stop()
     server.front.stop()
     status, said = server.ended()
-    assert status == 1 and said == ["stopped: 1 calls under way were cut"] and "killed (signal 9)" in capfd.readouterr().err
+    assert status == 1 and said == ["stopped: 2 calls under way were cut"] and "killed (signal 9)" in capfd.readouterr().err
     for connection, _ in streams:
       connection.close()
+
+
+def test_one_that_hangs_is_named_and_killed_and_the_others_answer_meanwhile(monkeypatch, capfd):
+  monkeypatch.setattr(front, "SILENT", (0.5, 8.0))
+  with split(count=2) as server:
+    streams = streams_at_both(server)
+    stopped = server.front.sides[0]
+    stopped.process.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    line_is_full = lambda: stopped.line.behind is not None
+    while not line_is_full() and time.monotonic() < begin + 20:  # what it is told of others' calls fills its line
+      stopped.line.post("said", [(10**9, Piece(0, [1] * 4000, []))], [], server.service.standing)
+    assert line_is_full()
+    for _ in range(3):  # and the engine goes on
+      assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 200
+    assert until(lambda: stopped.process.poll() is not None)
+    nearly(server)
+    assert last_event(streams[1][1]) == "[DONE]"
+    for connection, _ in streams:
+      connection.close()
+    status, said = server.ended()
+    err = capfd.readouterr().err
+    assert status == 1 and said == ["stopped: 1 calls under way were cut"]
+    pid = f"a process of the HTTP side ({stopped.process.pid}) has not answered for"
+    assert err.index(f"warning: {pid} ") < err.index(f"error: {pid} 8 s; it is killed") < err.index("killed (signal 9)")
+
+
+def test_one_that_hangs_before_it_serves_is_killed_too(monkeypatch, capfd):
+  monkeypatch.setattr(front, "STARTING", (0.2, 1.0))
+  real = subprocess.Popen
+
+  def popen(*args, **more):
+    process = real(*args, **more)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+  monkeypatch.setattr(front.subprocess, "Popen", popen)
+  with split(count=2) as server:
+    status, said = server.ended()
+  err = capfd.readouterr().err
+  assert status == 1 and not said and err.count("warning: a process of the HTTP side") == 2 and err.count("it is killed") == 2
+
+
+def test_one_that_is_killed_while_the_model_loads_ends_the_command(monkeypatch, capfd):
+  told, real = [], os.kill
+  monkeypatch.setattr(front.os, "kill", lambda *args: told.append(args) if args[0] == os.getpid() else real(*args))
+  with front.Front(socket.create_server(("127.0.0.1", 0)), 2) as both:
+    both.sides[1].process.kill()
+    assert until(lambda: told == [(os.getpid(), signal.SIGTERM)])
+    assert both.run(SimpleNamespace(totals=Totals()), SimpleNamespace(model="mine"), None, 1.0, 5) == 1
+  assert capfd.readouterr().err == "error: the HTTP side was killed (signal 9)\n"
+
+
+def test_they_count_elsewhere_where_memory_is_full(monkeypatch, tmp_path):
+  full, free = [], shutil.disk_usage("/")._replace(free=1 << 30)
+  monkeypatch.setattr(front.shutil, "disk_usage", lambda path: free._replace(free=0) if path in full else free)
+  monkeypatch.setattr(front.tempfile, "tempdir", str(tmp_path))
+  full.append("/dev/shm")
+  with front._folder() as folder:
+    assert Path(folder).parent == tmp_path
+  full.append(str(tmp_path))
+  with pytest.raises(UserError, match=r"no 16 MiB left.*TMPDIR.*--http_processes=1"):
+    front._folder()
 
 
 def test_where_not_all_can_be_started_none_is_left(monkeypatch):
@@ -184,9 +251,8 @@ def test_where_one_is_killed_the_other_answers_its_calls_and_all_ends(capfd):
     assert last_event(answer) == "[DONE]"
     gone.close()
     connection.close()
-    assert server.ended() == (1, [])
-    said = [line for line in capfd.readouterr().err.splitlines() if "socket.send()" not in line]  # of streams that were left
-    assert said == ["error: the HTTP side was killed (signal 9)"] and not server.service.running
+    assert server.ended() == (1, ["stopped: 1 calls under way were cut"])
+    assert capfd.readouterr().err == "error: the HTTP side was killed (signal 9)\n" and not server.service.running
 
 
 def test_an_engine_that_breaks_is_told_to_the_calls_of_all(capsys):

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 import contextlib
+import errno
 import functools
 from multiprocessing.connection import Pipe
 import os
 import queue
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import weakref
 
@@ -27,6 +31,9 @@ from arrol_jax.serving.web import Access
 from arrol_jax.types import UserError
 
 CORES, MOST = 4, 4  # a process of the HTTP side for so many cores, and so many at most
+SILENT = 5 * GRACE, 30 * GRACE  # seconds after which one that takes nothing of what it is told is named, and killed
+STARTING = 15 * GRACE, 60 * GRACE  # the same of one that does not take calls yet, once the model is there
+_ROOM = 16 << 20  # bytes that a folder must have for what they count together
 _START = "import sys; from arrol_jax.serving import remote; sys.exit(remote.main(*map(int, sys.argv[1:])))"
 
 
@@ -51,8 +58,22 @@ class _Side:
     self.line = Line(ours)
     self.tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()  # by number; the service holds them
     self.said: list[tuple] = []  # of this turn
-    self.serving = False  # it takes calls
+    self.begun = float("inf")  # when it was told to serve
+    self.serving = self.named = False  # it takes calls; it has been said that it does not answer
     self.over = self.cut = self.gone = False  # it takes no more; its calls are cut; its end of the line is closed
+
+  def silent(self) -> tuple[float, tuple[float, float]]:
+    """Seconds since it took something of what it is told, or was told to serve; and after how many it is named, and killed."""
+    since, allowed = (self.line.behind, SILENT) if self.serving else (self.begun, STARTING)
+    return 0.0 if since is None else time.monotonic() - since, allowed
+
+  def status(self) -> int:
+    """Its exit status, where its end of the line is closed."""
+    try:
+      return self.process.wait(10 * GRACE)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      return self.process.wait()
 
   def end(self) -> None:
     self.process.kill()
@@ -82,15 +103,19 @@ class Front:
       raise UserError(f"--http_processes={count}: {len(self.sides)} could be started ({e.strerror or e}); give it fewer, or "
                       "allow more open files and processes (ulimit)") from e
     self.service: Service | None = None
+    self.model = ""
     self.waits: list[float] = []  # of this turn
     self.orders: queue.SimpleQueue = queue.SimpleQueue()  # "stop"; None: all processes have ended
-    self.stopping = False
+    self.stopping = self.leaving = False  # leaving: all processes are being ended
     self._lock = threading.Lock()  # over what has become of the sides
+    for side in self.sides:
+      threading.Thread(target=self._listen, args=(side,), name="front", daemon=True).start()
 
   def __enter__(self) -> "Front":
     return self
 
   def __exit__(self, *_exception) -> None:
+    self.leaving = True
     for side in self.sides:
       side.end()
     self.board.close()
@@ -103,23 +128,28 @@ class Front:
 
   def run(self, service: Service, limits: Limits, access: Access, drain: float, keep_alive: int) -> int:
     """Serves until it is stopped or something breaks; the exit status: 0 only where every call that was taken got its answer."""
-    self.service, service.on_turn, service.on_queue = service, self._turn, self.waits.append
-    self.before = _ended(service.totals)
+    service.on_turn, service.on_queue = self._turn, self.waits.append
+    self.before, self.model = _ended(service.totals), limits.model
+    with self._lock:
+      self.service = service
+      if any(side.gone for side in self.sides):  # which has been said
+        return 1
     for side in self.sides:
-      side.line.send(limits, access, drain, keep_alive, service.standing)
+      side.begun = time.monotonic()
+      side.line.post(limits, access, drain, keep_alive, service.standing)
     hosts.settle()
     engine = threading.Thread(target=self._decode, name="engine", daemon=True)
     engine.start()
-    for side in self.sides:
-      threading.Thread(target=self._listen, args=(side, limits.model), name="front", daemon=True).start()
+    threading.Thread(target=self._watch, name="watch", daemon=True).start()
     patience = drain + 30 * GRACE  # a process waits up to 20 GRACE for an engine that does not answer
     while order := self.orders.get():
-      for side in self.sides:  # one that hangs, its line full, holds up nobody
-        threading.Thread(target=side.line.send, args=(order,), daemon=True).start()
+      for side in self.sides:
+        side.line.post(order)
       killing = threading.Timer(patience, self._kill)
       killing.daemon, patience = True, 30 * GRACE
       killing.start()
-    status = [self._status(side) for side in self.sides]
+    status = [side.status() for side in self.sides]
+    self.leaving = True
     service.cut()
     engine.join(10 * GRACE)
     if cut := self.board.total("cut"):
@@ -137,16 +167,19 @@ class Front:
       if not side.gone:
         side.process.kill()
 
-  def _status(self, side: _Side) -> int:
-    """The exit status of a process whose end of the line is closed; said where it was killed."""
-    try:
-      status = side.process.wait(10 * GRACE)
-    except subprocess.TimeoutExpired:
-      side.process.kill()
-      status = side.process.wait()
-    if status < 0:
-      print(f"error: the HTTP side was killed (signal {-status})", file=sys.stderr, flush=True)
-    return status
+  def _watch(self) -> None:
+    """Names a process that does not answer, and then kills it: what happens to its calls is known, and the others drain."""
+    while not self.leaving:
+      time.sleep(GRACE / 4)
+      for side in self.sides:
+        seconds, (named, killed) = side.silent()
+        of = f"a process of the HTTP side ({side.process.pid}) has not answered for {seconds:.0f} s"
+        if not side.gone and seconds >= killed:
+          _complain(f"error: {of}; it is killed")
+          side.process.kill()
+        elif not side.gone and seconds >= named and not side.named:
+          _complain(f"warning: {of}")
+        side.named = seconds >= named
 
   def _print(self, text: str) -> None:
     with contextlib.suppress(OSError):  # nobody may be left to read it, or its disk be full: no reason not to serve
@@ -163,7 +196,7 @@ class Front:
       self._turn()
     finally:
       for side in self.sides:
-        side.line.send("end", self.service.failure and _told(self.service.failure))
+        side.line.post("end", self.service.failure and _told(self.service.failure))
 
   def _turn(self) -> None:
     """All pieces of a segment go together; how the engine stands goes to all, how long calls waited to one, which counts it."""
@@ -174,17 +207,17 @@ class Front:
       said = list(side.said)
       side.said.clear()
       if not side.gone:
-        side.line.send("said", said, waits, self.service.standing)
+        side.line.post("said", said, waits, self.service.standing)
         waits = []
 
   # ---- the threads that listen, one a side
 
-  def _listen(self, side: _Side, model: str) -> None:
+  def _listen(self, side: _Side) -> None:
     try:
       while True:
         word, *rest = side.line.hear()
         if word == "serving":
-          self._serving(side, model)
+          self._serving(side)
         else:
           self._take(side, word, *rest)
     except (EOFError, OSError):
@@ -194,21 +227,35 @@ class Front:
       side.process.kill()  # no sense in what it says
     self._gone(side)
 
-  def _serving(self, side: _Side, model: str) -> None:
+  def _serving(self, side: _Side) -> None:
     with self._lock:
       side.serving = True
       if all(x.serving for x in self.sides):
-        self._print(f"serving {model} at {_url(*self.address)}")
+        self._print(f"serving {self.model} at {_url(*self.address)}")
 
   def _gone(self, side: _Side) -> None:
-    """A process has ended. Where it was not told to, the others drain: nobody should have to find out which one answers."""
+    """A process has ended. Where it was not told to, the others drain: nobody should have to find out which one answers. While
+    the model loads the whole command ends."""
+    if self.leaving:
+      return
+    if died := not side.over:
+      self._died(side)
     with self._lock:
-      died, side.gone = not side.over, True
+      side.gone = True
+      if self.service is None:
+        return os.kill(os.getpid(), signal.SIGTERM)
       if all(x.gone for x in self.sides):
         self.orders.put(None)
       elif died and not self.stopping:
         self.stop()
     self._over(side, True)
+
+  def _died(self, side: _Side) -> None:
+    """Says so at once, and counts the calls that it takes with it."""
+    if (status := side.status()) < 0:
+      _complain(f"error: the HTTP side was killed (signal {-status})")
+    if lost := len(side.tickets):
+      self.board.add("cut", lost)
 
   def _over(self, side: _Side, cut: bool) -> None:
     """A side takes no more calls, and those that it has are answered or cut. The last one's word is the engine's end."""
@@ -222,7 +269,7 @@ class Front:
     else:
       for ticket in list(side.tickets.values()):
         self.service.cancel(ticket)
-      side.line.send("end", None)
+      side.line.post("end", None)
 
   def _take(self, side: _Side, word: str, *rest) -> None:
     if word == "submit":
@@ -243,7 +290,7 @@ class Front:
       told = [_teller(side, number) for number, _ in calls]
       tickets = self.service.submit_all([call for _, call in calls], told, room_found=True)
     except Exception as e:
-      side.line.send("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
+      side.line.post("said", [(number, _plain(e)) for number, _ in calls], [], self.service.standing)
       return
     side.tickets.update({number: ticket for (number, _), ticket in zip(calls, tickets, strict=True)})
 
@@ -251,7 +298,7 @@ class Front:
     if isinstance(result, Exception):
       traceback.print_exception(result)
       result = _plain(result)
-    side.line.send("scored", number, result)
+    side.line.post("scored", number, result)
 
 
 def _ended(totals: Totals) -> int:
@@ -259,12 +306,27 @@ def _ended(totals: Totals) -> int:
 
 
 def _folder() -> tempfile.TemporaryDirectory:
+  """In memory where there is room: no disk that is full, nor what is cleaned away. Pages of a file that its disk has no room for
+  would end the process that writes to them."""
+  memory = "/dev/shm"
   try:
-    memory = "/dev/shm"  # where there is one: no disk that is full, nor what is cleaned away
-    return tempfile.TemporaryDirectory(prefix="arrol-serve-", dir=memory if os.access(memory, os.W_OK) else None)
+    folder = memory if os.access(memory, os.W_OK) and _room(memory) >= _ROOM else tempfile.gettempdir()
+    if _room(folder) < _ROOM:
+      raise OSError(errno.ENOSPC, f"{folder} has no {_ROOM >> 20} MiB left")
+    return tempfile.TemporaryDirectory(prefix="arrol-serve-", dir=folder)
   except OSError as e:
-    raise UserError(f"several processes that speak HTTP count together in a temporary folder, and there is none to be had ({e}); "
-                    "let TMPDIR say where, or give --http_processes=1") from e
+    raise UserError(f"several processes that speak HTTP count together in a temporary folder, and there is none to be had "
+                    f"({e.strerror or e}); let TMPDIR say where, or give --http_processes=1") from e
+
+
+def _room(folder: str) -> int:
+  """Bytes that are free there."""
+  return shutil.disk_usage(folder).free
+
+
+def _complain(text: str) -> None:
+  with contextlib.suppress(OSError):
+    print(text, file=sys.stderr, flush=True)
 
 
 def _teller(side: _Side, number: int) -> Callable:

@@ -8,6 +8,7 @@ HTTP side (remote.py); signals come to the engine's, which tells it.
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import threading
@@ -101,6 +102,7 @@ def _on_trouble(loop: asyncio.AbstractEventLoop, context: dict) -> None:
 def listen(remote, limits: Limits, listener: Shared, access: Access, drain: float, keep_alive: int) -> int:
   """Serves a Remote until it is told to stop or the engine fails; the exit status: 0 only where every call that was taken got its
   answer."""
+  logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that leave a stream, which /metrics counts
   app = make_app(remote, limits, remote.serving, lambda: server.broken(), access, remote.board)
   server = Server(app, drain, keep_alive)
   remote.on_stop = server.stop
