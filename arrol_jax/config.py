@@ -106,7 +106,7 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     rest = values(argv)
     config = values.config
   except Exception as e:  # a config file is a program: it may raise anything
-    raise UserError(_explain(path, e)) from e
+    raise UserError(_explain(path, e, argv)) from e
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
@@ -142,13 +142,20 @@ def _with_home(text: str) -> str:
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
+def _words(text: str) -> list[str]:
+  """Of a list, also where it stands in brackets, as (table,head), or its words in quotes."""
+  text = text.strip()
+  inside = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
+  return [word for part in inside.split(",") if (word := part.strip().strip("'\""))]
+
+
 def _split_lists(c: ConfigDict) -> None:
   """--config.prune.weigh=table,head is ("table", "head"), as --config.prune.detect=64,128 is (64, 128)."""
   for name, value in c.items():
     if isinstance(value, ConfigDict):
       _split_lists(value)
     elif isinstance(value, tuple) and any(isinstance(x, str) for x in value):
-      c[name] = tuple(part for x in value for part in (map(str.strip, x.split(",")) if isinstance(x, str) else [x]))
+      c[name] = tuple(part for x in value for part in (_words(x) if isinstance(x, str) else [x]))
 
 
 def _switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -205,14 +212,19 @@ def _key_of(e: Exception) -> str:
     e = e.args[0]
   if not isinstance(e, KeyError) or not e.args:
     return ""
-  return " ".join(line.partition(" Other fields present")[0] for line in str(e.args[0]).splitlines())
+  return " ".join(str(e.args[0]).partition("Other fields present")[0].split())
 
 
-def _explain(path: str, e: Exception) -> str:
+def _explain(path: str, e: Exception, argv: list[str]) -> str:
   """What ml_collections or the config file raised, in one line."""
   key = _key_of(e)
   if key:
-    text = f"unknown config key: {key} (configs/base.py lists them all)"
+    name = re.search(r'"(\w+)"', key)
+    by_hand = name and any(name[1] in a.partition("=")[0].split(".") for a in argv)
+    text = f"{'' if by_hand else f'{path}: '}unknown config key: {key} (configs/base.py lists them all)"
+  elif isinstance(e, flags.UnrecognizedFlagError):
+    meant = [name for name, *_ in usage.keys() if name.rpartition(".")[2] == e.flagname.rpartition(".")[2]]
+    text = f"{e}{'. Did you mean --config.' + ' or --config.'.join(meant) + '?' if meant and 'Did you' not in str(e) else ''}"
   elif isinstance(e, flags.Error) and "Traceback" not in str(e):
     text = str(e)
   else:  # ml_collections puts the whole traceback of a failing config file into the message
@@ -274,23 +286,6 @@ def check(c: ConfigDict, files: bool = True, training: bool = True) -> None:
     check_model(c)
     check_data(c, training)
   _check(c)
-
-
-def remarks(c: ConfigDict) -> list[str]:
-  """What a config asks for that does nothing, or lacks something beside it, a line each."""
-  out, usual = [], defaults().model.lora
-  unused = [f"model.lora.{name}" for name in ("alpha", "targets") if c.model.lora[name] != usual[name]]
-  if unused and not c.model.lora.rank:
-    out.append(f"{', '.join(unused)}: nothing comes of it without model.lora.rank, and all weights are trained")
-  named = [f"loss.{name}" for name in ("clip_low", "clip_high") if c.loss[name] is not None]
-  named += ["GSPO's ratio"] * (c.loss.name == "gspo" or c.loss.ratio == "sequence")
-  if named and c.optim.epochs * c.optim.minibatches == 1:
-    out.append(f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs "
-               "or optim.minibatches")
-  if c.rollout.ahead and c.loss.correction == "none":
-    out.append("rollout.ahead: tokens drawn before the last update are learned from as if the policy had drawn them; "
-               "loss.correction=truncate weighs them")
-  return out
 
 
 @_keys_are_there()
@@ -378,6 +373,7 @@ def _check_prune(c: ConfigDict) -> None:
     detect = detect[1:]
   need(len(detect) > 0 and all(isinstance(d, int) for d in detect) and list(detect) == sorted(set(detect)),
        f"prune.detect is {detect}; it takes ascending lengths, such as (512,) or (128, 512)")
+  need(detect[0] > 0, f"prune.detect is {detect}; lengths are tokens of a response, 0 or more")
   need(2 <= detect[0] and detect[-1] < r.max_new, f"prune.detect is {detect} and rollout.max_new is {r.max_new}; detection must "
        "come before the end of a response")
   need(all(d % r.segment == 0 for d in detect),

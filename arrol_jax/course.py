@@ -107,7 +107,7 @@ class Course:
     if not finite:
       self.checkpoints.wait()
       raise UserError(f"step {step + 1}: the loss or gradient is not finite; the run stopped before saving it (last checkpoint: "
-                      f"step {self.checkpoints.latest() or 0}). Try a smaller optim.lr")
+                      f"step {self.checkpoints.latest() or 0}). Try a smaller optim.lr, in another --workdir")
     return line
 
   def evaluated(self, done: int) -> dict:

@@ -17,6 +17,7 @@ import jax
 from arrol_jax import assemble, assemble_state, config as configuration
 from arrol_jax.data import sources
 from arrol_jax.models.files import tokenizers
+from arrol_jax.preflight import remarks
 from arrol_jax.reporting import evaluations
 from arrol_jax.running import hosts
 from arrol_jax.running.workdir import finite
@@ -36,6 +37,8 @@ def main():
     raise UserError("--step names one of a run's checkpoints: give its --workdir=DIR too")
   for path in paths:
     sources.check(path, "test", c.data.folder)
+  for remark in remarks.of_evaluation(c):
+    hosts.say(f"config: {remark}")
   tokenizers.import_early()  # while JAX looks for its devices
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:  # before a model is loaded for nothing

@@ -22,6 +22,7 @@ from arrol_jax.course import Course, HeldOut, Rolling, summary_line, timed
 from arrol_jax.data import sources
 from arrol_jax.engine import compile_ahead
 from arrol_jax.models.files import tokenizers
+from arrol_jax.preflight import remarks
 from arrol_jax.running import endings, hosts, loggers, streams
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import Logs, check_can_go_on, check_length, check_workdir, claim, finished, hold
@@ -34,7 +35,7 @@ def main():
   hosts.connect()
   hosts.together(lambda: configuration.check(c))
   hosts.together(lambda: loggers.names(c.log.backends))
-  for remark in configuration.remarks(c):
+  for remark in remarks.of(c):
     hosts.say(f"config: {remark}")
   workdir, started = flags.workdir, time.time()
   defaults = configuration.defaults()

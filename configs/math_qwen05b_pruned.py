@@ -5,7 +5,7 @@ Command:  arrol-get math math500
           arrol-train --config=math_qwen05b_pruned --config.model.path=DIR/model.gguf
 Hardware: one H200 (not run on an H100). 120 s of steps after some 40 s of loading and compiling
 Result:   four samples 13.2%, greedy 14.5% of 478 problems of MATH-500 (those of at most 256 tokens) after 120 s of steps,
-          3.0 ± 2.4 and 2.0 ± 2.5 points above plain GRPO after as many, in steps 1.6 times shorter than without pruning;
+          3.0 ± 2.4 and 2.0 ± 2.5 points above plain GRPO after as many, in steps 1.5 times shorter than without pruning;
           five seeds: the trial's arm `budget_chosen4_ahead4`, docs/results.md
 Open:     after as much time it is not above math_qwen05b_chosen, which prunes nothing (-1.0 ± 1.4 points greedily).
 """

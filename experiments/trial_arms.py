@@ -115,7 +115,10 @@ class Tuning:
     return {"rates": tuple(max(self.rates, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
 
 
+_ALONE = {name: dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.schedule": "linear"})
+          for name in ("plain", "budget", "plain8")}
 _HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
+_ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
 _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
 
 
@@ -206,6 +209,9 @@ REGIMES = {regime.name: regime for regime in (
                                                           dict.fromkeys(("random", "max_variance", "budget035"), 3)),
          first=41, train="math_train", test="math_test", every=4, ours=("budget", "published"), nulls=("plain8",),
          voting=_MATH_VOTING, votes={"plain": 3, "budget": 3}, **_MATH_RATES.chosen()),
+  Regime("math_falling", "gpu", "MATH, pruning alone, and the learning rate falls linearly to 0 at the end: is a lead kept?",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("plain", "budget"), 5), {"plain8": 5}), _ALONE, 51,
+         train="math_train", test="math_test", every=4, ours=("budget",), nulls=("plain8",), **_ALONE_HEIGHTS.chosen()),
   Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
@@ -216,13 +222,25 @@ REGIMES = {regime.name: regime for regime in (
   Regime(_MATH_RATES.name, "gpu", "MATH: learning rates, on a spare seed and spare training problems", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _MATH, (dict.fromkeys(_MATH_RATES.by_rate(), 1),), _MATH_RATES.by_rate(), SPARE_SEED, None,
          train="math_train", spare=720),
+  Regime(_ALONE_HEIGHTS.name, "gpu", "MATH: heights of the falling learning rate, on a spare seed and spare training problems",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(_ALONE_HEIGHTS.by_rate(), 1),), _ALONE_HEIGHTS.by_rate(),
+         SPARE_SEED, None, train="math_train", spare=1200),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
 DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
-                   "math_alone", "math_long", "falling"),
+                   "math_alone", "math_falling", "math_long", "falling"),
            "cpu": ("arithmetic",)}
+
+# An arm that learns from about half of the rollouts, and the one that is the same but for that, by regime.
+HALVED = {
+  "pruned, beside the same without pruning": (
+    ("gsm8k", "budget", "plain"), ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
+    ("math_fresh", "budget_chosen4_ahead4", "chosen4_ahead4"), ("math_alone", "budget", "plain")),
+  "8 rollouts, beside 16": (("gsm8k", "plain8", "plain"), ("math_fresh", "plain8", "plain")),
+  "16 pruned, beside 8": (("math_halved", "budget_chosen4_ahead4", "chosen4_8_ahead4"),
+                          ("math_halved_again", "budget_chosen4_ahead4", "chosen4_8_ahead4"))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import HALVED, REGIMES, RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -63,12 +63,13 @@ def arms_table(results: Results) -> list[str]:
     name = arm if len({x.version for x in runs}) == 1 else f"{arm} (of several commits)"
     rows.append([
       name, str(len(runs)), of(lambda r: r.about["steps"], ".0f"), of(lambda r: r.about["seconds"], ".1f"),
-      of(lambda r: r.median("sec_step")), of(lambda r: 100 * r.column("sec_generate").sum() / r.column("sec_step").sum(), ".0f"),
+      of(lambda r: r.column("sec_step").mean()),
+      of(lambda r: 100 * r.column("sec_generate").sum() / r.column("sec_step").sum(), ".0f"),
       average("keep_ratio"), average("signal"), of(signal_rate), average("head_auc_within"),
       of(lambda r: 100 * clipped(r), ".0f"), of(lambda r: r.median("grad_norm")),
       *(text(known(when, sampled)) for when in ("half", "full") for sampled in (False, True)),
       of(lambda r: 100 * r.about["full"]["truncated"], ".1f")])
-  return table(["arm", "runs", "steps", "seconds", "a step, s", "generating, %", "kept", "signal a group", "signal a second",
+  return table(["arm", "runs", "steps", "seconds", "mean step, s", "generating, %", "kept", "signal a group", "signal a second",
                 "AUC within", "steps clipped, %", "gradient's norm", *moments(results.regime),
                 f"cut off at {results.regime.full:g} s, %"], rows)
 
@@ -315,6 +316,35 @@ def notes(results: Results) -> list[str]:
   return out
 
 
+def changes(both: list[tuple[Found, Found]], sampled: bool) -> list[float]:
+  """By pair: its difference in accuracy at the end less that halfway."""
+  half, full = (difference(both, lambda r, w=when: accuracy(r, w, sampled)) for when in ("half", "full"))
+  return [end - begin for begin, end in zip(half, full, strict=True)]
+
+
+def fading(regimes: list[Regime]) -> list[str]:
+  """How differences change from half of the budget to the whole of it where one arm learns from about half of the rollouts: by
+  regime, over all pairs, and over the regimes' means."""
+  shown, rows = {r.name for r in regimes}, []
+  for what, cases in HALVED.items():
+    found = {}
+    for name, arm, other in cases:
+      both = _pairs(load(REGIMES[name]), arm, other) if name in shown else []
+      if both:
+        found[f"`{name}`: {arm} - {other}"] = [changes(both, sampled) for sampled in (False, True)]
+    rows += [[what, case, *(text(x, "+.1f") for x in values)] for case, values in found.items()]
+    columns = list(zip(*found.values(), strict=True))
+    if len(found) > 1:
+      together = [[x for part in column for x in part] for column in columns]
+      rows.append([what, "all pairs", *(f"{text(x, '+.1f')}, {sum(v < 0 for v in x)} below 0" for x in together)])
+    if len(found) > 2:
+      rows.append([what, "means of the parts", *(text(map(mean, column), "+.1f") for column in columns)])
+  return ["## How differences change from half of the seconds to all of them", "",
+          "Points of accuracy at the end minus those halfway, where one arm learns from about half of the other's rollouts. "
+          "Looked at after most of these runs; no interval is corrected for that.", "",
+          *table(["", "part", "greedy", "4 samples"], rows)] if rows else []
+
+
 def page(regimes: list[Regime]) -> str:
   """Markdown of all regimes; writes their plots."""
   out = ["# The trial: accuracy after as many seconds of steps", "",
@@ -335,4 +365,4 @@ def page(regimes: list[Regime]) -> str:
         draw(results).savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
         out += [f"![{what}]({regime.name}{name}.png)", ""]
       out += [*(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]
-  return "\n".join(out)
+  return "\n".join(out + fading(regimes))

@@ -19,6 +19,7 @@ from arrol_jax.learning.generation import Grading, Wanted
 from arrol_jax.models import sharding, transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.transformer import PolicyConfig
+from arrol_jax.preflight import remarks
 from arrol_jax.pruning.decision import make_decide
 from arrol_jax.pruning.rule import PruneRule
 from arrol_jax.rewards import Graded
@@ -224,6 +225,6 @@ def test_what_does_not_go_together(tmp_path):
 
 def test_stale_tokens_that_nobody_weighs_are_remarked_on():
   parse = lambda *more: config.parse(["x", "--config=configs/quickstart.py", *more])[0]
-  said = config.remarks(parse("--config.rollout.ahead=1"))
+  said = remarks.of(parse("--config.rollout.ahead=1"))
   assert any("loss.correction=truncate" in line for line in said)
-  assert not config.remarks(parse("--config.rollout.ahead=1", "--config.loss.correction=truncate"))
+  assert not remarks.of(parse("--config.rollout.ahead=1", "--config.loss.correction=truncate"))

@@ -102,6 +102,13 @@ def test_a_conversation_goes_on_until_it_is_reset(policy, monkeypatch, capsys):
   assert "(the conversation has " in done.out.splitlines()[-1] and "at most 56 tokens fit; /reset" in done.out.splitlines()[-1]
 
 
+def test_a_line_that_the_tokenizer_cannot_read_is_refused_and_named(policy, monkeypatch, capsys):
+  done = talk(monkeypatch, capsys, "2+2 what>\n2+2>\n", policy, "--temperature=0", *SMALL)
+  first, second = done.out.splitlines()
+  assert first == "(the model's tokenizer has no token for ' ', 'w', 'h', 'a', 't' of messages)"
+  assert second and not second.startswith("(")
+
+
 def test_votes_show_what_the_head_thinks(policy, monkeypatch, capsys):
   """Each trace with its score and posterior, the chosen one marked, then its text."""
   done = talk(monkeypatch, capsys, "2+2>\n", policy, "--votes=4", r"--config.reward.pattern=(\d)", *SMALL)
@@ -159,7 +166,8 @@ def test_a_terminal_is_told_no_commands():
 
 
 def test_a_line_that_is_too_long_is_forgotten():
-  limits = SimpleNamespace(max_prompt=4, longest=2, tokenizer=SimpleNamespace(encode=list))
+  tokenizer = mock.Mock(spec=["encode"], encode=lambda text: [0] * len(text))
+  limits = SimpleNamespace(max_prompt=4, longest=2, vocab=9, tokenizer=tokenizer)
   one = Conversation(limits, False, "{problem}", None)
   with pytest.raises(TooLong, match="the line has 5 tokens and at most 4 tokens fit$"):
     one.ask("abcde")

@@ -10,6 +10,7 @@ import pytest
 
 from arrol_jax import config, train
 from arrol_jax.data import sources
+from arrol_jax.preflight import remarks
 from arrol_jax.types import UserError
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -37,11 +38,38 @@ def test_numbers_that_would_train_the_wrong_way_are_refused(override, words):
     config.check(c)
 
 
-@pytest.mark.parametrize("said", ["table,head", "table, head", "('table','head')", "('table,head',)"])
+@pytest.mark.parametrize("said", ["table,head", "table, head", "('table','head')", "('table,head',)", "(table,head)",
+                                  "[table, head]", "table,head,", "'table','head'"])
 def test_a_list_of_words_needs_no_quotes(said):
   c, _ = config.parse(["p", "--config=quickstart", f"--config.prune.weigh={said}", "--config.prune.detect=8,16"])
   assert tuple(c.prune.weigh) == ("table", "head") and tuple(c.prune.detect) == (8, 16)
   config.check_ranges(c)
+
+
+def test_a_list_of_words_may_be_empty():
+  for said in ("", "()", "[]"):
+    c, _ = config.parse(["p", "--config=quickstart", f"--config.prune.weigh={said}"])
+    assert tuple(c.prune.weigh) == ()
+
+
+def test_a_key_that_a_config_file_misspells_is_one_short_line_with_the_files_name(tmp_path):
+  (tmp_path / "mine.py").write_text("from configs import quickstart\ndef get_config():\n  c = quickstart.get_config()\n"
+                                    "  c.promts = 3\n  return c\n")
+  with pytest.raises(UserError) as e:
+    config.parse(["p", f"--config={tmp_path}/mine.py"])
+  assert str(e.value).startswith(f'{tmp_path}/mine.py: unknown config key: Key "promts" does not exist')
+  assert len(str(e.value)) < 400
+
+
+def test_a_config_key_given_as_a_flag_is_named(tmp_path):
+  with pytest.raises(UserError, match=r"Unknown command line flag 'steps'. Did you mean --config.steps\?"):
+    config.parse(["p", "--config=quickstart", "--steps=20"])
+
+
+def test_greedy_samples_are_remarked_on():
+  parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.eval.samples=4", *argv])[0]
+  assert "greedy responses to a problem are all alike" in "".join(remarks.of(parse()))
+  assert not remarks.of(parse("--config.eval.temperature=1.0")) and not remarks.of(parse("--config.eval.samples=1"))
 
 
 def test_a_mask_with_a_cap_at_which_nothing_is_learned_is_refused():

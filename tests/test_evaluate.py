@@ -135,7 +135,7 @@ def test_tables_of_other_detection_lengths_are_refused(monkeypatch, capsys, tmp_
   loaded.head, loaded.calibration = init_head(loaded.config.width, 8, jax.random.key(0), ("last",)), Calibration()
   loaded.save(tmp_path / "policy")
   arguments = [*SMALL, f"--config.model.path={tmp_path}/policy", "--config.eval.samples=2", "--config.prune.detect=(8,16)",
-               "--config.rollout.segment=8", "--config.eval.problems=1"]
+               "--config.rollout.segment=8", "--config.eval.problems=1", "--config.eval.temperature=1.0"]
   status, out, err = call(evaluate, monkeypatch, capsys, *arguments, "--config.eval.stop_below=0.5")
   assert status == 2 and not out and "tables of 1 detection lengths and prune.detect is (8, 16)" in err
   status, out, _ = call(evaluate, monkeypatch, capsys, *arguments)

@@ -180,3 +180,9 @@ def test_a_signature_that_does_not_fit_is_one_line_at_the_start(functions):
     Grader(1, reward_fn="my_rewards.wants_three")
   for words in ("my_rewards.wants_three", "(response, answer, extra)", "nothing to give extra"):
     assert words in str(e.value)
+
+
+def test_a_function_without_its_module_is_told_how_to_be_named():
+  with pytest.raises(ValueError, match="it takes MODULE.FUNCTION"):
+    worker.load("near")
+  assert worker.load("math.floor") is worker.load("math:floor")

@@ -16,7 +16,8 @@ from arrol_jax.learning.batching import PackShape
 from arrol_jax.learning.losses import LossConfig
 from arrol_jax.learning.update import Compute
 from arrol_jax.pruning.rule import PruneRule
-from arrol_jax.running.workdir import differing, fingerprint
+from arrol_jax.running.workdir import INPUTS, check_settings, claim, differing, fingerprint
+from arrol_jax.types import UserError
 
 # ---- a mistake is one line, status 2, and breaks nothing
 
@@ -51,6 +52,7 @@ from arrol_jax.running.workdir import differing, fingerprint
   ("prune.detect=(64,)", ["prune.detect is (64,) and rollout.max_new is 48"]),
   ("prune.detect=(20,)", ["prune.detect is (20,)", "multiple of rollout.segment (8)"]),
   ("prune.detect=(16,8)", ["prune.detect is (16, 8)", "ascending"]),
+  ("prune.detect=(-8,16)", ["prune.detect is (-8, 16)", "0 or more"]),
   ("prune.detect=()", ["prune.detect is ()", "ascending"]),
   ("prune.detect=('a',)", ["prune.detect is ('a',)", "ascending"]),
   ("prune.detect=(16.0,)", ["prune.detect is (16.0,)", "ascending"]),
@@ -184,6 +186,34 @@ def test_random_keys_differ_by_seed_purpose_and_step():
   keys = [jax.random.key_data(assemble.key(k, *use)) for k in (c, other) for use in uses]
   assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 12
   np.testing.assert_array_equal(keys[0], jax.random.key_data(assemble.key(c, assemble.TRAIN, 0)))
+
+
+def test_an_evaluation_stays_where_only_when_it_is_made_has_changed(tmp_path, capsys):
+  parse = lambda *argv: config.parse(["x", f"--config={ROOT}/configs/quickstart.py", *argv])[0]
+  inputs, there = dict.fromkeys((*INPUTS, "held_out"), "a"), ("eval_before", "eval_0002", "eval_all_0004")
+
+  def claimed(*argv, **changed):
+    claim(str(tmp_path), parse(*argv), inputs | changed)
+    return [name for name in there if (tmp_path / f"{name}.json").exists()], capsys.readouterr()
+
+  claimed("--config.eval.every=2")
+  for name in there:
+    (tmp_path / f"{name}.json").write_text("{}")
+  kept, said = claimed("--config.eval.every=3", "--config.eval.before=False", "--config.eval.at_seconds=(5.0,)")
+  assert kept == list(there) and "removed" not in said.out + said.err
+  kept, said = claimed("--config.eval.subset=9")
+  assert not kept
+  assert "another way from now on (eval.subset): eval_0002, eval_all_0004, eval_before removed" in said.out + said.err
+  (tmp_path / "eval_before.json").write_text("{}")
+  kept, said = claimed("--config.eval.subset=9", held_out="b")
+  assert not kept and "(the problems of data.eval): eval_before removed" in said.out + said.err
+
+
+def test_more_steps_with_a_falling_rate_are_refused_with_the_reason(tmp_path):
+  parse = lambda *argv: config.parse(["x", f"--config={ROOT}/configs/quickstart.py", "--config.optim.schedule=cosine", *argv])[0]
+  claim(str(tmp_path), parse(), dict.fromkeys((*INPUTS, "held_out"), "a"))
+  with pytest.raises(UserError, match=r"other settings \(steps\); with optim.schedule=cosine the rate depends on"):
+    check_settings(str(tmp_path), parse("--config.steps=9"))
 
 
 def test_what_belongs_to_a_run():

@@ -209,6 +209,24 @@ def test_every_arm_is_compared_with_plain_and_with_the_better_null(elsewhere):
   assert f"<td>budget - plain</td><td>2</td><td>{half}</td>" in text and "<th>pairs</th>" in text
 
 
+def test_how_differences_change_on_the_way(elsewhere):
+  """At the end less halfway (where made-up runs have half of it): of budget - plain 4 - 2 and 6 - 3, of one that falls -3 - 1."""
+  levels = {("gsm8k", "plain"): (0.30, 0.30), ("gsm8k", "budget"): (0.34, 0.36), ("math_alone", "plain"): (0.30,)}
+  for (name, arm), values in levels.items():
+    for seed, accuracy in enumerate(values, REGIMES[name].first):
+      made_up(arm, seed, accuracy, regime=REGIMES[name])
+  halfway = {"accuracy": 0.16, "problems": 100, "sampled": {"accuracy": 0.1}}
+  made_up("budget", REGIMES["math_alone"].first, 0.27, regime=REGIMES["math_alone"], half=halfway)
+  lines = trial_page.fading([REGIMES["gsm8k"], REGIMES["math_alone"]])
+  row = lambda part: next(x.split(" | ")[2:] for x in lines if f" | {part} |" in x)
+  t = stats.t.ppf(0.975, 1)
+  assert row("`gsm8k`: budget - plain") == [f"+2.5 ± {t * 0.5:.1f} (2)", f"+1.2 ± {t * 0.25:.1f} (2) |"]
+  assert row("`math_alone`: budget - plain") == ["-4.0 (1)", "-4.0 (1) |"]
+  assert row("all pairs")[0] == trial_stats.text([2.0, 3.0, -4.0], "+.1f") + ", 1 below 0"
+  assert not any("means of the parts" in x for x in lines) and not trial_page.fading([CPU])
+  assert "all pairs" not in "".join(trial_page.fading([REGIMES["gsm8k"]]))
+
+
 def test_the_null_is_chosen_among_arms_with_two_runs(elsewhere):
   """max_variance is better with the one run that it has."""
   for arm, values in {"plain": (0.3, 0.3), "plain8": (0.2, 0.2), "max_variance": (0.4,)}.items():

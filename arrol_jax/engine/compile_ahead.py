@@ -147,7 +147,8 @@ class CompilingAhead:
   def said(self) -> str:
     """What was done, in words."""
     read = len(self.shelf.loaded) if self.shelf else 0
-    return f"compiled {self.count} programs" if not read else f"read {read} of {self.count} programs"
+    compiled = self.count - read
+    return " and ".join([f"compiled {compiled}"] * (compiled > 0) + [f"read {read}"] * (read > 0)) + " programs"
 
   def __enter__(self) -> "CompilingAhead":
     return self

@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from arrol_jax import assemble, config as configuration
+from arrol_jax import assemble
+from arrol_jax.preflight import remarks
 from arrol_jax.preflight.page import Page
 
 _LEAST_FOR_ADAPTERS = 1e-5  # ten times what is usual for all weights
@@ -10,7 +11,7 @@ _LEAST_FOR_ADAPTERS = 1e-5  # ten times what is usual for all weights
 
 def settings(page: Page, c: ConfigDict) -> None:
   page.say(f"{c.loss.name}, {c.steps} steps, seed {c.seed}, {c.model.path}")
-  page.warnings += configuration.remarks(c)
+  page.warnings += remarks.of(c)
   p, r = c.prune, c.rollout
   left = r.group_size * p.keep
   if p.enabled and left < 2:

@@ -104,8 +104,10 @@ def _graded(run: Callable, item: tuple[str, str]) -> tuple[Graded, str]:
 
 
 def load(path: str) -> Callable:
-  """The function that `path` names, "package.module.function" or "package.module:function"."""
+  """The function that `path` names, "package.module.function" or "package.module:function". Raises ValueError for a lone name."""
   module, _, name = path.replace(":", ".").rpartition(".")
+  if not module:
+    raise ValueError("it takes MODULE.FUNCTION, a module that can be imported and a function of it")
   return getattr(import_module(module), name)
 
 

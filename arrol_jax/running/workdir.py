@@ -109,7 +109,9 @@ def check_settings(workdir: str, c, defaults=None) -> None:
   stored = stored_config(workdir, defaults)
   if stored and lasting(type(c)(stored)) != lasting(c):
     names = differing(lasting(type(c)(stored)), lasting(c))
-    raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}); choose another --workdir")
+    ends = {"steps", "stop_seconds"} & set(names)
+    why = f"; with optim.schedule={c.optim.schedule} the rate depends on where a run ends" if ends else ""
+    raise UserError(f"{workdir} holds a run with other settings ({', '.join(names)}){why}; choose another --workdir")
 
 
 def stored_config(workdir: str, defaults=None) -> dict | None:
@@ -204,6 +206,9 @@ INPUTS = {"problems": "the problems of data.train", "weights": "the weights of m
           "tokens": "what the tokenizer makes of the prompts (tokenizer, chat template)"}
 
 
+_WHEN = ("every", "before", "at_seconds", "benchmarks")  # of eval: what changes no evaluation that has been made
+
+
 def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   """Writes config.json and inputs.json; removes results that this run, longer or evaluated in another way, will replace.
 
@@ -214,8 +219,13 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   before = stored_inputs(workdir) or {"config_hashes": _older_hashes(workdir) if stored else []}
   check_inputs(workdir, inputs)
   stale, during = ["summary", "eval_after"], re.compile(r"(eval_(?:all_)?\d+)\.json")
-  if stored and (stored["eval"] != config["eval"] or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
-    stale += ["eval_before", *(found[1] for found in map(during.fullmatch, os.listdir(workdir)) if found)]
+  what = lambda x: {k: v for k, v in x["eval"].items() if k not in _WHEN}
+  if stored and (what(stored) != what(config) or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
+    others = ["eval_before", *(found[1] for found in map(during.fullmatch, os.listdir(workdir)) if found)]
+    if gone := [name for name in others if os.path.exists(f"{workdir}/{name}.json")]:
+      changed = ", ".join(f"eval.{name}" for name in differing(what(stored), what(config))) or "the problems of data.eval"
+      hosts.say(f"evaluated in another way from now on ({changed}): {', '.join(sorted(gone))} removed")
+    stale += others
   hashes = list(dict.fromkeys([*before.get("config_hashes", []), fingerprint(c)]))
   write_json(path, inputs | {"config_hashes": hashes})
   for name in stale:

@@ -31,13 +31,14 @@ class Conversation:
     self.messages = list(self.first)
 
   def ask(self, line: str) -> np.ndarray:
-    """The prompt's tokens, i32[L]. Raises TooLong, and Refused where the chat template does; the line is not kept then."""
+    """The prompt's tokens, i32[L]. Raises TooLong, and Refused where the chat template or the tokenizer does; the line is not
+    kept then."""
     text = self.template.replace("{problem}", line)
     messages = [*self.messages, {"role": "user", "content": text}]
     most, characters = self.limits.max_prompt, sum(len(m["content"]) for m in messages) if self.chat else len(text)
     if characters > most * self.limits.longest:
       raise TooLong(self._too_long(f"{characters:,} characters"))
-    tokens = prompts.chat(messages, self.limits) if self.chat else self.limits.tokenizer.encode(text)
+    tokens = prompts.chat(messages, self.limits) if self.chat else prompts.plain(text, self.limits, "the line")
     if not 0 < len(tokens) <= most:
       raise TooLong(self._too_long(f"{len(tokens):,} tokens"))
     self.messages = messages

@@ -51,9 +51,14 @@ def prompts(prompt, limits) -> list[list[int]]:
   return [_tokens(p, limits) for p in several]
 
 
+def plain(text: str, limits, field: str = "prompt") -> list[int]:
+  """The tokens of a text as it is."""
+  return _known(limits.tokenizer.encode(text), text, limits, field)
+
+
 def _tokens(prompt: str | list, limits) -> list[int]:
   if isinstance(prompt, str):
-    return _known(limits.tokenizer.encode(prompt), prompt, limits, "prompt")
+    return plain(prompt, limits)
   if len(prompt) > limits.max_prompt:
     return prompt  # its length is refused, whatever is in it
   if not all(type(t) is int for t in prompt):

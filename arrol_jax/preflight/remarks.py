@@ -1,0 +1,29 @@
+"""What a config asks for that does nothing, or lacks something beside it: no reason to refuse it."""
+
+from ml_collections import ConfigDict
+
+from arrol_jax import config as configuration
+
+
+def of(c: ConfigDict) -> list[str]:
+  """A line each."""
+  out, usual = [], configuration.defaults().model.lora
+  unused = [f"model.lora.{name}" for name in ("alpha", "targets") if c.model.lora[name] != usual[name]]
+  if unused and not c.model.lora.rank:
+    out.append(f"{', '.join(unused)}: nothing comes of it without model.lora.rank, and all weights are trained")
+  named = [f"loss.{name}" for name in ("clip_low", "clip_high") if c.loss[name] is not None]
+  named += ["GSPO's ratio"] * (c.loss.name == "gspo" or c.loss.ratio == "sequence")
+  if named and c.optim.epochs * c.optim.minibatches == 1:
+    out.append(f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs "
+               "or optim.minibatches")
+  if c.rollout.ahead and c.loss.correction == "none":
+    out.append("rollout.ahead: tokens drawn before the last update are learned from as if the policy had drawn them; "
+               "loss.correction=truncate weighs them")
+  return out + of_evaluation(c)
+
+
+def of_evaluation(c: ConfigDict) -> list[str]:
+  """Those on an evaluation alone."""
+  alike = c.eval.samples > 1 and c.eval.temperature == 0
+  return [f"eval.samples is {c.eval.samples} and eval.temperature 0: greedy responses to a problem are all alike, so votes and "
+          "pass@k say nothing; set eval.temperature=1.0"] * alike
