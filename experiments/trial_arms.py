@@ -117,6 +117,10 @@ class Tuning:
 
 _ALONE = {name: dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.schedule": "linear"})
           for name in ("plain", "budget", "plain8")}
+_BATCHES = {name: ARMS[name] for name in ("plain", "budget", "plain8")} | {
+  "half_prompts": Arm("GRPO, 16 rollouts of half as many prompts", {"prune.enabled": False}, prompts=0.5),
+  "budget_gentle": dataclasses.replace(ARMS["budget"], what="ours, at the rate divided by the square root of 2",
+                                       settings=_OURS | {"optim.lr": "2.12e-6"})}
 _HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
 _ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
 _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
@@ -209,6 +213,10 @@ REGIMES = {regime.name: regime for regime in (
                                                           dict.fromkeys(("random", "max_variance", "budget035"), 3)),
          first=41, train="math_train", test="math_test", every=4, ours=("budget", "published"), nulls=("plain8",),
          voting=_MATH_VOTING, votes={"plain": 3, "budget": 3}, **_MATH_RATES.chosen()),
+  Regime("math_batch", "gpu", "MATH: is it the batch's size at the rate that lets an early lead go?", "configs/gsm8k_qwen05b.py",
+         60.0, 120.0, _MATH, (dict.fromkeys(("plain", "half_prompts", "budget_gentle"), 5), {"budget": 5, "plain8": 5}), _BATCHES,
+         61, train="math_train", test="math_test", every=4, ours=("budget_gentle", "budget"), nulls=("half_prompts", "plain8"),
+         **_MATH_RATES.chosen()),
   Regime("math_falling", "gpu", "MATH, pruning alone, and the learning rate falls linearly to 0 at the end: is a lead kept?",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("plain", "budget"), 5), {"plain8": 5}), _ALONE, 51,
          train="math_train", test="math_test", every=4, ours=("budget",), nulls=("plain8",), **_ALONE_HEIGHTS.chosen()),
@@ -230,17 +238,24 @@ REGIMES = {regime.name: regime for regime in (
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
 DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
-                   "math_alone", "math_falling", "math_long", "falling"),
+                   "math_alone", "math_batch", "math_falling", "math_long", "falling"),
            "cpu": ("arithmetic",)}
 
-# An arm that learns from about half of the rollouts, and the one that is the same but for that, by regime.
+# All pairs of arms that differ in that one learns from about half as many rollouts as the other, or in how it comes to that half:
+# (regime, arm, other).
 HALVED = {
   "pruned, beside the same without pruning": (
-    ("gsm8k", "budget", "plain"), ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
-    ("math_fresh", "budget_chosen4_ahead4", "chosen4_ahead4"), ("math_alone", "budget", "plain")),
-  "8 rollouts, beside 16": (("gsm8k", "plain8", "plain"), ("math_fresh", "plain8", "plain")),
-  "16 pruned, beside 8": (("math_halved", "budget_chosen4_ahead4", "chosen4_8_ahead4"),
-                          ("math_halved_again", "budget_chosen4_ahead4", "chosen4_8_ahead4"))}
+    *(("gsm8k", arm, "plain") for arm in ("budget", "published", "random")), ("gsm8k", "budget_chosen", "chosen"),
+    ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
+    *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
+    *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
+  "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
+                            ("math_halved", "chosen4_8_ahead4", "chosen4_ahead4")),
+  "half learned from (PODS), beside all": tuple(
+    (name, "max_variance", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
+  "16 pruned, beside 8": (*((name, "budget", "plain8") for name in ("gsm8k", "math_alone")),
+                          *((name, "budget_chosen4_ahead4", "chosen4_8_ahead4")
+                            for name in ("math_halved", "math_halved_again")))}
 
 
 @dataclasses.dataclass(frozen=True)

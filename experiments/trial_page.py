@@ -316,33 +316,37 @@ def notes(results: Results) -> list[str]:
   return out
 
 
-def changes(both: list[tuple[Found, Found]], sampled: bool) -> list[float]:
-  """By pair: its difference in accuracy at the end less that halfway."""
-  half, full = (difference(both, lambda r, w=when: accuracy(r, w, sampled)) for when in ("half", "full"))
-  return [end - begin for begin, end in zip(half, full, strict=True)]
-
-
 def fading(regimes: list[Regime]) -> list[str]:
-  """How differences change from half of the budget to the whole of it where one arm learns from about half of the rollouts: by
-  regime, over all pairs, and over the regimes' means."""
+  """Accuracy halfway, and how differences change from there to the end, where one arm learns from about half of the rollouts: by
+  regime, and the mean over problem sets' seeds, each of which counts once whatever it has runs of."""
   shown, rows = {r.name for r in regimes}, []
   for what, cases in HALVED.items():
-    found = {}
+    by_seed: dict[tuple, list[list[float]]] = {}
     for name, arm, other in cases:
       both = _pairs(load(REGIMES[name]), arm, other) if name in shown else []
-      if both:
-        found[f"`{name}`: {arm} - {other}"] = [changes(both, sampled) for sampled in (False, True)]
-    rows += [[what, case, *(text(x, "+.1f") for x in values)] for case, values in found.items()]
-    columns = list(zip(*found.values(), strict=True))
-    if len(found) > 1:
-      together = [[x for part in column for x in part] for column in columns]
-      rows.append([what, "all pairs", *(f"{text(x, '+.1f')}, {sum(v < 0 for v in x)} below 0" for x in together)])
-    if len(found) > 2:
-      rows.append([what, "means of the parts", *(text(map(mean, column), "+.1f") for column in columns)])
+      values = np.array([[a - b for a, b in zip(*(_course(r) for r in pair), strict=True)] for pair in both])
+      if len(values):
+        rows.append([what, f"`{name}`: {arm} - {other}", *(text(x, "+.1f") for x in values.T)])
+      for (found, _), one in zip(both, values, strict=True):
+        by_seed.setdefault((found.run.regime.train, found.run.seed), []).append(one)
+    for train in sorted({train for train, _ in by_seed}):
+      means = np.array([np.mean(x, axis=0) for key, x in by_seed.items() if key[0] == train])
+      rows.append([what, f"{train}, means of {len(means)} seeds", *(text(x, "+.1f") for x in means.T)])
+    if by_seed:
+      means = np.array([np.mean(x, axis=0) for x in by_seed.values()])
+      rows.append([what, f"all, means of {len(means)} seeds", *(text(x, "+.1f") for x in means.T)])
   return ["## How differences change from half of the seconds to all of them", "",
-          "Points of accuracy at the end minus those halfway, where one arm learns from about half of the other's rollouts. "
-          "Looked at after most of these runs; no interval is corrected for that.", "",
-          *table(["", "part", "greedy", "4 samples"], rows)] if rows else []
+          "Differences in accuracy, in points, halfway and what they are more at the end, of all pairs where one arm learns from "
+          "about half of the other's rollouts. Pairs of a seed that share runs or prompts count once in the means. Looked at "
+          "after most of these runs, as `ahead` had suggested it; no interval is corrected for that.", "",
+          *table(["", "part", "greedy halfway", "4 samples halfway", "greedy, more at the end", "4 samples, more at the end"],
+                 rows)] if rows else []
+
+
+def _course(found: Found) -> list[float]:
+  """Accuracy halfway, greedy and sampled, and what it is more at the end."""
+  half, full = ([accuracy(found, when, sampled) for sampled in (False, True)] for when in ("half", "full"))
+  return [*half, *(end - begin for begin, end in zip(half, full, strict=True))]
 
 
 def page(regimes: list[Regime]) -> str:

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments.trial_stats import Found, Results, accuracy, accuracy_pairs, learned_share, mean, slope
+from experiments.trial_stats import Found, Results, accuracy, accuracy_pairs, interval, learned_share, mean, slope
 
 
 def curve(found: Found, grid: np.ndarray, window: int = 5) -> np.ndarray:
@@ -33,16 +33,19 @@ def course(results: Results) -> Figure:
     name = arm + (", one run" if len(runs) == 1 else "") + (" *" if "rollout.candidates" in runs[0].about["settings"] else "")
     rewards.plot(grid, np.where(whole, np.nansum(curves, axis=0) / len(curves), np.nan), lw=2.5 if len(runs) > 1 else 1.2,
                  label=name, **look)
-    for when, aside, fill in (("half", -0.17, "none"), ("full", 0.17, look["color"])):
-      values = np.array([x for r in runs if (x := accuracy(r, when)) is not None])
-      if len(values):
-        held_out.scatter(np.full(len(values), i + aside), values, s=22, facecolors=fill, edgecolors=look["color"], lw=1)
-        held_out.plot([i + aside - 0.13, i + aside + 0.13], [values.mean()] * 2, color=look["color"], lw=3)
+    moments = {when: np.array([np.nan if (x := accuracy(r, when)) is None else x for r in runs]) for when in ("half", "full")}
+    jitter = 0.05 * (np.arange(len(runs)) - (len(runs) - 1) / 2) / max(1, len(runs) / 5)  # none hides another
+    held_out.plot(i + np.array([jitter - 0.17, jitter + 0.17]), list(moments.values()), color=look["color"], lw=0.5, alpha=0.4)
+    for values, aside, fill in zip(moments.values(), (-0.17, 0.17), ("none", look["color"]), strict=True):
+      held_out.scatter(i + aside + jitter, values, s=22, facecolors=fill, edgecolors=look["color"], lw=1, zorder=3)
+      center, half = interval(values[np.isfinite(values)])
+      if len(runs) > 1:
+        held_out.errorbar(i + 1.9 * aside, center, yerr=half, color=look["color"], marker="_", ms=10, lw=2, capsize=3)
   rewards.set_xlim(0, results.regime.full)
   rewards.set(title="Reward of all rollouts started, mean of five steps\n(*: of prompts that it chose, so beside its like only)",
               xlabel="seconds of steps, compilation and evaluations not counted", ylabel="reward (reward_ipw)")
-  held_out.set(title=f"Held-out accuracy, greedy: a point a run, a bar their mean\n(open: after {results.regime.half:g} s of "
-               f"steps, filled: after {results.regime.full:g} s)", ylabel="accuracy, %")
+  held_out.set(title="Held-out accuracy, greedy: runs, and means with 95% over seeds\n"
+               f"(open: after {results.regime.half:g} s of steps, filled: after {results.regime.full:g} s)", ylabel="accuracy, %")
   held_out.set_xticks(range(len(looks(results))), list(looks(results)), rotation=30, ha="right")
   held_out.grid(axis="y", lw=0.4)
   for axis in (rewards, held_out):
