@@ -40,7 +40,7 @@ def main():
   votes, context = number("votes", flags.votes, 256), number("context", flags.context, 2**20)
   most = number("max_new", flags.max_new or str(c.rollout.max_new), context - 1)
   temperature = _temperature(flags.temperature) if flags.temperature else c.rollout.temperature
-  configuration.check(c, files=False)
+  configuration.check(c, files=False, training=False)
   workdir = _weights_of(c, run) if run else None
   configuration.check_model(c)
   resize = functools.partial(_resize, c, (c.rollout.max_prompt, most, context))

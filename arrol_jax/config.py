@@ -281,11 +281,11 @@ def _keys_are_there():
 @_keys_are_there()
 def check(c: ConfigDict, files: bool = True, training: bool = True) -> None:
   """Raises UserError for values that cannot work together, before anything is loaded. files False: nor need they be there;
-  training False: nor need the problems to train on."""
+  training False: nor need the problems to train on, or a pruning rule of one's own."""
   if files:
     check_model(c)
     check_data(c, training)
-  _check(c)
+  _check(c, training)
 
 
 @_keys_are_there()
@@ -296,9 +296,9 @@ def check_model(c: ConfigDict) -> None:
   need(os.path.exists(path) or hub.is_id(path), f"model.path: {c.model.path} does not exist")
 
 
-def _check(c: ConfigDict) -> None:
+def _check(c: ConfigDict, training: bool) -> None:
   check_ranges(c)
-  _check_prune(c)
+  _check_prune(c, training)
   r = c.rollout
   need(r.cache in (None, "int8"), f"rollout.cache is {r.cache!r}; it must be 'int8' or left out")
   need(r.weights in (None, "int8"), f"rollout.weights is {r.weights!r}; it must be 'int8' or left out")
@@ -333,7 +333,7 @@ def _check_quality(c: ConfigDict) -> None:
   read += [("quality.inputs", tuple(q.inputs))] * (q.fit == "ridge")
   for name, inputs in read:
     try:
-      features.parse(inputs, 1000)
+      features.plan(inputs, 1000)
     except ValueError as e:
       raise UserError(f"{name}: {e}") from e
   if q.fit != "ridge":
@@ -364,7 +364,7 @@ def check_data(c: ConfigDict, training: bool = True) -> None:
   need("{problem}" in c.data.template, "data.template has no {problem} in it")
 
 
-def _check_prune(c: ConfigDict) -> None:
+def _check_prune(c: ConfigDict, training: bool) -> None:
   p, r = c.prune, c.rollout
   detect = tuple(p.detect)
   need(r.candidates is None or r.candidates >= r.prompts,
@@ -380,7 +380,7 @@ def _check_prune(c: ConfigDict) -> None:
        f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
   if "." in p.rule:
     try:
-      own_rule(p.rule)
+      training and own_rule(p.rule)
     except ValueError as e:
       raise UserError(f"prune.rule: {e}") from e
   else:

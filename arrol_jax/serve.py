@@ -102,7 +102,7 @@ def _underscored(argv: list[str]) -> list[str]:
 
 def _check(c: ConfigDict) -> None:
   """Serving needs the model and no data."""
-  configuration.check(c, files=False)
+  configuration.check(c, files=False, training=False)
   configuration.check_model(c)
 
 

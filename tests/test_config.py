@@ -66,6 +66,18 @@ def test_a_config_key_given_as_a_flag_is_named(tmp_path):
     config.parse(["p", "--config=quickstart", "--steps=20"])
 
 
+def test_prompts_are_read_at_one_depth():
+  """A head reads their state at one; where prompts are chosen too, by that one."""
+  parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.quality.fit=ridge", *argv])[0]
+  with pytest.raises(UserError, match="quality.inputs: prompt@1/3, prompt@1: a prompt's state is kept of one layer"):
+    config.check(parse("--config.quality.inputs=prompt@1/3,prompt@1"))
+  config.check(parse("--config.quality.inputs=prompt@1/3,mean@1"))
+  chosen = ("--config.rollout.candidates=64", "--config.quality.inputs=prompt@1/3,logprobs")
+  assert remarks.of(parse(*chosen)) == [
+    "rollout.candidate_layer is 2/3: prompts are chosen by the state that quality.inputs reads, prompt@1/3"]
+  assert not remarks.of(parse(*chosen, "--config.rollout.candidate_layer=1/3")) and not remarks.of(parse(chosen[1]))
+
+
 def test_greedy_samples_are_remarked_on():
   parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.eval.samples=4", *argv])[0]
   assert "greedy responses to a problem are all alike" in "".join(remarks.of(parse()))

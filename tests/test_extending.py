@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from arrol_jax import load_policy, train
 from arrol_jax.models import transformer
 from arrol_jax.models.attention import causal_attention
 from arrol_jax.models.files import hf_config
+from arrol_jax.pruning.own_rule import own_rule
 from arrol_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +74,41 @@ def test_a_rule_that_is_none_is_refused_in_one_line(rule, words):
   with pytest.raises(UserError, match=words) as e:
     config.check(c)
   assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, words", [("undefined_name\n", "NameError: name 'undefined_name'"),
+                                         ("import sys\nsys.exit('needs a GPU')\n", "cannot be imported: SystemExit: needs a GPU"),
+                                         ("open('not there')\n", "cannot be imported: FileNotFoundError")])
+def test_a_rule_whose_module_fails_is_one_line(tmp_path, monkeypatch, text, words):
+  from arrol_jax import config
+  (tmp_path / "fails.py").write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  sys.modules.pop("fails", None)
+  c, _ = config.parse(["prog", "--config=configs/quickstart.py", "--config.prune.rule=fails.f"])
+  with pytest.raises(UserError, match=words):
+    config.check(c)
+  config.check(c, training=False)  # who evaluates, serves or chats prunes nothing
+  for name in (".unsure", "./my_rules.unsure", "...f"):
+    c.prune.rule = name
+    with pytest.raises(UserError, match="prune.rule: "):
+      config.check(c)
+
+
+def test_a_rule_that_gives_no_number_keeps_such_rows_with_kappa(tmp_path, monkeypatch):
+  """A z-score within the group is NaN where all posteriors are equal."""
+  (tmp_path / "scores.py").write_text("""
+import jax.numpy as jnp
+
+def by_group(q, group, decided, *, kappa, p_min, p_max):
+  same = (group[:, None] == group[None, :]) & decided[None, :]
+  mean = jnp.sum(jnp.where(same, q[None, :], 0.0), 1) / jnp.sum(same, 1)
+  deviation = jnp.sqrt(jnp.sum(jnp.where(same, (q[None, :] - mean[:, None]) ** 2, 0.0), 1) / jnp.sum(same, 1))
+  return kappa + 0.2 * (q - mean) / deviation
+""")
+  monkeypatch.syspath_prepend(tmp_path)
+  rule = own_rule("scores.by_group")
+  p = rule(jnp.array([0.2, 0.6, 0.3, 0.3]), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool), kappa=0.5, p_min=0.1, p_max=0.9)
+  np.testing.assert_allclose(p, [0.3, 0.7, 0.5, 0.5], atol=1e-6)
 
 
 def test_the_model(tmp_path, monkeypatch):

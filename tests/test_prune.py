@@ -324,3 +324,19 @@ def test_best_subset_has_the_largest_variance():
     assert chosen.sum() == keep
     best = max(np.var(reward[list(rows)]) for rows in itertools.combinations(range(7), keep))
     assert np.var(reward[chosen]) == pytest.approx(best)
+
+
+def test_the_published_rule_is_the_default_and_lists_will_do():
+  table = prune.update(prune.Calibration.empty(), [-1.0, 0.5, 2.0], [0, 1, 1])
+  published = {"rho": 0.5, "lam": 0.5, "p_min": 0.1, "p_max": 0.9}
+  delta = prune.solve_delta(table, kappa=0.5, **published)
+  assert float(prune.solve_delta(table, kappa=0.5)) == float(delta)
+  q = prune.posterior(table, jnp.array([-1.0, 2.0]))
+  np.testing.assert_array_equal(prune.survival(q, delta=delta), prune.survival(q, delta=delta, kappa=0.5, **published))
+  np.testing.assert_array_equal(
+    prune.group_survival([0.9, 0.8, 0.7, 0.2], [0, 0, 0, 0], [True] * 4, kappa=0.5, rho=0.5, p_min=0.1, p_max=0.9),
+    prune.group_survival(jnp.array([0.9, 0.8, 0.7, 0.2]), jnp.zeros(4, int), jnp.ones(4, bool), kappa=0.5, rho=0.5, p_min=0.1,
+                         p_max=0.9))
+  for half_life in (np.float32(-1), float("nan"), 0):
+    with pytest.raises(ValueError, match="half_life must be positive"):
+      prune.update(table, [0.1], [1], half_life=half_life)

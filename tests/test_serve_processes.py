@@ -150,6 +150,21 @@ def test_one_that_hangs_is_named_and_killed_and_the_others_answer_meanwhile(monk
     assert err.index(f"warning: {pid} ") < err.index(f"error: {pid} 8 s; it is killed") < err.index("killed (signal 9)")
 
 
+def test_one_that_is_killed_while_it_drains_is_told_and_its_calls_are_counted(capfd):
+  with split(count=2) as server:
+    (lost, _), (connection, answer) = streams_at_both(server)
+    server.front.stop()
+    assert until(lambda: ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 503)
+    server.front.sides[0].process.kill()
+    assert until(lambda: server.service.running == 1)
+    nearly(server)
+    assert last_event(answer) == "[DONE]"
+    for x in (lost, connection):
+      x.close()
+    assert server.ended() == (1, ["stopped: 1 calls under way were cut"])
+  assert capfd.readouterr().err == "error: the HTTP side was killed (signal 9)\n"
+
+
 def test_one_that_hangs_before_it_serves_is_killed_too(monkeypatch, capfd):
   monkeypatch.setattr(front, "STARTING", (0.2, 1.0))
   real = subprocess.Popen

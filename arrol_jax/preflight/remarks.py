@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from arrol_jax import config as configuration
+from arrol_jax import assemble, config as configuration
+from arrol_jax.pruning import features
 
 
 def of(c: ConfigDict) -> list[str]:
@@ -19,6 +20,11 @@ def of(c: ConfigDict) -> list[str]:
   if c.rollout.ahead and c.loss.correction == "none":
     out.append("rollout.ahead: tokens drawn before the last update are learned from as if the policy had drawn them; "
                "loss.correction=truncate weighs them")
+  depth = lambda inputs: features.plan(inputs, 1000).prompt
+  read = assemble.linear_inputs(c)
+  if assemble.candidates(c) > c.rollout.prompts and depth(read) not in (None, depth((f"prompt@{c.rollout.candidate_layer}",))):
+    out.append(f"rollout.candidate_layer is {c.rollout.candidate_layer}: prompts are chosen by the state that quality.inputs "
+               f"reads, {next(x for x in read if x.startswith('prompt@'))}")
   return out + of_evaluation(c)
 
 

@@ -47,11 +47,13 @@ def parse(inputs: tuple[str, ...], layers: int) -> list[Input]:
 
 
 def plan(inputs: tuple[str, ...], layers: int) -> Taps:
-  """What the engine keeps for these inputs."""
+  """What the engine keeps for these inputs. Raises ValueError as `parse`, and where prompts are read at several layers."""
   parsed = parse(inputs, layers)
   states = tuple((i.name, i.layer) for i in parsed if i.name in ("last", "mean") and i.layer)
-  prompt = [i.layer for i in parsed if i.name == "prompt"]
-  return Taps(states, prompt[0] if prompt else None, any(i.name == "siblings" for i in parsed))
+  prompt = {i.layer for i in parsed if i.name == "prompt"}
+  if len(prompt) > 1:
+    raise ValueError(f"{', '.join(x for x in inputs if x.startswith('prompt@'))}: a prompt's state is kept of one layer")
+  return Taps(states, prompt.pop() if prompt else None, any(i.name == "siblings" for i in parsed))
 
 
 def width(inputs: tuple[str, ...], model: int) -> int:

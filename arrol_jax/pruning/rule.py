@@ -71,17 +71,17 @@ BISECTION_STEPS = 40
 BRACKET_SLACK = 1e-3
 
 
-def survival(q, *, kappa, rho, lam, delta, p_min, p_max):
+def survival(q, *, delta, kappa=0.5, rho=0.5, lam=0.5, p_min=0.1, p_max=0.9):
   """p = clip(kappa + delta + lam (rho - q), p_min, p_max), the probability that a rollout goes on.
 
   Args: q f32[...] posterior; kappa target keep ratio; rho target positive ratio; lam strength; delta the
-    offset of `solve_delta`. The paper has kappa = rho = lam = 0.5, p_min = 0.1, p_max = 0.9.
+    offset of `solve_delta`. Defaults: the paper's.
   Returns: f32[...].
   """
   return jnp.clip(kappa + delta + lam * (rho - jnp.asarray(q, jnp.float32)), p_min, p_max)
 
 
-def solve_delta(table, *, kappa, rho, lam, p_min, p_max):
+def solve_delta(table, *, kappa=0.5, rho=0.5, lam=0.5, p_min=0.1, p_max=0.9):
   """The offset delta with which the mean of `survival` over the table's scores is kappa, by bisection.
 
   The mean is over bins, each weighted by its share of the table's counts. It never decreases in delta, and
@@ -125,7 +125,7 @@ def group_survival(q, group, decided, *, kappa, rho, p_min, p_max, tilt=None):
   Args: q f32[B] posterior; group i32[B] labels; decided bool[B]; tilt a fixed t for every group instead (None: solved).
   Returns: f32[B]; kappa where not decided.
   """
-  q = jnp.asarray(q, jnp.float32)
+  q, group, decided = jnp.asarray(q, jnp.float32), jnp.asarray(group), jnp.asarray(decided)
   same = ((group[:, None] == group[None, :]) & decided[:, None] & decided[None, :]).astype(jnp.float32)
   size = jnp.maximum(jnp.sum(same, axis=1), 1.0)
   mean = lambda x: jnp.dot(same, x, precision=jax.lax.Precision.HIGHEST) / size  # of the row's group

@@ -4,6 +4,7 @@ A quality head gives each rollout one logit at its detection token; the table tu
 success. Several detection lengths are several tables, kept by the caller. Pure jnp, under jit and vmap. Axes: B rollouts, Q bins.
 """
 
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def update(table, score, reward, weight=1.0, *, half_life=None):
   Returns: the new Calibration.
   Raises: ValueError for a half_life that is not positive.
   """
-  if isinstance(half_life, (int, float)) and half_life <= 0:
+  if isinstance(half_life, numbers.Real) and not half_life > 0:
     raise ValueError(f"half_life must be positive (None forgets nothing), got {half_life}")
   score = jnp.atleast_1d(jnp.asarray(score, jnp.float32))
   reward = jnp.broadcast_to(jnp.asarray(reward, jnp.float32), score.shape)

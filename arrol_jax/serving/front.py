@@ -238,8 +238,11 @@ class Front:
     the model loads the whole command ends."""
     if self.leaving:
       return
-    if died := not side.over:
-      self._died(side)
+    died, status = not side.over, side.status()
+    if status < 0:
+      _complain(f"error: the HTTP side was killed (signal {-status})")
+    if died or status < 0:  # it cannot count them
+      self.board.add("cut", len(side.tickets))
     with self._lock:
       side.gone = True
       if self.service is None:
@@ -249,13 +252,6 @@ class Front:
       elif died and not self.stopping:
         self.stop()
     self._over(side, True)
-
-  def _died(self, side: _Side) -> None:
-    """Says so at once, and counts the calls that it takes with it."""
-    if (status := side.status()) < 0:
-      _complain(f"error: the HTTP side was killed (signal {-status})")
-    if lost := len(side.tickets):
-      self.board.add("cut", lost)
 
   def _over(self, side: _Side, cut: bool) -> None:
     """A side takes no more calls, and those that it has are answered or cut. The last one's word is the engine's end."""
