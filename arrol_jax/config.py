@@ -223,8 +223,10 @@ def _explain(path: str, e: Exception, argv: list[str]) -> str:
     by_hand = name and any(name[1] in a.partition("=")[0].split(".") for a in argv)
     text = f"{'' if by_hand else f'{path}: '}unknown config key: {key} (configs/base.py lists them all)"
   elif isinstance(e, flags.UnrecognizedFlagError):
-    meant = [name for name, *_ in usage.keys() if name.rpartition(".")[2] == e.flagname.rpartition(".")[2]]
-    text = f"{e}{'. Did you mean --config.' + ' or --config.'.join(meant) + '?' if meant and 'Did you' not in str(e) else ''}"
+    text, last = str(e), e.flagname.rpartition(".")[2]
+    meant = [f"--config.{name}" for name, *_ in usage.keys() if name.rpartition(".")[2] == last]
+    if meant and "Did you" not in text:
+      text += f". Did you mean {' or '.join(meant)}?"
   elif isinstance(e, flags.Error) and "Traceback" not in str(e):
     text = str(e)
   else:  # ml_collections puts the whole traceback of a failing config file into the message

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import HALVED, REGIMES, RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import HALVED, RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -316,14 +316,15 @@ def notes(results: Results) -> list[str]:
   return out
 
 
-def fading(regimes: list[Regime]) -> list[str]:
+def fading(known: list[Results]) -> list[str]:
   """Accuracy halfway, and how differences change from there to the end, where one arm learns from about half of the rollouts: by
   regime, and the mean over problem sets' seeds, each of which counts once whatever it has runs of."""
-  shown, rows = {r.name for r in regimes}, []
+  by_name, rows = {results.regime.name: results for results in known}, []
   for what, cases in HALVED.items():
     by_seed: dict[tuple, list[list[float]]] = {}
     for name, arm, other in cases:
-      both = _pairs(load(REGIMES[name]), arm, other) if name in shown else []
+      both = _pairs(by_name[name], arm, other) if name in by_name else []
+      both = [pair for pair in both if all(r.about["half"] for r in pair)]  # one step may have filled all of the time
       values = np.array([[a - b for a, b in zip(*(_course(r) for r in pair), strict=True)] for pair in both])
       if len(values):
         rows.append([what, f"`{name}`: {arm} - {other}", *(text(x, "+.1f") for x in values.T)])
@@ -356,8 +357,9 @@ def page(regimes: list[Regime]) -> str:
          "no interval). Seconds are those "
          f"of steps, without compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by "
          "`python -m experiments.trial --table`.", ""]
-  for regime in regimes:
-    results = load(regime)
+  known = [load(regime) for regime in regimes]
+  for results in known:
+    regime = results.regime
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
     if results.there:
       for part in (arms_table, steps_table, differences_tables, effects_table, changes_table, votes_table):
@@ -369,4 +371,4 @@ def page(regimes: list[Regime]) -> str:
         draw(results).savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
         out += [f"![{what}]({regime.name}{name}.png)", ""]
       out += [*(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]
-  return "\n".join(out + fading(regimes))
+  return "\n".join(out + fading(known))

@@ -219,14 +219,18 @@ def test_how_differences_change_on_the_way(elsewhere):
       made_up(arm, seed, accuracy, regime=REGIMES[name])
   halfway = {"accuracy": 0.16, "problems": 100, "sampled": {"accuracy": 0.1}}
   made_up("random", REGIMES["math_alone"].first, 0.27, regime=REGIMES["math_alone"], half=halfway)
-  lines = trial_page.fading([REGIMES["gsm8k"], REGIMES["math_alone"]])
+  fading = lambda *regimes: trial_page.fading([trial_stats.load(regime) for regime in regimes])
+  lines = fading(REGIMES["gsm8k"], REGIMES["math_alone"])
   row = lambda part: next(x.removesuffix(" |").split(" | ")[2:] for x in lines if f" | {part} |" in x)
   t = stats.t.ppf(0.975, 1)
   assert row("`gsm8k`: budget - plain") == [f"+2.5 ± {t * 0.5:.1f} (2)", f"+1.2 ± {t * 0.25:.1f} (2)"] * 2
   assert row("`math_alone`: random - plain") == ["+1.0 (1)", "+2.5 (1)", "-4.0 (1)", "-4.0 (1)"]
   assert row("math_train, means of 1 seeds")[::2] == ["+1.5 (1)", "-1.0 (1)"]
   assert row("all, means of 3 seeds")[2] == trial_stats.text([2.0, 3.0, -1.0], "+.1f")
-  assert not trial_page.fading([CPU]) and "math_train" not in "".join(trial_page.fading([REGIMES["gsm8k"]]))
+  assert not fading(CPU) and "math_train" not in "".join(fading(REGIMES["gsm8k"]))
+  made_up("plain", 3, 0.30, regime=REGIMES["gsm8k"])
+  made_up("budget", 3, 0.30, regime=REGIMES["gsm8k"], half=None)  # one step filled all of its time
+  assert fading(REGIMES["gsm8k"], REGIMES["math_alone"]) == lines
 
 
 def test_the_null_is_chosen_among_arms_with_two_runs(elsewhere):
