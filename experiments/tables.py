@@ -4,7 +4,7 @@ A table's module has one function, build(scale, figure) -> Table, which reads re
 needs; `main` prints it, writes the plot and, with --run, starts what is missing. Left out: which jobs there are (runs.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import html
 import sys
@@ -25,13 +25,19 @@ BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from w
 @dataclasses.dataclass(frozen=True)
 class Estimate:
   """A figure with the half-width of its 95% interval (NaN: none; over seeds by Student's t) and, where there are several, that of
-  each seed."""
+  each seed; seeds: whose these are."""
   value: float
   half: float
   each: tuple[float, ...] = ()
+  seeds: tuple[str, ...] = ()
 
   def __sub__(self, other: "Estimate") -> "Estimate":
-    """The difference as if both were independent: too wide where they share problems."""
+    """The difference. Where both have two seeds or more in common, that of these, paired, by Student's t over the pairs; else of
+    both values as if they were independent, which is too wide where they share problems."""
+    mine, theirs = (dict(zip(x.seeds, x.each, strict=True)) if x.seeds else {} for x in (self, other))
+    pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    if len(pairs) > 1:
+      return over_seeds(pairs, 0.0)
     return Estimate(self.value - other.value, float(np.hypot(self.half, other.half)))
 
   def text(self, form: str = ".1f", unit: str = "") -> str:
@@ -90,16 +96,16 @@ class Table:
 # ---- estimates
 
 
-def over_seeds(values: list[float], within: float) -> Estimate:
+def over_seeds(values: list[float], within: float, seeds: Iterable[str] = ()) -> Estimate:
   """Mean over seeds; its interval from `within` (the half-width over problems, which seeds share) and the spread of seeds."""
   n = len(values)
   spread = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-  return Estimate(float(np.mean(values)), float(np.hypot(within, spread)), tuple(values))
+  return Estimate(float(np.mean(values)), float(np.hypot(within, spread)), tuple(values), tuple(seeds))
 
 
 def accuracy(jobs: list[Job], when: str = "eval_after") -> Estimate | None:
   """Held-out accuracy in percent over the trainings that are done; at the paper scale the mean of its six benchmarks."""
-  values, halves = [], []
+  values, halves, seeds = [], [], []
   for job in jobs:
     if job.done and job.scale.name != "paper":
       result = next(iter(runs.summary(job).get(when, {}).values()), None)
@@ -111,9 +117,10 @@ def accuracy(jobs: list[Job], when: str = "eval_after") -> Estimate | None:
     else:
       found = []
     if found:
+      seeds.append(job.name.rpartition("_seed")[2])
       values.append(100 * float(np.mean([x for x, _ in found])))
       halves.append(100 * float(np.sqrt(np.sum([half**2 for _, half in found]))) / len(found))
-  return over_seeds(values, float(np.mean(halves))) if values else None
+  return over_seeds(values, float(np.mean(halves)), seeds) if values else None
 
 
 def column(job: Job, key: str) -> np.ndarray:

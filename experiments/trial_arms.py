@@ -171,7 +171,11 @@ _SQUARE = ("plain", "chosen4", "plain_ahead4", "chosen4_ahead4")
 
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
-         120.0, _GSM8K, SEEDS, train="gsm8k_train", test="gsm8k_test", voting=_VOTING, votes={"plain": 3, "budget": 3}),
+         120.0, _GSM8K, (*SEEDS[:2], dict.fromkeys(SEEDS[2], 1)), train="gsm8k_train", test="gsm8k_test", voting=_VOTING,
+         votes={"plain": 3, "budget": 3}),
+  Regime("gsm8k_rest", "gpu", "GSM8K as above, same code and seeds on a later and faster host: the other arms, plain beside them",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, ({"plain": 3, **SEEDS[2]}, SEEDS[3]), train="gsm8k_train",
+         test="gsm8k_test", ours=("published", *SEEDS[3], "budget_chosen"), nulls=("max_variance",)),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
@@ -237,25 +241,31 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
+DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
                    "math_alone", "math_batch", "math_falling", "math_long", "falling"),
            "cpu": ("arithmetic",)}
 
-# All pairs of arms that differ in that one learns from about half as many rollouts as the other, or in how it comes to that half:
-# (regime, arm, other).
+# All pairs of arms that differ in that one learns from about half as many rollouts as the other, or in how it comes to that half;
+# and, as a control, all that drop nothing beside plain: (regime, arm, other).
 HALVED = {
   "pruned, beside the same without pruning": (
     *(("gsm8k", arm, "plain") for arm in ("budget", "published", "random")), ("gsm8k", "budget_chosen", "chosen"),
+    *(("gsm8k_rest", arm, "plain") for arm in ("published", "random", "budget035")),
     ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
   "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
                             ("math_halved", "chosen4_8_ahead4", "chosen4_ahead4")),
   "half learned from (PODS), beside all": tuple(
-    (name, "max_variance", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
+    (name, "max_variance", "plain") for name in ("gsm8k", "gsm8k_rest", "math_fresh", "math_alone")),
   "16 pruned, beside 8": (*((name, "budget", "plain8") for name in ("gsm8k", "math_alone")),
                           *((name, "budget_chosen4_ahead4", "chosen4_8_ahead4")
-                            for name in ("math_halved", "math_halved_again")))}
+                            for name in ("math_halved", "math_halved_again"))),
+  "control: nothing dropped, beside plain": (
+    *(("gsm8k", arm, "plain") for arm in ("chosen", "chosen4")),
+    *((name, arm, "plain") for name in ("ahead", "math") for arm in ("plain_ahead", "chosen4_ahead")),
+    *(("math4", arm, "plain") for arm in ("chosen4_ahead4", "chosen4", "plain_ahead4")),
+    ("math_fresh", "chosen4_ahead4", "plain"), ("math_halved", "chosen4_ahead4", "plain"))}
 
 
 @dataclasses.dataclass(frozen=True)

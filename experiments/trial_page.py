@@ -30,6 +30,7 @@ from experiments.trial_stats import (
   needs,
   pairs,
   problem_noise,
+  sampling_noise,
   signal,
   signal_rate,
   slope,
@@ -168,10 +169,11 @@ def verdict(results: Results, arm: str, other: str) -> str:
   center, half = interval(values)
   apart = abs(center) > half  # False where there is one pair
   said = "undecided" if not apart else "above 0" if center > 0 else "below 0"
-  aim = f"missed by {AIM - center:.1f}" if center < AIM else "reached" if said == "above 0" else "not borne out"
+  far = f"the mean is {abs(AIM - center):.1f} {'below' if center < AIM else 'above'} the aim of +{AIM}, which "
+  far += ("one pair cannot tell" if np.isnan(half) else "the interval excludes" if center + half < AIM else
+          "the interval lies above" if center - half > AIM else "the interval holds")
   welch = f" (unpaired, by Welch, ± {unpaired(both, 'full'):.1f})" if len(values) > 1 else ""
-  return (f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; the aim of "
-          f"+{AIM} is {aim}.")
+  return f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; {far}."
 
 
 def rates(regime: Regime) -> str:
@@ -179,9 +181,10 @@ def rates(regime: Regime) -> str:
   if not regime.tuned:
     return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
   ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
-  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: each the best of "
-          f"{', '.join(regime.tuned.rates)} on one seed that no other run has, on training problems that were held out (regime "
-          f"`{regime.tuned.name}`).")
+  tuned = regime.tuned
+  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: the best of {', '.join(tuned.rates)} for "
+          f"{tuned.on[0]} and for {tuned.on[1]} (regime `{tuned.name}`: one seed that no other run has, training problems that "
+          "were held out). No other arm was tuned.")
 
 
 def better_null(results: Results) -> str | None:
@@ -289,8 +292,12 @@ def narrow(results: Results) -> list[str]:
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by answers")
-  return ["- Greedy, narrower by seeds than if each run answered each held-out problem by itself, so not to be relied on "
-          f"(what another set of problems would change is in neither): {'; '.join(found)}."] if found else []
+      (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w, True))), sampling_noise(both, when)
+      if half < alone:
+        found.append(f"{a} - {b} at {seconds:g} s with 4 samples, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by draws")
+  return ["- Narrower by seeds than chance allows, so not to be relied on: greedy, if each run answered each held-out problem by "
+          "itself; with 4 samples, by their draws alone (what another set of problems would change is in none): "
+          f"{'; '.join(found)}."] if found else []
 
 
 def notes(results: Results) -> list[str]:
@@ -303,8 +310,9 @@ def notes(results: Results) -> list[str]:
   out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]
   single = [arm for arm in results.there if len(results.of(arm)) == 1]
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
-  if len(cards) > 1:
-    out += ["- Pairs whose runs were on different devices are left out of differences; all runs are in their arm's means."]
+  if len(cards) > 1 or len({r.about["host"] for r in runs if r.about.get("host")}) > 1:
+    out += ["- Pairs whose runs were on different devices or hosts are left out of differences; all runs are in their arm's "
+            "means."]
   if runs and results.regime.rates:
     out += [rates(results.regime)]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]
@@ -338,8 +346,9 @@ def fading(known: list[Results]) -> list[str]:
       rows.append([what, f"all, means of {len(means)} seeds", *(text(x, "+.1f") for x in means.T)])
   return ["## How differences change from half of the seconds to all of them", "",
           "Differences in accuracy, in points, halfway and what they are more at the end, of all pairs where one arm learns from "
-          "about half of the other's rollouts. Pairs of a seed that share runs or prompts count once in the means. Looked at "
-          "after most of these runs, as `ahead` had suggested it; no interval is corrected for that.", "",
+          "about half of the other's rollouts; as a control the same of arms that drop nothing, beside plain. Pairs of a seed "
+          "that share runs or prompts count once in the means of a row; rows share runs, so they are no independent evidence. "
+          "Looked at after most of these runs, as `ahead` had suggested it; no interval is corrected for that.", "",
           *table(["", "part", "greedy halfway", "4 samples halfway", "greedy, more at the end", "4 samples, more at the end"],
                  rows)] if rows else []
 

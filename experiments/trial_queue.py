@@ -20,6 +20,7 @@ import math
 import os
 from pathlib import Path
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -251,9 +252,16 @@ def steps(workdir: Path) -> int:
 
 
 def note_piece(run: Run, version: dict, seconds: float) -> None:
-  """That this version of the code was at the run for so long, and how far it is."""
+  """That this version of the code was at the run for so long on this host, and how far it is."""
   with open(pieces_of(run), "a") as f:
-    f.write(json.dumps(version | {"step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}) + "\n")
+    f.write(json.dumps(version | {"host": host(), "step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}) + "\n")
+
+
+def host() -> str:
+  """Which machine this is, since it was started: eight hex digits that tell nothing else of it."""
+  boot = Path("/proc/sys/kernel/random/boot_id")
+  name = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+  return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def pieces_of(run: Run) -> Path:
@@ -265,9 +273,9 @@ def keep(run: Run, problem: str | None) -> dict:
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
   pieces = [piece for piece in map(json.loads, pieces_of(run).read_text().splitlines()) if piece["step"] or problem]
-  versions = [dict.fromkeys(piece[name] for piece in pieces) for name in ("commit", "code")]
+  versions = [dict.fromkeys(piece[name] for piece in pieces if name in piece) for name in ("commit", "code", "host")]
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": pieces}
-  about |= dict(zip(("commit", "code"), map("+".join, versions)))  # a run in pieces of two versions is like no other run
+  about |= dict(zip(("commit", "code", "host"), map("+".join, versions)))  # a run in pieces of two versions is like no other run
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in KEPT if k in x})) + "\n" for x in lines))

@@ -2,9 +2,9 @@
 
 Differences are paired by seed: two runs of one seed see the same prompts in the same order while both have as many a step and
 neither chooses among them. Their interval is 95% of Student's t over the pairs, so it holds what differs between seeds and,
-problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device (others are
-left out), and a comparison one version of the code (it is refused otherwise). Left out: words and tables (trial_page.py),
-plots (trial_plots.py).
+problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device and one host
+where files name it (others are left out), and a comparison one version of the code (it is refused otherwise). Left out: words
+and tables (trial_page.py), plots (trial_plots.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -88,13 +88,20 @@ class Refused(Exception):
 
 
 def pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
-  """Runs of both arms by seed, on one device; Refused where they are of different versions of the code."""
+  """Runs of both arms by seed, on one device of one host; Refused where they are of different versions of the code."""
   a, b = results.there.get(arm, {}), results.there.get(other, {})
   both = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
   versions = {found.version for pair in both for found in pair}
   if len(versions) > 1:
     raise Refused(f"refused: runs of several commits ({', '.join(sorted(f'{x} (code {y})' for x, y in versions))})")
-  return [(x, y) for x, y in both if x.about["device"] == y.about["device"]]
+  return [pair for pair in both if together(pair)]
+
+
+def together(runs: Iterable[Found]) -> bool:
+  """Whether all were on one kind of device, and of those that say so on one host: equal seconds are not equal work elsewhere."""
+  runs = list(runs)
+  hosts = {r.about["host"] for r in runs if r.about.get("host")}
+  return len({r.about["device"] for r in runs}) == 1 and len(hosts) < 2
 
 
 def accuracy(found: Found, when: str, sampled: bool = False) -> float | None:
@@ -117,7 +124,7 @@ def square_of(results: Results, value: Callable[[Found], float | None]) -> np.nd
   for seed in sorted(set.intersection(*map(set, arms))) if arms else []:
     runs = [arm[seed] for arm in arms]
     values = [value(r) for r in runs]
-    if len({(r.about["device"], r.version) for r in runs}) == 1 and None not in values:
+    if len({r.version for r in runs}) == 1 and together(runs) and None not in values:
       rows.append(values)
   return np.array(rows, float).reshape(-1, 4)
 
@@ -158,6 +165,15 @@ def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
   known = [pair for pair in both if all(accuracy(r, when) is not None for r in pair)]
   rates = [[(accuracy(r, when) / 100, r.about[when]["problems"]) for r in pair] for pair in known]
   variances = [sum(p * (1 - p) / n for p, n in pair) for pair in rates]
+  return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
+
+
+def sampling_noise(both: list[tuple[Found, Found]], when: str) -> float:
+  """Half-width of the 95% interval that the draws alone of the few samples a problem may give the mean difference of their
+  accuracies, in points, whatever else varies: a problem's p (1 - p) / samples, whose mean is pass@2 less accuracy."""
+  known = [[r.about[when]["sampled"] for r in pair] for pair in both if all(accuracy(r, when, True) is not None for r in pair)]
+  known = [pair for pair in known if all("pass@2" in x for x in pair)]
+  variances = [sum((x["pass@2"] - x["accuracy"]) / x["samples"] / x["problems"] for x in pair) for pair in known]
   return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
 
 

@@ -61,28 +61,32 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     assert [arm for arm, c in read.items() if c.prune.enabled] == pruned and len(pruned) == 1 + (regime.name == "math4")
     assert all(c.rollout.candidates == (128 if "chosen4" in arm else None) for arm, c in read.items())
   elif "tuning" not in regime.name:
-    assert not read["plain"].prune.enabled and not read["plain8"].prune.enabled
-    assert (read["plain"].rollout.group_size, read["plain8"].rollout.group_size) == (16, 8)
-    assert read["budget"].prune.rule == "budget" and read["budget"].quality.fit == "ridge"
-  if regime.seeds.keys() >= trial_arms.ARMS.keys():
-    prompts = read["plain"].rollout.prompts
-    assert read["budget_wide"].rollout.prompts == 1.5 * prompts and read["budget_chosen"].rollout.candidates == 2 * prompts
-    assert read["chosen"].rollout.candidates == 2 * prompts and not read["chosen"].prune.enabled
-    assert (read["chosen"].rollout.prompts, read["chosen"].rollout.group_size) == (prompts, 16)
-    assert (read["budget035"].prune.keep, read["budget_max_variance"].learn.keep) == (0.35, 0.5)
-    assert [read[arm].prune.rule for arm in ("random", "published", "max_variance")] == ["random", "published", "max_variance"]
+    plain, prompts = read["plain"], read["plain"].rollout.prompts
+    assert not plain.prune.enabled and plain.rollout.group_size == 16
+    means = {  # what of an arm's settings is not plain's
+      "plain8": lambda c: (c.prune.enabled, c.rollout.group_size) == (False, 8),
+      "budget": lambda c: (c.prune.rule, c.quality.fit) == ("budget", "ridge"),
+      "budget_wide": lambda c: c.rollout.prompts == 1.5 * prompts,
+      "budget_chosen": lambda c: c.rollout.candidates == 2 * prompts,
+      "chosen": lambda c: (c.rollout.candidates, c.rollout.prompts, c.rollout.group_size) == (2 * prompts, prompts, 16),
+      "budget035": lambda c: c.prune.keep == 0.35, "budget_max_variance": lambda c: c.learn.keep == 0.5}
+    assert [arm for arm, is_so in means.items() if arm in read and not is_so(read[arm])] == []
+    assert [arm for arm in read if "chosen" in arm and read[arm].prune.enabled != ("budget" in arm)] == []
+    assert [arm for arm in ("random", "published", "max_variance") if arm in read and read[arm].prune.rule != arm] == []
 
 
 def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   order = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k"])]
-  assert len(order) == len(set(order)) == 20 + 5 + 12 + 9
+  assert len(order) == len(set(order)) == 20 + 5 + 4
   arms = ["plain", "plain8", "budget", "chosen"]
   assert order[:8] == [*((arm, 1) for arm in arms), *((arm, 2) for arm in arms[1:] + arms[:1])]  # each seed begins with another
   assert [{order[4 * i + j] for j in range(4)} for i in range(5)] == [{(arm, seed) for arm in arms} for seed in range(1, 6)]
   assert order[20:25] == [("chosen4", seed) for seed in range(1, 6)]
   others = ("published", "max_variance", "random", "budget_chosen")
-  assert sorted(order[25:37]) == sorted((arm, seed) for seed in (1, 2, 3) for arm in others)
-  assert {arm for arm, _ in order} == trial_arms.ARMS.keys()
+  assert sorted(order[25:]) == sorted((arm, 1) for arm in others)
+  rest = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_rest"])]  # the same settings, on another host
+  assert len(rest) == len(set(rest)) == 15 + 9 and {arm for arm, _ in order + rest} == trial_arms.ARMS.keys()
+  assert Run(REGIMES["gsm8k"], "plain", 1).settings == Run(REGIMES["gsm8k_rest"], "plain", 1).settings
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
 
 
@@ -191,6 +195,7 @@ def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
   assert sorted(p.name for p in run.folder.iterdir()) == ["metrics.jsonl", "run.json"] and not (elsewhere / run.workdir).exists()
   about = json.loads((run.folder / "run.json").read_text())
   assert (about["commit"], about["code"], about["device"], about["steps"]) == ("abc", "123", "1 x cpu", 2)
+  assert about["host"] == trial_queue.host() and len(about["host"]) == 8
   assert (about["half"]["seconds"], about["half"]["accuracy"], about["full"]["sampled"]["accuracy"]) == (6.0, 0.25, 0.125)
   assert about["settings"]["prune.rule"] == "budget"
   first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])

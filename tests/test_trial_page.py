@@ -67,7 +67,7 @@ def test_pairs_are_by_seed(elsewhere):
   assert trial_stats.signal_rate(both[0][0]) == pytest.approx(1.5 * 8 / 1.5)  # 8 groups a step of 1.5 s
   welch = stats.ttest_ind([30, 40], [28, 33], equal_var=False).confidence_interval()
   said = trial_page.verdict(results, "budget", "plain")
-  assert f"+4.5 ± 31.8 (2) points, undecided (unpaired, by Welch, ± {(welch.high - welch.low) / 2:.1f}); the aim" in said
+  assert f"+4.5 ± 31.8 (2) points, undecided (unpaired, by Welch, ± {(welch.high - welch.low) / 2:.1f}); the mean is 2.2" in said
 
 
 def test_signal_a_second_is_of_all_groups_that_dynamic_sampling_starts(elsewhere):
@@ -147,7 +147,50 @@ def test_seconds_of_two_devices_are_not_compared(elsewhere):
   made_up("budget", 2, 0.4)
   results = trial_stats.load(CPU)
   assert [a.run.seed for a, _ in trial_stats.pairs(results, "budget", "plain")] == [2]
-  assert any("different devices are left out" in note for note in trial_page.notes(results))
+  assert any("different devices or hosts are left out" in note for note in trial_page.notes(results))
+
+
+def test_seconds_of_two_hosts_are_not_compared_where_files_name_them(elsewhere):
+  for seed, (mine, other) in enumerate(((None, None), ("a", None), ("a", "a"), ("a", "b"), ("a", "a+b")), 1):
+    for arm, host in (("plain", mine), ("budget", other)):
+      made_up(arm, seed, 0.3, **({"host": host} if host else {}))
+  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 5, "budget": 5},)))
+  assert [a.run.seed for a, _ in trial_stats.pairs(results, "budget", "plain")] == [1, 2, 3]
+  assert any("different devices or hosts are left out" in note for note in trial_page.notes(results))
+
+
+@pytest.mark.parametrize(("levels", "words"), [
+  ((0.31, 0.32), "+1.5 ± 6.4 (2) points, undecided (unpaired, by Welch, ± 6.4); the mean is 0.8 below the aim of +2.3, which the "
+                 "interval holds."),
+  ((0.30, 0.30), "+0.0 ± 0.0 (2) points, undecided (unpaired, by Welch, ± 0.0); the mean is 2.3 below the aim of +2.3, which the "
+                 "interval excludes."),
+  ((0.35, 0.35), "+5.0 ± 0.0 (2) points, above 0 (unpaired, by Welch, ± 0.0); the mean is 2.7 above the aim of +2.3, which the "
+                 "interval lies above."),
+  ((0.35,), "+5.0 (1) points, undecided; the mean is 2.7 above the aim of +2.3, which one pair cannot tell.")])
+def test_whether_the_aim_is_reached_is_said_of_the_interval(elsewhere, levels, words):
+  for seed, level in enumerate(levels, 1):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, level)
+  assert trial_page.verdict(trial_stats.load(CPU), "budget", "plain").endswith(words)
+
+
+def test_samples_that_agree_better_than_their_draws_allow_are_told(elsewhere):
+  """Two samples of 100 problems, right with 0.2 each and once in two with 0.32: a draw's variance is 0.12 / 2 / 100 a run."""
+  sampled = {"accuracy": 0.2, "pass@2": 0.32, "samples": 2, "problems": 100}
+  result = {"accuracy": 0.3, "problems": 100, "truncated": 0.0, "sampled": sampled}
+  for arm in ("plain", "budget"):
+    for seed in (1, 2):
+      made_up(arm, seed, 0.3, full=result, half=result)
+  results = trial_stats.load(CPU)
+  alone = trial_stats.sampling_noise(trial_stats.pairs(results, "budget", "plain"), "full")
+  assert alone == pytest.approx(196 * np.sqrt(2 * 0.12 / 2 / 100 / 2))
+  said = next(x for x in trial_page.narrow(results))
+  assert f"at {CPU.full:g} s with 4 samples, +0.0 ± 0.0 by seeds, ± {alone:.1f} by draws" in said
+
+
+def test_which_arms_a_rate_was_tuned_on(elsewhere):
+  said = trial_page.rates(REGIMES["math_alone"])
+  assert "for plain and for chosen4_ahead4 (regime `math_tuning`" in said and said.endswith("No other arm was tuned.")
 
 
 def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
