@@ -61,7 +61,8 @@ ONE_SEED = ("keep025", "keep075", "dapo_none", "dapo")  # arms of one table each
 class Scale:
   """model, data: for the tables' readers. config: file of the arms, settings: what all of them change in it; skip: first
   steps (compilation, cold start) left out of means. votes, head: settings of table 3's evaluation and figure 2's ablation.
-  paths: settings that say where this machine has model and data; they stand in commands and not in results."""
+  paths: settings that say where this machine has model and data; they stand in commands and not in results. trial: by name of
+  the data the trial's regimes that tables 1, 5 and 6 show beside these arms (trial_rows.py)."""
   name: str
   model: str
   data: str
@@ -73,6 +74,7 @@ class Scale:
   votes: tuple[str, ...]
   head: tuple[str, ...]
   paths: tuple[str, ...] = ()
+  trial: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 CPU = Scale(
@@ -86,7 +88,8 @@ GPU = Scale(
   "experiments/results/gsm8k_arms", "configs/gsm8k_qwen05b.py",
   ("steps=50", "checkpoint.every=1000", "checkpoint.last=False", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 14,
   ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=64", "eval.problems=256"),
-  ("--lengths=32,64,128,192,256", "--prompts=640"))
+  ("--lengths=32,64,128,192,256", "--prompts=640"),
+  trial=(("GSM8K", ("gsm8k", "gsm8k_rest")), ("MATH", ("math_alone",))))
 PAPER = Scale(
   "paper", "Qwen3-1.7B-Base", "Dapo-Math-17K; Math500, MinervaMath, OlympiadBench (accuracy), AMC'23, AIME'24, AIME'25 (pass@16)",
   "experiments/results/paper", "configs/qwen3_1b7.py", (), (0,), 20,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables
+from experiments import runs, tables, trial_rows
 from experiments.runs import Scale
 from experiments.tables import NOT_RUN, Table, cell, pair, seconds, speedup
 
@@ -34,7 +34,8 @@ def build(scale: Scale, figure: Figure) -> Table:
     axis.axhline(1, color="k", lw=0.8)
   notes += tables.device_note(base, pruned) + tables.load_note([*base, *pruned])
   columns = ("phase, median seconds", "GRPO", "paper", "+ pruning", "paper", "speed-up", "paper")
-  return Table("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, [*base, *pruned])
+  table = Table("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, [*base, *pruned])
+  return table.extended(*trial_rows.table5(scale, PHASES))
 
 
 if __name__ == "__main__":

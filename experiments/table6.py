@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables
+from experiments import runs, tables, trial_rows
 from experiments.runs import Scale
 from experiments.tables import NOT_RUN, Table, accuracy, cell, pair, seconds, speedup, step_mean, subtract
 
@@ -40,7 +40,8 @@ def build(scale: Scale, figure: Figure) -> Table:
       axes[1].plot([name] if ratios[arm] else [], [ARMS[arm][2]] if ratios[arm] else [], "rx")
   notes += tables.device_note(*reversed(jobs.values())) + tables.load_note(sum(jobs.values(), []))
   columns = ("keep ratio asked", "kept", "accuracy, %", "paper", "seconds a step", "speed-up", "paper")
-  return Table("table6", "Table 6: keep ratio", scale, columns, rows, notes, sum(jobs.values(), []))
+  table = Table("table6", "Table 6: keep ratio", scale, columns, rows, notes, sum(jobs.values(), []))
+  return table.extended(*trial_rows.table6(scale))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class Table:
   def missing(self) -> list[Job]:
     return [job for job in self.jobs if not job.done]
 
+  def extended(self, rows: list[list[str]], notes: list[str]) -> "Table":
+    """With more rows and what they say."""
+    return dataclasses.replace(self, rows=self.rows + rows, notes=self.notes + notes)
+
   def heading(self) -> str:
     """Scale, model, data, and what the runs themselves say of devices, steps and seeds."""
     done = [trained for job in self.jobs if job.done for trained in [job.policy or job] if trained.workdir and trained.done]
