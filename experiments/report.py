@@ -20,6 +20,11 @@ from arrol_jax.reporting.page import style
 from experiments import figure2, figure4, runs, table1, table2, table3, table4, table5, table6, tables, trial_arms, trial_page
 from experiments.runs import Scale
 
+# Wide tables: long heads wrap, little between columns; plots stand below their tables.
+STYLE = """
+body { max-width: 95rem } th, td { padding: .2rem .45rem; font-size: 13px } th, td:last-child { white-space: normal }
+th { vertical-align: bottom } img { margin: 1em 0 }
+"""
 BUILDS = (table1.build, table2.build, table3.build, table4.build, table5.build, table6.build, figure2.build, figure4.build)
 
 
@@ -105,7 +110,7 @@ def html_of(page: str, folder: Path) -> str:
 def page() -> str:
   links = " ".join(f'<a href="#{name}">{name}</a>' for name in (*runs.SCALES, "trial"))
   return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>arrol_jax: the paper\'s tables</title>'
-          f"<style>{style()}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures "
+          f"<style>{style()}{STYLE}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. Figures "
           "of one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
           "figures.</p>"
           + "\n".join([*(part(scale) for scale in runs.SCALES.values()), trial()]) + "</body></html>\n")
