@@ -89,7 +89,8 @@ class Table:
     e = html.escape
     cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{e(x)}</{tag}>" for x in row) + "</tr>"
     out = [f"<h3>{e(self.title)}</h3><p>{e(self.heading())}</p>", '<div class="wide"><table>',
-           cells("th", self.columns), *(cells("td", row) for row in self.rows), "</table></div>", "<ul>", *(f"<li>{e(note)}</li>" for note in self.notes), "</ul>"]
+           cells("th", self.columns), *(cells("td", row) for row in self.rows), "</table></div>",
+           "<ul>", *(f"<li>{e(note)}</li>" for note in self.notes), "</ul>"]
     if self.missing:
       commands = "\n".join(runs.hidden(runs.prefix(job) + job.command, self.scale) for job in self.missing)
       out.append(f"<details><summary>Not run ({len(self.missing)} of {len(self.jobs)})</summary><pre>{e(commands)}</pre>"
