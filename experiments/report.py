@@ -111,8 +111,8 @@ def page() -> str:
   links = " ".join(f'<a href="#{name}">{name}</a>' for name in (*runs.SCALES, "trial"))
   return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>arrol_jax: the paper\'s tables</title>'
           f"<style>{style()}{STYLE}</style></head><body><h1>arrol_jax: the paper's tables and figures</h1><p>Scales: {links}. "
-          "Figures of one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed from the "
-          "figures.</p>"
+          "Figures of one scale say nothing about another. ± is a 95% interval; in brackets, each seed. Verdicts are computed "
+          "from the figures.</p>"
           + "\n".join([*(part(scale) for scale in runs.SCALES.values()), trial()]) + "</body></html>\n")
 
 
