@@ -1,12 +1,12 @@
 """What the plan predicts for steps measured on one H100, and how far off it is: python -m experiments.plan_check [--fit]
 
 Fitted are four numbers of planning/chips.py: `cache` and `layer` on the two static lines of decode_h100.jsonl (256 and 64 rows of
-the 1.7B shape), `matrix` on the update of update_h100.jsonl and of one GSM8K run (0.5B), alike weighed, `rollout` on another
-GSM8K run's seconds on the host. `memory` is what the lines' own `floor` measured of the data sheet. Every other line is held
-out. --fit fits them again and prints what chips.py should hold.
+the 1.7B shape), `matrix` on today's update of that shape (update_once.jsonl) and of a pruned GSM8K step (0.5B,
+preset_h100.jsonl), alike weighed, `rollout` on a GSM8K run's seconds on the host. `memory` is what the lines' own `floor`
+measured of the data sheet. Every other line is held out. --fit fits them again and prints what chips.py should hold.
 
-A line is predicted for the code that made it: whether a group's prompt was read once and computed once. Compilers for GPUs are
-not at hand here: work is counted by hand (planning/work.py).
+A line is predicted for the code that made it: whether a group's prompt was read once and computed once, and logits. Compilers
+for GPUs are not at hand here: work is counted by hand (planning/work.py).
 """
 
 import argparse
@@ -68,13 +68,35 @@ def decode_lines() -> list[Line]:
 
 
 def update_lines() -> list[Line]:
-  """W2, before prompts were shared."""
-  line = read("engine/update_h100.jsonl")[0]
-  c, rows = ZOO[line["shape"]], line["rows"]
-  trained = work.Trained(line["prompt"], rows, np.full(rows, line["max_new"]))
-  tokens = rows * (line["prompt"] + line["max_new"])
-  return [Line("W2 update", tokens / line["tokens_s"], lambda r: work.update_seconds(c, trained, r), True),
-          Line("W2 log-probs", tokens / line["logprob_tokens_s"], lambda r: work.forward_seconds(c, trained, r))]
+  """W2 before prompts were shared, then with them, logits computed twice and once; of a code's lines the first."""
+  of_code = {line["code"]: line for line in reversed(read("engine/update_once.jsonl")) if "H100" in line["device"]}
+  named = {"W2, prompts apart": read("engine/update_h100.jsonl")[0], "W2, logits twice": of_code["5256015"],
+           "W2": of_code["34dbccd"]}
+  out = []
+  for name, line in named.items():
+    c, rows = ZOO[line["shape"]], line["rows"]
+    lengths = np.full(rows, line["max_new"])
+    trained = (work.Trained(line["prompt"], rows, lengths) if name == "W2, prompts apart" else
+               work.packed(line["prompt"], rows // 16, lengths, line["micro_tokens"]))
+    tokens = rows * (line["prompt"] + line["max_new"])
+    out += [Line(f"{name}: update", tokens / line["tokens_s"],
+                 functools.partial(lambda r, c, t, again: work.update_seconds(c, t, r, again=again), c=c, t=trained,
+                                   again=name != "W2"), name == "W2"),
+            Line(f"{name}: log-probs", tokens / line["logprob_tokens_s"], functools.partial(work.forward_seconds, c, trained))]
+  return out
+
+
+def preset_lines() -> list[Line]:
+  """The update of a GSM8K step that was run, by later code; unpruned rows are as long as what was generated on average."""
+  line = read("gsm8k_step/preset_h100.jsonl")[0]
+  out = []
+  unpruned = line["rows_trained"] / line["slots"] * line["tokens_generated"]
+  for end, tokens in (("", unpruned), ("_pruned", line["tokens_trained_pruned"])):
+    rows = line[f"rows_trained{end}"]
+    trained = work.packed(PROMPT, rows // 16 if not end else -(-rows // 8), np.full(rows, round(tokens / rows)), 16384)
+    out.append(Line(f"GSM8K preset{end.replace('_', ' ')}: update", line[f"sec_update{end}"],
+                    functools.partial(work.update_seconds, ZOO[GSM8K], trained), bool(end)))
+  return out
 
 
 def step_lines() -> list[Line]:
@@ -90,7 +112,7 @@ def step_lines() -> list[Line]:
     trained = work.Trained(line["prompt"], len(kept), kept)
     parts = {"generate": functools.partial(generate, line["shape"], extra, lengths, how),
              "logprob": functools.partial(work.forward_seconds, c, trained),
-             "update": functools.partial(work.update_seconds, c, trained)}
+             "update": functools.partial(work.update_seconds, c, trained, again=True)}
     name = "W3 " + (f"pruned at {line['detect']}" if end else "unpruned")
     out += phases(name, {k: line[f"sec_{k}{end}"] for k in (*parts, "step")}, parts, len(lengths))
   return out
@@ -132,7 +154,7 @@ def gsm8k_lines(run: str, pruning: bool, shared_update: bool, fitted: tuple = ()
   c = ZOO[GSM8K]
   parts = {"generate": functools.partial(generate, GSM8K, {"shared": True, "padded": 256, "load": True}, lengths, how),
            "logprob": functools.partial(work.forward_seconds, c, trained),
-           "update": functools.partial(work.update_seconds, c, trained)}
+           "update": functools.partial(work.update_seconds, c, trained, again=True)}
   measured = {k: median(f"sec_{k}") for k in (*parts, "step")}
   if measured["logprob"] < 1e-3:
     del parts["logprob"]
@@ -145,8 +167,8 @@ def gsm8k_lines(run: str, pruning: bool, shared_update: bool, fitted: tuple = ()
 
 
 def lines() -> list[Line]:
-  return [*decode_lines(), *update_lines(), *step_lines(),
-          *gsm8k_lines("gsm8k_budget/published", True, True, ("update",)),
+  return [*decode_lines(), *update_lines(), *preset_lines(), *step_lines(),
+          *gsm8k_lines("gsm8k_budget/published", True, True),
           *gsm8k_lines("gsm8k_budget/random", True, True, ("rest",)),
           *gsm8k_lines("gsm8k_budget/probe", False, True), *gsm8k_lines("gsm8k_arms/none_seed0", False, False),
           *gsm8k_lines("gsm8k_arms/published_seed0", True, False)]

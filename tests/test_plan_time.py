@@ -86,6 +86,11 @@ def test_products_by_hand_are_those_that_are_compiled():
   assert trained.tokens == rows * length
   forward = 2.0 * layers * rows * length + 2.0 * unembed * rows * (length - 1) + whole
   assert work.forward_flops(TINY, trained) == pytest.approx(forward)
+  # Logits once more: a product and two passes over them in float32.
+  rates = chips.rates("h100")
+  more = work.update_seconds(TINY, trained, rates, 2, again=True) - work.update_seconds(TINY, trained, rates, 2)
+  logits = rows * (length - 1) * TINY.vocab
+  assert more == pytest.approx((2.0 * logits * TINY.width / rates.flops + 2 * 4 * logits / rates.memory) / 2)
 
 
 def test_a_decode_step_takes_its_roofline():

@@ -16,9 +16,8 @@ from arrol_jax.planning.chips import Rates
 from arrol_jax.planning.rollout import Generation
 
 _LOGIT_PASSES = 4    # over float32 logits in a decode step: written, largest, sum of exponentials, token drawn
-# Over float32 logits in an update: the same, computed again backward, their slopes written and read twice. So it was where
-# chips.FITTED was measured; update.py computes them once now, 4% of a step's update less (experiments/LOG.md, "Logits once").
-_LOSS_PASSES = 8
+_LOSS_PASSES = 6     # over them in an update: written, largest, sum of exponentials, their slopes written and read twice
+_AGAIN = 2           # more where they are computed again backward (earlier code; loss.ratio=sequence, loss.correction=mask)
 _BETWEEN = 3.5       # passes over what lies between a layer's products: forward, computed again, backward with two inputs each
 
 
@@ -95,10 +94,13 @@ def forward_seconds(c: PolicyConfig, t: Trained, rates: Rates, chips: int = 1) -
   return (forward_flops(c, t) / rates.flops + between / rates.memory) / chips
 
 
-def update_seconds(c: PolicyConfig, t: Trained, rates: Rates, chips: int = 1) -> float:
-  """Forward and backward passes of all micro-batches and one step of AdamW in float32 (seven numbers a parameter)."""
-  between = t.tokens * _BETWEEN * _layer_bytes(c) + int(t.lengths.sum()) * 4 * c.vocab * _LOSS_PASSES
-  return (3 * forward_flops(c, t) / rates.flops + (between + 28 * c.num_params()) / rates.memory) / chips
+def update_seconds(c: PolicyConfig, t: Trained, rates: Rates, chips: int = 1, again: bool = False) -> float:
+  """Forward and backward passes of all micro-batches and one step of AdamW in float32 (seven numbers a parameter). again: logits
+  are computed twice."""
+  responses = int(t.lengths.sum())
+  between = t.tokens * _BETWEEN * _layer_bytes(c) + responses * 4 * c.vocab * (_LOSS_PASSES + again * _AGAIN)
+  products = 3 * forward_flops(c, t) + again * 2.0 * product_params(c)[1] * responses
+  return (products / rates.flops + (between + 28 * c.num_params()) / rates.memory) / chips
 
 
 def _layer_bytes(c: PolicyConfig) -> float:
