@@ -5,6 +5,7 @@ them, each seed once, that of the first regime that has it. ± is 95% of Student
 """
 
 from collections.abc import Callable
+import contextlib
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from experiments import tables, trial_stats
 from experiments.runs import Scale
 from experiments.tables import Estimate, cell
 from experiments.trial_arms import REGIMES
-from experiments.trial_stats import Found
+from experiments.trial_stats import Found, Refused
 
 PLAIN = "plain"
 NOTE = ("Rows of the trial: other settings, ended after so many seconds of steps, not after so many steps; means over pairs of a "
@@ -21,11 +22,12 @@ ARMS = {"published": "the paper's rule and head", "budget": "our budget", "budge
 
 
 def pairs(names: tuple[str, ...], arm: str) -> list[tuple[Found, Found]]:
-  """The arm beside plain, over these regimes."""
+  """The arm beside plain, over these regimes; none of a regime whose runs are of several versions (its page says so)."""
   by_seed = {}
   for results in (trial_stats.load(REGIMES[name]) for name in names):
-    for pair in trial_stats.pairs(results, arm, PLAIN):
-      by_seed.setdefault(pair[0].run.seed, pair)
+    with contextlib.suppress(Refused):
+      for pair in trial_stats.pairs(results, arm, PLAIN):
+        by_seed.setdefault(pair[0].run.seed, pair)
   return [by_seed[seed] for seed in sorted(by_seed)]
 
 

@@ -61,6 +61,8 @@ def test_phases_and_keep_ratios(elsewhere, scale):  # noqa: F811
 
 def test_a_trial_without_pairs_says_nothing(elsewhere, scale):  # noqa: F811
   made_up("plain", 1, 0.3, regime=FIRST)
+  made_up("plain", 1, 0.3, regime=SECOND)
+  made_up("published", 1, 0.3, regime=SECOND, version=("def", "456"))  # the page refuses it
   for build in (table1, table5, table6):
     found, table = rows(build, scale)
     assert not found and trial_rows.NOTE not in table.notes
