@@ -134,7 +134,7 @@ def test_one_that_hangs_is_named_and_killed_and_the_others_answer_meanwhile(monk
     begin = time.monotonic()
     line_is_full = lambda: stopped.line.behind is not None
     while not line_is_full() and time.monotonic() < begin + 20:  # what it is told of others' calls fills its line
-      stopped.line.post("said", [(10**9, Piece(0, [1] * 4000, []))], [], server.service.standing)
+      stopped.line.post("said", [(10**9, Piece(0, "", [1] * 4000, []))], [], server.service.standing)
     assert line_is_full()
     for _ in range(3):  # and the engine goes on
       assert ask(server.port, {"prompt": PROMPT, "max_tokens": 4})[0] == 200

@@ -1,6 +1,7 @@
 """The HTTP side's own process: what callers and the engine tell each other gets across, and no end of either hangs the other."""
 
 import collections
+from concurrent import futures
 import contextlib
 import http.client
 import json
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 from arrol_jax.engine.scheduler import Run
-from arrol_jax.serving import pace
+from arrol_jax.serving import pace, remote
 from arrol_jax.serving.calls import Call, Likelihoods
+from arrol_jax.serving.meters import COUNTED
 from arrol_jax.serving.trace import Trace
 from arrol_jax.types import Rollout
 
@@ -217,6 +219,20 @@ def test_nothing_outlives_a_killed_engine():
     assert "Traceback" not in err
     with pytest.raises(ConnectionRefusedError):
       ask(port, None, "/health", "GET")
+
+
+def test_of_those_that_are_left_one_removes_the_counts_and_speaks(tmp_path, monkeypatch):
+  folder = tmp_path / "counts"
+  monkeypatch.setenv(COUNTED, str(folder))
+  for _ in range(20):
+    folder.mkdir()
+    (folder / "counter_1.db").write_text("")
+    all_here = threading.Barrier(8)
+    with futures.ThreadPoolExecutor(8) as pool:
+      first = list(pool.map(lambda _, here=all_here: here.wait() >= 0 and remote._remove_counts(), range(8)))
+    assert sum(first) == 1 and not list(tmp_path.iterdir())
+  monkeypatch.delenv(COUNTED)
+  assert remote._remove_counts()  # alone, so nobody else says it
 
 
 def test_with_many_traces_pieces_are_fewer_and_longer():

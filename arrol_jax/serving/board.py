@@ -7,8 +7,8 @@ import tempfile
 import numpy as np
 
 # Traces handed in; those that have ended; when the first of those under way was handed in, by time.monotonic(); traces of calls
-# that want passes or a vote; calls cut off; 1: has said that the engine's process is gone.
-FIELDS = ("sent", "ended", "woke", "scoring", "cut", "told")
+# that want passes or a vote; calls cut off.
+FIELDS = ("sent", "ended", "woke", "scoring", "cut")
 
 
 class Board:

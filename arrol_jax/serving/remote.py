@@ -121,12 +121,10 @@ class Remote:
     self._tell_scores()
 
   def _orphaned(self) -> None:
-    """The engine's process was killed: one of those that are left says so, and removes what it would have removed."""
-    if not self.board.total("told"):
-      self.board.put("told", 1)
+    """The engine's process was killed: one of those that are left removes what it would have removed, and says so."""
+    if _remove_counts():
       with contextlib.suppress(OSError):  # the terminal may have ended with it
         print("error: the engine's process was killed; its callers have been told", file=sys.stderr, flush=True)
-    _remove_counts()
 
   def _take(self, word: str, *rest) -> None:
     if word == "said":
@@ -146,9 +144,17 @@ class Remote:
       raise ValueError(f"no such message: {word!r}")
 
 
-def _remove_counts() -> None:
-  if folder := os.environ.get(COUNTED):
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove_counts() -> bool:
+  """Removes the folder where several processes count; whether this one did, or is alone: a folder can be moved away once."""
+  folder = os.environ.get(COUNTED)
+  if not folder:
+    return True
+  try:
+    os.rename(folder, f"{folder}.gone")
+  except OSError:
+    return False
+  shutil.rmtree(f"{folder}.gone", ignore_errors=True)
+  return True
 
 
 def main(listener: int, connection: int, board: int, number: int) -> int:
