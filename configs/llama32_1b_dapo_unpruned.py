@@ -7,7 +7,7 @@ Hardware: v5e-256 or v6e-256; v5p with 64 chips: add --config.mesh.fsdp=16; not 
 Hours:    unknown.
 Expected: unknown; the paper gives no DAPO figure for this model.
 Open in the paper and chosen here: prompts a step, lengths and steps, as in configs/qwen3_1b7.py; dynamic sampling takes
-up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/losses.py).
+up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/learning/losses.py).
 """
 
 from configs import llama32_1b_dapo

@@ -8,7 +8,7 @@ Hours:    unknown. Orientation: the paper's Table 5 on its own machine, 113.2 s 
           is 6.3 hours, for GRPO; dynamic sampling adds rounds.
 Expected: the paper's average accuracy 39.42 (DAPO alone 36.43), pruning 1.7x faster.
 Open in the paper and chosen here: prompts a step, lengths and steps, as in configs/qwen3_1b7.py; dynamic sampling takes
-up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/losses.py).
+up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/learning/losses.py).
 """
 
 from configs import qwen3_1b7

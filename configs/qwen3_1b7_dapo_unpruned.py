@@ -8,7 +8,7 @@ Hours:    unknown. Orientation: the paper's Table 5 on its own machine, 188.3 s 
           is 10.5 hours, for GRPO; dynamic sampling adds rounds.
 Expected: the paper's average accuracy 36.43 (with pruning 39.42), pruning 1.7x faster.
 Open in the paper and chosen here: prompts a step, lengths and steps, as in configs/qwen3_1b7.py; dynamic sampling takes
-up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/losses.py).
+up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/learning/losses.py).
 """
 
 from configs import qwen3_1b7_dapo

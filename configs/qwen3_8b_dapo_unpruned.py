@@ -7,7 +7,7 @@ Hardware: as configs/qwen3_1b7.py; not run here yet.
 Hours:    unknown.
 Expected: unknown; the paper gives no DAPO figure for this model.
 Open in the paper and chosen here: prompts a step, lengths and steps, as in configs/qwen3_1b7.py; dynamic sampling takes
-up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/losses.py).
+up to 3 batches of prompts a step; clipping and overlong punishment as DAPO's authors set them (arrol_jax/learning/losses.py).
 """
 
 from configs import qwen3_8b_dapo

@@ -7,7 +7,7 @@ A text is its tokens: LaTeX commands, words in lower case, numbers, single CJK c
 nothing. Exact: the same tokens. Near: Jaccard similarity of the sets of 5 consecutive tokens of at least --near with some
 training problem, found through an inverted index, so no pair that shares anything is missed. Of the near ones it tells how
 many have the same numbers in the same order and how many the same answer: the others are mostly the same exercise with other
-numbers. Writes table.md and pairs.jsonl (ids, similarity, no texts). Sources as in arrol_jax/sources.py.
+numbers. Writes table.md and pairs.jsonl (ids, similarity, no texts). Sources as in arrol_jax/data/sources.py.
 """
 
 import argparse

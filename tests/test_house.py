@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import io
 from pathlib import Path
+import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -136,6 +139,29 @@ def test_modules_say_what_they_are():
   for path in sources():
     text = path.read_text()
     assert not text.strip() or ast.get_docstring(ast.parse(text)), path
+
+
+def words_of(path: Path) -> str:
+  """What a file says to its readers: a module's comments and longer texts; all of a page."""
+  text = path.read_text()
+  if path.suffix != ".py":
+    return text
+  tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+  return "\n".join(t.string for t in tokens if t.type == tokenize.COMMENT or '"""' in t.string)
+
+
+def test_files_that_are_named_are_there():
+  """A module that was moved takes its mentions with it. Readers' own files are my_..., DIR/..., and the like."""
+  folders = [ROOT / name for name in ("arrol_jax", "configs", "experiments", "tests", "tpu_scripts")]
+  there = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")]
+  there += [path.name for path in ROOT.glob("*.py")]
+  readers_own = re.compile(r"my[/_]|utils|DIR/|vllm/|(.*/)?[A-Z]+\.py")
+  pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments/README.md"]
+  missing = [f"{path.relative_to(ROOT)}: {name}" for path in [*pages, *(ROOT / x for x in there)]
+             for name in re.findall(r"(?<![\w./*{}-])((?:[\w-]+/)*[\w-]+\.py)\b", words_of(path))
+             if path.name != "CHANGELOG.md" and not readers_own.match(name)
+             and not any(f"/{x}".endswith(f"/{name}") for x in there)]
+  assert missing == []
 
 
 def test_what_users_rely_on_is_there():

@@ -2,7 +2,7 @@
 
   FILE.jsonl, FILE.jsonl.gz   a file, see data.load_problems
   gsm8k                       a benchmark (BENCHMARKS), or any FILE of the folder data.folder less its ending
-  tfds:SOURCE                 either of these through TFDS: a copy in array_record form, see tfds_problems.py
+  tfds:SOURCE                 either of these through TFDS: a copy in array_record form, see data/tfds.py
   hf:ID?KEY=VALUE&...         a Hugging Face data set: an id or a local folder. Keys: config, split (else "train" or "test",
                               as the problems are used); problem, answer, id, source: the columns they are in (dots reach
                               into nested ones: reward_model.ground_truth, prompt.0.content); pattern: the answer is what
@@ -58,7 +58,7 @@ def load_problems(sources: str, split: str, folder: str = "", tfds_dir: str | No
   """The problems of one or several sources, in order.
 
   split: what they are for, "train" or "test"; chooses where a source has both. folder: holds the benchmarks' files.
-  tfds_dir: for tfds:, see `tfds_problems.read`.
+  tfds_dir: for tfds:, see `tfds.read`.
   Raises UserError, naming the place, for whatever is wrong with a source or a problem, and for an id met before.
   """
   return to_problems(record for source in split_list(sources) for record in _records(source, split, folder, tfds_dir))

@@ -3,7 +3,7 @@
 An algorithm is a value of `LossConfig`, not a subclass: GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al.
 2025) and GSPO (Zheng et al. 2025) differ in a few numbers and in what is averaged over. Everything is float32. Sums are
 returned with their denominators apart, so that micro-batches of any shape add up to the loss of the whole batch. DAPO's
-dynamic sampling chooses batches and is rollout.py's.
+dynamic sampling chooses batches and is resampling.py's.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Causal attention over whole rows, for training, log-probs and prefill; one plain way and two fast ones.
 
 Rows are right-padded, so causality alone keeps real tokens from seeing padding: no lengths and no mask array are needed. What
-padded positions compute is never read. Attention over a cache, one query a row, is decode.py's.
+padded positions compute is never read. Attention over a cache, one query a row, is engine/decode_attention.py's.
 """
 
 from collections.abc import Callable

@@ -3,11 +3,11 @@
 What differs between the families is three fields of `PolicyConfig`: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5) and
 `rope_scaling` (Llama 3.1 and later; rope.py). `block_weights` and `model_weights` are the one source for the shape, logical
 axes and initialisation of every weight. Layers are stacked on a leading axis and scanned, so that compile time does not grow
-with depth; the decoder (decode.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
+with depth; the decoder (engine/programs.py) passes a tuple of single layers instead, so that no step copies a layer's slice.
 
 A layer does not know where keys and values come from: `attend` does the attention and returns what the caller wants kept.
 Training passes attention.py's `causal_attention`; prefill and decoding pass functions that fill a cache.
-Left out: weights' files (weights.py), sampling and caches (decode.py).
+Left out: weights' files (weights.py), sampling and caches (engine/).
 """
 
 from collections.abc import Callable

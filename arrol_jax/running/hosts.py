@@ -1,7 +1,7 @@
 """Several processes, one schedule: connecting them, sharing out what the host does, stopping together.
 
 Every process runs the same program on the same arguments, and whatever decides what is dispatched next is either computed
-from the config, the seed and the step, or read from arrays that every process holds whole (engine.py brings a segment's few
+from the config, the seed and the step, or read from arrays that every process holds whole (scheduler.py brings a segment's few
 results to all). So all processes dispatch the same programs in the same order, and nobody has to be told what to do. What may
 differ between hosts goes through here: files (`agree`), host work that is shared out (`spread`, `mine`, `gather`), mistakes that
 one host alone meets (`together`), and signals (`Watch`). With one process all of this does nothing.
