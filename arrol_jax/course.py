@@ -43,6 +43,7 @@ class Course:
     self.checkpoints, self.logs, self.state = checkpoints, logs, state
     self.c, self.workdir, self.start = held_out.c, held_out.workdir, int(state.step)
     self.lost = []  # steps without a survivor
+    self.score = None  # of the last step's evaluation, where checkpoint.best goes by it
     self.compiling = hosts.Compiling()
     # reward_ipw of the steps since the last checkpoint on schedule: the next one's score. SIGTERM's in between has none.
     self.since_saved = hosts.agree([x["reward_ipw"] for x in logs.lines
@@ -54,9 +55,10 @@ class Course:
     return self
 
   def __exit__(self, kind, reason, _):
-    done = int(self.state.step)
+    c, done = self.c, int(self.state.step)
     if kind in (hosts.Preempted, generation.Ungraded) and done:
-      self.checkpoints.save(done, self.state)
+      scored = done % c.checkpoint.every == 0 and self.since_saved and not c.checkpoint.best
+      self.checkpoints.save(done, self.state, sum(self.since_saved) / len(self.since_saved) if scored else None)
       self.checkpoints.wait()
     if kind is hosts.Preempted and done:
       hosts.say(f"{self.workdir}: {reason}; step {done} is saved")
@@ -64,9 +66,13 @@ class Course:
       raise UserError(f"after step {done}{', which is saved' if done else ''}: {reason}; the same command goes on from there")
 
   def catch_up(self) -> None:
-    """The evaluation that the last step was due, in case the run was told to stop in the middle of it."""
-    if self.passed():
-      self.held_out(self.state, f"eval_all_{self.start:04d}")
+    """The evaluations that the last step was due, in case the run was told to stop in the middle of them: its line and its
+    checkpoint get what they lack."""
+    line = self.evaluated(self.start) if self.start else {}
+    if self.score is not None:
+      self.checkpoints.rate(self.start, self.score)
+    if self.logs:
+      self.logs.amend(self.start, line)
 
   def run(self) -> None:
     """All steps that are left."""
@@ -111,22 +117,22 @@ class Course:
     return line
 
   def evaluated(self, done: int) -> dict:
-    """What the line of step `done` says of the evaluation that is due behind it; {} where none is."""
-    c = self.c
-    if self.passed():
-      return held_out_line(self.held_out(self.state, f"eval_all_{done:04d}"))
+    """What the line of step `done` says of the evaluations that are due behind it, of all problems where both are; {} where none
+    is. The score is always of the subset."""
+    c, line, self.score = self.c, {}, None
     if c.eval.every and (done % c.eval.every == 0 or self.last(done) and c.checkpoint.best):
-      return held_out_line(self.held_out(self.state, f"eval_{done:04d}", c.eval.subset))
-    return {}
+      line = held_out_line(self.held_out(self.state, f"eval_{done:04d}", c.eval.subset))
+      self.score = line[c.checkpoint.best] if c.checkpoint.best else None
+    if self.passed():
+      line = held_out_line(self.held_out(self.state, f"eval_all_{done:04d}"))
+    return line
 
   def save(self, line: dict) -> None:
     """A checkpoint where one is due behind the step of `line`."""
     c, done = self.c, line["step"]
     self.checkpoints.check()
     due = done % c.checkpoint.every == 0 or (c.checkpoint.last and self.last(done))
-    score = sum(self.since_saved) / len(self.since_saved)
-    if c.checkpoint.best:  # an evaluation of all problems, after eval.at_seconds, is not to be compared with those of a part
-      score = None if self.passed() else line.get(c.checkpoint.best)
+    score = self.score if c.checkpoint.best else sum(self.since_saved) / len(self.since_saved)
     if due or (c.checkpoint.best and score is not None):
       if self.logs:
         self.logs.sync()

@@ -112,8 +112,8 @@ def main():
     # ---- steps, from here to the end
     course = Course(rolling, held_out, train_step, checkpoints, logs, state)
     del state  # the course has it: a second hold would keep what steps replace
-    course.catch_up()
     with course:
+      course.catch_up()
       course.run()
       course.finish(before, started)
 

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from arrol_jax import assemble, assemble_state, config, evaluate, load_policy
+from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.types import UserError
 
 # Held-out accuracy by evaluation, in the order of a run of three steps: before, after steps 1 to 3, after.
 SAID = {"eval before": 0.0, "eval 0001": 0.25, "eval 0002": 0.75, "eval 0003": 0.5, "eval after": 0.9}
@@ -90,6 +92,37 @@ def test_the_best_step_is_kept_and_exported(runs):
     want = np.asarray(loaded.params["layers"]["up"], np.float32) + 32.0 / 4 * a @ b
     np.testing.assert_allclose(load_policy(folder).params["layers"]["up"], want, atol=1e-5)
     assert read(folder / "summary.json")["best_step"] == 2
+
+
+def test_an_evaluation_that_a_signal_cut_off_counts_when_the_run_goes_on(runs, tmp_path):
+  """Told to stop in that of the best step, which is saved without a score: line, score and what is exported are the same."""
+  folder, told = tmp_path / "cut", []
+
+  def cut_off(*args):
+    if "eval 0002" in args and not told:
+      told.append(args)
+      raise hosts.Preempted("SIGTERM")
+    return accuracy(*args)
+
+  with mock.patch.object(assemble, "accuracy", cut_off):
+    assert "step 2 is saved" in run(folder, steps=3, **WITH).out
+    assert [x.get("held_out_accuracy") for x in read(folder / "metrics.jsonl")] == [0.25, None]
+    best = lambda: Checkpoints(str(folder), 1, read_only=True, best=assemble_state.scored_by(folder)).best()
+    assert best() == 1
+    assert "step 2 has the best held_out_accuracy: evaluated and exported" in run(folder, steps=3, **WITH).out
+  assert timeless(read(folder / "metrics.jsonl")) == timeless(read(runs[0] / "metrics.jsonl"))
+  assert best() == read(folder / "summary.json")["best_step"] == 2
+  stored = [load_file(x / "adapter" / "adapter_model.safetensors") for x in (folder, runs[0])]
+  for name in stored[1]:
+    np.testing.assert_array_equal(stored[0][name], stored[1][name])
+  scores = folder / "checkpoints" / "scores.json"
+  rated = read(scores)
+  for other in ({"2": 1}, {"2": rated["2"] | {"crc": 1}}):  # of another checkpoint
+    scores.write_text(json.dumps(other))
+    assert best() == 3
+  scores.write_text("{")
+  with pytest.raises(UserError, match="scores.json: damaged"):
+    best()
 
 
 def test_scores_of_other_evaluations_are_none(runs, tmp_path):

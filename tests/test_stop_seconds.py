@@ -1,13 +1,15 @@
 """Runs that end after so many seconds of steps (stop_seconds), evaluated on the way (eval.at_seconds, eval.sampled)."""
 
+import json
 import math
 
 from helpers_train import arguments, assert_refused, command, read, run, timeless
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, config, step
+from arrol_jax import assemble, assemble_state, config, step
 from arrol_jax.running import hosts
+from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import finished, seconds_of
 
 TIMED = {"steps": 1000, "stop_seconds": 3.5, "eval__at_seconds": "(1.5,)", "eval__sampled": 2, "eval__before": False}
@@ -57,8 +59,26 @@ def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(folder):
   run(parts, **TIMED | {"stop_seconds": 1.5})
   there = read(parts / "eval_all_0002.json")
   (parts / "eval_all_0002.json").unlink()
+  lines = read(parts / "metrics.jsonl")
+  assert lines[1].pop("held_out_accuracy") == there["test"]["accuracy"]
+  (parts / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   run(parts, **TIMED)
+  assert timeless(read(parts / "metrics.jsonl")) == timeless(read(folder[0] / "whole" / "metrics.jsonl"))
   assert read(parts / "eval_all_0002.json") == there == read(folder[0] / "whole" / "eval_all_0002.json")
+
+
+def test_a_step_with_both_evaluations_is_scored_by_the_one_that_others_have(folder):
+  """The second step and, where the run ends, the last: all problems too, and the line says these."""
+  both = folder[0] / "both"
+  run(both, **TIMED | {"eval__every": 1, "eval__subset": 2, "eval__at_seconds": "(1.5,3.5)", "checkpoint__keep": 9,
+                       "checkpoint__every": 9, "checkpoint__best": "held_out_accuracy"})
+  result = lambda name: read(both / f"{name}.json")["test"]
+  assert [result(f"eval_000{step}")["problems"] for step in (1, 2, 3, 4)] == [2] * 4
+  assert [result(f"eval_all_000{step}")["problems"] for step in (2, 4)] == [4] * 2
+  scores = Checkpoints(str(both), 9, read_only=True, best=assemble_state.scored_by(both)).kept.scores
+  assert scores == {step: result(f"eval_000{step}")["accuracy"] for step in (1, 2, 3, 4)}
+  said = [x["held_out_accuracy"] for x in read(both / "metrics.jsonl")]
+  assert said == [result(name)["accuracy"] for name in ("eval_0001", "eval_all_0002", "eval_0003", "eval_all_0004")]
 
 
 def test_the_learning_rate_falls_by_seconds(folder):

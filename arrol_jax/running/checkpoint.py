@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from arrol_jax.running import hosts, kept
+from arrol_jax.running.workdir import read_json, write_json
 from arrol_jax.types import TrainState, UserError
 
 
@@ -52,8 +53,11 @@ class Checkpoints:
     # Reads without waiting for other processes: one that cannot read its part must not leave them waiting.
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+    later = self._rated_later()
     for step in self.steps():
       notes = _attempt(lambda step=step: self._notes(step))[0] or {}
+      if notes.get("score") is None and (more := later.get(str(step), {})).get("crc") == _crc(notes):
+        notes |= more
       self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == best else None
 
   def _make_folder(self) -> None:
@@ -87,6 +91,20 @@ class Checkpoints:
     self.kept.scores[step] = score
     with self._failures_said():
       _aside(lambda: self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True))
+
+  def rate(self, step: int, score: float) -> None:
+    """Gives a checkpoint its score that was saved without: the evaluation behind its step was cut off, and is made since. Kept in
+    scores.json beside it, tied to the checkpoint by its notes' checksum."""
+    if step in self.steps() and self.kept.scores.get(step) is None:
+      self.kept.scores[step] = score
+      if hosts.first():
+        rated = {"score": score, "scored_by": self.scored_by, "crc": _crc(self._notes(step))}
+        write_json(f"{self.folder}/scores.json", self._rated_later() | {str(step): rated})
+
+  def _rated_later(self) -> dict:
+    """By step, as text, what `rate` has written. UserError where it is damaged."""
+    path = f"{self.folder}/scores.json"
+    return {k: v for k, v in read_json(path).items() if isinstance(v, dict)} if os.path.exists(path) else {}
 
   def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
     """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.

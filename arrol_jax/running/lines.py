@@ -22,8 +22,13 @@ def cut_back(path: str, start: int, keys: tuple[str, ...] = ()) -> None:
     fault = "" if record is None else next((f" (no {key})" for key in keys if not _has(record, key)), None)
     if fault is not None and (record is None or record["step"] <= start):
       raise UserError(f"{path}, line {number}: damaged{fault}; delete that line, and the same command goes on without it")
+  rewrite(path, [lines[i][1] for i in mine])
+
+
+def rewrite(path: str, lines: list[dict]) -> None:
+  """A log of these lines, in one move."""
   with open(path + ".part", "w") as f:
-    f.writelines(json.dumps(lines[i][1]) + "\n" for i in mine)
+    f.writelines(json.dumps(line) + "\n" for line in lines)
   os.replace(path + ".part", path)
 
 

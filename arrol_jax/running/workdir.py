@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from arrol_jax.running import hosts
-from arrol_jax.running.lines import READ_AGAIN, cut_back, is_number, read_lines, records, seconds_of
+from arrol_jax.running.lines import READ_AGAIN, cut_back, is_number, read_lines, records, rewrite, seconds_of
 from arrol_jax.running.rollout_lines import finite, in_full, in_short
 from arrol_jax.types import UserError
 
@@ -58,6 +58,18 @@ class Logs:
     figures = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
     for backend in self.backends:
       backend.write(line["step"], figures, table)
+
+  def amend(self, step: int, more: dict) -> None:
+    """Adds what it lacks of `more` to the last line, if that is of `step`: it was written before this was known."""
+    line = self.lines[-1] if self.lines and self.lines[-1]["step"] == step else more
+    more = {k: finite(v) for k, v in more.items() if k not in line}
+    if more:
+      line |= more
+      self.files["metrics"].close()
+      rewrite(f"{self.workdir}/metrics.jsonl", self.lines)
+      self.files["metrics"] = open(f"{self.workdir}/metrics.jsonl", "a")
+      for backend in self.backends:
+        backend.write(step, more, [])
 
   def _append(self, name: str, record: dict) -> None:
     self.files[name].write(json.dumps(record) + "\n")
