@@ -58,7 +58,7 @@ class Course:
     c, done = self.c, int(self.state.step)
     if kind in (hosts.Preempted, generation.Ungraded) and done:
       scored = done % c.checkpoint.every == 0 and self.since_saved and not c.checkpoint.best
-      self.checkpoints.save(done, self.state, sum(self.since_saved) / len(self.since_saved) if scored else None)
+      self.checkpoints.save(done, self.state, self.rating() if scored else None)
       self.checkpoints.wait()
     if kind is hosts.Preempted and done:
       hosts.say(f"{self.workdir}: {reason}; step {done} is saved")
@@ -127,12 +127,16 @@ class Course:
       line = held_out_line(self.held_out(self.state, f"eval_all_{done:04d}"))
     return line
 
+  def rating(self) -> float | None:
+    """What the checkpoint behind the last step is rated by, after one step at least since the last on schedule."""
+    return self.score if self.c.checkpoint.best else sum(self.since_saved) / len(self.since_saved)
+
   def save(self, line: dict) -> None:
     """A checkpoint where one is due behind the step of `line`."""
     c, done = self.c, line["step"]
     self.checkpoints.check()
     due = done % c.checkpoint.every == 0 or (c.checkpoint.last and self.last(done))
-    score = self.score if c.checkpoint.best else sum(self.since_saved) / len(self.since_saved)
+    score = self.rating()
     if due or (c.checkpoint.best and score is not None):
       if self.logs:
         self.logs.sync()

@@ -80,8 +80,7 @@ def update_lines() -> list[Line]:
                work.packed(line["prompt"], rows // 16, lengths, line["micro_tokens"]))
     tokens = rows * (line["prompt"] + line["max_new"])
     out += [Line(f"{name}: update", tokens / line["tokens_s"],
-                 functools.partial(lambda r, c, t, again: work.update_seconds(c, t, r, again=again), c=c, t=trained,
-                                   again=name != "W2"), name == "W2"),
+                 functools.partial(work.update_seconds, c, trained, again=name != "W2"), name == "W2"),
             Line(f"{name}: log-probs", tokens / line["logprob_tokens_s"], functools.partial(work.forward_seconds, c, trained))]
   return out
 

@@ -23,7 +23,7 @@ def build(scale: Scale, figure: Figure) -> Table:
   for key, what, slow, fast in PHASES:
     a, b = pair(seconds(base, key), seconds(pruned, key))
     ratios[what] = speedup(a, b)
-    paper = ["", "", "1.61x"] if slow is None else [f"{slow}", f"{fast}", f"{slow / fast:.2f}x"]
+    paper = tables.paper_phase(slow, fast)
     rows.append([what, show(a), paper[0], show(b), paper[1], cell(ratios[what], ".2f", "x"), paper[2]])
     notes += tables.faster(f"{what}", ratios[what], paper[2])
   if any(ratios.values()):

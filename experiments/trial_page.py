@@ -36,6 +36,7 @@ from experiments.trial_stats import (
   slope,
   speedup,
   text,
+  together,
   unpaired,
 )
 
@@ -310,7 +311,7 @@ def notes(results: Results) -> list[str]:
   out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]
   single = [arm for arm in results.there if len(results.of(arm)) == 1]
   out += [f"- One seed only, so without an interval and undecided whatever they show: {', '.join(single)}."] if single else []
-  if len(cards) > 1 or len({r.about["host"] for r in runs if r.about.get("host")}) > 1:
+  if runs and not together(runs):
     out += ["- Pairs whose runs were on different devices or hosts are left out of differences; all runs are in their arm's "
             "means."]
   if runs and results.regime.rates:

@@ -4,14 +4,14 @@ Pairs are those of trial_stats.py, each of one seed, host and version of the cod
 them, each seed once, that of the first regime that has it. ± is 95% of Student's t over pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 import contextlib
 
 import numpy as np
 
 from experiments import tables, trial_stats
 from experiments.runs import Scale
-from experiments.tables import Estimate, cell
+from experiments.tables import Estimate
 from experiments.trial_arms import REGIMES
 from experiments.trial_stats import Found, Refused
 
@@ -41,20 +41,20 @@ def known(scale: Scale, arms: tuple[str, ...]) -> list[tuple[str, list[tuple[Fou
   return out
 
 
-def _over(both: list[tuple[Found, Found]], value: Callable[[Found, Found], float]) -> Estimate:
-  each = tuple(float(value(a, b)) for a, b in both)
+def _over(values: Iterable[float]) -> Estimate:
+  each = tuple(map(float, values))
   return Estimate(*trial_stats.interval(each), each if len(each) < 4 else ())
 
 
 def accuracies(both: list[tuple[Found, Found]]) -> tuple[Estimate, Estimate, Estimate]:
   """Plain's greedy accuracy at the end, the arm's, and what the arm gains, in percent."""
   level = lambda found: trial_stats.accuracy(found, "full")
-  return _over(both, lambda a, b: level(b)), _over(both, lambda a, b: level(a)), _over(both, lambda a, b: level(a) - level(b))
+  return _over(level(b) for _, b in both), _over(level(a) for a, _ in both), _over(trial_stats.difference(both, level))
 
 
-def ratio(both: list[tuple[Found, Found]], key: str = "sec_step") -> Estimate:
+def times(both: list[tuple[Found, Found]], key: str = "sec_step") -> str:
   """How many times faster the arm's mean step (or phase of it) is than plain's."""
-  return _over(both, lambda a, b: b.column(key).mean() / a.column(key).mean())
+  return _over(trial_stats.speedup(both, key)).text(".2f", "x")
 
 
 def table1(scale: Scale, theirs: tuple[float, float, float]) -> tuple[list[list[str]], list[str]]:
@@ -62,9 +62,8 @@ def table1(scale: Scale, theirs: tuple[float, float, float]) -> tuple[list[list[
   rows, notes = [], []
   for label, both in known(scale, ("published", "budget")):
     without, pruned, gain = accuracies(both)
-    speed = ratio(both)
     rows.append([label, without.text(), f"{theirs[0]}", pruned.text(), f"{theirs[1]}", gain.text("+.1f"),
-                 f"+{theirs[1] - theirs[0]:.2f}", speed.text(".2f", "x"), f"{theirs[2]:.2f}x"])
+                 f"+{theirs[1] - theirs[0]:.2f}", times(both), f"{theirs[2]:.2f}x"])
     notes += tables.verdict(f"accuracy with pruning against without ({label}; {len(both)} pairs)", gain, f"{rows[-1][6]} points",
                             unit=" points")
   return rows, [*notes, *([NOTE] if rows else [])]
@@ -78,9 +77,8 @@ def table5(scale: Scale, phases: tuple[tuple, ...]) -> tuple[list[list[str]], li
     for key, what, slow, fast in phases:
       if key in both[0][0].lines[0]:
         without, pruned = (f"{np.mean([pair[i].column(key).mean() for pair in both]):.3g}" for i in (1, 0))
-        paper = ["", "", "1.61x"] if slow is None else [f"{slow}", f"{fast}", f"{slow / fast:.2f}x"]
-        times = ratio(both, key).text(".2f", "x")
-        rows.append([f"{what}, means ({label})", without, paper[0], pruned, paper[1], times, paper[2]])
+        paper = tables.paper_phase(slow, fast)
+        rows.append([f"{what}, means ({label})", without, paper[0], pruned, paper[1], times(both, key), paper[2]])
   return rows, [NOTE] if rows else []
 
 
@@ -89,9 +87,8 @@ def table6(scale: Scale) -> tuple[list[list[str]], list[str]]:
   rows = []
   for label, both in known(scale, tuple(ARMS)):
     keep = both[0][0].about["settings"].get("prune.keep", 0.5)
-    kept, seconds = (_over(both, lambda a, b, key=key: a.column(key).mean()) for key in ("keep_ratio", "sec_step"))
-    rows.append([f"{keep} ({label})", kept.text(".3f"), accuracies(both)[1].text(), "", f"{seconds.value:.3g}",
-                 cell(ratio(both), ".2f", "x"), ""])
-    rows.append([f"1.0 ({label}: plain of the same seeds)", "1.000", accuracies(both)[0].text(), "",
-                 f"{np.mean([b.column('sec_step').mean() for _, b in both]):.3g}", "1.00x", ""])
+    kept, (plain, pruned, _) = _over(a.column("keep_ratio").mean() for a, _ in both), accuracies(both)
+    seconds = [f"{np.mean([pair[i].column('sec_step').mean() for pair in both]):.3g}" for i in (0, 1)]
+    rows.append([f"{keep} ({label})", kept.text(".3f"), pruned.text(), "", seconds[0], times(both), ""])
+    rows.append([f"1.0 ({label}: plain of the same seeds)", "1.000", plain.text(), "", seconds[1], "1.00x", ""])
   return rows, [NOTE] if rows else []

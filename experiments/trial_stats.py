@@ -157,6 +157,11 @@ def unpaired(both: list[tuple[Found, Found]], when: str) -> float:
   return float(stats.t.ppf(0.975, freedom) * np.sqrt(variances.sum()))
 
 
+def _chance(variances: list[float]) -> float:
+  """Half-width of the 95% interval of a mean of differences of these variances, in points."""
+  return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
+
+
 def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
   """Half-width of the 95% interval that chance may give the mean difference of greedy accuracies, in points, if each run answered
   each held-out problem by itself: p (1 - p) / n a run. Answers to one problem are alike from run to run, which makes it too large
@@ -165,7 +170,7 @@ def problem_noise(both: list[tuple[Found, Found]], when: str) -> float:
   known = [pair for pair in both if all(accuracy(r, when) is not None for r in pair)]
   rates = [[(accuracy(r, when) / 100, r.about[when]["problems"]) for r in pair] for pair in known]
   variances = [sum(p * (1 - p) / n for p, n in pair) for pair in rates]
-  return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
+  return _chance(variances)
 
 
 def sampling_noise(both: list[tuple[Found, Found]], when: str) -> float:
@@ -174,13 +179,13 @@ def sampling_noise(both: list[tuple[Found, Found]], when: str) -> float:
   known = [[r.about[when]["sampled"] for r in pair] for pair in both if all(accuracy(r, when, True) is not None for r in pair)]
   known = [pair for pair in known if all("pass@2" in x for x in pair)]
   variances = [sum((x["pass@2"] - x["accuracy"]) / x["samples"] / x["problems"] for x in pair) for pair in known]
-  return 196 * float(np.sqrt(np.mean(variances) / len(variances))) if variances else float("nan")
+  return _chance(variances)
 
 
-def speedup(both: list[tuple[Found, Found]]) -> list[float]:
-  """By pair: mean seconds of the second's steps over the first's, as equal seconds count them. (Medians, without a tail's long
-  steps, scatter more from run to run.)"""
-  return [b.column("sec_step").mean() / a.column("sec_step").mean() for a, b in both]
+def speedup(both: list[tuple[Found, Found]], key: str = "sec_step") -> list[float]:
+  """By pair: mean seconds of the second's steps (or a phase of them) over the first's, as equal seconds count them. (Medians,
+  without a tail's long steps, scatter more from run to run.)"""
+  return [b.column(key).mean() / a.column(key).mean() for a, b in both]
 
 
 def clipped(found: Found) -> float:
