@@ -4,11 +4,11 @@
   python -m experiments.trial --table --scale=gpu              # writes table_gpu.md and a plot a regime into results/trial
   python -m experiments.trial --run --table                    # the cpu scale: that all of it works, nothing more
 
---regime=NAME,NAME and --arms=NAME,NAME choose among them (the regime "tuning" runs only if named). --devices=N runs so many at a
-time, each in a process that sees one device (trial_devices.py); without it runs follow one another in this process. Ctrl-C,
-SIGTERM and the end of the minutes save the last step of each run; allow two minutes for it. --votes: runs that may vote keep
-their policy, and votes come behind all runs. Where there is no git, --commit says which commit it is. --dry lists the commands
-that --run would give. Arms, seeds and budgets stand in trial_arms.py, statistics in trial_page.py.
+--regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) choose among them (the regime "tuning" runs only
+if named). --devices=N runs so many at a time, each in a process that sees one device (trial_devices.py); without it runs follow
+one another in this process. Ctrl-C, SIGTERM and the end of the minutes save the last step of each run; allow two minutes for it.
+--votes: runs that may vote keep their policy, and votes come behind all runs. Where there is no git, --commit says which commit
+it is. --dry lists the commands that --run would give. Arms, seeds and budgets stand in trial_arms.py, statistics in trial_page.py.
 """
 
 from collections import Counter
@@ -34,6 +34,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("devices", None, "with --run: so many runs at a time", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("worker", None, "which of them this process is, set by the one that starts it", flag_values=values)
+  flags.DEFINE_integer("seeds", None, "only the first so many of each arm", lower_bound=1, flag_values=values)
   for name in ("model", "data", "commit"):
     flags.DEFINE_string(name, "", "see above", flag_values=values)
   for name in ("regime", "arms"):
@@ -53,7 +54,8 @@ def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
   unknown = [arm for arm in values.arms if not any(arm in regime.seeds for regime in regimes)]
   if unknown:
     raise UserError(f"--arms={unknown[0]}: no arm of {', '.join(names)}, which have {', '.join(regimes[0].seeds)}")
-  return regimes, [run for regime in regimes for run in runs_of(regime) if not values.arms or run.arm in values.arms]
+  return regimes, [run for regime in regimes for run in runs_of(regime) if (not values.arms or run.arm in values.arms)
+                   and (not values.seeds or run.seed < regime.first + values.seeds)]
 
 
 def run(values: flags.FlagValues, runs: list[Run]) -> None:

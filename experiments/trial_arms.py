@@ -121,6 +121,14 @@ _BATCHES = {name: ARMS[name] for name in ("plain", "budget", "plain8")} | {
   "half_prompts": Arm("GRPO, 16 rollouts of half as many prompts", {"prune.enabled": False}, prompts=0.5),
   "budget_gentle": dataclasses.replace(ARMS["budget"], what="ours, at the rate divided by the square root of 2",
                                        settings=_OURS | {"optim.lr": "2.12e-6"})}
+# What the paper's tables compare and the trial's first regimes have not.
+_DAPO = {"loss.name": "dapo", "rollout.resampling": 3}
+_TABLES = {name: ARMS[name] for name in ("published", "budget", "random", "budget_wide")} | {
+  "plain": dataclasses.replace(ARMS["plain"], settings=ARMS["plain"].settings | {"log.rollouts": 32}),
+  "dapo": Arm("DAPO: groups that are all alike are replaced, in three rounds", _DAPO | {"prune.enabled": False}),
+  "dapo_published": Arm("DAPO, and the paper's rule and head", _DAPO | {"prune.rule": "published"}),
+  "keep025": Arm("the paper's rule and head, 0.25 kept", {"prune.rule": "published", "prune.keep": 0.25}),
+  "keep075": Arm("the paper's rule and head, 0.75 kept", {"prune.rule": "published", "prune.keep": 0.75})}
 _HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
 _ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
 _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
@@ -176,6 +184,12 @@ REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k_rest", "gpu", "GSM8K as above, same code and seeds on a later and faster host: the other arms, plain beside them",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, ({"plain": 3, **SEEDS[2]}, SEEDS[3]), train="gsm8k_train",
          test="gsm8k_test", ours=("published", *SEEDS[3], "budget_chosen"), nulls=("max_variance",)),
+  Regime("gsm8k_tables", "gpu", "GSM8K as above by later code on fresh seeds: what the paper's tables compare, DAPO and votes too",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
+         (dict.fromkeys(("plain", "published", "dapo", "dapo_published"), 2), {"budget": 2},
+          dict.fromkeys(("random", "keep025", "keep075", "budget_wide"), 1)),
+         _TABLES, 71, train="gsm8k_train", test="gsm8k_test", ours=("published", "dapo_published", "budget"), nulls=("dapo",),
+         voting=_VOTING, votes=dict.fromkeys(("plain", "published", "budget"), 2)),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
@@ -241,7 +255,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
+DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "gsm8k_tables", "ahead", "math", "math4", "math_fresh", "math_halved", "math_halved_again",
                    "math_alone", "math_batch", "math_falling", "math_long", "falling"),
            "cpu": ("arithmetic",)}
 

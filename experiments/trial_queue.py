@@ -30,14 +30,14 @@ import traceback
 from arrol_jax.running import hosts
 from arrol_jax.running.workdir import newest_checkpoint, read_json, read_lines, write_json
 from arrol_jax.types import UserError
-from experiments.runs import terminated
+from experiments.runs import SCORES, terminated
 from experiments.trial_arms import ROOT, Run, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
 KEPT = """step pruning reward reward_ipw truncated response_len entropy grad_norm lr baseline_shift signal
   signal_per_1k_tokens keep_ratio groups_mixed rows_trained tokens_generated tokens_trained head_auc head_auc_within
-  logprob_gap prompt_variance sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
+  logprob_gap prompt_variance pos_ratio pos_var sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
 
 
 def commit_of(given: str | None) -> str:
@@ -269,7 +269,8 @@ def pieces_of(run: Run) -> Path:
 
 
 def keep(run: Run, problem: str | None) -> dict:
-  """Writes run.json, or failed.json where there is a problem, and metrics.jsonl below results/; returns what the first says."""
+  """Writes run.json, or failed.json where there is a problem, metrics.jsonl and, of rollouts that were logged, scores.jsonl below
+  results/; returns what the first says."""
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
   pieces = [piece for piece in map(json.loads, pieces_of(run).read_text().splitlines()) if piece["step"] or problem]
@@ -279,6 +280,8 @@ def keep(run: Run, problem: str | None) -> dict:
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in KEPT if k in x})) + "\n" for x in lines))
+  if rollouts := read_lines(f"{workdir}/rollouts.jsonl"):
+    (run.folder / "scores.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in SCORES})) + "\n" for x in rollouts))
   if problem:
     about |= {"problem": problem}
     write_json(f"{run.folder}/failed.json", about)

@@ -69,6 +69,9 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
       "budget_wide": lambda c: c.rollout.prompts == 1.5 * prompts,
       "budget_chosen": lambda c: c.rollout.candidates == 2 * prompts,
       "chosen": lambda c: (c.rollout.candidates, c.rollout.prompts, c.rollout.group_size) == (2 * prompts, prompts, 16),
+      **{f"keep0{n}": lambda c, n=n: (c.prune.rule, c.prune.keep) == ("published", n / 100) for n in (25, 75)},
+      "dapo": lambda c: (c.loss.name, c.rollout.resampling, c.prune.enabled) == ("dapo", 3, False),
+      "dapo_published": lambda c: (c.loss.name, c.rollout.resampling, c.prune.rule, c.prune.enabled) == ("dapo", 3, "published", True),
       "budget035": lambda c: c.prune.keep == 0.35, "budget_max_variance": lambda c: c.learn.keep == 0.5}
     assert [arm for arm, is_so in means.items() if arm in read and not is_so(read[arm])] == []
     assert [arm for arm in read if "chosen" in arm and read[arm].prune.enabled != ("budget" in arm)] == []
@@ -87,6 +90,8 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   rest = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_rest"])]  # the same settings, on another host
   assert len(rest) == len(set(rest)) == 15 + 9 and {arm for arm, _ in order + rest} == trial_arms.ARMS.keys()
   assert Run(REGIMES["gsm8k"], "plain", 1).settings == Run(REGIMES["gsm8k_rest"], "plain", 1).settings
+  _, few = trial.chosen(trial.parse(["trial", "--scale=gpu", "--regime=gsm8k_tables,gsm8k", "--arms=plain,random", "--seeds=1"]))
+  assert [(run.arm, run.seed) for run in few] == [("plain", 71), ("random", 71), ("plain", 1), ("random", 1)]
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
 
 
@@ -169,6 +174,9 @@ class Trained:
     if isinstance(how, UserError):
       raise how
     (folder / "checkpoints" / "2").mkdir(parents=True, exist_ok=True)
+    if int(flags.get("--config.log.rollouts", 0)):
+      one = dict.fromkeys(trial_queue.SCORES, 1.23456789) | {"step": 1, "text": "long"}
+      (folder / "rollouts.jsonl").write_text(json.dumps(one) + "\n")
     lines = [{"step": i, "sec_total": 6.0 * i, "reward_ipw": 0.123456789, "survivors_histogram": [1]} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     if how:
@@ -201,6 +209,13 @@ def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
   first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
   assert first == {"step": 1, "reward_ipw": 0.1234568, "sec_total": 6.0}
   assert queue(trained, [run]) and len(trained.began) == 1  # nothing is run twice
+
+
+def test_what_a_run_logs_of_single_rollouts_is_kept_without_texts(queue):
+  run = Run(REGIMES["gsm8k_tables"], "plain", 71)
+  assert queue(Trained(), [run])
+  (line,) = map(json.loads, (run.folder / "scores.jsonl").read_text().splitlines())
+  assert line == dict.fromkeys(trial_queue.SCORES, 1.234568) | {"step": 1}
 
 
 def test_votes_come_behind_all_runs_where_they_are_wanted_and_time_allows_them(queue, elsewhere):
