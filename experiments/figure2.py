@@ -6,12 +6,14 @@ Predictors come from experiments.head_ablation on the policy before training, he
 Scores and lengths come from the unpruned runs, where every rollout has a reward: those logged in the second half of the steps.
 """
 
+from pathlib import Path
+
 from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables
-from experiments.runs import ROOT, Job, Scale
+from experiments import runs, tables, trial_tables
+from experiments.runs import ROOT, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
 
 PASSES = 100  # full-batch steps of the heads shown; the ablation's file has more
@@ -33,12 +35,11 @@ def predictor(lines: list[dict], length: int, name: str, judge: str) -> Estimate
   return None
 
 
-def rollouts(jobs: list[Job]) -> list[dict]:
-  """What the unpruned runs logged of single rollouts in the second half of their steps."""
+def rollouts(folders: list[Path]) -> list[dict]:
+  """What the unpruned runs of these folders logged of single rollouts in the second half of their steps."""
   out = []
-  for job in jobs:
-    paths = [job.result.parent / name for name in ("scores.jsonl", "rollouts.jsonl")]
-    found = next((path for path in paths if job.done and (ROOT / path).exists()), None)
+  for folder in folders:
+    found = next((path for name in ("scores.jsonl", "rollouts.jsonl") if (ROOT / (path := folder / name)).exists()), None)
     logged = runs.lines(found) if found else []
     out += [x for x in logged if x["step"] > max(x["step"] for x in logged) / 2 and x["reward"] is not None]
   return out
@@ -54,9 +55,12 @@ def share(lengths: np.ndarray, detect: int, keep: float = 0.5) -> Estimate | Non
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  ablation, unpruned = runs.ablation(scale), runs.trainings(scale, "none")
+  ablation = runs.ablation(scale)
+  unpruned = [] if scale.trial else runs.trainings(scale, "none")
+  folders = [found.run.folder for found in trial_tables.everyone(scale, "plain")] if scale.trial else \
+    [job.result.parent for job in unpruned if job.done]
   lines = runs.lines(ablation.result) if ablation.done else []
-  logged = rollouts(unpruned)
+  logged = rollouts(folders)
   tokens = np.array([x["tokens"] for x in logged], float)
   lengths = [int(n) for n in scale.head[0].partition("=")[2].split(",")]
   rows, notes = [], []
@@ -81,7 +85,10 @@ def build(scale: Scale, figure: Figure) -> Table:
     draw(figure, scale, lines, lengths, right, wrong)
   notes.append("Tokens: computed from the lengths of unpruned rollouts at keep ratio 0.5, not timed.")
   columns = ("tokens read", "score", *JUDGES.values(), "tokens generated")
-  return Table("figure2", "Figure 2: what scores tell, and when", scale, columns, rows, notes, [ablation, *unpruned])
+  of_trial = (f"Scale: {scale.name}. {scale.model}; {scale.data.partition(',')[0]}. Heads: of the policy before training; scores "
+              "and lengths: of the trial's runs without pruning that logged them. The paper's figures: its models and data.")
+  return Table("figure2", "Figure 2: what scores tell, and when", scale, columns, rows, notes, [ablation, *unpruned],
+               of_trial if scale.trial else "")
 
 
 def draw(figure: Figure, scale: Scale, lines: list[dict], lengths: list[int], right: list[float], wrong: list[float]) -> None:

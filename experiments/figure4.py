@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables
+from experiments import runs, tables, trial_tables
 from experiments.plot_run import smooth
 from experiments.runs import Job, Scale
 from experiments.tables import NOT_RUN, Estimate, Table
@@ -40,6 +40,8 @@ def reward_at(job: Job, seconds: float) -> Estimate:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
+  if scale.trial:
+    return trial_tables.figure4(scale, figure)
   jobs = {arm: runs.trainings(scale, arm) for arm in ARMS}
   everyone = [job for each in jobs.values() for job in each]
   there = [job for job in everyone if job.done]

@@ -169,8 +169,8 @@ def lines() -> list[Line]:
   return [*decode_lines(), *update_lines(), *preset_lines(), *step_lines(),
           *gsm8k_lines("gsm8k_budget/published", True, True),
           *gsm8k_lines("gsm8k_budget/random", True, True, ("rest",)),
-          *gsm8k_lines("gsm8k_budget/probe", False, True), *gsm8k_lines("gsm8k_arms/none_seed0", False, False),
-          *gsm8k_lines("gsm8k_arms/published_seed0", True, False)]
+          *gsm8k_lines("gsm8k_budget/probe", False, True), *gsm8k_lines("archive/gsm8k_arms/none_seed0", False, False),
+          *gsm8k_lines("archive/gsm8k_arms/published_seed0", True, False)]
 
 
 def fit(known: list[Line]) -> Shares:

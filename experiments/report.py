@@ -59,7 +59,7 @@ def part(scale: Scale) -> str:
   write_markdown(scale, drawn)
   body = "\n".join(table.html() + plot_of(figure) for table, figure in drawn)
   return (f'<h2 id="{scale.name}">Scale: {scale.name}</h2><p>{html.escape(scale.model)}; {html.escape(scale.data)}.</p>{body}'
-          + settings([table for table, _ in drawn]))
+          + ("" if scale.trial else settings([table for table, _ in drawn])))
 
 
 def write_markdown(scale: Scale, drawn: list) -> None:
@@ -121,7 +121,7 @@ def main():
   scale, run, minutes = tables.parse([a for a in sys.argv if not a.startswith("--out=")])
   if run:
     jobs = {job.name: job for build in BUILDS for job in tables.draw(build, scale)[0].jobs}
-    finished = runs.start(list(jobs.values()), minutes)
+    finished = tables.start(scale, list(jobs.values()), minutes)
     print("all runs of this scale are there" if finished else "time is over; the same command goes on")
   path = Path(out[-1] if out else "runs/report.html")
   path.parent.mkdir(parents=True, exist_ok=True)

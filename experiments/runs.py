@@ -3,7 +3,7 @@
 | scale | model and data | where |
 |---|---|---|
 | cpu | the shipped arithmetic model, 20 steps of 8 prompts | two CPU cores, minutes |
-| gpu | Qwen2.5-Coder-0.5B-Instruct, GSM8K, 50 steps | one GPU |
+| gpu | Qwen2.5-Coder-0.5B-Instruct, GSM8K: the runs of the trial (trial_arms.py) | one GPU |
 | paper | the paper's four models, Dapo-Math-17K | a TPU slice; configs only, nothing has been run |
 
 A job is one command. Its result is a folder or file under the scale's results; it is missing while that is not there. Working
@@ -62,7 +62,7 @@ class Scale:
   """model, data: for the tables' readers. config: file of the arms, settings: what all of them change in it; skip: first
   steps (compilation, cold start) left out of means. votes, head: settings of table 3's evaluation and figure 2's ablation.
   paths: settings that say where this machine has model and data; they stand in commands and not in results. trial: by name of
-  the data the trial's regimes that tables 1, 5 and 6 show beside these arms (trial_rows.py)."""
+  the data the trial's regimes that its tables read in place of jobs of its own (trial_tables.py)."""
   name: str
   model: str
   data: str
@@ -80,16 +80,13 @@ class Scale:
 CPU = Scale(
   "cpu", "The shipped arithmetic model (0.6 M parameters)", "arithmetic, held-out accuracy greedy on 400 problems",
   "experiments/results/arithmetic_arms", "configs/quickstart.py",
-  ("steps=20", "rollout.prompts=8", "checkpoint.every=1000", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 6,
+  ("steps=20", "rollout.prompts=8", "checkpoint.every=1000", "log.backends=jsonl", "log.rollouts=32"), (0, 1), 6,
   ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=8", "eval.problems=128"),
   ("--lengths=8,16,24", "--prompts=32"))
 GPU = Scale(
   "gpu", "Qwen2.5-Coder-0.5B-Instruct", "GSM8K, held-out accuracy greedy on all 1,319 test problems",
-  "experiments/results/gsm8k_arms", "configs/gsm8k_qwen05b.py",
-  ("steps=50", "checkpoint.every=1000", "checkpoint.last=False", "log.tensorboard=False", "log.rollouts=32"), (0, 1), 14,
-  ("eval.samples=16", "eval.temperature=1.0", "eval.deepconf=True", "eval.window=64", "eval.problems=256"),
-  ("--lengths=32,64,128,192,256", "--prompts=640"),
-  trial=(("GSM8K", ("gsm8k", "gsm8k_rest")), ("MATH", ("math_alone",))))
+  "experiments/results/tables_gpu", "configs/gsm8k_qwen05b.py", (), (), 0, (), ("--lengths=32,64,128,192,256", "--prompts=640"),
+  trial=(("GSM8K", ("gsm8k", "gsm8k_rest", "gsm8k_tables")), ("MATH", ("math_alone",))))
 PAPER = Scale(
   "paper", "Qwen3-1.7B-Base", "Dapo-Math-17K; Math500, MinervaMath, OlympiadBench (accuracy), AMC'23, AIME'24, AIME'25 (pass@16)",
   "experiments/results/paper", "configs/qwen3_1b7.py", (), (0,), 20,

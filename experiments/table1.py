@@ -6,7 +6,7 @@
 from matplotlib.figure import Figure
 
 from arrol_jax import config
-from experiments import runs, tables, trial_rows
+from experiments import runs, tables, trial_tables
 from experiments.runs import PAPER_MODELS, Scale
 from experiments.tables import Table, accuracy, cell, pair, seconds, speedup, subtract
 
@@ -52,9 +52,9 @@ def _mean(by_seed: dict) -> tables.Estimate | None:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
-  """With rows of the trial, where the scale has one."""
-  out = compare(scale, figure, "table1", "Table 1, GRPO", ("none", "published"), PAPER)
-  return out.extended(*trial_rows.table1(scale, next(iter(PAPER.values()))))
+  if scale.trial:
+    return trial_tables.table1(scale, figure, next(iter(PAPER.values())))
+  return compare(scale, figure, "table1", "Table 1, GRPO", ("none", "published"), PAPER)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from matplotlib.figure import Figure
 
 from arrol_jax import config
-from experiments import tables
+from experiments import tables, trial_tables
 from experiments.runs import Scale
 from experiments.table1 import compare
 from experiments.tables import Table
@@ -15,6 +15,8 @@ PAPER = {"qwen3_1b7": (36.43, 39.42, 1.70)}
 
 
 def build(scale: Scale, figure: Figure) -> Table:
+  if scale.trial:
+    return trial_tables.table2(scale, figure, next(iter(PAPER.values())))
   table = compare(scale, figure, "table2", "Table 2, DAPO", ("dapo_none", "dapo"), PAPER)
   table.notes.append("Dynamic sampling: a step may take up to 3 batches of prompts till enough groups are mixed, and its seconds "
                      "count them all.")

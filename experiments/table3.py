@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables
+from experiments import runs, tables, trial_tables
 from experiments.runs import Scale
 from experiments.tables import Estimate, Table
 
@@ -33,6 +33,8 @@ def pooled(values: list[Estimate]) -> Estimate | None:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
+  if scale.trial:
+    return trial_tables.table3(scale, figure, RULES)
   arms = [("published", seed) for seed in scale.seeds] + [("none", seed) for seed in scale.seeds]
   stopped = [runs.stopping(scale, "published", seed) for seed in scale.seeds if scale.name != "paper"]
   jobs = [*(runs.voting(scale, arm, seed) for arm, seed in arms), *stopped]

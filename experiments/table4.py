@@ -6,7 +6,7 @@
 from matplotlib.figure import Figure
 
 from arrol_jax import config
-from experiments import runs, tables
+from experiments import runs, tables, trial_tables
 from experiments.runs import Job, Scale
 from experiments.tables import Estimate, Table, accuracy, cell, step_mean, subtract
 
@@ -23,6 +23,8 @@ def nearer(jobs: list[Job], others: list[Job]) -> Estimate | None:
 
 
 def build(scale: Scale, figure: Figure) -> Table:
+  if scale.trial:
+    return trial_tables.table4(scale, figure)
   jobs = {arm: runs.trainings(scale, arm) for arm in ARMS}
   ratio, variance, right = ({arm: f(j) for arm, j in jobs.items()} for f in (
     lambda j: step_mean(j, "pos_ratio"), lambda j: step_mean(j, "pos_var"), accuracy))

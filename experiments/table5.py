@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from arrol_jax import config
-from experiments import runs, tables, trial_rows
+from experiments import runs, tables, trial_tables
 from experiments.runs import Scale
 from experiments.tables import NOT_RUN, Table, cell, pair, seconds, speedup
 
@@ -17,6 +17,8 @@ PHASES = (("sec_generate", "generation", 106.82, 72.96), ("sec_logprob", "log-pr
 
 
 def build(scale: Scale, figure: Figure) -> Table:
+  if scale.trial:
+    return trial_tables.table5(scale, figure, PHASES)
   base, pruned = (runs.trainings(scale, arm) for arm in ("none", "published"))
   show = lambda x: f"{np.mean(list(x.values())):.3g} ({', '.join(f'{v:.3g}' for v in x.values())})" if x else NOT_RUN
   rows, notes, ratios = [], [], {}
@@ -34,8 +36,7 @@ def build(scale: Scale, figure: Figure) -> Table:
     axis.axhline(1, color="k", lw=0.8)
   notes += tables.device_note(base, pruned) + tables.load_note([*base, *pruned])
   columns = ("phase, median seconds", "GRPO", "paper", "+ pruning", "paper", "speed-up", "paper")
-  table = Table("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, [*base, *pruned])
-  return table.extended(*trial_rows.table5(scale, PHASES))
+  return Table("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, [*base, *pruned])
 
 
 if __name__ == "__main__":

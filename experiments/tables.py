@@ -7,16 +7,20 @@ needs; `main` prints it, writes the plot and, with --run, starts what is missing
 from collections.abc import Callable, Iterable
 import dataclasses
 import html
+import math
 import sys
 import textwrap
+import time
 
 from absl import flags
 from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
 
-from experiments import runs
+from arrol_jax.types import UserError
+from experiments import runs, trial_queue
 from experiments.runs import ROOT, Job, Scale
+from experiments.trial_arms import REGIMES, TABLES, runs_of
 
 NOT_RUN = "not run"
 BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from which its seconds are marked
@@ -47,7 +51,8 @@ class Estimate:
 
 @dataclasses.dataclass
 class Table:
-  """name: module; notes: what the figures say, computed from them; jobs: all commands the table needs, done or not."""
+  """name: module; notes: what the figures say, computed from them; jobs: all commands the table needs, done or not;
+  about: what it is of, where that is not what the jobs say."""
   name: str
   title: str
   scale: Scale
@@ -55,17 +60,16 @@ class Table:
   rows: list[list[str]]
   notes: list[str]
   jobs: list[Job]
+  about: str = ""
 
   @property
   def missing(self) -> list[Job]:
     return [job for job in self.jobs if not job.done]
 
-  def extended(self, rows: list[list[str]], notes: list[str]) -> "Table":
-    """With more rows and what they say."""
-    return dataclasses.replace(self, rows=self.rows + rows, notes=self.notes + notes)
-
   def heading(self) -> str:
     """Scale, model, data, and what the runs themselves say of devices, steps and seeds."""
+    if self.about:
+      return self.about
     done = [trained for job in self.jobs if job.done for trained in [job.policy or job] if trained.workdir and trained.done]
     summaries = [runs.summary(job) for job in done]
     devices = " and ".join(sorted({s["device"] for s in summaries})) or "nothing run"
@@ -253,6 +257,7 @@ def bars(axis, labels: list[str], values: list[Estimate | None], title: str, col
            yerr=[v.half for _, v in there])
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
+  axis.set_xlim(-0.7, max(len(there), 3) - 0.3)
   axis.tick_params(axis="x", labelsize=8)
   axis.set_title(title, fontsize=10)
   axis.set_ylabel(unit, fontsize=9)
@@ -287,11 +292,24 @@ def parse(argv: list[str]) -> tuple[Scale, bool, float | None]:
   return runs.with_paths(runs.SCALES[values.scale], values.model, values.data), values.run, values.minutes
 
 
+def start(scale: Scale, jobs: list[Job], minutes: float | None) -> bool:
+  """Does what is missing; False if time ran out before all of it was done. Of the trial: its regime for tables, votes too."""
+  if not scale.trial:
+    return runs.start(jobs, minutes)
+  paths = dict(path.split("=", 1) for path in scale.paths)
+  if not {"model.path", "data.folder"} <= paths.keys():
+    raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
+  version = {"commit": trial_queue.commit_of(None), "code": trial_queue.code_hash()}
+  deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+  call = trial_queue.Call(version, paths["model.path"], paths["data.folder"], deadline, votes=True)
+  return trial_queue.start(list(runs_of(REGIMES[TABLES])), call)
+
+
 def main(build: Callable[[Scale, Figure], Table]) -> None:
   scale, run, minutes = parse(sys.argv)
   table, figure = draw(build, scale)
   if run:
-    if not runs.start(table.jobs, minutes):
+    if not start(scale, table.jobs, minutes):
       print("time is over; the same command goes on", flush=True)
     table, figure = draw(build, scale)
   print(table.markdown())

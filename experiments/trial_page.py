@@ -141,7 +141,8 @@ def difference_row(results: Results, arm: str, other: str) -> list[str]:
 
 
 def votes_table(results: Results) -> list[str]:
-  """Of the trained policies: the majority's accuracy, and what weighted votes add to it, paired by run."""
+  """Of the trained policies: the majority's accuracy, and what weighted votes add to it, paired by run; of one run with its own
+  interval over problems."""
   rows = []
   for arm in results.regime.seeds:
     votes = [r.votes for r in results.of(arm) if r.votes]
@@ -149,9 +150,12 @@ def votes_table(results: Results) -> list[str]:
       n = votes[0]["samples"]
       names = [k for k in votes[0] if k.endswith(f"@{n}") and not k.startswith(("pass", "maj"))]
       of = lambda name, less=0.0, votes=votes: [100 * (v[name] - (v[less] if less else 0.0)) for v in votes]
-      more = ", ".join(f"{name.partition('@')[0]} {text(of(name, f'maj@{n}'), '+.1f')}" for name in names)
+      alone = lambda name, votes=votes: "" if len(votes) > 1 or f"{name}_gain_ci" not in votes[0] else \
+        " ({:.1f} to {:.1f})".format(*(100 * x for x in votes[0][f"{name}_gain_ci"]))
+      gain = lambda name, of=of, n=n: text(of(name, f"maj@{n}"), "+.1f").removesuffix(" (1)")
+      more = ", ".join(f"{name.partition('@')[0]} {gain(name)}{alone(name)}" for name in names)
       rows.append([arm, str(n), text(of("accuracy")), text(of(f"maj@{n}")), more])
-  return ["Votes, by rule what it adds to the majority:", "",
+  return ["Votes, by rule what it adds to the majority (of one run in brackets 95% over problems):", "",
           *table(["arm", "samples", "one sample", "majority", "adds"], rows)] if rows else []
 
 

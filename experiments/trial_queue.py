@@ -37,7 +37,8 @@ CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depen
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
 KEPT = """step pruning reward reward_ipw truncated response_len entropy grad_norm lr baseline_shift signal
   signal_per_1k_tokens keep_ratio groups_mixed rows_trained tokens_generated tokens_trained head_auc head_auc_within
-  logprob_gap prompt_variance pos_ratio pos_var sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
+  logprob_gap prompt_variance pos_ratio pos_var
+  sec_generate sec_reward sec_batch sec_update sec_step sec_compile sec_total""".split()
 
 
 def commit_of(given: str | None) -> str:

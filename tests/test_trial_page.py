@@ -195,7 +195,7 @@ def test_which_arms_a_rate_was_tuned_on(elsewhere):
 
 def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   plain = made_up("plain", 1, 0.3)
-  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4]}
+  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4], "rank@16_gain_ci": [0.01, 0.09]}
   (plain.folder / "votes.json").write_text(json.dumps(votes))
   made_up("budget", 1, 0.4)
   made_up("plain8", 1, 0.35)
@@ -210,7 +210,7 @@ def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   assert "made with other settings than the arm has now: random_seed1." in text
   assert "Not run (10): " in text and "plain_seed2" in text
   assert "budget - plain8, greedy at 10 s: +5.0 (1) points, undecided" in text  # the better of plain8 and max_variance
-  assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1) |" in text
+  assert "| plain | 16 | 20.0 (1) | 30.0 (1) | rank +5.0 (1.0 to 9.0) |" in text
   assert (elsewhere / trial_arms.RESULTS / "arithmetic.png").stat().st_size > 10_000
 
 
