@@ -266,6 +266,7 @@ HALVED = {
   "pruned, beside the same without pruning": (
     *(("gsm8k", arm, "plain") for arm in ("budget", "published", "random")), ("gsm8k", "budget_chosen", "chosen"),
     *(("gsm8k_rest", arm, "plain") for arm in ("published", "random", "budget035")),
+    *(("gsm8k_tables", arm, "plain") for arm in ("published", "budget", "random")), ("gsm8k_tables", "dapo_published", "dapo"),
     ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
