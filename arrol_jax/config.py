@@ -380,13 +380,9 @@ def _check_prune(c: ConfigDict, training: bool) -> None:
        "come before the end of a response")
   need(all(d % r.segment == 0 for d in detect),
        f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
-  if "." in p.rule:
-    try:
-      training and own_rule(p.rule)
-    except ValueError as e:
-      raise UserError(f"prune.rule: {e}") from e
-  else:
-    need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
+  if "." in p.rule and training:
+    own_rule(p.rule)
+  need("." in p.rule or p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
   need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")
