@@ -36,6 +36,7 @@ from arrol_jax.pruning.head import inputs_of, is_linear
 from arrol_jax.pruning.rule import RULES, PruneRule
 from arrol_jax.pruning.table import Calibration
 from arrol_jax.rewards import Grader
+from arrol_jax.rewards.worker import source_digest
 from arrol_jax.running import checkpoint, hosts, kept
 from arrol_jax.running.checkpoint import digest
 from arrol_jax.step import StepConfig
@@ -122,14 +123,15 @@ def encoded(c: ConfigDict, loaded: Policy, path: str, limit: int = 0, split: str
   return out, skipped
 
 
-def inputs(loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
-  """Hashes of what a run begins with (workdir.INPUTS) and is evaluated on. All processes must call it."""
+def inputs(c: ConfigDict, loaded: Policy, train: list[Prompt], held_out: dict[str, list[Prompt]]) -> dict[str, str]:
+  """Hashes of what a run begins with (workdir.INPUTS) and is evaluated by (EVALUATED_BY). All processes must call it."""
   problems, tokens = digests(train)
   m = loaded.config  # what its weights' shapes do not tell
   model = repr((m.heads, m.kv_heads, m.head_dim, m.rope_theta, m.rope_scaling, m.norm_eps, sorted(map(int, loaded.eos_ids))))
   return {"problems": problems, "tokens": tokens, "weights": digest(loaded.params),
           "model": hashlib.sha256(model.encode()).hexdigest()[:16],
-          "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts]))}
+          "held_out": "".join(digests([p for prompts in held_out.values() for p in prompts])),
+          **({"reward": source} if (source := source_digest(c.reward.function)) else {})}
 
 
 def warn(c: ConfigDict, loaded: Policy, prompts: list[Prompt]) -> None:

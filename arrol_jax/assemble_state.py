@@ -21,8 +21,9 @@ from arrol_jax.models.transformer import PolicyConfig
 from arrol_jax.pruning import features
 from arrol_jax.pruning.head import init_head
 from arrol_jax.pruning.table import Calibration
-from arrol_jax.running.checkpoint import Checkpoints, digest
-from arrol_jax.running.workdir import fingerprint, stored_config, stored_inputs
+from arrol_jax.running import evaluated
+from arrol_jax.running.checkpoint import Checkpoints, Scores, digest
+from arrol_jax.running.workdir import fingerprint, saved_steps, stored_config, stored_inputs
 from arrol_jax.types import TrainState, UserError
 
 
@@ -124,13 +125,16 @@ def check_export(c: ConfigDict, workdir: str, tokenizer) -> None:
       folders.check_replaceable(Path(workdir) / "adapter")
 
 
-def scored_by(workdir: str) -> str | None:
-  """What the scores of this run's checkpoints are of: checkpoint.best, and how on which problems, for only such figures can be
-  compared; None where there are none."""
+def scored_by(workdir: str) -> Scores | None:
+  """What the scores of this run's checkpoints are of: checkpoint.best, and how on which problems by which reward function, for
+  only such figures can be compared; and what evaluations in the folder say. None where checkpoint.best is not set."""
   stored, inputs = stored_config(workdir) or {}, stored_inputs(workdir) or {}
   best, how = stored.get("checkpoint", {}).get("best"), stored.get("eval", {})
+  if best is None:
+    return None
   asked = [how.get(name) for name in ("subset", "samples", "temperature", "max_new", "stop_below")]
-  return best and f"{best}, {asked}, {inputs.get('held_out')}"
+  reward = f", {inputs['reward']}" if "reward" in inputs else ""
+  return Scores(f"{best}, {asked}, {inputs.get('held_out')}{reward}", evaluated.scores(workdir, best, saved_steps(workdir)))
 
 
 def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,

@@ -5,6 +5,7 @@ configs/base.py says what every key means. Only entry points import this module.
 
 from collections.abc import Callable
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -93,7 +94,7 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     config_flag = ("config", "NAME|FILE", f"a run that is shipped ({', '.join(shipped.names())}), or a file")
     print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
-  argv, off = _switched_off(argv)
+  argv, off = _switched_off(_lists_once(argv))
   argv, path = _config_of(argv)
   if path is None:
     path, stored = _config_of_run(argv)
@@ -158,6 +159,16 @@ def _split_lists(c: ConfigDict) -> None:
       c[name] = tuple(part for x in value for part in (_words(x) if isinstance(x, str) else [x]))
 
 
+def _lists_once(argv: list[str]) -> list[str]:
+  """The command line with the last word alone on each list: that counts, as on all else. (By themselves the flags join them.)"""
+  lists = {f"config.{name}" for name, default, _ in usage.keys() if default.startswith("(")}
+  words, out = iter(argv), {}
+  for i, word in enumerate(words):
+    name = word.partition("=")[0].lstrip("-")
+    out[name if name in lists else i] = [word, *itertools.islice(words, int(name in lists and "=" not in word))]
+  return [word for given in out.values() for word in given]
+
+
 def _switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
   """The command line without --config.KEY=None, and such KEYs: those that may be None, where it is the last word on them. (By
   themselves the flags take no None for a number.)"""
@@ -178,8 +189,7 @@ def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
       raise UserError(f"unexpected argument {word!r}; write --{'workdir' if is_run(word) else 'config'}={word}")
     half = given and os.path.isdir(os.path.join(given[-1], "checkpoints"))
     where = f", and {given[-1]} {'has checkpoints and no config.json' if half else 'holds no run'}" if given else ""
-    raise UserError(f"no --config=NAME or --config=FILE given{where}; shipped ones: "
-                    f"{', '.join(shipped.names())}")
+    raise UserError(f"no --config=NAME or --config=FILE given{where}; shipped ones: {', '.join(shipped.names())}")
   c, file = defaults(), os.path.join(given[-1], "config.json")
   for name in fill(c, stored_config(given[-1], c)):
     hosts.say(f"{file}: {name} is not known here and is left out")
@@ -219,8 +229,8 @@ def _explain(path: str, e: Exception, argv: list[str]) -> str:
   """What ml_collections or the config file raised, in one line."""
   key = _key_of(e)
   if key:
-    name = re.search(r'"(\w+)"', key)
-    by_hand = name and any(name[1] in a.partition("=")[0].split(".") for a in argv)
+    given = {word.lstrip("-").partition("=")[0] for word in argv if word.lstrip("-").startswith("config.")}
+    by_hand = given - {f"config.{name}" for name, *_ in usage.keys()}
     text = f"{'' if by_hand else f'{path}: '}unknown config key: {key} (configs/base.py lists them all)"
   elif isinstance(e, flags.UnrecognizedFlagError):
     text, last = str(e), e.flagname.rpartition(".")[2]
@@ -380,13 +390,9 @@ def _check_prune(c: ConfigDict, training: bool) -> None:
        "come before the end of a response")
   need(all(d % r.segment == 0 for d in detect),
        f"prune.detect is {detect}; each must be a multiple of rollout.segment ({r.segment})")
-  if "." in p.rule:
-    try:
-      training and own_rule(p.rule)
-    except ValueError as e:
-      raise UserError(f"prune.rule: {e}") from e
-  else:
-    need(p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
+  if "." in p.rule and training:
+    own_rule(p.rule)
+  need("." in p.rule or p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
   need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")

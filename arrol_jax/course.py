@@ -27,7 +27,9 @@ from arrol_jax.models.files.weights import Policy
 from arrol_jax.rewards import Grader
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.running.workdir import Logs, read_json, read_results, seconds_of, write_json
+from arrol_jax.running.evaluated import held_out_line, read_results
+from arrol_jax.running.json_files import read_json, write_json
+from arrol_jax.running.workdir import Logs, seconds_of
 from arrol_jax.step import RolledOut, TrainingStep
 from arrol_jax.types import TrainState, UserError
 
@@ -55,11 +57,12 @@ class Course:
     return self
 
   def __exit__(self, kind, reason, _):
-    c, done = self.c, int(self.state.step)
+    done = int(self.state.step)
     if kind in (hosts.Preempted, generation.Ungraded) and done:
-      scored = done % c.checkpoint.every == 0 and self.since_saved and not c.checkpoint.best
-      self.checkpoints.save(done, self.state, self.rating() if scored else None)
+      rated = self.due(done) and self.since_saved and not self.c.checkpoint.best
+      self.checkpoints.save(done, self.state, self.rating() if rated else None)
       self.checkpoints.wait()
+      done = self.checkpoints.latest()  # past the state's where the best one is being evaluated
     if kind is hosts.Preempted and done:
       hosts.say(f"{self.workdir}: {reason}; step {done} is saved")
     if kind is generation.Ungraded:
@@ -67,7 +70,7 @@ class Course:
 
   def catch_up(self) -> None:
     """The evaluations that the last step was due, in case the run was told to stop in the middle of them: its line and its
-    checkpoint get what they lack."""
+    checkpoint get what they lack, or were given in another way."""
     line = self.evaluated(self.start) if self.start else {}
     if self.score is not None:
       self.checkpoints.rate(self.start, self.score)
@@ -135,9 +138,8 @@ class Course:
     """A checkpoint where one is due behind the step of `line`."""
     c, done = self.c, line["step"]
     self.checkpoints.check()
-    due = done % c.checkpoint.every == 0 or (c.checkpoint.last and self.last(done))
     score = self.rating()
-    if due or (c.checkpoint.best and score is not None):
+    if self.due(done) or (c.checkpoint.best and score is not None):
       if self.logs:
         self.logs.sync()
       self.checkpoints.save(done, self.state, score=score)
@@ -165,6 +167,10 @@ class Course:
       hosts.warn(f"{len(self.lost)} steps had no survivors (rollouts_kept in metrics.jsonl), steps {self.lost[0]} to "
                  f"{self.lost[-1]}")
     hosts.say(f"{self.workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+
+  def due(self, done: int) -> bool:
+    """Whether a checkpoint is due behind step `done`."""
+    return done % self.c.checkpoint.every == 0 or (self.c.checkpoint.last and self.last(done))
 
   def last(self, done: int) -> bool:
     """Whether the run ends behind step `done`."""
@@ -256,11 +262,17 @@ class HeldOut:
     path = f"{self.workdir}/{name}.json"
     if not self.prompts:
       return {}
-    if not hosts.agree(hosts.together(lambda: hosts.first() and os.path.exists(path) and not all_failed(path))):
+    there = hosts.agree(hosts.together(lambda: hosts.first() and os.path.exists(path) and not all_failed(path)))
+    if not there:
       results = self.measured(state, name.replace("_", " "), most)
       if hosts.first():
         write_json(path, results)
-    return hosts.agree(hosts.together(lambda: read_results(path, self.prompts) if hosts.first() else None))
+    results = hosts.agree(hosts.together(lambda: read_results(path, self.prompts) if hosts.first() else None))
+    share = max(x.get("ungraded", 0) for x in results.values())
+    if there and share:
+      hosts.warn(f"{path}: {100 * share:.2g}% of its answers could not be graded and count as wrong; where that has been mended "
+                 "since, delete it to have it made again")
+    return results
 
   def measured(self, state: TrainState, name: str, most: int | None) -> dict:
     c = self.c
@@ -282,13 +294,6 @@ def all_failed(path: str) -> bool:
   """Whether an evaluation's file is of a reward function that failed on every answer: then its mending calls for another."""
   results = read_json(path).values()
   return bool(results) and all(isinstance(x, dict) and x.get("ungraded") == 1 for x in results)
-
-
-def held_out_line(results: dict) -> dict:
-  """What a step's line says of its evaluation: accuracy over all problems, and by source where there are several."""
-  count = sum(x["problems"] for x in results.values())
-  out = {"held_out_accuracy": sum(x["accuracy"] * x["problems"] for x in results.values()) / count}
-  return out | ({f"held_out_accuracy/{name}": x["accuracy"] for name, x in results.items()} if len(results) > 1 else {})
 
 
 def summary_line(result: dict) -> str:

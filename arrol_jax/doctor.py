@@ -48,7 +48,7 @@ def main():
     shapes = page.section("step", lambda: sizes.shapes(page, c, model, mesh), model, mesh)
     page.section("memory", lambda: sizes.memory(page, c, model, *shapes), shapes)
     if whole:
-      begun_with = lambda: assemble.inputs(model, train, held_out)
+      begun_with = lambda: assemble.inputs(c, model, train, held_out)
       page.section("fingerprints", lambda: folder.fingerprints(page, workdir, begun_with()), train, held_out)
   for text in page.warnings:
     hosts.warn(text)

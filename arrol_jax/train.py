@@ -73,7 +73,7 @@ def main():
     eval_prompts = {name: assemble.prompts(c, loaded, source, c.eval.problems)
                     for name, source in sources.benchmark_names(c.data.eval).items()}
     assemble.warn(c, loaded, train_prompts)
-    inputs = assemble.inputs(loaded, train_prompts, eval_prompts)
+    inputs = assemble.inputs(c, loaded, train_prompts, eval_prompts)
     hosts.say(f"{loaded.config.num_params() / 1e6:,.1f}M parameters, {len(train_prompts):,} problems to train on and "
               f"{sum(map(len, eval_prompts.values())):,} held out, after {time.time() - started:.0f} s")
     # Not before all that the user gave has been read: a mistake leaves the folder free.
@@ -93,8 +93,8 @@ def main():
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     belongs = assemble_state.belongs(c, inputs["weights"] if loaded.config.lora else None)
-    checkpoints = stack.enter_context(Checkpoints(
-      workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=hosts.agree(assemble_state.scored_by(workdir))))
+    best = hosts.agree(hosts.together(lambda: assemble_state.scored_by(workdir) if hosts.first() else None))
+    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=best))
     start, state = checkpoints.restore(state)
     check_length(workdir, start, c.steps)
     if start:

@@ -28,7 +28,9 @@ import time
 import traceback
 
 from arrol_jax.running import hosts
-from arrol_jax.running.workdir import newest_checkpoint, read_json, read_lines, write_json
+from arrol_jax.running.json_files import read_json, write_json
+from arrol_jax.running.lines import read_lines
+from arrol_jax.running.workdir import newest_checkpoint
 from arrol_jax.types import UserError
 from experiments.runs import SCORES, terminated
 from experiments.trial_arms import ROOT, Run, same

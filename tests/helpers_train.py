@@ -33,7 +33,7 @@ FAST = {"steps": 3, "data__eval": "", "checkpoint__export": False}
 
 def arguments(workdir, **overrides):
   """Command line of a small run; in `overrides` a double underscore stands for the dot."""
-  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}  # once each: repeated tuples are appended
+  keys = SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
   return [QUICKSTART, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
 
 

@@ -52,11 +52,28 @@ def test_a_list_of_words_may_be_empty():
     assert tuple(c.prune.weigh) == ()
 
 
+def test_the_last_word_on_a_list_counts_as_on_all_else():
+  argv = ["p", "--config=quickstart", "--config.prune.weigh=table", "--config.steps=3", "--config.prune.detect=8,16",
+          "--config.prune.weigh=head,policy", "-config.prune.detect", "(24,)", "--config.steps=4"]
+  c, _ = config.parse(argv)
+  assert (tuple(c.prune.weigh), tuple(c.prune.detect), c.steps) == (("head", "policy"), (24,), 4)
+  c, _ = config.parse([*argv, "--config.prune.weigh="])
+  assert tuple(c.prune.weigh) == ()
+
+
+@pytest.mark.parametrize("flag, words", [("prune.kep=0.4", "'kep' Did you mean \"keep\""), ("zzz=3", "'zzz'"),
+                                         ("prune.keep.x=3", "Attempting to lookup: prune.keep.x")])
+def test_a_misspelt_flag_is_not_blamed_on_the_config_file(flag, words):
+  with pytest.raises(UserError) as e:
+    config.parse(["p", "--config=quickstart", "--config.steps=3", f"--config.{flag}"])
+  assert str(e.value).startswith("unknown config key: ") and words in str(e.value)
+
+
 def test_a_key_that_a_config_file_misspells_is_one_short_line_with_the_files_name(tmp_path):
   (tmp_path / "mine.py").write_text("from configs import quickstart\ndef get_config():\n  c = quickstart.get_config()\n"
                                     "  c.promts = 3\n  return c\n")
   with pytest.raises(UserError) as e:
-    config.parse(["p", f"--config={tmp_path}/mine.py"])
+    config.parse(["p", f"--config={tmp_path}/mine.py", "--config.rollout.prompts=3", "--config.steps=1"])
   assert str(e.value).startswith(f'{tmp_path}/mine.py: unknown config key: Key "promts" does not exist')
   assert len(str(e.value)) < 400
 

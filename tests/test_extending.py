@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+from helpers_train import FAST, arguments, command
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,6 +93,22 @@ def test_a_rule_whose_module_fails_is_one_line(tmp_path, monkeypatch, text, word
     c.prune.rule = name
     with pytest.raises(UserError, match="prune.rule: "):
       config.check(c)
+
+
+@pytest.mark.parametrize("body, words", [
+  ("return jnp.full(8, kappa)", r"my_sizes.rule must give a number for each of f32\[16\] posteriors, and gave f32\[8\]"),
+  ("return q if len(q) == 8 else kappa", r"for each of f32\[16\] posteriors, and gave f32\[\]"),
+  ("return q + jnp.zeros(8)", "failed under jit on 16 rows: .*shapes")])
+def test_a_rule_for_eight_rows_alone_is_one_line(tmp_path, monkeypatch, body, words):
+  """Eight are what it is asked about before anything is loaded."""
+  (tmp_path / "my_sizes.py").write_text(
+    f"import jax.numpy as jnp\ndef rule(q, group, decided, *, kappa, p_min, p_max):\n  {body}\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  sys.modules.pop("my_sizes", None)
+  own_rule.cache_clear()
+  said = command(*arguments(tmp_path / "run", prune__rule="my_sizes.rule", **FAST))
+  line = said.err.splitlines()[-1]
+  assert said.status == 2 and line.startswith("error: prune.rule: ") and re.search(words, line) and "Traceback" not in said.err
 
 
 def test_a_rule_that_gives_no_number_keeps_such_rows_with_kappa(tmp_path, monkeypatch):

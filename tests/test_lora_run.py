@@ -1,6 +1,5 @@
 """Training adapters by the command: a run that is resumed is the uninterrupted one, the best step is exported, files add up."""
 
-import json
 import shutil
 from unittest import mock
 
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file
 from arrol_jax import assemble, assemble_state, config, evaluate, load_policy
 from arrol_jax.running import hosts
 from arrol_jax.running.checkpoint import Checkpoints
-from arrol_jax.types import UserError
+from arrol_jax.running.workdir import claim
 
 # Held-out accuracy by evaluation, in the order of a run of three steps: before, after steps 1 to 3, after.
 SAID = {"eval before": 0.0, "eval 0001": 0.25, "eval 0002": 0.75, "eval 0003": 0.5, "eval after": 0.9}
@@ -115,26 +114,20 @@ def test_an_evaluation_that_a_signal_cut_off_counts_when_the_run_goes_on(runs, t
   stored = [load_file(x / "adapter" / "adapter_model.safetensors") for x in (folder, runs[0])]
   for name in stored[1]:
     np.testing.assert_array_equal(stored[0][name], stored[1][name])
-  scores = folder / "checkpoints" / "scores.json"
-  rated = read(scores)
-  for other in ({"2": 1}, {"2": rated["2"] | {"crc": 1}}):  # of another checkpoint
-    scores.write_text(json.dumps(other))
-    assert best() == 3
-  scores.write_text("{")
-  with pytest.raises(UserError, match="scores.json: damaged"):
-    best()
+  (folder / "eval_0002.json").unlink()
+  assert best() == 3  # the second checkpoint says nothing of itself
 
 
 def test_scores_of_other_evaluations_are_none(runs, tmp_path):
   """Accuracy on other problems, or of other sampling, says nothing of which step is the best."""
   folder = shutil.copytree(runs[0], tmp_path / "run")
-  settings, problems = read(folder / "config.json"), read(folder / "inputs.json")
+  inputs = read(folder / "inputs.json")
   best = lambda: Checkpoints(str(folder), 1, read_only=True, best=assemble_state.scored_by(folder)).best()
-  for change in ({"every": 3, "before": False}, {"subset": 3}):
-    (folder / "config.json").write_text(json.dumps(settings | {"eval": settings["eval"] | change}))
-    assert best() == (2 if "every" in change else None)
-  (folder / "config.json").write_text(json.dumps(settings))
-  (folder / "inputs.json").write_text(json.dumps(problems | {"held_out": "others"}))
+  ways = [({"eval__every": 3, "eval__before": False}, 2), ({"eval__subset": 3}, None), ({}, 2)]  # these say it of themselves
+  for more, step in ways:
+    claim(str(folder), config.parse(["train.py", *arguments(folder, steps=3, **WITH | more)])[0], inputs)
+    assert best() == step
+  claim(str(folder), config.parse(["train.py", *arguments(folder, steps=3, **WITH)])[0], inputs | {"held_out": "others"})
   assert best() is None
   said = in_process(evaluate, f"--workdir={folder}", "--step=best")
   assert_refused(said, "--step=best", "2, 3, newest", "of which none has a score")

@@ -169,11 +169,18 @@ def test_few_survivors_whose_answers_cannot_be_graded_end_nothing(tmp_path, func
 
 
 def test_an_evaluation_says_which_share_of_its_answers_was_not_graded(tmp_path, functions):
+  """Each time the run goes on, until the function is mended."""
   (tmp_path / "shaped_rewards.py").write_text("def some(response, answer): return 1.0 if len(response) % 4 else None")
-  said = run(tmp_path / "run", **SHORT | {"steps": 1, "data__eval": "experiments/arithmetic/test.jsonl", "eval__problems": 40},
-             reward__function="shaped_rewards.some").err
-  share = read(tmp_path / "run" / "eval_before.json")["test"]["ungraded"]
-  assert 0 < share <= 0.5 and f"eval before: {100 * share:.2g}% of the answers could not be graded" in said
+  settings = SHORT | {"data__eval": "experiments/arithmetic/test.jsonl", "eval__problems": 40}
+  said = lambda steps: run(tmp_path / "run", **settings | {"steps": steps}, reward__function="shaped_rewards.some")
+  first, before = said(1).err, tmp_path / "run" / "eval_before.json"
+  share = read(before)["test"]["ungraded"]
+  assert 0 < share <= 0.5 and f"eval before: {100 * share:.2g}% of the answers could not be graded" in first
+  assert f"eval_before.json: {100 * share:.2g}% of its answers could not be graded" not in first
+  assert f"eval_before.json: {100 * share:.2g}% of its answers could not be graded and count as wrong" in said(2).err
+  assert read(before)["test"]["ungraded"] == share
+  (tmp_path / "shaped_rewards.py").write_text("def some(response, answer): return 1.0")
+  assert "could not be graded" not in said(3).err and "ungraded" not in read(before)["test"]
 
 
 def test_a_failing_evaluation_keeps_what_a_finished_training_made(tmp_path, functions):

@@ -195,7 +195,8 @@ def test_which_arms_a_rate_was_tuned_on(elsewhere):
 
 def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
   plain = made_up("plain", 1, 0.3)
-  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4], "rank@16_gain_ci": [0.01, 0.09]}
+  votes = {"samples": 16, "accuracy": 0.2, "maj@16": 0.3, "rank@16": 0.35, "rank@16_ci": [0.3, 0.4],
+           "rank@16_gain_ci": [0.01, 0.09]}
   (plain.folder / "votes.json").write_text(json.dumps(votes))
   made_up("budget", 1, 0.4)
   made_up("plain8", 1, 0.35)

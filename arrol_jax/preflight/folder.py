@@ -44,8 +44,8 @@ def fingerprints(page: Page, workdir: str, inputs: dict) -> None:
   page.say(", ".join(f"{name} {value}" + ("" if before.get(name, value) == value else f" (was {before[name]})")
                      for name, value in inputs.items()))
   runs.check_inputs(workdir, inputs)
-  if before.get("held_out", inputs["held_out"]) != inputs["held_out"]:
-    page.say("the problems of data.eval changed: they are evaluated again, the earlier results go")
+  for what in runs.evaluated_by_other(before, inputs):
+    page.say(f"{what} changed: evaluations are made again, the earlier results go")
 
 
 def _list(page: Page, what: str, items: list[str]) -> None:

@@ -7,6 +7,8 @@ import importlib
 import jax
 import jax.numpy as jnp
 
+from arrol_jax.types import UserError
+
 
 @functools.cache
 def own_rule(name: str) -> Callable:
@@ -15,27 +17,36 @@ def own_rule(name: str) -> Callable:
   in rule.survival. What it says of other rows does not count, what lies outside of [p_min, p_max] is brought there, and what is
   no number counts as kappa.
 
-  Raises ValueError where it cannot be imported, or does not give finite numbers of that shape under jit.
+  Raises UserError where it cannot be imported, or does not give finite numbers of that shape under jit; so does what is
+  returned, where the function fails on its rows or gives another shape.
   """
   module, _, attribute = name.rpartition(".")
   if not module.strip("."):
-    raise ValueError(f"{name!r} is no MODULE.FUNCTION")
+    raise UserError(f"prune.rule: {name!r} is no MODULE.FUNCTION")
   try:
     function = getattr(importlib.import_module(module), attribute)
   except (Exception, SystemExit) as e:  # a module is a program
-    raise ValueError(f"{name} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
-  q, group, limits = jnp.linspace(0.0, 1.0, 8), jnp.arange(8) // 4, {"kappa": 0.5, "p_min": 0.1, "p_max": 0.9}
-  try:
-    out = jax.jit(lambda q, group, decided: function(q, group, decided, **limits))(q, group, q < 0.8)
-    good = out.shape == q.shape and bool(jnp.all(jnp.isfinite(out)))
-  except Exception as e:  # of any kind: it is the user's
-    why = " ".join(str(e).split())[:200]
-    raise ValueError(f"{name}(q, group, decided, *, kappa, p_min, p_max) failed under jit: {why}") from e
-  if not good:
-    raise ValueError(f"{name} must give a finite number for each of f32[8] posteriors, and gave {out}")
+    raise UserError(f"prune.rule: {name} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+
+  def asked(q, group, decided, **limits):
+    """f32[B] of `function`; what it raises, and what has another shape, is the user's mistake."""
+    try:
+      p = jnp.asarray(function(q, group, decided, **limits), jnp.float32)
+    except Exception as e:  # of any kind
+      why = " ".join(str(e).split())[:200]
+      raise UserError(f"prune.rule: {name}(q, group, decided, *, kappa, p_min, p_max) failed under jit on {q.size} rows: "
+                      f"{why}") from e
+    if p.shape != q.shape:
+      raise UserError(f"prune.rule: {name} must give a number for each of f32[{q.size}] posteriors, and gave f32{list(p.shape)}")
+    return p
+
+  q, limits = jnp.linspace(0.0, 1.0, 8), {"kappa": 0.5, "p_min": 0.1, "p_max": 0.9}
+  probe = jax.jit(functools.partial(asked, **limits))(q, jnp.arange(8) // 4, q < 0.8)
+  if not jnp.all(jnp.isfinite(probe)):
+    raise UserError(f"prune.rule: {name} must give a finite number for each of f32[8] posteriors, and gave {probe}")
 
   def rule(q, group, decided, *, kappa, p_min, p_max):
-    p = jnp.asarray(function(q, group, decided, kappa=kappa, p_min=p_min, p_max=p_max), jnp.float32)
+    p = asked(q, group, decided, kappa=kappa, p_min=p_min, p_max=p_max)
     return jnp.where(jnp.isnan(p), kappa, jnp.clip(p, p_min, p_max))
 
   return rule

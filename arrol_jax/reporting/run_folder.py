@@ -13,7 +13,8 @@ import re
 
 import numpy as np
 
-from arrol_jax.running.workdir import flat, is_run, read_json, read_lines, records, stored_config
+from arrol_jax.running.json_files import read_json
+from arrol_jax.running.workdir import flat, is_run, read_lines, records, stored_config
 from arrol_jax.types import UserError
 
 MOST_ROLLOUTS = 400

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import fcntl
 import functools
+import hashlib
 from importlib import import_module
 import inspect
 import math
@@ -16,6 +17,7 @@ import numbers
 import os
 import resource
 import signal
+import sys
 
 from arrol_jax.rewards.grade import Graded, settle
 from arrol_jax.running import streams
@@ -109,6 +111,18 @@ def load(path: str) -> Callable:
   if not module:
     raise ValueError("it takes MODULE.FUNCTION, a module that can be imported and a function of it")
   return getattr(import_module(module), name)
+
+
+def source_digest(path: str | None) -> str:
+  """A hash of the file that holds the function `path`, "" where none is found; nothing is imported. What that file imports is
+  not part of it."""
+  name = (path or "").replace(":", ".").rpartition(".")[0].replace(".", "/")
+  files = [f"{entry or '.'}/{name}{end}" for entry in sys.path for end in ("/__init__.py", ".py")] if name else []
+  found = next(filter(os.path.isfile, files), None)
+  if found is None:
+    return ""
+  with open(found, "rb") as f:
+    return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 def bind(function: Callable, pattern: str | None, success: float = 1.0) -> Callable[[str, str], Graded]:

@@ -21,6 +21,7 @@ import re
 import sys
 import threading
 import traceback
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -28,18 +29,25 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from arrol_jax.running import hosts, kept
-from arrol_jax.running.workdir import read_json, write_json
 from arrol_jax.types import TrainState, UserError
+
+
+class Scores(NamedTuple):
+  """What the scores of a run's checkpoints are of, and by step those that evaluations in its folder give: these go before what a
+  checkpoint says of itself, for one may be evaluated after it was saved, or again in another way."""
+  of: str
+  measured: dict[int, float]
 
 
 class Checkpoints:
   """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
   def __init__(self, workdir: str, keep: int, belongs: dict | None = None, read_only: bool = False, also: tuple = (),
-               best: str | None = None):
+               best: Scores | None = None):
     """belongs: {"config_hash": str, "root_key": [int]} of the run, saved and compared on restoring; None: any will do.
-    also: further config hashes of this run's (workdir.claim). best: what scores are of; those of something else do not count."""
-    self.workdir, self.belongs, self.read_only, self.also, self.scored_by = workdir, belongs, read_only, also, best
+    also: further config hashes of this run's (workdir.claim). best: None where checkpoints are rated by what `save` is told;
+    scores of something else do not count."""
+    self.workdir, self.belongs, self.read_only, self.also, self.scored_by = workdir, belongs, read_only, also, best and best.of
     self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self.kept = _NewestAndBest(keep)
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
@@ -53,12 +61,10 @@ class Checkpoints:
     # Reads without waiting for other processes: one that cannot read its part must not leave them waiting.
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
-    later = self._rated_later()
     for step in self.steps():
       notes = _attempt(lambda step=step: self._notes(step))[0] or {}
-      if notes.get("score") is None and (more := later.get(str(step), {})).get("crc") == _crc(notes):
-        notes |= more
-      self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == best else None
+      self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == self.scored_by else None
+    self.kept.scores |= best.measured if best else {}
 
   def _make_folder(self) -> None:
     if not self.read_only and hosts.first():
@@ -93,18 +99,8 @@ class Checkpoints:
       _aside(lambda: self.manager.save(step, args=ocp.args.StandardSave(leaves), custom_metadata=notes, force=True))
 
   def rate(self, step: int, score: float) -> None:
-    """Gives a checkpoint its score that was saved without: the evaluation behind its step was cut off, and is made since. Kept in
-    scores.json beside it, tied to the checkpoint by its notes' checksum."""
-    if step in self.steps() and self.kept.scores.get(step) is None:
-      self.kept.scores[step] = score
-      if hosts.first():
-        rated = {"score": score, "scored_by": self.scored_by, "crc": _crc(self._notes(step))}
-        write_json(f"{self.folder}/scores.json", self._rated_later() | {str(step): rated})
-
-  def _rated_later(self) -> dict:
-    """By step, as text, what `rate` has written. UserError where it is damaged."""
-    path = f"{self.folder}/scores.json"
-    return {k: v for k, v in read_json(path).items() if isinstance(v, dict)} if os.path.exists(path) else {}
+    """The score of a checkpoint that was saved before its evaluation was made, or made again."""
+    self.kept.scores[step] = score
 
   def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
     """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.

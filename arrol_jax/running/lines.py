@@ -38,8 +38,8 @@ def _has(record: dict, key: str) -> bool:
 
 
 def is_number(value) -> bool:
-  """Whether what a file says is a number, and finite."""
-  return isinstance(value, int | float) and math.isfinite(value)
+  """Whether what a file says is a number, and finite; true and false are none."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_lines(path: str) -> list[dict]:

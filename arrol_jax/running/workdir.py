@@ -1,31 +1,30 @@
 """A run's folder: config.json, inputs.json, metrics.jsonl, rollouts.jsonl, summary.json.
 
 Whatever moment a run is killed at, what is in the folder can be read and the run goes on: JSON files appear whole or not at
-all, logs (lines.py) lose at most their last line, and lines of steps that will be made again are dropped. One run at a time
-writes there (`hold`), and it is the run that began there: same settings, problems and weights (`check_workdir`, `claim`).
-Checkpoints are checkpoint.py's, other logs loggers.py's.
+all (json_files.py), logs (lines.py) lose at most their last line, and lines and evaluations of steps that will be made again are
+dropped. One run at a time writes there (`hold`), and it is the run that began there: same settings, problems and weights
+(`check_workdir`, `claim`). Checkpoints are checkpoint.py's, evaluations evaluated.py's, other logs loggers.py's.
 """
 
-from collections.abc import Iterable
 import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import tempfile
 
 import jax
 import numpy as np
 
-from arrol_jax.running import hosts
-from arrol_jax.running.lines import READ_AGAIN, cut_back, is_number, read_lines, records, rewrite, seconds_of
+from arrol_jax.running import evaluated, hosts
+from arrol_jax.running.json_files import damaged, read_json, write_json
+from arrol_jax.running.lines import READ_AGAIN, cut_back, read_lines, records, rewrite, seconds_of
 from arrol_jax.running.rollout_lines import finite, in_full, in_short
 from arrol_jax.types import UserError
 
 
 class Logs:
-  """metrics.jsonl, rollouts.jsonl and summary.json of a workdir; lines past `start` steps are dropped.
+  """metrics.jsonl, rollouts.jsonl and summary.json of a workdir; lines and evaluations past `start` steps are dropped.
 
   backends: where else lines go (loggers.py). timed: the run goes by its seconds, which the line of step `start` says. UserError
   where that line is not there, or one is damaged; else a warning of those that are not there.
@@ -36,6 +35,7 @@ class Logs:
     path = f"{workdir}/metrics.jsonl"
     cut_back(path, start, READ_AGAIN)
     cut_back(f"{workdir}/rollouts.jsonl", start)
+    evaluated.remove(workdir, [name for name, step in evaluated.steps(workdir).items() if step > start])
     self.lines = read_lines(path)
     there = {x["step"] for x in self.lines}
     if timed and start and start not in there:
@@ -59,17 +59,20 @@ class Logs:
     for backend in self.backends:
       backend.write(line["step"], figures, table)
 
-  def amend(self, step: int, more: dict) -> None:
-    """Adds what it lacks of `more` to the last line, if that is of `step`: it was written before this was known."""
-    line = self.lines[-1] if self.lines and self.lines[-1]["step"] == step else more
-    more = {k: finite(v) for k, v in more.items() if k not in line}
-    if more:
-      line |= more
+  def amend(self, step: int, found: dict) -> None:
+    """What the last line says of its evaluations is `found` from now on, if it is of `step` and anything was found: it was
+    written before, or says what was measured in another way."""
+    if not found or not self.lines or self.lines[-1]["step"] != step:
+      return
+    found = {k: finite(v) for k, v in found.items()}
+    line = {k: v for k, v in self.lines[-1].items() if k.partition("/")[0] != "held_out_accuracy"} | found
+    if line != self.lines[-1]:
+      self.lines[-1] = line
       self.files["metrics"].close()
       rewrite(f"{self.workdir}/metrics.jsonl", self.lines)
       self.files["metrics"] = open(f"{self.workdir}/metrics.jsonl", "a")
       for backend in self.backends:
-        backend.write(step, more, [])
+        backend.write(step, found, [])
 
   def _append(self, name: str, record: dict) -> None:
     self.files[name].write(json.dumps(record) + "\n")
@@ -134,7 +137,7 @@ def stored_config(workdir: str, defaults=None) -> dict | None:
   stored, usual = renamed(read_json(path)), json.loads(to_json(defaults)) if defaults else {}
   broken = next((name for name, x in usual.items() if isinstance(x, dict) and not isinstance(stored.get(name, {}), dict)), None)
   if broken:
-    raise UserError(f"{path}: damaged ({broken} has no keys); {_remedy(path)}")
+    raise damaged(path, f"{broken} has no keys")
   return filled(stored, usual)
 
 
@@ -172,7 +175,7 @@ def steps_done(workdir: str) -> int:
   path = f"{workdir}/summary.json"
   steps = read_json(path).get("steps") if os.path.exists(path) else 0
   if not isinstance(steps, int):
-    raise UserError(f"{path}: damaged (no number of steps); {_remedy(path)}")
+    raise damaged(path, "no number of steps")
   return steps
 
 
@@ -183,10 +186,15 @@ def finished(workdir: str, steps: int, stop_seconds: float | None) -> int:
   return done if done >= steps or over else 0
 
 
+def saved_steps(workdir: str) -> list[int]:
+  """The steps of the checkpoints in the folder."""
+  folder = f"{workdir}/checkpoints"
+  return [int(name) for name in os.listdir(folder) if name.isdigit()] if os.path.isdir(folder) else []
+
+
 def newest_checkpoint(workdir: str) -> int:
   """The step of the newest checkpoint in the folder; 0 without one."""
-  folder = f"{workdir}/checkpoints"
-  return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0) if os.path.isdir(folder) else 0
+  return max(saved_steps(workdir), default=0)
 
 
 def check_can_go_on(workdir: str) -> None:
@@ -218,33 +226,34 @@ INPUTS = {"problems": "the problems of data.train", "weights": "the weights of m
           "tokens": "what the tokenizer makes of the prompts (tokenizer, chat template)"}
 
 
+# What else evaluations go by, by its name in inputs.json: other ones are made where it changes.
+EVALUATED_BY = {"held_out": "the problems of data.eval", "reward": "the file of reward.function"}
 _WHEN = ("every", "before", "at_seconds", "benchmarks")  # of eval: what changes no evaluation that has been made
 
 
 def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   """Writes config.json and inputs.json; removes results that this run, longer or evaluated in another way, will replace.
 
-  inputs: hashes by the names of INPUTS, and "held_out", that of the problems to evaluate on. Returns the config hashes that this
-  run's checkpoints may have. Raises UserError where an input is not what the run began with.
+  inputs: hashes by the names of INPUTS and EVALUATED_BY. Returns the config hashes that this run's checkpoints may have. Raises
+  UserError where an input is not what the run began with.
   """
-  config, stored, path = json.loads(to_json(c)), stored_config(workdir, defaults), f"{workdir}/inputs.json"
+  config, stored = json.loads(to_json(c)), stored_config(workdir, defaults)
   before = stored_inputs(workdir) or {"config_hashes": _older_hashes(workdir) if stored else []}
   check_inputs(workdir, inputs)
-  stale, during = ["summary", "eval_after"], re.compile(r"(eval_(?:all_)?\d+)\.json")
-  what = lambda x: {k: v for k, v in x["eval"].items() if k not in _WHEN}
-  if stored and (what(stored) != what(config) or before.get("held_out", inputs["held_out"]) != inputs["held_out"]):
-    others = ["eval_before", *(found[1] for found in map(during.fullmatch, os.listdir(workdir)) if found)]
-    if gone := [name for name in others if os.path.exists(f"{workdir}/{name}.json")]:
-      changed = ", ".join(f"eval.{name}" for name in differing(what(stored), what(config))) or "the problems of data.eval"
-      hosts.say(f"evaluated in another way from now on ({changed}): {', '.join(sorted(gone))} removed")
-    stale += others
+  how = lambda x: {k: v for k, v in x["eval"].items() if k not in _WHEN}
+  changed = stored and [*(f"eval.{x}" for x in differing(how(stored), how(config))), *evaluated_by_other(before, inputs)]
+  if changed and (gone := evaluated.remove(workdir, ["eval_before", *evaluated.steps(workdir)])):
+    hosts.say(f"evaluated in another way from now on ({', '.join(changed)}): {', '.join(sorted(gone))} removed")
+  evaluated.remove(workdir, ["summary", "eval_after"])
   hashes = list(dict.fromkeys([*before.get("config_hashes", []), fingerprint(c)]))
-  write_json(path, inputs | {"config_hashes": hashes})
-  for name in stale:
-    if os.path.exists(f"{workdir}/{name}.json"):
-      os.remove(f"{workdir}/{name}.json")
+  write_json(f"{workdir}/inputs.json", inputs | {"config_hashes": hashes})
   write_json(f"{workdir}/config.json", config)
   return hashes
+
+
+def evaluated_by_other(before: dict, inputs: dict) -> list[str]:
+  """What evaluations go by and has changed since inputs.json said `before`."""
+  return [what for name, what in EVALUATED_BY.items() if before.get(name, inputs.get(name)) != inputs.get(name)]
 
 
 def stored_inputs(workdir: str) -> dict | None:
@@ -271,42 +280,6 @@ def _older_hashes(workdir: str) -> list[str]:
   if kept.get("optim", {}).get("schedule", "constant") == "constant":
     kept.pop("steps", None)
   return [_hash(kept)]
-
-
-def read_json(path: str) -> dict:
-  """A JSON object that this program has written. UserError where it is damaged."""
-  try:
-    with open(path) as f:
-      value = json.load(f)
-  except ValueError as e:  # also bytes that are no text
-    raise UserError(f"{path}: damaged ({' '.join(str(e).split())}); {_remedy(path)}") from e
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: damaged (no JSON object); {_remedy(path)}")
-  return value
-
-
-def read_results(path: str, names: Iterable[str]) -> dict:
-  """An evaluation's file: results by source. UserError where it is damaged, or has no accuracy of one of `names`."""
-  results = read_json(path)
-  for name in names:
-    of = results.get(name)
-    if not (isinstance(of, dict) and is_number(of.get("accuracy")) and is_number(of.get("problems")) and of["problems"] > 0):
-      raise UserError(f"{path}: damaged (no accuracy of {name}); {_remedy(path)}")
-  return results
-
-
-def _remedy(path: str) -> str:
-  if os.path.basename(path) == "config.json":
-    return "put it back, or delete it and give --config as the run's first command did (the checkpoints know their settings)"
-  return "delete it, and the same command makes it again"
-
-
-def write_json(path: str, value: dict) -> None:
-  """Writes in one move: a reader never sees half a file."""
-  with open(path + ".part", "w") as f:
-    json.dump({k: finite(v) for k, v in value.items()}, f, indent=2)
-    f.write("\n")
-  os.replace(path + ".part", path)
 
 
 # ---- what makes two runs the same
