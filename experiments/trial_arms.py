@@ -255,6 +255,7 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
+PLAIN = "plain"  # GRPO with 16 rollouts a prompt, nothing pruned: what all arms stand beside
 TABLES = "gsm8k_tables"  # the regime that is there for the paper's tables
 DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "gsm8k_tables", "ahead", "math", "math4", "math_fresh", "math_halved",
                    "math_halved_again", "math_alone", "math_batch", "math_falling", "math_long", "falling"),

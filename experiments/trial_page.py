@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import HALVED, RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import HALVED, PLAIN, RESULTS, ROOT, SKIP, Regime
 from experiments.trial_stats import (
   Found,
   Refused,
@@ -40,7 +40,6 @@ from experiments.trial_stats import (
   unpaired,
 )
 
-PLAIN = "plain"
 AIM, FASTER = 2.3, 1.6  # points of accuracy, the paper's; times as fast a step
 
 

@@ -31,6 +31,11 @@ class Found:
     return self.about["commit"], self.about["code"]
 
   def column(self, name: str, skip: int = SKIP) -> np.ndarray:
+    """A key of the steps' lines after the first `skip`, NaN where one lacks it; sec_step as the budget counts it, without what
+    was compiled meanwhile."""
+    if name == "sec_step" and all("sec_total" in x for x in self.lines):
+      counted = np.diff([0.0] + [x["sec_total"] for x in self.lines])
+      return counted[skip:] if len(counted) > skip else counted[-1:]
     return np.array([np.nan if x.get(name) is None else x[name] for x in self.lines[skip:] or self.lines[-1:]], float)
 
   def median(self, name: str) -> float:

@@ -1,14 +1,13 @@
 """The paper's tables 1 to 6 and figure 4 from the trial's runs: arms beside each other after as many seconds of steps.
 
-Pairs are those of trial_stats.py, each of one seed, host and version of the code; of several regimes with the same arms all of
-them, each seed once, that of the first regime that has it. ± is 95% of Student's t over pairs; of one pair there is none. Balance
-is that of the runs whose files have it. What the regime TABLES misses is told. Left out: figure 2's heads (figure2.py), what is
-not the paper's (trial_page.py).
+Pairs are those of trial_stats.py, each of one seed and version of the code, and where files name it of one host; of several
+regimes with the same arms all of them, each seed once, that of the first regime that has it. ± is 95% of Student's t over pairs;
+of one pair there is none. Balance is that of the runs whose files have it. What the regime TABLES misses is told. Left out:
+figure 2's heads (figure2.py), what is not the paper's (trial_page.py).
 """
 
 from collections.abc import Iterable
 import contextlib
-import dataclasses
 import textwrap
 
 from matplotlib.figure import Figure
@@ -17,11 +16,11 @@ import numpy as np
 from experiments import tables, trial_stats
 from experiments.runs import Scale
 from experiments.tables import NOT_RUN, Estimate, Table, cell, faster, verdict
-from experiments.trial_arms import REGIMES, SKIP, TABLES
+from experiments.trial_arms import PLAIN, REGIMES, SKIP, TABLES
 from experiments.trial_plots import curve
 from experiments.trial_stats import Found, Refused
 
-PLAIN = "plain"
+HELD_OUT = "held-out accuracy greedy, on GSM8K of 1,319 test problems, on MATH of 1,190"
 RULES = {"published": "the paper's rule and head", "budget": "our budget", "budget035": "our budget",
          "keep025": "the paper's rule and head", "keep075": "the paper's rule and head"}  # arms that prune and do nothing else
 Pairs = list[tuple[Found, Found]]
@@ -46,11 +45,15 @@ def known(scale: Scale, arms: tuple[str, ...]) -> list[tuple[str, str, Pairs]]:
 
 
 def everyone(scale: Scale, arm: str) -> list[Found]:
-  """All runs of an arm on the scale's first data, whichever code and host."""
-  return [found for name in scale.trial[0][1] for found in trial_stats.load(REGIMES[name]).of(arm)]
+  """An arm's runs on the scale's first data, each seed's first, whichever code and host."""
+  by_seed = {}
+  for name in scale.trial[0][1]:
+    for seed, found in trial_stats.load(REGIMES[name]).there.get(arm, {}).items():
+      by_seed.setdefault(seed, found)
+  return list(by_seed.values())
 
 
-# ---- figures of pairs
+# ---- figures
 
 
 def level(found: Found) -> float | None:
@@ -58,15 +61,15 @@ def level(found: Found) -> float | None:
   return trial_stats.accuracy(found, "full")
 
 
-def over(values: Iterable[float], few: int = 0) -> Estimate:
-  """Mean over pairs or runs; each beside it where they are fewer than `few`."""
-  each = tuple(map(float, values))
-  return Estimate(*trial_stats.interval(each), each if len(each) < few else ())
+def over(values: Iterable[float | None], few: int = 0) -> Estimate | None:
+  """Mean over the pairs or runs that have the value, with each beside it where they are fewer than `few`; None without one."""
+  each = tuple(float(x) for x in values if x is not None and np.isfinite(x))
+  return Estimate(*trial_stats.interval(each), each if len(each) < few else ()) if each else None
 
 
-def accuracies(both: Pairs) -> tuple[Estimate, Estimate, Estimate]:
-  """The second arm's greedy accuracy, the first's, and what the first gains, in percent."""
-  return over(level(b) for _, b in both), over(level(a) for a, _ in both), over(trial_stats.difference(both, level), 4)
+def gain_of(both: Pairs) -> Estimate | None:
+  """What the first arm's greedy accuracy has above the second's, in points."""
+  return over(trial_stats.difference(both, level), 4)
 
 
 def times(both: Pairs, key: str = "sec_step") -> Estimate:
@@ -78,64 +81,90 @@ def seconds(both: Pairs, key: str, side: int) -> str:
   return f"{np.mean([pair[side].column(key).mean() for pair in both]):.3g}"
 
 
-def gained(what: str, both: Pairs, gain: Estimate, paper: str) -> list[str]:
-  """A verdict on a difference; one pair has no interval and decides nothing."""
+def mean_of(runs: list[Found], key: str, form: str) -> str:
+  """Mean over runs of a column's mean; how many have it, where some do not."""
+  have = [x for x in (r.column(key) for r in runs) if np.isfinite(x).any()]
+  return cell(over(np.nanmean(x) for x in have), form) + (f" ({counted(have, 'run')})" if 0 < len(have) < len(runs) else "")
+
+
+def reward(found: Found, begin: float, end: float) -> float:
+  """Mean reward_ipw of the steps that end between these seconds."""
+  at = found.column("sec_total", 0)
+  return trial_stats.mean(found.column("reward_ipw", 0)[(begin < at) & (at <= end)])
+
+
+def counted(some: list, what: str = "pair") -> str:
+  return f"one {what}" if len(some) == 1 else f"{len(some)} {what}s"
+
+
+def above(what: str, both: Pairs, gain: Estimate | None, paper: str, ours: bool) -> list[str]:
+  """A verdict on the gain of a rule: the paper's against the paper's figure, ours by itself; of one pair none."""
+  if gain is None:
+    return []
   if len(both) == 1:
     return [f"One pair, so undecided: {what} {gain.value:+.1f} points; paper {paper}."]
-  return verdict(f"{what}, {counted(both)},", gain, paper, unit=" points")
-
-
-def counted(both: Pairs) -> str:
-  return "one pair" if len(both) == 1 else f"{len(both)} pairs"
+  text = verdict(f"{what}, {counted(both)},", gain, paper, unit=" points")[0]
+  if ours:
+    text = text.replace("Agrees with the paper in direction", "Above plain").replace("Contradicts the paper", "Below plain")
+  return [text]
 
 
 # ---- tables
 
 
 def made(name: str, title: str, scale: Scale, columns: tuple[str, ...], rows: list[list[str]], notes: list[str],
-         arms: Iterable[str]) -> Table:
-  """A table of the trial: where its runs are from, and what the tables' regime misses of these arms."""
-  about = (f"Scale: {scale.name}. {scale.model}; {scale.data}; runs of the trial, whose page has their code, hosts and "
-           f"settings; a run ends after {REGIMES[TABLES].full:g} s of steps, a pair is of one code, host and seed. Means leave "
-           f"out the first {SKIP} steps; ± is 95% of Student's t over pairs or runs. The paper's figures: its "
-           "models and data.")
-  missing = [run for run in trial_stats.load(REGIMES[TABLES]).missing if run.rpartition("_seed")[0] in arms]
-  if missing:
-    notes = [*notes, f"Not run of regime {TABLES}: {', '.join(missing)}. `python -m experiments.trial --run --scale=gpu "
-             f"--regime={TABLES} --votes --model=DIR/model.gguf --data=DIR` does it."]
+         arms: Iterable[str], data: str = "") -> Table:
+  """A table of the trial: where its runs are from, what of these arms the tables' regime misses or has otherwise. data: what is
+  held out, in place of the scale's."""
+  about = (f"Scale: {scale.name}. {scale.model}; {data or scale.data}; runs of the trial, whose page has their code, hosts and "
+           f"settings; a run ends after {REGIMES[TABLES].full:g} s of steps, a pair is of one code, seed and, where files name "
+           f"it, host. Means leave out the first {SKIP} steps; ± is 95% of Student's t over pairs or runs unless said. The "
+           "paper's figures: its models and data.")
+  results = trial_stats.load(REGIMES[TABLES])
+  of = lambda runs: [run for run in runs if run.rpartition("_seed")[0] in arms]
+  silent = [found.run.name for arm in arms for found in results.of(arm) if name == "table3" and not found.votes]
+  missing = of(results.missing)
+  lacks = {"Failed": of(f"{x['arm']}_seed{x['seed']}" for x in results.failed), "Made with other settings": of(results.other),
+           "Without votes": silent, "Not run": missing}
+  notes = notes + [f"{what} of regime {TABLES}: {', '.join(runs)}." for what, runs in lacks.items() if runs]
+  if missing or silent:
+    notes[-1] += (f" `python -m experiments.trial --run --scale=gpu --regime={TABLES} --votes --model=DIR/model.gguf --data=DIR` "
+                  "does it.")
   return Table(name, title, scale, columns, rows, notes, [], about)
 
 
-def compare(scale: Scale, figure: Figure, title: str, found: list[tuple[str, Pairs]], theirs: tuple, arms: tuple) -> Table:
-  """Tables 1 and 2: by row an arm that prunes beside the same without pruning; title: "Table 1, GRPO"."""
-  rows, notes = [], []
-  for label, both in found:
-    without, pruned, gain = accuracies(both)
-    rows.append([label, str(len(both)), without.text(), f"{theirs[0]}", pruned.text(), f"{theirs[1]}", gain.text("+.1f"),
-                 f"+{theirs[1] - theirs[0]:.2f}", times(both).text(".2f", "x"), f"{theirs[2]:.2f}x"])
-    notes += gained(f"accuracy with pruning less that without ({label})", both, gain, f"{rows[-1][7]} points")
-    ratio = dataclasses.replace(times(both), each=tuple(trial_stats.speedup(both)))
-    notes += faster(f"speed-up of a step ({label})", ratio, rows[-1][9]) if len(both) > 1 else []
+def compare(scale: Scale, figure: Figure, name: str, found: dict[str, tuple[str, Pairs]], theirs: tuple, arms: tuple) -> Table:
+  """Tables 1 and 2, by row an arm that prunes beside the same without pruning. name: "Table 1, GRPO"; found: arm and pairs by
+  label; theirs: the paper's accuracy without and with pruning, and its speed-up."""
+  rows, notes, paper = [], [], f"+{theirs[1] - theirs[0]:.2f}"
+  gains, ratios = {x: gain_of(both) for x, (_, both) in found.items()}, {x: times(both) for x, (_, both) in found.items()}
+  for label, (arm, both) in found.items():
+    without, pruned = (over(level(pair[side]) for pair in both) for side in (1, 0))
+    rows.append([label, str(len(both)), cell(without), f"{theirs[0]}", cell(pruned), f"{theirs[1]}", cell(gains[label], "+.1f"),
+                 paper, cell(ratios[label], ".2f", "x"), f"{theirs[2]:.2f}x"])
+    notes += above(f"accuracy with pruning less that without ({label})", both, gains[label], f"{paper} points", arm == "budget")
+    if len(both) > 1:
+      each = over(trial_stats.speedup(both), len(both) + 1)
+      notes += faster(f"speed-up of a step ({label})", each, f"{theirs[2]:.2f}x")
   if found:
-    axes, labels = figure.subplots(1, 2), [label for label, _ in found]
-    tables.bars(axes[0], labels, [accuracies(both)[2] for _, both in found], f"{title}: gained by pruning", unit="points")
-    tables.bars(axes[1], labels, [times(both) for _, both in found], "a step, mean", "C1", "times as fast")
+    axes = figure.subplots(1, 2)
+    tables.bars(axes[0], list(gains), list(gains.values()), f"{name}: gained by pruning", unit="points")
+    tables.bars(axes[1], list(ratios), list(ratios.values()), "a step, mean", "C1", "times as fast")
     for axis, still in zip(axes, (0, 1), strict=True):
       axis.axhline(still, color="k", lw=0.8)
   columns = ("data: rule", "pairs", "without", "paper", "with pruning", "paper", "gain", "paper", "speed-up", "paper")
-  name = title.partition(",")[0].replace(" ", "").lower()
-  return made(name, f"{title}: accuracy (%) and speed-up", scale, columns, rows, notes, arms)
+  module = name.partition(",")[0].replace(" ", "").lower()
+  return made(module, f"{name}: accuracy (%) and speed-up", scale, columns, rows, notes, arms, HELD_OUT)
 
 
 def table1(scale: Scale, figure: Figure, theirs: tuple[float, float, float]) -> Table:
-  """theirs: the paper's accuracy without and with pruning, and its speed-up."""
-  found = [(label, both) for label, _, both in known(scale, ("published", "budget"))]
+  found = {label: (arm, both) for label, arm, both in known(scale, ("published", "budget"))}
   return compare(scale, figure, "Table 1, GRPO", found, theirs, (PLAIN, "published", "budget"))
 
 
 def table2(scale: Scale, figure: Figure, theirs: tuple[float, float, float]) -> Table:
   both = pairs((TABLES,), "dapo_published", "dapo")
-  found = [(f"{scale.trial[0][0]}: {RULES['published']}", both)] if both else []
+  found = {f"{scale.trial[0][0]}: {RULES['published']}": ("published", both)} if both else {}
   table = compare(scale, figure, "Table 2, DAPO", found, theirs, ("dapo", "dapo_published"))
   table.notes.append("Dynamic sampling: a step may take up to 3 rounds of prompts till enough groups are mixed, one after the "
                      "other, and its seconds count them all.")
@@ -143,45 +172,56 @@ def table2(scale: Scale, figure: Figure, theirs: tuple[float, float, float]) -> 
 
 
 def table3(scale: Scale, figure: Figure, rules: tuple[tuple[str, str, str], ...]) -> Table:
-  """rules: key in a run's votes, what it is, the paper's accuracy. Gains are paired by problem."""
+  """rules: key in a run's votes, what it is, the paper's accuracy."""
   voted = [found for name in scale.trial[0][1] for runs in trial_stats.load(REGIMES[name]).there.values()
            for found in runs.values() if found.votes]
-  rows, notes, drawn = [], [], {}
-  for key, what, paper in rules:
-    cells = []
-    for found in voted:
-      votes, gain = found.votes, None
-      value = Estimate(100 * votes[key], 100 * votes["ci95"]) if key == "accuracy" else centred(votes[key], votes[f"{key}_ci"])
-      if f"{key}_gain_ci" in votes:
-        gain = centred(votes[key] - votes["maj@16"], votes[f"{key}_gain_ci"])
-        drawn.setdefault(what, []).append(gain)
-        if key == "rank@16":
-          notes += verdict(f"rank by the head above the majority after {found.run.arm}, seed {found.run.seed},", gain,
-                           "+6.6 and +10.0 points (AIME'24)", unit=" points")
-      cells.append(value.text() + (f"; {gain.text('+.1f')}" if gain else ""))
-    rows.append([what, *cells, paper])
+  rows = [[what, *(vote_cell(found.votes, key) for found in voted), paper] for key, what, paper in rules]
   rows.append(["tokens a problem", *(f"{found.votes['tokens']:,.0f}" for found in voted), ""])
+  names, notes = [f"{found.run.arm}, seed {found.run.seed}" for found in voted], []
+  for name, found in zip(names, voted, strict=True):
+    if "rank@16_gain_ci" in found.votes:
+      gain, low, high = gained(found.votes, "rank@16")
+      head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper" if high < 0 else "Undecided"
+      notes.append(f"{head}: rank by the head above the majority after {name}, {gain:+.1f} points ({low:.1f} to {high:.1f}); "
+                   "paper +6.6 and +10.0 points (AIME'24).")
   if voted:
-    axis, names = figure.subplots(), [f"{found.run.arm}, seed {found.run.seed}" for found in voted]
-    for i, name in enumerate(names):
-      x = np.arange(len(drawn)) + 0.8 * ((i + 0.5) / len(names) - 0.5)
-      gains = [each[i] for each in drawn.values()]
-      axis.bar(x, [g.value for g in gains], 0.7 / len(names), yerr=[g.half for g in gains], capsize=3, label=f"after {name}")
-    axis.set_xticks(range(len(drawn)), [textwrap.fill(what, 16) for what in drawn], fontsize=8)
-    axis.axhline(0, color="k", lw=0.8)
-    axis.set_ylabel("points above the majority, 95% over problems", fontsize=9)
-    axis.set_title("Table 3: what weighing 16 samples adds", fontsize=10)
-    axis.legend(fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    notes.append(f"{voted[0].votes['problems']} problems, the same for all; behind the semicolon, points above the majority "
-                 "of the same samples; intervals by bootstrap over problems, so they hold no spread of seeds.")
-  columns = ("vote", *(f"after {found.run.arm}, seed {found.run.seed}" for found in voted), "paper (1.7B, 8B; AIME'24)")
-  return made("table3", "Table 3: accuracy of the voted answer (%)", scale, columns, rows, notes, REGIMES[TABLES].votes)
+    draw_votes(figure, {what: key for key, what, _ in rules}, names, voted)
+    notes.append("Behind the semicolon: points above the majority of the same samples, in brackets 95% by bootstrap over "
+                 "problems, so without the spread of seeds; the problems are the same for all.")
+  data = f"GSM8K, {voted[0].votes['problems']} test problems, 16 samples each at temperature 1" if voted else ""
+  return made("table3", "Table 3: accuracy of the voted answer (%)", scale, ("vote", *(f"after {x}" for x in names),
+              "paper (1.7B, 8B; AIME'24)"), rows, notes, REGIMES[TABLES].votes, data)
 
 
-def centred(value: float, interval: list[float]) -> Estimate:
-  """In percent, half of a bootstrap interval's width beside it."""
-  return Estimate(100 * value, 50 * (interval[1] - interval[0]))
+def gained(votes: dict, key: str) -> tuple[float, float, float]:
+  """Points that a vote has above the majority of the same samples, and the ends of their 95% interval."""
+  return 100 * (votes[key] - votes["maj@16"]), *(100 * x for x in votes[f"{key}_gain_ci"])
+
+
+def vote_cell(votes: dict, key: str) -> str:
+  """A vote's accuracy, and what it has above the majority."""
+  if key not in votes:
+    return NOT_RUN
+  half = votes["ci95"] if key == "accuracy" else (votes[f"{key}_ci"][1] - votes[f"{key}_ci"][0]) / 2
+  more = "; {:+.1f} ({:.1f} to {:.1f})".format(*gained(votes, key)) if f"{key}_gain_ci" in votes else ""
+  return Estimate(100 * votes[key], 100 * half).text() + more
+
+
+def draw_votes(figure: Figure, rules: dict[str, str], names: list[str], voted: list[Found]) -> None:
+  """By rule, what each policy's vote has above its majority."""
+  axis = figure.subplots()
+  shown = {what: key for what, key in rules.items() if any(f"{key}_gain_ci" in found.votes for found in voted)}
+  for i, (name, found) in enumerate(zip(names, voted, strict=True)):
+    there = [(x, *gained(found.votes, key)) for x, key in enumerate(shown.values()) if f"{key}_gain_ci" in found.votes]
+    x, gain, low, high = np.array(there).reshape(-1, 4).T
+    axis.bar(x + 0.8 * ((i + 0.5) / len(names) - 0.5), gain, 0.7 / len(names), yerr=[gain - low, high - gain], capsize=3,
+             label=f"after {name}")
+  axis.set_xticks(range(len(shown)), [textwrap.fill(what, 16) for what in shown], fontsize=8)
+  axis.axhline(0, color="k", lw=0.8)
+  axis.set_ylabel("points above the majority, 95% over problems", fontsize=9)
+  axis.set_title("Table 3: what weighing 16 samples adds", fontsize=10)
+  axis.legend(fontsize=9)
+  axis.spines[["top", "right"]].set_visible(False)
 
 
 def table4(scale: Scale, figure: Figure) -> Table:
@@ -189,22 +229,18 @@ def table4(scale: Scale, figure: Figure) -> Table:
   paper = {"random": ("", "0.21 or less"), "published": ("nearer 0.5 than random", "0.23 to 0.24")}
   rows, notes, signals = [], [], {}
   for arm, what in labels.items():
-    runs = everyone(scale, arm)
-    of = lambda key, runs=runs: [x for r in runs for x in [r.column(key)] if np.isfinite(x).any()]
-    mean = lambda key, form, of=of: over(np.nanmean(x) for x in of(key)).text(form) if of(key) else NOT_RUN
-    theirs = paper.get(arm, ("", ""))
-    signals[what] = over(map(trial_stats.signal, runs)) if runs else None
-    rows.append([what, str(len(runs)), mean("pos_ratio", ".3f"), theirs[0], mean("pos_var", ".3f"), theirs[1],
-                 cell(signals[what], ".2f"), mean("keep_ratio", ".3f"), mean("groups_mixed", ".1f"),
-                 mean("head_auc_within", ".3f"), over(map(level, runs)).text() if runs else NOT_RUN])
+    runs, theirs = everyone(scale, arm), paper.get(arm, ("", ""))
+    signals[what] = over(map(trial_stats.signal, runs))
+    rows.append([what, str(len(runs)), mean_of(runs, "pos_ratio", ".3f"), theirs[0], mean_of(runs, "pos_var", ".3f"), theirs[1],
+                 cell(signals[what], ".2f"), mean_of(runs, "keep_ratio", ".3f"), mean_of(runs, "groups_mixed", ".1f"),
+                 mean_of(runs, "head_auc_within", ".3f"), cell(over(map(level, runs)))])
   for arm in ("published", "budget"):
-    both = pairs(names, arm, "random")
-    if both:
+    if both := pairs(names, arm, "random"):
       share = over(100 * (trial_stats.signal(a) / trial_stats.signal(b) - 1) for a, b in both)
       notes += [f"Signal a group, {labels[arm]} beside random: {share.text('+.0f', '%')} ({counted(both)}); accuracy "
-                f"{accuracies(both)[2].text('+.1f')} points."]
-  notes.append("Signal: sum over a group's survivors of (r - mean r)², which is K ρ̂ (1 - ρ̂): all files have it. ρ̂ itself is in "
-               "those of later runs alone. Arms have unequal runs, of several commits and hosts.")
+                f"{cell(gain_of(both), '+.1f')} points."]
+  notes.append("Signal: sum over a group's survivors of (r - mean r)², which is K ρ̂ (1 - ρ̂): all files have it, ρ̂ itself those "
+               "of later runs alone. Arms have unequal runs, of several commits and hosts.")
   if any(signals.values()):
     tables.bars(figure.subplots(), list(signals), list(signals.values()), "Table 4: signal a group of what finishes", "C2",
                 "Σ(r - mean r)²")
@@ -231,69 +267,62 @@ def table5(scale: Scale, figure: Figure, phases: tuple[tuple, ...]) -> Table:
                 unit="times as fast as without pruning")
     axis.axhline(1, color="k", lw=0.8)
   columns = ("phase, mean seconds", "GRPO", "paper", "+ pruning", "paper", "speed-up", "paper")
-  return made("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, (PLAIN, "published"))
+  return made("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, (PLAIN, "published"), HELD_OUT)
 
 
 def table6(scale: Scale, figure: Figure, theirs: dict[float, tuple[float, float]]) -> Table:
   """theirs: by keep ratio the paper's accuracy and speed-up. Each row has a gain over plain of the same seeds."""
-  rows, notes, drawn = [], [], {}
+  rows, drawn = [], {}
   for label, _, both in known(scale, tuple(RULES)):
-    keep = both[0][0].about["settings"].get("prune.keep", 0.5)
-    kept, (plain, pruned, gain) = over(a.column("keep_ratio").mean() for a, _ in both), accuracies(both)
-    paper = theirs.get(keep, ("", ""))
-    drawn[f"{keep}, {label}"] = times(both)
-    rows.append([f"{keep} ({label})", str(len(both)), kept.text(".3f"), plain.text(), pruned.text(), gain.text("+.1f"),
-                 f"{paper[0] - theirs[1.0][0]:+.2f}" if paper[0] else "", times(both).text(".2f", "x"),
-                 f"{paper[1]}x" if paper[1] else ""])
+    keep, ratio = both[0][0].about["settings"].get("prune.keep", 0.5), times(both)
+    paper = theirs.get(keep)
+    drawn[f"{keep}, {label}"] = ratio
+    rows.append([f"{keep} ({label})", str(len(both)), cell(over(a.column("keep_ratio").mean() for a, _ in both), ".3f"),
+                 *(cell(over(level(pair[side]) for pair in both)) for side in (1, 0)), cell(gain_of(both), "+.1f"),
+                 f"{paper[0] - theirs[1.0][0]:+.2f}" if paper else "", ratio.text(".2f", "x"), f"{paper[1]}x" if paper else ""])
   if drawn:
     axis = figure.subplots()
     tables.bars(axis, list(drawn), list(drawn.values()), "Table 6, speed-up of a step by keep ratio and rule", "C1",
                 "times as fast as keeping all")
     axis.axhline(1, color="k", lw=0.8)
   columns = ("keep ratio asked", "pairs", "kept", "keeping all, %", "accuracy, %", "gain", "paper", "speed-up", "paper")
-  return made("table6", "Table 6: keep ratio", scale, columns, rows, notes, (PLAIN, *RULES))
+  return made("table6", "Table 6: keep ratio", scale, columns, rows, [], (PLAIN, *RULES), HELD_OUT)
 
 
 def figure4(scale: Scale, figure: Figure) -> Table:
   """Reward of all rollouts started against seconds of steps, over the scale's first data."""
   data, names = scale.trial[0]
   labels = {PLAIN: "GRPO", "published": "the paper's rule", "random": "random pruning", "budget": "our budget"}
-  regime, rows, notes, drawn = REGIMES[names[0]], [], [], {}
+  regime, rows, notes, curves = REGIMES[names[0]], [], [], {}
   grid = np.linspace(0, regime.full, 121)
-  halves = [(0, regime.half), (regime.half, regime.full)]
+  halves = [lambda r: reward(r, 0, regime.half), lambda r: reward(r, regime.half, regime.full)]
   for arm, what in labels.items():
-    runs, row = everyone(scale, arm), [what]
-    row += [str(len(runs)), over(len(r.lines) for r in runs).text(".0f") if runs else NOT_RUN]
-    row += [over(reward(r, *half) for r in runs).text(".3f") if runs else NOT_RUN for half in halves]
-    both = pairs(names, arm) if arm != PLAIN else []
-    for half in halves:
-      gain = over(trial_stats.difference(both, lambda r, half=half: reward(r, *half))) if both else None
-      row.append(cell(gain, "+.3f") if arm != PLAIN else "")
-    if both and arm == "published":
-      notes += verdict(f"reward with pruning less that without in the second {regime.half:g} s ({counted(both)})", gain,
+    runs, both = everyone(scale, arm), pairs(names, arm) if arm != PLAIN else []
+    gains = [over(trial_stats.difference(both, half)) for half in halves]
+    rows.append([what, str(len(runs)), cell(over(len(r.lines) for r in runs), ".0f"),
+                 *(cell(over(map(half, runs)), ".3f") for half in halves),
+                 *("" if arm == PLAIN else cell(gain, "+.3f") for gain in gains)])
+    if len(both) > 1 and arm == "published":
+      notes += verdict(f"reward with pruning less that without in the second {regime.half:g} s ({counted(both)})", gains[1],
                        "above zero", ".3f")
-    rows.append(row)
-    drawn[arm] = [curve(r, grid) for r in runs]
+    curves[labels[arm]] = [curve(r, grid) for r in runs]
   notes.append("reward_ipw: survivors count 1 / keep probability times, so that pruning does not flatter it. Differences are of "
-               "pairs of a seed and host; means of all runs.")
-  if any(drawn.values()):
-    axis = figure.subplots()
-    for i, (arm, curves) in enumerate(drawn.items()):
-      for y in curves:
-        axis.plot(grid, y, color=f"C{i}", lw=0.6, alpha=0.25)
-      if curves:
-        axis.plot(grid, np.mean(curves, axis=0), color=f"C{i}", lw=2.2, label=f"{labels[arm]}, {len(curves)} runs")
-    axis.set(xlabel="seconds of steps, compilation and evaluations not counted",
-             ylabel="reward of all rollouts started, 5-step mean",
-             title=f"Figure 4 ({data}). Thin: each run; thick: their mean")
-    axis.legend(fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-  of = [f"{a:g} to {b:g} s" for a, b in halves]
+               "pairs; means of all runs, each seed's first.")
+  if any(curves.values()):
+    draw_rewards(figure, f"Figure 4 ({data}). Thin: each run; thick: their mean", grid, curves)
+  of = [f"0 to {regime.half:g} s", f"{regime.half:g} to {regime.full:g} s"]
   columns = ("arm", "runs", "steps", *(f"reward, {x}" for x in of), *(f"above GRPO, {x}" for x in of))
   return made("figure4", "Figure 4: reward against wall clock", scale, columns, rows, notes, labels)
 
 
-def reward(found: Found, begin: float, end: float) -> float:
-  """Mean reward_ipw of the steps that end between these seconds."""
-  at = found.column("sec_total", 0)
-  return float(np.nanmean(found.column("reward_ipw", 0)[(begin < at) & (at <= end)]))
+def draw_rewards(figure: Figure, title: str, grid: np.ndarray, curves: dict[str, list[np.ndarray]]) -> None:
+  axis = figure.subplots()
+  for i, (label, each) in enumerate(curves.items()):
+    for y in each:
+      axis.plot(grid, y, color=f"C{i}", lw=0.6, alpha=0.25)
+    if each:
+      axis.plot(grid, np.mean(each, axis=0), color=f"C{i}", lw=2.2, label=f"{label}, {counted(each, 'run')}")
+  axis.set(xlabel="seconds of steps, compilation and evaluations not counted",
+           ylabel="reward of all rollouts started, 5-step mean", title=title)
+  axis.legend(fontsize=9)
+  axis.spines[["top", "right"]].set_visible(False)

@@ -291,9 +291,11 @@ def test_the_null_is_chosen_among_arms_with_two_runs(elsewhere):
 
 
 def with_lines(run, **columns):
-  """The run's steps with other values."""
+  """The run's steps with other values; of sec_step also their sum."""
   path = run.folder / "metrics.jsonl"
   steps = [json.loads(x) | columns for x in path.read_text().splitlines()]
+  if "sec_step" in columns:
+    steps = [x | {"sec_total": columns["sec_step"] * (i + 1)} for i, x in enumerate(steps)]
   path.write_text("".join(json.dumps(x) + "\n" for x in steps))
 
 
