@@ -5,7 +5,6 @@ configs/base.py says what every key means. Only entry points import this module.
 
 from collections.abc import Callable
 import contextlib
-import itertools
 import math
 import os
 import re
@@ -94,11 +93,14 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     config_flag = ("config", "NAME|FILE", f"a run that is shipped ({', '.join(shipped.names())}), or a file")
     print(usage.text(doc, [config_flag, *((name, *about) for name, about in own.items())]))
     sys.exit(0)
-  argv, off = _switched_off(_lists_once(argv))
+  argv, off = usage.switched_off(usage.lists_once(usage.joined(argv)))
   argv, path = _config_of(argv)
   if path is None:
     path, stored = _config_of_run(argv)
-    config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
+    try:
+      config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
+    except Exception as e:  # a key that the run's config does not have is asked for here
+      raise UserError(_explain(path, KeyError(*e.args) if isinstance(e, AttributeError) else e, argv)) from e
   else:
     config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
   for name, (default, what) in own.items():
@@ -159,26 +161,6 @@ def _split_lists(c: ConfigDict) -> None:
       c[name] = tuple(part for x in value for part in (_words(x) if isinstance(x, str) else [x]))
 
 
-def _lists_once(argv: list[str]) -> list[str]:
-  """The command line with the last word alone on each list: that counts, as on all else. (By themselves the flags join them.)"""
-  lists = {f"config.{name}" for name, default, _ in usage.keys() if default.startswith("(")}
-  words, out = iter(argv), {}
-  for i, word in enumerate(words):
-    name = word.partition("=")[0].lstrip("-")
-    out[name if name in lists else i] = [word, *itertools.islice(words, int(name in lists and "=" not in word))]
-  return [word for given in out.values() for word in given]
-
-
-def _switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
-  """The command line without --config.KEY=None, and such KEYs: those that may be None, where it is the last word on them. (By
-  themselves the flags take no None for a number.)"""
-  may = {f"--config.{name}" for name, default, _ in usage.keys() if default == "None"}
-  last = {name: value for name, _, value in (a.partition("=") for a in argv)}
-  off = [name for name in last if name in may and last[name] == "None"]
-  given = lambda a: a.partition("=")[0] not in off and not (a.partition("=")[0] in may and a.endswith("=None"))
-  return [a for a in argv if given(a)], [name.removeprefix("--config.") for name in off]
-
-
 def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
   """config.json of the run whose folder the command line names, and what it says."""
   given = [value if equals else following for (flag, equals, value), following in
@@ -227,10 +209,10 @@ def _key_of(e: Exception) -> str:
 
 def _explain(path: str, e: Exception, argv: list[str]) -> str:
   """What ml_collections or the config file raised, in one line."""
-  key = _key_of(e)
+  key, given = _key_of(e), [word.partition("=")[0] for word in argv if word.startswith("--config.")]
+  by_hand = [name for name in given if name not in usage.config_flags()]
+  where = by_hand[0] if by_hand else path
   if key:
-    given = {word.lstrip("-").partition("=")[0] for word in argv if word.lstrip("-").startswith("config.")}
-    by_hand = given - {f"config.{name}" for name, *_ in usage.keys()}
     text = f"{'' if by_hand else f'{path}: '}unknown config key: {key} (configs/base.py lists them all)"
   elif isinstance(e, flags.UnrecognizedFlagError):
     text, last = str(e), e.flagname.rpartition(".")[2]
@@ -241,7 +223,7 @@ def _explain(path: str, e: Exception, argv: list[str]) -> str:
     text = str(e)
   else:  # ml_collections puts the whole traceback of a failing config file into the message
     last = str(e).strip().splitlines()[-1:]
-    text = f"{path}: {last[0]}" if "Traceback" in str(e) else f"{path}: {type(e).__name__}: {e}"
+    text = f"{path}: {last[0]}" if "Traceback" in str(e) else f"{where}: {type(e).__name__}: {e}"
   return " ".join(text.split())
 
 

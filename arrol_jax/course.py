@@ -26,7 +26,7 @@ from arrol_jax.learning.generation import Asked, Grading, Wanted
 from arrol_jax.models.files.weights import Policy
 from arrol_jax.rewards import Grader
 from arrol_jax.running import hosts
-from arrol_jax.running.checkpoint import Checkpoints
+from arrol_jax.running.checkpoint import Checkpoints, Damaged
 from arrol_jax.running.evaluated import held_out_line, read_results
 from arrol_jax.running.json_files import read_json, write_json
 from arrol_jax.running.workdir import Logs, seconds_of
@@ -149,11 +149,7 @@ class Course:
     """Exports and evaluates the policy, the best where the config asks for it, and writes summary.json. before: its accuracy
     before training; started: time.time() of the command."""
     c, done = self.c, int(self.state.step)
-    best = self.checkpoints.best() if c.checkpoint.best else None
-    if best not in (None, done):
-      self.checkpoints.wait()
-      _, self.state = self.checkpoints.restore(self.state, best)
-      hosts.say(f"step {best} has the best {c.checkpoint.best}: evaluated and exported")
+    best = self.take_best() if c.checkpoint.best else None
     if c.checkpoint.export:  # before what a reward function may still end
       assemble_state.export(c, self.held_out.loaded, self.state, self.workdir)
     after = self.held_out(self.state, "eval_after")
@@ -167,6 +163,20 @@ class Course:
       hosts.warn(f"{len(self.lost)} steps had no survivors (rollouts_kept in metrics.jsonl), steps {self.lost[0]} to "
                  f"{self.lost[-1]}")
     hosts.say(f"{self.workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+
+  def take_best(self) -> int | None:
+    """The step of the checkpoint with the best score that can be read, whose state this takes; None where none has one."""
+    done = int(self.state.step)
+    while (best := self.checkpoints.best()) not in (None, done):
+      self.checkpoints.wait()
+      try:
+        _, self.state = self.checkpoints.restore(self.state, best)
+      except Damaged as e:
+        hosts.say(f"{e}; the next best counts")
+        continue
+      hosts.say(f"step {best} has the best {self.c.checkpoint.best}: evaluated and exported")
+      break
+    return best
 
   def due(self, done: int) -> bool:
     """Whether a checkpoint is due behind step `done`."""

@@ -78,6 +78,7 @@ def main():
               f"{sum(map(len, eval_prompts.values())):,} held out, after {time.time() - started:.0f} s")
     # Not before all that the user gave has been read: a mistake leaves the folder free.
     hashes = hosts.agree(hosts.together(lambda: claim(workdir, c, inputs, defaults) if hosts.first() else []))
+    scores = hosts.agree(hosts.together(lambda: assemble_state.scored_by(workdir) if hosts.first() else None))
 
     # ---- state, resume
     reference = loaded.params if config.update.loss.kl_weight else None  # updates make new arrays: these stay
@@ -93,8 +94,7 @@ def main():
     if before:
       hosts.say(f"held-out accuracy before: {summary_line(before)}")
     belongs = assemble_state.belongs(c, inputs["weights"] if loaded.config.lora else None)
-    best = hosts.agree(hosts.together(lambda: assemble_state.scored_by(workdir) if hosts.first() else None))
-    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=best))
+    checkpoints = stack.enter_context(Checkpoints(workdir, c.checkpoint.keep, belongs, also=tuple(hashes), best=scores))
     start, state = checkpoints.restore(state)
     check_length(workdir, start, c.steps)
     if start:

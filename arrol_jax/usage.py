@@ -1,4 +1,5 @@
-"""What `--help` prints: what a command does with examples, its flags, and every config key, each with its default."""
+"""What `--help` prints: what a command does with examples, its flags, and every config key, each with its default; and what a
+command line says of these keys, before flags are read."""
 
 import argparse
 import re
@@ -36,6 +37,41 @@ def keys() -> list[tuple[str, str, str]]:
     elif out and (more := re.match(r"\s{12,}# (.*)", line)):
       out[-1] = (*out[-1][:2], f"{out[-1][2]} {more[1]}")
   return out
+
+
+def config_flags() -> dict[str, str]:
+  """Default of every config key, by its flag."""
+  return {f"--config.{name}": default for name, default, _ in keys()}
+
+
+def joined(argv: list[str]) -> list[str]:
+  """The command line with a config key's value in its own word, as --config.KEY=VALUE: it may follow in the next, and a single
+  dash is enough. Switches stand alone."""
+  takes, words, out = {name for name, default in config_flags().items() if default not in ("True", "False")}, iter(argv), []
+  for word in words:
+    name = "--" + word.partition("=")[0].lstrip("-")
+    if word.startswith("-") and name.startswith("--config."):
+      word = "--" + word.lstrip("-")
+    following = next(words, None) if word in takes else None
+    out.append(word if following is None else f"{word}={following}")
+  return out
+
+
+def lists_once(argv: list[str]) -> list[str]:
+  """The command line with the last word alone on each list: that counts, as on all else. (By themselves the flags join them.)"""
+  lists = {name for name, default in config_flags().items() if default.startswith("(")}
+  last = {name if (name := word.partition("=")[0]) in lists else i: word for i, word in enumerate(argv)}
+  return list(last.values())
+
+
+def switched_off(argv: list[str]) -> tuple[list[str], list[str]]:
+  """The command line without --config.KEY=None, and such KEYs: those that may be None, where it is the last word on them. (By
+  themselves the flags take no None for a number.)"""
+  may = {name for name, default in config_flags().items() if default == "None"}
+  last = {name: value for name, _, value in (a.partition("=") for a in argv)}
+  off = [name for name in last if name in may and last[name] == "None"]
+  given = lambda a: a.partition("=")[0] not in off and not (a.partition("=")[0] in may and a.endswith("=None"))
+  return [a for a in argv if given(a)], [name.removeprefix("--config.") for name in off]
 
 
 def _rows(pairs: list[tuple[str, str]]) -> list[str]:

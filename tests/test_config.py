@@ -178,6 +178,28 @@ def test_what_a_recipe_sets_can_be_switched_off(words, every):
     config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.steps=None"])
 
 
+def test_a_value_may_stand_in_a_word_of_its_own():
+  """For every kind of key, with one dash or two, also where the last word takes it back; a switch stands alone."""
+  c, values = config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.stop_seconds", "5", "--config.stop_seconds=None",
+                            "-config.eval.every", "None", "--config.prune.weigh", "table", "-config.prune.weigh", "head",
+                            "--config.prune.enabled", "--config.steps", "7", "--workdir", "here"])
+  assert (c.stop_seconds, c.eval.every, tuple(c.prune.weigh), c.steps, values.workdir) == (None, None, ("head",), 7, "here")
+  with pytest.raises(UserError, match="Missing value for flag --config.steps"):
+    config.parse(["prog", "--config=gsm8k_qwen3_06b", "--config.steps"])
+
+
+@pytest.mark.parametrize("word, said", [
+  ("prune.kep=0.4", "unknown config key: 'kep'"), ("prune.weigh.x=3", "--config.prune.weigh.x: TypeError"),
+  ("prune.detect[0]=24", "--config.prune.detect[0]: IndexError")])
+def test_what_a_command_line_gets_wrong_is_not_blamed_on_a_file(word, said, tmp_path):
+  with open(tmp_path / "config.json", "w") as f:
+    f.write(config.parse(["x", QUICKSTART])[0].to_json())
+  for whole in ([QUICKSTART], [f"--workdir={tmp_path}"]):
+    with pytest.raises(UserError) as e:
+      config.parse(["prog", *whole, f"--config.{word}"])
+    assert str(e.value).startswith(said) and "quickstart" not in str(e.value) and "config.json" not in str(e.value)
+
+
 @pytest.mark.parametrize("section, key, look", [
   ("data", "template", config.check_data), ("model", "path", config.check_model), ("data", "template", config.check),
   ("prune", "floor", lambda c: config.check(c, files=False))])

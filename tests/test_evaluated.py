@@ -1,14 +1,18 @@
 """Evaluations in a run's folder: lines, scores and what is exported go by the file that is there, whatever came in between."""
 
 import contextlib
+import hashlib
+import importlib.util
 import json
 import shutil
+import sys
 from unittest import mock
+import zipfile
 
 from helpers_train import arguments, assert_refused, command, in_process, read, run
 import pytest
 
-from arrol_jax import assemble, assemble_state, evaluate
+from arrol_jax import assemble, assemble_state, doctor, evaluate
 from arrol_jax.rewards.worker import source_digest
 from arrol_jax.running import evaluated, hosts, json_files
 from arrol_jax.running.checkpoint import Checkpoints
@@ -148,7 +152,64 @@ def test_the_file_of_a_function_is_found_without_importing_it(tmp_path, monkeypa
   assert len(set(found)) == 3 and found[2] == found[3] and all(found)
   (tmp_path / "alone.py").write_text("def f(): pass")
   assert source_digest("alone.f") not in ("", found[0])
-  assert [source_digest(x) for x in (None, "", "f", "not_there.f", "package_of_mine.part.f.g")] == [""] * 5
+  assert [source_digest(x) for x in (None, "", "f", "not_there.f", "package_of_mine.part.f.g", "sys.exit")] == [""] * 6
+
+
+def test_the_file_of_a_function_is_the_one_that_an_import_reads(tmp_path, monkeypatch):
+  """In a zip file, behind a folder of its name that is no package, and where only a finder of an installed package knows."""
+  with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+    z.writestr("zipped.py", "f = 1")
+  for name in ("first/both", "second/both", "elsewhere"):
+    (tmp_path / name).mkdir(parents=True)
+  (tmp_path / "first/both/part.py").write_text("f = 2")
+  (tmp_path / "second/both/__init__.py").write_text("")
+  (tmp_path / "second/both/part.py").write_text("f = 3")
+  (tmp_path / "elsewhere/mapped.py").write_text("f = 4")
+  for entry in ("second", "first", "z.zip"):
+    monkeypatch.syspath_prepend(tmp_path / entry)
+
+  class Finder:
+    find_spec = staticmethod(lambda name, path=None, target=None: name == "mapped" and importlib.util.spec_from_file_location(
+      name, tmp_path / "elsewhere/mapped.py") or None)
+
+  monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+  digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
+  assert [source_digest(x) for x in ("zipped.f", "both.part.f", "mapped.f")] == [digest(f"f = {i}") for i in (1, 3, 4)]
+
+
+def test_a_best_checkpoint_that_is_damaged_leaves_the_next_best(tmp_path):
+  with saying(e0002=0.9, e0004=0.6):
+    run(tmp_path / "run", steps=4, **BEST)
+  data = max((tmp_path / "run/checkpoints/2").rglob("*"), key=lambda f: f.stat().st_size)
+  data.write_bytes(data.read_bytes()[:100])
+  with saying(e0006=0.3):
+    said = run(tmp_path / "run", steps=6, **BEST).out
+  assert "checkpoint 2 is damaged (" in said and "; the next best counts" in said and "step 4 has the best" in said
+  assert read(tmp_path / "run/summary.json")["best_step"] == 4
+
+
+def test_a_checkpoint_whose_score_counts_no_more_is_named(tmp_path):
+  """Step 2's evaluation goes as it was made in another way, and it is not the step that the run goes on from."""
+  with saying(e0002=0.9, e0004=0.6):
+    run(tmp_path / "run", steps=4, **BEST)
+  with saying(e0004=0.5, e0006=0.3):
+    said = run(tmp_path / "run", steps=6, eval__subset=3, **BEST).out
+  assert "checkpoint 2 was scored in another way, so it does not count as the best" in said and "step 4 has the best" in said
+
+
+def test_a_command_that_is_refused_leaves_evaluations(tmp_path):
+  with saying():
+    run(tmp_path / "run", steps=4, **BEST)
+  (tmp_path / "run/summary.json").unlink()  # as if a signal had ended it
+  assert_refused(command(*arguments(tmp_path / "run", steps=2, eval__subset=3, **BEST)), "holds step 4 and steps is 2")
+  assert evaluated.steps(str(tmp_path / "run")) == {"eval_0002": 2, "eval_0004": 4}
+
+
+def test_the_doctor_names_a_damaged_evaluation(tmp_path):
+  with saying():
+    run(tmp_path / "run", steps=2, **BEST)
+  (tmp_path / "run/eval_0002.json").write_text("[]")
+  assert_refused(in_process(doctor, *arguments(tmp_path / "run", steps=4, **BEST)), "eval_0002.json: damaged")
 
 
 def test_a_line_forgets_the_sources_that_are_evaluated_no_more(tmp_path):

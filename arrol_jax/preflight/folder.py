@@ -5,6 +5,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from arrol_jax import assemble_state
 from arrol_jax.preflight.page import Page
 from arrol_jax.running import workdir as runs
 
@@ -34,6 +35,7 @@ def settings(page: Page, c: ConfigDict, defaults: ConfigDict, workdir: str) -> b
   runs.check_settings(workdir, c, defaults)
   if not done:
     runs.check_can_go_on(workdir)
+    assemble_state.scored_by(workdir)  # reads evaluations
     runs.check_length(workdir, start, c.steps)
   return True
 

@@ -32,7 +32,7 @@ def own_rule(name: str) -> Callable:
     """f32[B] of `function`; what it raises, and what has another shape, is the user's mistake."""
     try:
       p = jnp.asarray(function(q, group, decided, **limits), jnp.float32)
-    except Exception as e:  # of any kind
+    except (Exception, SystemExit) as e:  # of any kind
       why = " ".join(str(e).split())[:200]
       raise UserError(f"prune.rule: {name}(q, group, decided, *, kappa, p_min, p_max) failed under jit on {q.size} rows: "
                       f"{why}") from e

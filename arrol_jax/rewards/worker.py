@@ -114,15 +114,18 @@ def load(path: str) -> Callable:
 
 
 def source_digest(path: str | None) -> str:
-  """A hash of the file that holds the function `path`, "" where none is found; nothing is imported. What that file imports is
-  not part of it."""
-  name = (path or "").replace(":", ".").rpartition(".")[0].replace(".", "/")
-  files = [f"{entry or '.'}/{name}{end}" for entry in sys.path for end in ("/__init__.py", ".py")] if name else []
-  found = next(filter(os.path.isfile, files), None)
-  if found is None:
+  """A hash of the file that an import of the function `path` would read, "" where none is found; nothing is imported. What that
+  file imports is not part of it."""
+  module, within, spec = (path or "").replace(":", ".").rpartition(".")[0], None, None
+  for end in [i for i, x in enumerate(f"{module}.") if x == "."] if module else []:  # package by package, as an import goes
+    spec = next(filter(None, (finder.find_spec(module[:end], within) for finder in sys.meta_path)), None)
+    if spec is None:
+      return ""
+    within = spec.submodule_search_locations
+  try:
+    return hashlib.sha256(spec.loader.get_data(spec.origin)).hexdigest()[:16]
+  except (AttributeError, OSError, TypeError):  # no function, or a module without a file
     return ""
-  with open(found, "rb") as f:
-    return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 def bind(function: Callable, pattern: str | None, success: float = 1.0) -> Callable[[str, str], Graded]:

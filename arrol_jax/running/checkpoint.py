@@ -39,6 +39,10 @@ class Scores(NamedTuple):
   measured: dict[int, float]
 
 
+class Damaged(UserError):
+  """A checkpoint that was asked for cannot be read, and has been moved out of the way."""
+
+
 class Checkpoints:
   """The `checkpoints/` folder of a workdir. With several processes all of them call the same methods."""
 
@@ -64,6 +68,8 @@ class Checkpoints:
     for step in self.steps():
       notes = _attempt(lambda step=step: self._notes(step))[0] or {}
       self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == self.scored_by else None
+      if best and not read_only and notes.get("score") is not None and {**self.kept.scores, **best.measured}.get(step) is None:
+        hosts.say(f"{workdir}: checkpoint {step} was scored in another way, so it does not count as the best")
     self.kept.scores |= best.measured if best else {}
 
   def _make_folder(self) -> None:
@@ -105,8 +111,8 @@ class Checkpoints:
   def restore(self, state: TrainState, step: int | None = None) -> tuple[int, TrainState]:
     """The newest checkpoint that is whole (or that of `step`) and its step, with the shapes and shardings of `state`.
 
-    Damaged ones are named and moved to damaged/. (0, state) without any checkpoint. Raises UserError: all are damaged, or one
-    is of another config, seed or model.
+    Damaged ones are moved to damaged/, and named where an older one takes their place. (0, state) without any checkpoint. Raises
+    Damaged: that of `step` is, or all are; UserError: one is of another config, seed or model.
     """
     damaged = []
     for candidate in reversed(self.steps()) if step is None else [step]:
@@ -115,14 +121,17 @@ class Checkpoints:
       if not problem:
         return candidate, read
       damaged.append(candidate)
-      hosts.say(f"{self.workdir}: checkpoint {candidate} is damaged ({problem}); falling back to the one before")
       if not self.read_only:
         self._set_aside(candidate)
+      text = f"{self.workdir}: checkpoint {candidate} is damaged ({problem})"
+      if step is not None:
+        raise Damaged(text)
+      hosts.say(f"{text}; falling back to the one before")
     if damaged:
       policy = os.path.join(self.workdir, "policy")
       more = f", or use what was exported: --config.model.path={policy}" if os.path.isdir(policy) else ""
-      raise UserError(f"{self.workdir}: no checkpoint can be read (tried {damaged}); choose another --workdir to start again"
-                      f"{more}")
+      raise Damaged(f"{self.workdir}: no checkpoint can be read (tried {damaged}); choose another --workdir to start again"
+                    f"{more}")
     return 0, state
 
   def _read(self, step: int, state: TrainState) -> TrainState:

@@ -240,6 +240,7 @@ def claim(workdir: str, c, inputs: dict, defaults=None) -> list[str]:
   config, stored = json.loads(to_json(c)), stored_config(workdir, defaults)
   before = stored_inputs(workdir) or {"config_hashes": _older_hashes(workdir) if stored else []}
   check_inputs(workdir, inputs)
+  check_length(workdir, newest_checkpoint(workdir), c.steps)  # before anything goes
   how = lambda x: {k: v for k, v in x["eval"].items() if k not in _WHEN}
   changed = stored and [*(f"eval.{x}" for x in differing(how(stored), how(config))), *evaluated_by_other(before, inputs)]
   if changed and (gone := evaluated.remove(workdir, ["eval_before", *evaluated.steps(workdir)])):
