@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 
 
 class Damaged(UserError):
-  """A checkpoint that was asked for cannot be read, and has been moved out of the way."""
+  """A checkpoint that was asked for cannot be read; where the folder may be written, it has been moved out of the way."""
 
 
 class Checkpoints:
@@ -67,8 +67,9 @@ class Checkpoints:
     self.reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
     for step in self.steps():
       notes = _attempt(lambda step=step: self._notes(step))[0] or {}
-      self.kept.scores[step] = notes.get("score") if notes.get("scored_by") == self.scored_by else None
-      if best and not read_only and notes.get("score") is not None and {**self.kept.scores, **best.measured}.get(step) is None:
+      counts = notes.get("scored_by") == self.scored_by
+      self.kept.scores[step] = notes.get("score") if counts else None
+      if best and not (counts or read_only or step in best.measured) and notes.get("score") is not None:
         hosts.say(f"{workdir}: checkpoint {step} was scored in another way, so it does not count as the best")
     self.kept.scores |= best.measured if best else {}
 
