@@ -2,6 +2,7 @@
 command line says of these keys, before flags are read."""
 
 import argparse
+import functools
 import re
 import textwrap
 
@@ -39,6 +40,7 @@ def keys() -> list[tuple[str, str, str]]:
   return out
 
 
+@functools.cache
 def config_flags() -> dict[str, str]:
   """Default of every config key, by its flag."""
   return {f"--config.{name}": default for name, default, _ in keys()}

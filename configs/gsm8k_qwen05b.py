@@ -3,7 +3,7 @@
 Command:  python -m arrol_jax.train --config=configs/gsm8k_qwen05b.py --workdir=runs/gsm8k \\
             --config.model.path=DIR/model.gguf --config.data.train=DIR/gsm8k_train.jsonl --config.data.eval=DIR/gsm8k_test.jsonl
           Without pruning, the same program: add --config.prune.enabled=False
-Hardware: one H100 (80 GB). 100 steps took 142 s there, 210 s from the command to its end with nothing compiled before.
+Hardware: one H100 (80 GB). 100 steps took 142 s there, 204 s from the command to its end with nothing compiled before.
           Longer runs: --config.model.scan_layers=False, a tenth off a step for some 20 s of compiling and 8 GB more memory
 Result:   held-out 26.8% before, 34.2% after (1,319 problems, greedy, +7.4 ± 3.5 points over problems, one seed):
           experiments/results/recipe/. Arms of 50 steps at two seeds: archive/gsm8k_arms/; longer, one seed: gsm8k_qwen05b/

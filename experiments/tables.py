@@ -206,12 +206,16 @@ def verdict(what: str, difference: Estimate | None, paper: str, form: str = ".1f
   """Whether a difference that the paper has above zero is so here: a line, none where it was not measured."""
   if difference is None:
     return []
-  low, high = difference.value - difference.half, difference.value + difference.half
-  head = "Undecided (the interval holds 0)"
-  if low > 0 or high < 0:
-    head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
+  head = direction(difference.value - difference.half, difference.value + difference.half)
   measured = f"{format(difference.value, '+' + form)} ± {format(difference.half, form)}{unit}"
   return [f"{head}: {what} {measured}; paper {paper}."]
+
+
+def direction(low: float, high: float) -> str:
+  """What an interval says of a figure that the paper has above zero."""
+  if low > 0 or high < 0:
+    return "Agrees with the paper in direction" if low > 0 else "Contradicts the paper"
+  return "Undecided (the interval holds 0)"
 
 
 def by_seed(what: str, base: Estimate | None, other: Estimate | None) -> list[str]:

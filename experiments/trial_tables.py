@@ -181,9 +181,8 @@ def table3(scale: Scale, figure: Figure, rules: tuple[tuple[str, str, str], ...]
   for name, found in zip(names, voted, strict=True):
     if "rank@16_gain_ci" in found.votes:
       gain, low, high = gained(found.votes, "rank@16")
-      head = "Agrees with the paper in direction" if low > 0 else "Contradicts the paper" if high < 0 else "Undecided"
-      notes.append(f"{head}: rank by the head above the majority after {name}, {gain:+.1f} points ({low:.1f} to {high:.1f}); "
-                   "paper +6.6 and +10.0 points (AIME'24).")
+      notes.append(f"{tables.direction(low, high)}: rank by the head above the majority after {name}, {gain:+.1f} points "
+                   f"({low:.1f} to {high:.1f}); paper +6.6 and +10.0 points (AIME'24).")
   if voted:
     draw_votes(figure, {what: key for key, what, _ in rules}, names, voted)
     notes.append("Behind the semicolon: points above the majority of the same samples, in brackets 95% by bootstrap over "
@@ -261,11 +260,7 @@ def table5(scale: Scale, figure: Figure, phases: tuple[tuple, ...]) -> Table:
         rows.append([f"{label}; {what}", seconds(both, key, 1), paper[0], seconds(both, key, 0), paper[1],
                      ratio.text(".2f", "x"), paper[2]])
   notes = ["Log-probs have no row: they are computed in the update here."] if rows else []
-  if drawn:
-    axis = figure.subplots()
-    tables.bars(axis, list(drawn), list(drawn.values()), "Table 5, speed-up by phase, the paper's rule",
-                unit="times as fast as without pruning")
-    axis.axhline(1, color="k", lw=0.8)
+  draw_speeds(figure, drawn, "Table 5, speed-up by phase, the paper's rule")
   columns = ("phase, mean seconds", "GRPO", "paper", "+ pruning", "paper", "speed-up", "paper")
   return made("table5", "Table 5: seconds a step by phase", scale, columns, rows, notes, (PLAIN, "published"), HELD_OUT)
 
@@ -280,13 +275,16 @@ def table6(scale: Scale, figure: Figure, theirs: dict[float, tuple[float, float]
     rows.append([f"{keep} ({label})", str(len(both)), cell(over(a.column("keep_ratio").mean() for a, _ in both), ".3f"),
                  *(cell(over(level(pair[side]) for pair in both)) for side in (1, 0)), cell(gain_of(both), "+.1f"),
                  f"{paper[0] - theirs[1.0][0]:+.2f}" if paper else "", ratio.text(".2f", "x"), f"{paper[1]}x" if paper else ""])
-  if drawn:
-    axis = figure.subplots()
-    tables.bars(axis, list(drawn), list(drawn.values()), "Table 6, speed-up of a step by keep ratio and rule", "C1",
-                "times as fast as keeping all")
-    axis.axhline(1, color="k", lw=0.8)
+  draw_speeds(figure, drawn, "Table 6, speed-up of a step by keep ratio and rule")
   columns = ("keep ratio asked", "pairs", "kept", "keeping all, %", "accuracy, %", "gain", "paper", "speed-up", "paper")
   return made("table6", "Table 6: keep ratio", scale, columns, rows, [], (PLAIN, *RULES), HELD_OUT)
+
+
+def draw_speeds(figure: Figure, speeds: dict[str, Estimate], title: str) -> None:
+  if speeds:
+    axis = figure.subplots()
+    tables.bars(axis, list(speeds), list(speeds.values()), title, "C1", "times as fast as without pruning")
+    axis.axhline(1, color="k", lw=0.8)
 
 
 def figure4(scale: Scale, figure: Figure) -> Table:
