@@ -21,6 +21,7 @@ SHARED = {
   "prune.cold_start": 2, "eval.before": False, "eval.samples": 1, "eval.temperature": 0.0, "eval.sampled": 4,
   "checkpoint.every": 100000, "checkpoint.last": False, "log.backends": "jsonl", "log.rollouts": 0}
 
+PLAIN = "plain"  # GRPO with 16 rollouts a prompt, nothing pruned: what all arms stand beside
 RATE = "3e-6"  # of all arms where a regime says nothing else: not tuned, what earlier runs had
 SPARE_SEED = 100  # of runs that choose a learning rate: no other run has it
 
@@ -131,6 +132,7 @@ _TABLES = {name: ARMS[name] for name in ("published", "budget", "random", "budge
   "keep075": Arm("the paper's rule and head, 0.75 kept", {"prune.rule": "published", "prune.keep": 0.75})}
 _HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
 _ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
+_GSM8K_RATES = Tuning("gsm8k_tuning", (PLAIN, "budget"), ("1.5e-6", "3e-6", "6e-6"), RATE, ARMS)
 _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
 
 
@@ -190,6 +192,10 @@ REGIMES = {regime.name: regime for regime in (
           dict.fromkeys(("random", "keep025", "keep075", "budget_wide"), 1)),
          _TABLES, 71, train="gsm8k_train", test="gsm8k_test", ours=("published", "dapo_published", "budget"), nulls=("dapo",),
          voting=_VOTING, votes=dict.fromkeys(("plain", "published", "budget"), 2)),
+  Regime("gsm8k_tuned", "gpu", "GSM8K as above, pruning at the learning rates that were best of three on a spare seed",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget_wide", "budget", "published"), 3),),
+         {arm: ARMS[arm] for arm in (PLAIN, "budget_wide", "budget", "published")}, 81, train="gsm8k_train", test="gsm8k_test",
+         ours=("budget", "budget_wide", "published"), nulls=(), **_GSM8K_RATES.chosen()),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
@@ -242,6 +248,9 @@ REGIMES = {regime.name: regime for regime in (
          60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
          train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
          **_HEIGHTS.chosen()),
+  Regime(_GSM8K_RATES.name, "gpu", "GSM8K: learning rates, on a spare seed and spare training problems",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_GSM8K_RATES.by_rate(), 1),), _GSM8K_RATES.by_rate(),
+         SPARE_SEED, None, train="gsm8k_train", spare=1319),
   Regime(_HEIGHTS.name, "gpu", "GSM8K: heights of the falling learning rate, on a spare seed and spare training problems",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_HEIGHTS.by_rate(), 1),), _HEIGHTS.by_rate(), SPARE_SEED,
          None, train="gsm8k_train", spare=1319),
@@ -255,9 +264,8 @@ REGIMES = {regime.name: regime for regime in (
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
-PLAIN = "plain"  # GRPO with 16 rollouts a prompt, nothing pruned: what all arms stand beside
 TABLES = "gsm8k_tables"  # the regime that is there for the paper's tables
-DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "gsm8k_tables", "ahead", "math", "math4", "math_fresh", "math_halved",
+DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "gsm8k_tables", "gsm8k_tuned", "ahead", "math", "math4", "math_fresh", "math_halved",
                    "math_halved_again", "math_alone", "math_batch", "math_falling", "math_long", "falling"),
            "cpu": ("arithmetic",)}
 
@@ -268,6 +276,7 @@ HALVED = {
     *(("gsm8k", arm, "plain") for arm in ("budget", "published", "random")), ("gsm8k", "budget_chosen", "chosen"),
     *(("gsm8k_rest", arm, "plain") for arm in ("published", "random", "budget035")),
     *(("gsm8k_tables", arm, "plain") for arm in ("published", "budget", "random")), ("gsm8k_tables", "dapo_published", "dapo"),
+    *(("gsm8k_tuned", arm, "plain") for arm in ("budget", "published")),
     ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
