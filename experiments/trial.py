@@ -4,12 +4,12 @@
   python -m experiments.trial --table --scale=gpu              # writes table_gpu.md and a plot a regime into results/trial
   python -m experiments.trial --run --table                    # the cpu scale: that all of it works, nothing more
 
---regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) choose among them (the regime "tuning" runs
-only if named). --devices=N runs so many at a time, each in a process that sees one device (trial_devices.py); without it runs
-follow one another in this process. Ctrl-C, SIGTERM and the end of the minutes save the last step of each run; allow two minutes
-for it. --votes: runs that may vote keep their policy, and votes come behind all runs. Where there is no git, --commit says
-which commit it is. --dry lists the commands that --run would give. Arms, seeds and budgets stand in trial_arms.py, statistics
-in trial_page.py.
+--regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) choose among them; learning rates are chosen
+only if that regime is named. --devices=N runs so many at a time, each in a process that sees one device (trial_devices.py);
+without it runs follow one another in this process. Ctrl-C, SIGTERM and the end of the minutes save the last step of each run;
+allow two minutes for it. --votes: runs that may vote keep their policy, and votes come behind all runs. Where there is no git,
+--commit says which commit it is. --dry lists the commands that --run would give. Arms, seeds and budgets stand in
+trial_arms.py, statistics in trial_page.py.
 """
 
 from collections import Counter

@@ -77,10 +77,6 @@ _EIGHT = dataclasses.replace(ARMS["chosen4"], what="GRPO, 8 rollouts a prompt of
 AHEAD4 = running_ahead(4, "four", "_ahead4", _THREE | {"budget_chosen4": _BOTH, "chosen4_8": _EIGHT}) | {
   "chosen4": ARMS["chosen4"], "resampled": Arm("DAPO's dynamic sampling: groups that are all alike are replaced, in three rounds",
                                                {"prune.enabled": False, "rollout.resampling": 3})}
-# The same where the learning rate falls to 0 at the end; ours that prunes measures advantages from all that a group started.
-FALLING = {name: dataclasses.replace(arm, settings=arm.settings | {"optim.schedule": "linear"}
-                                     | ({"loss.baseline": "started"} if name == "budget_ahead" else {}))
-           for name, arm in AHEAD.items()}
 # How many seeds each has (from 1 on), in the queue's order: the pairs that the question is about first, and most of them.
 SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 5},
          dict.fromkeys(("published", "max_variance", "random", "budget_chosen"), 3),
@@ -91,7 +87,8 @@ SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 
 class Tuning:
   """A choice among `rates` by the runs of a regime of this name, which has both arms of `on` with each of them: on a seed that no
   other run has, held out on training problems that none of its runs trains on. All arms but ours get the best rate of the first
-  of `on`, ours that of the second; `otherwise` until all these runs are there. arms: those of the regime that is tuned."""
+  of `on`, ours that of the second, among those that both have run; `otherwise` until these are three (or all, of fewer). arms:
+  those of the regime that is tuned."""
   name: str
   on: tuple[str, str]
   rates: tuple[str, ...]
@@ -105,15 +102,18 @@ class Tuning:
 
   def chosen(self) -> dict:
     """Of a Regime: `rates`, each the one with the highest mean of greedy and sampled accuracy at the end, the lower of two alike;
-    and as `tuned` this, where all runs are there."""
-    found = {}
-    for name in self.by_rate():
-      path = ROOT / RESULTS / self.name / f"{name}_seed{SPARE_SEED}" / "run.json"
-      if not path.exists():
-        return {"rates": (self.otherwise,) * 2}
-      full = json.loads(path.read_text())["full"]
-      found[name] = full["accuracy"] + full["sampled"]["accuracy"]
-    return {"rates": tuple(max(self.rates, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
+    and where there is a choice, as `tuned` this with the rates that it was among."""
+    found = {rate: [self._level(arm, rate) for arm in self.on] for rate in self.rates}
+    found = {rate: levels for rate, levels in found.items() if None not in levels}
+    if len(found) < min(3, len(self.rates)):
+      return {"rates": (self.otherwise,) * 2}
+    return {"rates": tuple(max(found, key=lambda rate, i=i: found[rate][i]) for i in (0, 1)),
+            "tuned": dataclasses.replace(self, rates=tuple(found))}
+
+  def _level(self, arm: str, rate: str) -> float | None:
+    path = ROOT / RESULTS / self.name / f"{arm}@{rate}_seed{SPARE_SEED}" / "run.json"
+    full = json.loads(path.read_text())["full"] if path.exists() else None
+    return full and full["accuracy"] + full["sampled"]["accuracy"]
 
 
 _ALONE = {name: dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.schedule": "linear"})
@@ -130,9 +130,9 @@ _TABLES = {name: ARMS[name] for name in ("published", "budget", "random", "budge
   "dapo_published": Arm("DAPO, and the paper's rule and head", _DAPO | {"prune.rule": "published"}),
   "keep025": Arm("the paper's rule and head, 0.25 kept", {"prune.rule": "published", "prune.keep": 0.25}),
   "keep075": Arm("the paper's rule and head, 0.75 kept", {"prune.rule": "published", "prune.keep": 0.75})}
-_HEIGHTS = Tuning("tuning", ("plain_ahead", "budget_ahead"), ("3e-6", "6e-6", "1.2e-5", "2.4e-5"), "6e-6", FALLING)
 _ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
-_GSM8K_RATES = Tuning("gsm8k_tuning", (PLAIN, "budget"), ("1.5e-6", "3e-6", "6e-6"), RATE, ARMS)
+_GSM8K_RATES = Tuning("gsm8k_tuning", (PLAIN, "budget"), ("7.5e-7", "1.5e-6", "3e-6", "6e-6"), RATE, ARMS)
+_ALONE_RATES = Tuning("math_alone_tuning", (PLAIN, "budget"), ("7.5e-7", "1.5e-6", "3e-6"), RATE, ARMS)
 _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
 
 
@@ -179,6 +179,13 @@ _MATH = _GSM8K | {"rollout.max_new": 1024}
 _MATH_VOTING = _VOTING | {"eval.problems": 0}
 _SQUARE = ("plain", "chosen4", "plain_ahead4", "chosen4_ahead4")
 
+
+def _tuning(tuning: Tuning, what: str, settings: dict, train: str, spare: int) -> Regime:
+  arms = tuning.by_rate()
+  return Regime(tuning.name, "gpu", f"{what}, on a spare seed and spare training problems", "configs/gsm8k_qwen05b.py", 60.0,
+                120.0, settings, (dict.fromkeys(arms, 1),), arms, SPARE_SEED, None, train=train, spare=spare)
+
+
 REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k", "gpu", "GSM8K, at most 600 tokens: the update is a large part of a step", "configs/gsm8k_qwen05b.py", 60.0,
          120.0, _GSM8K, (*SEEDS[:2], dict.fromkeys(SEEDS[2], 1)), train="gsm8k_train", test="gsm8k_test", voting=_VOTING,
@@ -192,10 +199,11 @@ REGIMES = {regime.name: regime for regime in (
           dict.fromkeys(("random", "keep025", "keep075", "budget_wide"), 1)),
          _TABLES, 71, train="gsm8k_train", test="gsm8k_test", ours=("published", "dapo_published", "budget"), nulls=("dapo",),
          voting=_VOTING, votes=dict.fromkeys(("plain", "published", "budget"), 2)),
-  Regime("gsm8k_tuned", "gpu", "GSM8K as above, pruning at the learning rates that were best of three on a spare seed",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget_wide", "budget", "published"), 3),),
-         {arm: ARMS[arm] for arm in (PLAIN, "budget_wide", "budget", "published")}, 81, train="gsm8k_train", test="gsm8k_test",
-         ours=("budget", "budget_wide", "published"), nulls=(), **_GSM8K_RATES.chosen()),
+  Regime("gsm8k_tuned", "gpu", "GSM8K as above, pruning at the learning rates that were best on a spare seed",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget"), 5), {"plain8": 5},
+                                                           dict.fromkeys(("budget_wide", "published", "max_variance"), 3)),
+         first=81, train="gsm8k_train", test="gsm8k_test", ours=("budget", "budget_wide", "published"),
+         **_GSM8K_RATES.chosen()),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
          (dict.fromkeys(("plain", "budget_ahead", "chosen4_ahead", "plain_ahead"), 5),), AHEAD, train="gsm8k_train",
@@ -237,6 +245,10 @@ REGIMES = {regime.name: regime for regime in (
                                                           dict.fromkeys(("random", "max_variance", "budget035"), 3)),
          first=41, train="math_train", test="math_test", every=4, ours=("budget", "published"), nulls=("plain8",),
          voting=_MATH_VOTING, votes={"plain": 3, "budget": 3}, **_MATH_RATES.chosen()),
+  Regime("math_tuned", "gpu", "MATH as above at learning rates that were best on a spare seed, lower ones among them",
+         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys((PLAIN, "budget"), 5), {"plain8": 5},
+                                                          dict.fromkeys(("published", "max_variance"), 3)),
+         first=91, train="math_train", test="math_test", every=4, ours=("budget", "published"), **_ALONE_RATES.chosen()),
   Regime("math_batch", "gpu", "MATH: is it the batch's size at the rate that lets an early lead go?", "configs/gsm8k_qwen05b.py",
          60.0, 120.0, _MATH, (dict.fromkeys(("plain", "half_prompts", "budget_gentle"), 5), {"budget": 5, "plain8": 5}), _BATCHES,
          61, train="math_train", test="math_test", every=4, ours=("budget_gentle", "budget"), nulls=("half_prompts", "plain8"),
@@ -244,29 +256,17 @@ REGIMES = {regime.name: regime for regime in (
   Regime("math_falling", "gpu", "MATH, pruning alone, and the learning rate falls linearly to 0 at the end: is a lead kept?",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(("plain", "budget"), 5), {"plain8": 5}), _ALONE, 51,
          train="math_train", test="math_test", every=4, ours=("budget",), nulls=("plain8",), **_ALONE_HEIGHTS.chosen()),
-  Regime("falling", "gpu", "GSM8K as before, and the learning rate falls linearly to 0 at the end", "configs/gsm8k_qwen05b.py",
-         60.0, 120.0, _GSM8K, (dict.fromkeys(("plain_ahead", "budget_ahead", "chosen4_ahead", "plain"), 5),), FALLING,
-         train="gsm8k_train", test="gsm8k_test", ours=("chosen4_ahead", "budget_ahead"), nulls=("plain_ahead",),
-         **_HEIGHTS.chosen()),
-  Regime(_GSM8K_RATES.name, "gpu", "GSM8K: learning rates, on a spare seed and spare training problems",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_GSM8K_RATES.by_rate(), 1),), _GSM8K_RATES.by_rate(),
-         SPARE_SEED, None, train="gsm8k_train", spare=1319),
-  Regime(_HEIGHTS.name, "gpu", "GSM8K: heights of the falling learning rate, on a spare seed and spare training problems",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys(_HEIGHTS.by_rate(), 1),), _HEIGHTS.by_rate(), SPARE_SEED,
-         None, train="gsm8k_train", spare=1319),
-  Regime(_MATH_RATES.name, "gpu", "MATH: learning rates, on a spare seed and spare training problems", "configs/gsm8k_qwen05b.py",
-         60.0, 120.0, _MATH, (dict.fromkeys(_MATH_RATES.by_rate(), 1),), _MATH_RATES.by_rate(), SPARE_SEED, None,
-         train="math_train", spare=720),
-  Regime(_ALONE_HEIGHTS.name, "gpu", "MATH: heights of the falling learning rate, on a spare seed and spare training problems",
-         "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys(_ALONE_HEIGHTS.by_rate(), 1),), _ALONE_HEIGHTS.by_rate(),
-         SPARE_SEED, None, train="math_train", spare=1200),
+  _tuning(_GSM8K_RATES, "GSM8K: learning rates", _GSM8K, "gsm8k_train", 1319),
+  _tuning(_MATH_RATES, "MATH: learning rates", _MATH, "math_train", 720),
+  _tuning(_ALONE_RATES, "MATH: learning rates of plain and of pruning alone", _MATH, "math_train", 1200),
+  _tuning(_ALONE_HEIGHTS, "MATH: heights of the falling learning rate", _MATH, "math_train", 1200),
   Regime("arithmetic", "cpu", "The shipped arithmetic model: shows that the trial runs, decides nothing", "configs/quickstart.py",
          5.0, 10.0, {"rollout.prompts": 8, "rollout.group_size": 16, "eval.problems": 100},
          (dict.fromkeys(SEEDS[0], 2), {arm: 1 for part in SEEDS[1:] for arm in part}), rates=None,
          voting={"eval.samples": 16, "eval.temperature": 1.0, "eval.window": 8, "eval.problems": 64}, votes={"budget": 1}))}
 TABLES = "gsm8k_tables"  # the regime that is there for the paper's tables
 DEFAULT = {"gpu": ("gsm8k", "gsm8k_rest", "gsm8k_tables", "gsm8k_tuned", "ahead", "math", "math4", "math_fresh", "math_halved",
-                   "math_halved_again", "math_alone", "math_batch", "math_falling", "math_long", "falling"),
+                   "math_halved_again", "math_alone", "math_tuned", "math_batch", "math_falling", "math_long"),
            "cpu": ("arithmetic",)}
 
 # All pairs of arms that differ in that one learns from about half as many rollouts as the other, or in how it comes to that half;
@@ -276,10 +276,11 @@ HALVED = {
     *(("gsm8k", arm, "plain") for arm in ("budget", "published", "random")), ("gsm8k", "budget_chosen", "chosen"),
     *(("gsm8k_rest", arm, "plain") for arm in ("published", "random", "budget035")),
     *(("gsm8k_tables", arm, "plain") for arm in ("published", "budget", "random")), ("gsm8k_tables", "dapo_published", "dapo"),
-    *(("gsm8k_tuned", arm, "plain") for arm in ("budget", "published")),
     ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
+  "the same at a rate chosen for it and for plain": tuple(
+    (name, arm, "plain") for name in ("gsm8k_tuned", "math_tuned") for arm in ("budget", "published")),
   "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
                             ("math_halved", "chosen4_8_ahead4", "chosen4_ahead4")),
   "half learned from (PODS), beside all": tuple(

@@ -186,9 +186,11 @@ def rates(regime: Regime) -> str:
     return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
   ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
   tuned = regime.tuned
+  edge = [rate for rate in dict.fromkeys(regime.rates) if rate in (tuned.rates[0], tuned.rates[-1])]
+  beyond = f" Beyond {' and '.join(edge)}, at the edge of these, none was tried." if edge else ""
   return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: the best of {', '.join(tuned.rates)} for "
           f"{tuned.on[0]} and for {tuned.on[1]} (regime `{tuned.name}`: one seed that no other run has, training problems that "
-          "were held out). No other arm was tuned.")
+          f"were held out).{beyond} No other arm was tuned.")
 
 
 def better_null(results: Results) -> str | None:
@@ -344,10 +346,10 @@ def fading(known: list[Results]) -> list[str]:
         by_seed.setdefault((found.run.regime.train, found.run.seed), []).append(one)
     for train in sorted({train for train, _ in by_seed}):
       means = np.array([np.mean(x, axis=0) for key, x in by_seed.items() if key[0] == train])
-      rows.append([what, f"{train}, means of {len(means)} seeds", *(text(x, "+.1f") for x in means.T)])
+      rows.append([what, f"{train}, {_over(means)}", *(text(x, "+.1f") for x in means.T)])
     if by_seed:
       means = np.array([np.mean(x, axis=0) for x in by_seed.values()])
-      rows.append([what, f"all, means of {len(means)} seeds", *(text(x, "+.1f") for x in means.T)])
+      rows.append([what, f"all, {_over(means)}", *(text(x, "+.1f") for x in means.T)])
   return ["## How differences change from half of the seconds to all of them", "",
           "Differences in accuracy, in points, halfway and what they are more at the end, of all pairs where one arm learns from "
           "about half of the other's rollouts; as a control the same of arms that drop nothing, beside plain. Pairs of a seed "
@@ -355,6 +357,10 @@ def fading(known: list[Results]) -> list[str]:
           "Looked at after most of these runs, as `ahead` had suggested it; no interval is corrected for that.", "",
           *table(["", "part", "greedy halfway", "4 samples halfway", "greedy, more at the end", "4 samples, more at the end"],
                  rows)] if rows else []
+
+
+def _over(seeds: np.ndarray) -> str:
+  return f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
 
 
 def _course(found: Found) -> list[float]:

@@ -45,11 +45,8 @@ def test_every_command_is_understood_and_arms_share_their_settings(regime):
     config.check(config.parse(list(run.voting("")))[0], files=False)
   read.pop("shared")
   four = regime.name in ("math4", "math_fresh", "math_halved", "math_halved_again", "math_long")
-  if four or regime.name in ("ahead", "falling", "math"):
-    falling = regime.name == "falling"
+  if four or regime.name in ("ahead", "math"):
     pruned = [arm for arm in read if "budget" in arm]
-    assert {c.optim.schedule for c in read.values()} == {"linear" if falling else "constant"}
-    assert [arm for arm, c in read.items() if c.loss.baseline == "started"] == ["budget_ahead"] * falling
     if "chosen4_8_ahead4" in read:
       assert read["chosen4_8_ahead4"].rollout.group_size == 8 and read["budget_chosen4_ahead4"].rollout.group_size == 16
     if "resampled" in read:
@@ -93,7 +90,7 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   assert Run(REGIMES["gsm8k"], "plain", 1).settings == Run(REGIMES["gsm8k_rest"], "plain", 1).settings
   _, few = trial.chosen(trial.parse(["trial", "--scale=gpu", "--regime=gsm8k_tables,gsm8k", "--arms=plain,random", "--seeds=1"]))
   assert [(run.arm, run.seed) for run in few] == [("plain", 71), ("random", 71), ("plain", 1), ("random", 1)]
-  assert [(run.arm, run.seed) for run in runs_of(REGIMES["tuning"])][0] == ("plain_ahead@3e-6", trial_arms.SPARE_SEED)
+  assert [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_tuning"])][0] == ("plain@7.5e-7", trial_arms.SPARE_SEED)
 
 
 @pytest.mark.parametrize("name, arm", [
@@ -118,7 +115,7 @@ def test_paths_are_given_and_not_kept():
 
 
 @pytest.mark.parametrize("tuning, levels, best", [
-  ("_HEIGHTS", (0.30, 0.34, 0.33, 0.20, 0.31, 0.30, 0.35, 0.35), ("6e-6", "1.2e-5")),  # plain's, ours; the lower of two alike
+  ("_ALONE_HEIGHTS", (0.30, 0.34, 0.35, 0.35), ("6e-6", "3e-6")),  # plain's, ours; the lower of two alike
   ("_MATH_RATES", (0.10, 0.12, 0.14, 0.15, 0.13, 0.11), ("1.2e-5", "3e-6"))])
 def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewhere, tuning, levels, best):
   tuning = getattr(trial_arms, tuning)
@@ -130,8 +127,21 @@ def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewher
   assert tuning.chosen() == {"rates": best, "tuned": tuning}
 
 
+def test_a_rate_that_is_added_to_three_counts_once_both_arms_have_run_it(elsewhere):
+  tuning, levels = trial_arms._GSM8K_RATES, {"7.5e-7": (0.9, 0.1), "1.5e-6": (0.2, 0.5), "3e-6": (0.4, 0.3), "6e-6": (0.3, 0.2)}
+  for rate in ("1.5e-6", "3e-6", "6e-6", "7.5e-7"):
+    for arm, level in zip(tuning.on, levels[rate], strict=True):
+      assert tuning.chosen()["rates"] == (("3e-6", "1.5e-6") if rate == "7.5e-7" else ("3e-6", "3e-6"))
+      folder = elsewhere / trial_arms.RESULTS / tuning.name / f"{arm}@{rate}_seed{trial_arms.SPARE_SEED}"
+      folder.mkdir(parents=True)
+      (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level}}}))
+    assert ("tuned" in tuning.chosen()) == (rate in ("6e-6", "7.5e-7"))
+    assert rate != "6e-6" or tuning.chosen()["tuned"].rates == ("1.5e-6", "3e-6", "6e-6")
+  assert tuning.chosen() == {"rates": ("7.5e-7", "1.5e-6"), "tuned": tuning}
+
+
 def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsewhere, tmp_path):
-  run, lines = Run(REGIMES["tuning"], "plain_ahead@3e-6", 100), [f'{{"id": {i}}}\n' for i in range(2 * 1319 + 1)]
+  run, lines = Run(REGIMES["gsm8k_tuning"], "plain@3e-6", 100), [f'{{"id": {i}}}\n' for i in range(2 * 1319 + 1)]
   (tmp_path / "gsm8k_train.jsonl").write_text("".join(lines))
   run.folder.mkdir(parents=True)
   (elsewhere / run.split[0]).parent.mkdir(parents=True)
@@ -140,7 +150,7 @@ def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsew
   fit, spare = ((elsewhere / given[name]).read_text() for name in ("data.train", "data.eval"))
   assert spare == "".join(lines[::2][:run.regime.spare])  # evenly: a file may be sorted by subject
   assert sorted((fit + spare).splitlines()) == sorted("".join(lines).splitlines())
-  trial_queue.split(Run(REGIMES["falling"], "plain", 1), "nowhere")
+  trial_queue.split(Run(REGIMES["gsm8k_tuned"], "plain", 81), "nowhere")
 
 
 def test_a_regime_may_ask_each_fourth_problem_of_a_test_file(elsewhere, tmp_path):

@@ -191,6 +191,9 @@ def test_samples_that_agree_better_than_their_draws_allow_are_told(elsewhere):
 def test_which_arms_a_rate_was_tuned_on(elsewhere):
   said = trial_page.rates(REGIMES["math_alone"])
   assert "for plain and for chosen4_ahead4 (regime `math_tuning`" in said and said.endswith("No other arm was tuned.")
+  assert "Beyond 3e-6, at the edge of these, none was tried. No other" in said
+  tuned = dataclasses.replace(REGIMES["math_alone"].tuned, rates=("1e-6", "3e-6", "6e-6"))
+  assert "Beyond" not in trial_page.rates(dataclasses.replace(REGIMES["math_alone"], tuned=tuned))
 
 
 def test_the_page_says_what_failed_is_missing_or_was_made_otherwise(elsewhere):
@@ -269,7 +272,7 @@ def test_how_differences_change_on_the_way(elsewhere):
   t = stats.t.ppf(0.975, 1)
   assert row("`gsm8k`: budget - plain") == [f"+2.5 ± {t * 0.5:.1f} (2)", f"+1.2 ± {t * 0.25:.1f} (2)"] * 2
   assert row("`math_alone`: random - plain") == ["+1.0 (1)", "+2.5 (1)", "-4.0 (1)", "-4.0 (1)"]
-  assert row("math_train, means of 1 seeds")[::2] == ["+1.5 (1)", "-1.0 (1)"]
+  assert row("math_train, one seed")[::2] == ["+1.5 (1)", "-1.0 (1)"]
   assert row("all, means of 3 seeds")[2] == trial_stats.text([2.0, 3.0, -1.0], "+.1f")
   assert not fading(CPU) and "math_train" not in "".join(fading(REGIMES["gsm8k"]))
   made_up("plain", 3, 0.30, regime=REGIMES["gsm8k"])
