@@ -257,7 +257,8 @@ def subtract(a: Estimate | None, b: Estimate | None) -> Estimate | None:
 def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0", unit: str = "") -> None:
   """Bars with their intervals and a dot a seed; what was not run has none."""
   there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
-  axis.bar([textwrap.fill(label, 13) for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
+  width = 13 if len(there) < 6 else 11  # letters that fit below a bar
+  axis.bar([textwrap.fill(label, width) for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
            yerr=[v.half for _, v in there])
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
