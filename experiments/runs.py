@@ -87,7 +87,7 @@ GPU = Scale(
   "gpu", "Qwen2.5-Coder-0.5B-Instruct", "GSM8K, held-out accuracy greedy on all 1,319 test problems",
   "experiments/results/tables_gpu", "configs/gsm8k_qwen05b.py", (), (), 0, (), ("--lengths=32,64,128,192,256", "--prompts=640"),
   trial=(("GSM8K", ("gsm8k", "gsm8k_rest", "gsm8k_tables")), ("MATH", ("math_alone",)),
-         ("GSM8K tuned", ("gsm8k_tuned",))))
+         ("GSM8K at 1.5e-6", ("gsm8k_tuned",))))
 PAPER = Scale(
   "paper", "Qwen3-1.7B-Base", "Dapo-Math-17K; Math500, MinervaMath, OlympiadBench (accuracy), AMC'23, AIME'24, AIME'25 (pass@16)",
   "experiments/results/paper", "configs/qwen3_1b7.py", (), (0,), 20,

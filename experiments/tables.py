@@ -255,11 +255,14 @@ def subtract(a: Estimate | None, b: Estimate | None) -> Estimate | None:
 
 
 def bars(axis, labels: list[str], values: list[Estimate | None], title: str, color: str = "C0", unit: str = "") -> None:
-  """Bars with their intervals and a dot a seed; what was not run has none."""
+  """Bars with their intervals and a dot a seed, hollow without an interval; what was not run has none."""
   there = [(label, v) for label, v in zip(labels, values, strict=True) if v is not None]
   width = 13 if len(there) < 6 else 11  # letters that fit below a bar
-  axis.bar([textwrap.fill(label, width) for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8, capsize=5,
-           yerr=[v.half for _, v in there])
+  drawn = axis.bar([textwrap.fill(label, width) for label, _ in there], [v.value for _, v in there], color=color, alpha=0.8,
+                   capsize=5, yerr=[v.half for _, v in there])
+  for bar, (_, v) in zip(drawn, there, strict=True):
+    if np.isnan(v.half):  # of one run or pair: hollow
+      bar.set(facecolor="none", edgecolor=color, linestyle="--", linewidth=1.5)
   for x, (_, v) in enumerate(there):
     axis.plot([x] * len(v.each), v.each, "k.", markersize=5)  # each seed
   axis.set_xlim(-0.7, max(len(there), 3) - 0.3)

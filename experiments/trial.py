@@ -55,8 +55,15 @@ def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
   unknown = [arm for arm in values.arms if not any(arm in regime.seeds for regime in regimes)]
   if unknown:
     raise UserError(f"--arms={unknown[0]}: no arm of {', '.join(names)}, which have {', '.join(regimes[0].seeds)}")
-  return regimes, [run for regime in regimes for run in runs_of(regime) if (not values.arms or run.arm in values.arms)
-                   and (not values.seeds or run.seed < regime.first + values.seeds)]
+  waiting = [regime for regime in regimes if regime.waits] if values.run or values.dry else []
+  for regime in waiting:
+    said = f"{regime.name}'s learning rates are chosen by {regime.waits}"
+    if values.regime:
+      raise UserError(f"--regime={regime.name}: {said}, whose runs are not there; give --regime={regime.waits} first")
+    print(f"# left out: {said}, which runs only if it is named")
+  wanted = lambda run: ((not values.arms or run.arm in values.arms)
+                        and (not values.seeds or run.seed < run.regime.first + values.seeds))
+  return regimes, [run for regime in regimes if regime not in waiting for run in filter(wanted, runs_of(regime))]
 
 
 def run(values: flags.FlagValues, runs: list[Run]) -> None:

@@ -85,14 +85,13 @@ SEEDS = (dict.fromkeys(("plain", "plain8", "budget", "chosen"), 5), {"chosen4": 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """A choice among `rates` by the runs of a regime of this name, which has both arms of `on` with each of them: on a seed that no
-  other run has, held out on training problems that none of its runs trains on. All arms but ours get the best rate of the first
-  of `on`, ours that of the second, among those that both have run; `otherwise` until these are three (or all, of fewer). arms:
-  those of the regime that is tuned."""
+  """A choice among `rates` by the runs of a regime of this name, which has both arms of `on` with each of them: on a seed that
+  only such runs have, held out on training problems that none of its runs trains on. All arms but ours get the best rate of the
+  first of `on`, ours that of the second. One run each: which of two near ones is better is not certain. arms: those of the regime
+  that is tuned. That list is not to grow: runs at the rates that were chosen would be no longer those of their regime."""
   name: str
   on: tuple[str, str]
   rates: tuple[str, ...]
-  otherwise: str
   arms: dict[str, Arm]
 
   def by_rate(self) -> dict[str, Arm]:
@@ -101,19 +100,17 @@ class Tuning:
             for name in self.on for rate in self.rates}
 
   def chosen(self) -> dict:
-    """Of a Regime: `rates`, each the one with the highest mean of greedy and sampled accuracy at the end, the lower of two alike;
-    and where there is a choice, as `tuned` this with the rates that it was among."""
-    found = {rate: [self._level(arm, rate) for arm in self.on] for rate in self.rates}
-    found = {rate: levels for rate, levels in found.items() if None not in levels}
-    if len(found) < min(3, len(self.rates)):
-      return {"rates": (self.otherwise,) * 2}
-    return {"rates": tuple(max(found, key=lambda rate, i=i: found[rate][i]) for i in (0, 1)),
-            "tuned": dataclasses.replace(self, rates=tuple(found))}
-
-  def _level(self, arm: str, rate: str) -> float | None:
-    path = ROOT / RESULTS / self.name / f"{arm}@{rate}_seed{SPARE_SEED}" / "run.json"
-    full = json.loads(path.read_text())["full"] if path.exists() else None
-    return full and full["accuracy"] + full["sampled"]["accuracy"]
+    """Of a Regime: `rates`, each the one with the highest mean of greedy and sampled accuracy at the end, the lower of two alike,
+    and as `tuned` this; until all these runs are there `waits`."""
+    found = {}
+    for name in self.by_rate():
+      path = ROOT / RESULTS / self.name / f"{name}_seed{SPARE_SEED}" / "run.json"
+      if not path.exists():
+        return {"waits": self.name}
+      full = json.loads(path.read_text())["full"]
+      found[name] = full["accuracy"] + full["sampled"]["accuracy"]
+    lowest_first = sorted(self.rates, key=float)
+    return {"rates": tuple(max(lowest_first, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
 
 
 _ALONE = {name: dataclasses.replace(ARMS[name], settings=ARMS[name].settings | {"optim.schedule": "linear"})
@@ -130,10 +127,10 @@ _TABLES = {name: ARMS[name] for name in ("published", "budget", "random", "budge
   "dapo_published": Arm("DAPO, and the paper's rule and head", _DAPO | {"prune.rule": "published"}),
   "keep025": Arm("the paper's rule and head, 0.25 kept", {"prune.rule": "published", "prune.keep": 0.25}),
   "keep075": Arm("the paper's rule and head, 0.75 kept", {"prune.rule": "published", "prune.keep": 0.75})}
-_ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), RATE, _ALONE)
-_GSM8K_RATES = Tuning("gsm8k_tuning", (PLAIN, "budget"), ("7.5e-7", "1.5e-6", "3e-6", "6e-6"), RATE, ARMS)
-_ALONE_RATES = Tuning("math_alone_tuning", (PLAIN, "budget"), ("7.5e-7", "1.5e-6", "3e-6"), RATE, ARMS)
-_MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), RATE, AHEAD4)
+_ALONE_HEIGHTS = Tuning("math_falling_tuning", ("plain", "budget"), ("3e-6", "6e-6"), _ALONE)
+_GSM8K_RATES = Tuning("gsm8k_tuning", (PLAIN, "budget"), ("1.5e-6", "3e-6", "6e-6"), ARMS)
+_ALONE_RATES = Tuning("math_alone_tuning", (PLAIN, "budget"), ("7.5e-7", "1.5e-6", "3e-6"), ARMS)
+_MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6", "1.2e-5"), AHEAD4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +138,8 @@ class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed. ours: the arms that the question is about, of which the first is compared with each other; nulls: all
   arms are compared with plain, and with the better of these. square: four arms, with neither of two changes, the first, the
-  second, both. rates: learning rate of all arms but ours, and of ours; tuned: by what they were chosen, if they were. train,
+  second, both. rates: learning rate of all arms but ours, and of ours; tuned: by what they were chosen, if they were; waits:
+  the regime that has to be run before, as it chooses them. train,
   test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over `train`, are held out in
   place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms may also vote, as
   `voting` says."""
@@ -157,6 +155,7 @@ class Regime:
   first: int = 1
   rates: tuple[str, str] | None = (RATE, RATE)
   tuned: Tuning | None = None
+  waits: str = ""
   train: str = ""
   test: str = ""
   spare: int = 0
@@ -199,7 +198,7 @@ REGIMES = {regime.name: regime for regime in (
           dict.fromkeys(("random", "keep025", "keep075", "budget_wide"), 1)),
          _TABLES, 71, train="gsm8k_train", test="gsm8k_test", ours=("published", "dapo_published", "budget"), nulls=("dapo",),
          voting=_VOTING, votes=dict.fromkeys(("plain", "published", "budget"), 2)),
-  Regime("gsm8k_tuned", "gpu", "GSM8K as above, pruning at the learning rates that were best on a spare seed",
+  Regime("gsm8k_tuned", "gpu", "GSM8K as above by later code on fresh seeds, at a learning rate that was chosen on a spare one",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget"), 5), {"plain8": 5},
                                                            dict.fromkeys(("budget_wide", "published", "max_variance"), 3)),
          first=81, train="gsm8k_train", test="gsm8k_test", ours=("budget", "budget_wide", "published"),
@@ -245,7 +244,7 @@ REGIMES = {regime.name: regime for regime in (
                                                           dict.fromkeys(("random", "max_variance", "budget035"), 3)),
          first=41, train="math_train", test="math_test", every=4, ours=("budget", "published"), nulls=("plain8",),
          voting=_MATH_VOTING, votes={"plain": 3, "budget": 3}, **_MATH_RATES.chosen()),
-  Regime("math_tuned", "gpu", "MATH as above at learning rates that were best on a spare seed, lower ones among them",
+  Regime("math_tuned", "gpu", "MATH as above at learning rates that were chosen on a spare seed, lower ones among them",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _MATH, (dict.fromkeys((PLAIN, "budget"), 5), {"plain8": 5},
                                                           dict.fromkeys(("published", "max_variance"), 3)),
          first=91, train="math_train", test="math_test", every=4, ours=("budget", "published"), **_ALONE_RATES.chosen()),
@@ -278,9 +277,8 @@ HALVED = {
     *(("gsm8k_tables", arm, "plain") for arm in ("published", "budget", "random")), ("gsm8k_tables", "dapo_published", "dapo"),
     ("ahead", "budget_ahead", "plain_ahead"), ("math", "budget_ahead", "plain_ahead"),
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
+    *((name, arm, "plain") for name in ("gsm8k_tuned", "math_tuned") for arm in ("budget", "published")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
-  "the same at a rate chosen for it and for plain": tuple(
-    (name, arm, "plain") for name in ("gsm8k_tuned", "math_tuned") for arm in ("budget", "published")),
   "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
                             ("math_halved", "chosen4_8_ahead4", "chosen4_ahead4")),
   "half learned from (PODS), beside all": tuple(

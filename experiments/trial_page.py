@@ -186,11 +186,12 @@ def rates(regime: Regime) -> str:
     return f"- Learning rate {' and '.join(dict.fromkeys(regime.rates))} in all arms, as in earlier runs: not tuned."
   ours = ", ".join(arm for arm in regime.seeds if regime.arms[arm].ours)
   tuned = regime.tuned
-  edge = [rate for rate in dict.fromkeys(regime.rates) if rate in (tuned.rates[0], tuned.rates[-1])]
-  beyond = f" Beyond {' and '.join(edge)}, at the edge of these, none was tried." if edge else ""
+  lowest, highest = min(tuned.rates, key=float), max(tuned.rates, key=float)
+  edges = {lowest: f" None below {lowest} was tried.", highest: f" None above {highest} was tried."}
+  beyond = "".join(edges.get(rate, "") for rate in dict.fromkeys(regime.rates))
   return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: the best of {', '.join(tuned.rates)} for "
-          f"{tuned.on[0]} and for {tuned.on[1]} (regime `{tuned.name}`: one seed that no other run has, training problems that "
-          f"were held out).{beyond} No other arm was tuned.")
+          f"{tuned.on[0]} and for {tuned.on[1]} (regime `{tuned.name}`: one seed that only such runs have, training problems "
+          f"that were held out).{beyond} No other arm was tuned.")
 
 
 def better_null(results: Results) -> str | None:

@@ -90,7 +90,7 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   assert Run(REGIMES["gsm8k"], "plain", 1).settings == Run(REGIMES["gsm8k_rest"], "plain", 1).settings
   _, few = trial.chosen(trial.parse(["trial", "--scale=gpu", "--regime=gsm8k_tables,gsm8k", "--arms=plain,random", "--seeds=1"]))
   assert [(run.arm, run.seed) for run in few] == [("plain", 71), ("random", 71), ("plain", 1), ("random", 1)]
-  assert [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_tuning"])][0] == ("plain@7.5e-7", trial_arms.SPARE_SEED)
+  assert [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_tuning"])][0] == ("plain@1.5e-6", trial_arms.SPARE_SEED)
 
 
 @pytest.mark.parametrize("name, arm", [
@@ -120,24 +120,23 @@ def test_paths_are_given_and_not_kept():
 def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewhere, tuning, levels, best):
   tuning = getattr(trial_arms, tuning)
   for arm, level in zip(REGIMES[tuning.name].seeds, levels, strict=True):
-    assert tuning.chosen() == {"rates": (tuning.otherwise,) * 2}
+    assert tuning.chosen() == {"waits": tuning.name}
     folder = elsewhere / trial_arms.RESULTS / tuning.name / f"{arm}_seed{trial_arms.SPARE_SEED}"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level / 2}}}))
   assert tuning.chosen() == {"rates": best, "tuned": tuning}
 
 
-def test_a_rate_that_is_added_to_three_counts_once_both_arms_have_run_it(elsewhere):
-  tuning, levels = trial_arms._GSM8K_RATES, {"7.5e-7": (0.9, 0.1), "1.5e-6": (0.2, 0.5), "3e-6": (0.4, 0.3), "6e-6": (0.3, 0.2)}
-  for rate in ("1.5e-6", "3e-6", "6e-6", "7.5e-7"):
-    for arm, level in zip(tuning.on, levels[rate], strict=True):
-      assert tuning.chosen()["rates"] == (("3e-6", "1.5e-6") if rate == "7.5e-7" else ("3e-6", "3e-6"))
-      folder = elsewhere / trial_arms.RESULTS / tuning.name / f"{arm}@{rate}_seed{trial_arms.SPARE_SEED}"
-      folder.mkdir(parents=True)
-      (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level}}}))
-    assert ("tuned" in tuning.chosen()) == (rate in ("6e-6", "7.5e-7"))
-    assert rate != "6e-6" or tuning.chosen()["tuned"].rates == ("1.5e-6", "3e-6", "6e-6")
-  assert tuning.chosen() == {"rates": ("7.5e-7", "1.5e-6"), "tuned": tuning}
+def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, capsys):
+  waits = dataclasses.replace(REGIMES["math_alone"], waits="math_tuning")
+  monkeypatch.setitem(REGIMES, "math_alone", waits)
+  given = ["trial", "--scale=gpu", "--dry", "--model=m", "--data=d"]
+  with pytest.raises(UserError, match="--regime=math_alone: math_alone's learning rates .*; give --regime=math_tuning first"):
+    trial.chosen(trial.parse([*given, "--regime=ahead,math_alone"]))
+  regimes, runs = trial.chosen(trial.parse(given))
+  assert waits in regimes and runs and "math_alone" not in {run.regime.name for run in runs}
+  assert "# left out: math_alone's learning rates are chosen by math_tuning, which runs only if" in capsys.readouterr().out
+  assert any(run.regime is waits for run in trial.chosen(trial.parse(["trial", "--scale=gpu", "--table"]))[1])
 
 
 def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsewhere, tmp_path):
