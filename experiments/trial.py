@@ -59,7 +59,7 @@ def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
   for regime in waiting:
     said = f"{regime.name}'s learning rates are chosen by {regime.waits}"
     if values.regime:
-      raise UserError(f"--regime={regime.name}: {said}, whose runs are not there; give --regime={regime.waits} first")
+      raise UserError(f"--regime={regime.name}: {said}, whose runs are not all there; give --regime={regime.waits} first")
     print(f"# left out: {said}, which runs only if it is named")
   wanted = lambda run: ((not values.arms or run.arm in values.arms)
                         and (not values.seeds or run.seed < run.regime.first + values.seeds))

@@ -105,10 +105,11 @@ class Tuning:
     found = {}
     for name in self.by_rate():
       path = ROOT / RESULTS / self.name / f"{name}_seed{SPARE_SEED}" / "run.json"
-      if not path.exists():
+      try:
+        full = json.loads(path.read_text())["full"]
+        found[name] = full["accuracy"] + full["sampled"]["accuracy"]
+      except (OSError, ValueError, KeyError, TypeError):  # not there; or damaged, which the page tells
         return {"waits": self.name}
-      full = json.loads(path.read_text())["full"]
-      found[name] = full["accuracy"] + full["sampled"]["accuracy"]
     lowest_first = sorted(self.rates, key=float)
     return {"rates": tuple(max(lowest_first, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
 

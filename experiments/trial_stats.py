@@ -10,6 +10,7 @@ and tables (trial_page.py), plots (trial_plots.py).
 from collections.abc import Callable, Iterable
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -65,16 +66,20 @@ def load(regime: Regime) -> Results:
     elif (about := _json(run, "run.json"))["settings"] != same(run.settings):
       out.other.append(run.name)
     else:
-      lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+      lines = _read(run, "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
       votes = _json(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
       out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
   return out
 
 
 def _json(run: Run, name: str) -> dict:
+  return _read(run, name, json.loads)
+
+
+def _read(run: Run, name: str, parse: Callable[[str], Any]) -> Any:
   try:
-    return json.loads((run.folder / name).read_text())
-  except ValueError as e:
+    return parse((run.folder / name).read_text())
+  except (OSError, ValueError) as e:
     raise UserError(f"{run.folder / name}: cannot be read as JSON ({e}); remove the folder and run it again") from e
 
 

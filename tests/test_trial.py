@@ -125,6 +125,8 @@ def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewher
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level / 2}}}))
   assert tuning.chosen() == {"rates": best, "tuned": tuning}
+  (folder / "run.json").write_text('{"full": ')
+  assert tuning.chosen() == {"waits": tuning.name}
 
 
 def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from arrol_jax.types import UserError
 from experiments import report, trial_arms, trial_page, trial_stats
 from experiments.trial_arms import REGIMES, Run
 
@@ -369,3 +370,12 @@ def test_comparisons_are_counted(elsewhere):
 def test_a_page_of_nothing(elsewhere):
   (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
   assert "Not run (16)" in trial_page.page([CPU])
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_damaged_result_is_named(elsewhere, name):
+  run = made_up("plain", 1, 0.3)
+  path = run.folder / name
+  path.write_text(path.read_text()[:-9])
+  with pytest.raises(UserError, match=f"plain_seed1/{name}: cannot be read as JSON .*; remove the folder and run it again"):
+    trial_page.page([CPU])
