@@ -4,16 +4,20 @@
   python -m experiments.trial --table --scale=gpu              # writes table_gpu.md and a plot a regime into results/trial
   python -m experiments.trial --run --table                    # the cpu scale: that all of it works, nothing more
 
---regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) choose among them; learning rates are chosen
-only if that regime is named. --devices=N runs so many at a time, each in a process that sees one device (trial_devices.py);
-without it runs follow one another in this process. Ctrl-C, SIGTERM and the end of the minutes save the last step of each run;
-allow two minutes for it. --votes: runs that may vote keep their policy, and votes come behind all runs. Where there is no git,
---commit says which commit it is. --dry lists the commands that --run would give. Arms, seeds and budgets stand in
-trial_arms.py, statistics in trial_page.py.
+--regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) or --seeds=82-86 (these) choose among them; a
+table of what was chosen is printed and not kept. Regimes that choose learning rates (NAME_tuning) run only if named, in a call
+before the one that runs the regime that takes these rates. A regime of which runs are there is gone on with only by their code.
+--devices=N runs so many at a time, each in a process that sees one device (trial_devices.py); without it runs follow one another
+in this process. Ctrl-C, SIGTERM and the end of the minutes save the last step of each run; allow two minutes for it. --votes:
+runs that may vote keep their policy, and votes come behind all runs. Where there is no git, --commit says which commit it is.
+--dry lists the commands that --run would give. Arms, seeds and budgets stand in trial_arms.py, statistics in trial_page.py.
 """
 
 from collections import Counter
+from collections.abc import Callable
 import math
+import re
+import shlex
 import sys
 import time
 
@@ -35,8 +39,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("devices", None, "with --run: so many runs at a time", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("worker", None, "which of them this process is, set by the one that starts it", flag_values=values)
-  flags.DEFINE_integer("seeds", None, "only the first so many of each arm", lower_bound=1, flag_values=values)
-  for name in ("model", "data", "commit"):
+  for name in ("model", "data", "commit", "seeds"):
     flags.DEFINE_string(name, "", "see above", flag_values=values)
   for name in ("regime", "arms"):
     flags.DEFINE_list(name, [], "only these", flag_values=values)
@@ -44,32 +47,52 @@ def parse(argv: list[str]) -> flags.FlagValues:
   return values
 
 
-def chosen(values: flags.FlagValues) -> tuple[list[Regime], list[Run]]:
-  """The regimes asked for, and their runs in the order of the queue."""
-  names = values.regime or DEFAULT[values.scale]
-  unknown = [name for name in names if name not in REGIMES or REGIMES[name].scale != values.scale]
-  if unknown:
-    known = ", ".join(r.name for r in REGIMES.values() if r.scale == values.scale)
-    raise UserError(f"--regime={unknown[0]}: scale {values.scale} has {known}")
+def chosen(values: flags.FlagValues) -> list[Regime]:
+  """The regimes asked for."""
+  names = list(dict.fromkeys(values.regime)) or DEFAULT[values.scale]
+  for name in names:
+    if name not in REGIMES or REGIMES[name].scale != values.scale:
+      known = ", ".join(r.name for r in REGIMES.values() if r.scale == values.scale)
+      other = f"; it is one of --scale={REGIMES[name].scale}" if name in REGIMES else ""
+      raise UserError(f"--regime={name}: scale {values.scale} has {known}{other}")
   regimes = [REGIMES[name] for name in names]
-  unknown = [arm for arm in values.arms if not any(arm in regime.seeds for regime in regimes)]
-  if unknown:
-    raise UserError(f"--arms={unknown[0]}: no arm of {', '.join(names)}, which have {', '.join(regimes[0].seeds)}")
-  waiting = [regime for regime in regimes if regime.waits] if values.run or values.dry else []
-  for regime in waiting:
-    said = f"{regime.name}'s learning rates are chosen by {regime.waits}"
-    if values.regime:
-      raise UserError(f"--regime={regime.name}: {said}, whose runs are not all there; give --regime={regime.waits} first")
-    print(f"# left out: {said}, which runs only if it is named")
-  wanted = lambda run: ((not values.arms or run.arm in values.arms)
-                        and (not values.seeds or run.seed < run.regime.first + values.seeds))
-  return regimes, [run for regime in regimes if regime not in waiting for run in filter(wanted, runs_of(regime))]
+  arms = dict.fromkeys(arm for regime in regimes for arm in regime.seeds)
+  for arm in values.arms:
+    if arm not in arms:
+      raise UserError(f"--arms={arm}: no arm of {', '.join(names)}, which have {', '.join(arms)}")
+  return regimes
 
 
-def run(values: flags.FlagValues, runs: list[Run]) -> None:
+def selection(values: flags.FlagValues) -> Callable[[Run], bool]:
+  """Which runs --arms and --seeds ask for."""
+  seeds = re.fullmatch(r"([1-9]\d*)(?:-(\d+))?", values.seeds) if values.seeds else None
+  if values.seeds and not seeds:
+    raise UserError(f"--seeds={values.seeds}: give a number of seeds, or the first and the last as in 82-86")
+  first, last = (int(x) if x else None for x in seeds.groups()) if seeds else (None, None)
+  in_range = lambda run: first <= run.seed <= last if last is not None else run.seed < run.regime.first + first
+  return lambda run: (not values.arms or run.arm in values.arms) and (first is None or in_range(run))
+
+
+def to_run(values: flags.FlagValues, regimes: list[Regime], version: dict) -> list[Run]:
+  """The runs asked for in the order of the queue, but for regimes that cannot be run now; UserError if those were named, or if
+  none is left."""
+  ready = []
+  for regime in regimes:
+    if not (reason := trial_queue.not_now(regime, version["code"])):
+      ready.append(regime)
+    elif values.regime:
+      raise UserError(f"--regime={regime.name}: {reason}")
+    elif values.worker is None:  # each of them would say it again
+      print(f"# left out: {regime.name}: {reason}", flush=True)
+  runs = [run for regime in ready for run in filter(selection(values), runs_of(regime))]
+  if not runs:
+    raise UserError("no run is of these regimes, arms and seeds" if ready else "no regime can be run now")
+  return runs
+
+
+def run(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
   """What is missing of `runs`, here or on several devices."""
   streams.spare()
-  version = {"commit": trial_queue.commit_of(values.commit), "code": trial_queue.code_hash()}
   deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
   call = Call(version, values.model, values.data, deadline, votes=values.votes)
   if values.devices:
@@ -80,10 +103,9 @@ def run(values: flags.FlagValues, runs: list[Run]) -> None:
   print(progress(runs) + ("" if finished else "; time is over, and the same command goes on"), flush=True)
 
 
-def work(values: flags.FlagValues, runs: list[Run]) -> None:
+def work(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
   """What one of --devices does."""
   streams.spare()
-  version = {"commit": values.commit, "code": trial_queue.code_hash()}
   call = Call(version, values.model, values.data, time.monotonic() + 60 * values.minutes, name=f"device {values.worker}: ",
               votes=values.votes, quiet=True, fresh=True)
   sys.exit(trial_devices.work(values.worker, values.devices, runs, call))
@@ -96,31 +118,42 @@ def progress(runs: list[Run]) -> str:
 
 
 def write_page(values: flags.FlagValues) -> None:
+  """Of everything into its file; of what was chosen to standard output alone."""
   from experiments import trial_page  # it draws: what runs does not need matplotlib
-  shown = values.regime or [r.name for r in REGIMES.values() if r.scale == values.scale]
+  if values.regime or values.arms or values.seeds:
+    print(trial_page.page(chosen(values), selection(values)))
+    return
   path = ROOT / RESULTS / f"table_{values.scale}.md"
   path.parent.mkdir(parents=True, exist_ok=True)
-  text = trial_page.page([REGIMES[name] for name in shown])
+  text = trial_page.page([r for r in REGIMES.values() if r.scale == values.scale])
   path.write_text(text)
   print(text)
 
 
+def dry(values: flags.FlagValues, runs: list[Run]) -> None:
+  """The commands of what is missing."""
+  print(f"# code {trial_queue.code_hash()}")
+  for one in runs:
+    if trial_queue.missing(one, "train"):
+      print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
+            f"{shlex.join(one.training(values.model, values.data, values.votes and one.votes))}")
+  print(f"# {progress(runs)}")
+
+
 def main():
   values = parse(sys.argv)
-  regimes, runs = chosen(values)
-  if values.worker is not None:
-    work(values, runs)
+  regimes, version = chosen(values), {"commit": values.commit, "code": trial_queue.code_hash()}
   if values.scale == "gpu" and (values.run or values.dry) and not (values.model and values.data):
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
   if not (values.dry or values.run or values.table):
     raise UserError("give --run, --table or --dry; see --help")
-  if values.dry:
-    for one in runs:
-      print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
-            f"{' '.join(one.training(values.model, values.data, values.votes and one.votes))}")
-    print(f"# {progress(runs)}")
+  if values.worker is not None:
+    work(values, to_run(values, regimes, version), version)
+  elif values.dry:
+    dry(values, to_run(values, regimes, version))
   elif values.run:
-    run(values, runs)
+    version["commit"] = trial_queue.commit_of(values.commit)
+    run(values, to_run(values, regimes, version), version)
   if values.table:
     write_page(values)
 

@@ -10,6 +10,7 @@ showed (trial_page.py).
 from collections.abc import Iterator
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,13 +103,17 @@ class Tuning:
   def chosen(self) -> dict:
     """Of a Regime: `rates`, each the one with the highest mean of greedy and sampled accuracy at the end, the lower of two alike,
     and as `tuned` this; until all these runs are there `waits`."""
-    found = {}
+    found, versions = {}, set()
     for name in self.by_rate():
       path = ROOT / RESULTS / self.name / f"{name}_seed{SPARE_SEED}" / "run.json"
       try:
-        full = json.loads(path.read_text())["full"]
-        found[name] = full["accuracy"] + full["sampled"]["accuracy"]
+        about = json.loads(path.read_text())
+        found[name] = about["full"]["accuracy"] + about["full"]["sampled"]["accuracy"]
+        versions.add((about["commit"], about["code"]))
+        right = math.isfinite(found[name]) and about["settings"]["optim.lr"] == name.partition("@")[2] and len(versions) == 1
       except (OSError, ValueError, KeyError, TypeError):  # not there; or damaged, which the page tells
+        right = False
+      if not right:
         return {"waits": self.name}
     lowest_first = sorted(self.rates, key=float)
     return {"rates": tuple(max(lowest_first, key=lambda rate, arm=arm: found[f"{arm}@{rate}"]) for arm in self.on), "tuned": self}
@@ -154,7 +159,6 @@ class Regime:
   queue: tuple[dict[str, int], ...]
   arms: dict[str, Arm] = dataclasses.field(default_factory=lambda: ARMS)
   first: int = 1
-  later: tuple[str, ...] = ()
   rates: tuple[str, str] | None = (RATE, RATE)
   tuned: Tuning | None = None
   waits: str = ""
@@ -167,6 +171,7 @@ class Regime:
   square: tuple[str, ...] = ()
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
+  later: tuple[str, ...] = ()
 
   @property
   def seeds(self) -> dict[str, int]:
@@ -282,11 +287,11 @@ HALVED = {
     *((name, "budget_chosen4_ahead4", "chosen4_ahead4") for name in ("math_fresh", "math_halved")),
     *((name, arm, "plain") for name in ("gsm8k_tuned", "math_tuned") for arm in ("budget", "published")),
     *(("math_alone", arm, "plain") for arm in ("budget", "published", "random"))),
-  "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "math_fresh", "math_alone")),
+  "8 rollouts, beside 16": (*((name, "plain8", "plain") for name in ("gsm8k", "gsm8k_tuned", "math_fresh", "math_alone")),
                             ("math_halved", "chosen4_8_ahead4", "chosen4_ahead4")),
   "half learned from (PODS), beside all": tuple(
-    (name, "max_variance", "plain") for name in ("gsm8k", "gsm8k_rest", "math_fresh", "math_alone")),
-  "16 pruned, beside 8": (*((name, "budget", "plain8") for name in ("gsm8k", "math_alone")),
+    (name, "max_variance", "plain") for name in ("gsm8k", "gsm8k_rest", "gsm8k_tuned", "math_fresh", "math_alone")),
+  "16 pruned, beside 8": (*((name, "budget", "plain8") for name in ("gsm8k", "gsm8k_tuned", "math_alone")),
                           *((name, "budget_chosen4_ahead4", "chosen4_8_ahead4")
                             for name in ("math_halved", "math_halved_again"))),
   "control: nothing dropped, beside plain": (
@@ -343,16 +348,17 @@ class Run:
   def training(self, model: str, data: str, export: bool = False) -> tuple[str, ...]:
     """argv of `python -m`; model, data: where they are here, "" for the config's own; export: keeps the policy, to vote with."""
     return ("arrol_jax.train", f"--config={self.regime.config}", f"--workdir={self.workdir}",
-            *options(self._paths(model, data) | self.settings | {"checkpoint.export": export}))
+            *options(self.paths(model, data) | self.settings | {"checkpoint.export": export}))
 
   def voting(self, data: str) -> tuple[str, ...]:
     """argv of the evaluation whose samples vote."""
     r = self.regime
-    paths = self._paths("", data) | {"model.path": f"{self.workdir}/policy"}
+    paths = self.paths("", data) | {"model.path": f"{self.workdir}/policy"}
     kept = {k: v for k, v in self.settings.items() if k.startswith(("rollout.max_new", "prune.detect", "quality."))}
     return ("arrol_jax.evaluate", f"--config={r.config}", *options(paths | kept | r.voting))
 
-  def _paths(self, model: str, data: str) -> dict:
+  def paths(self, model: str, data: str) -> dict:
+    """Options that say where model and data are."""
     r, found = self.regime, {"model.path": model} if model else {}
     if data and r.train:
       held_out = self.thinned if r.every > 1 else f"{data}/{r.test}.jsonl"

@@ -2,22 +2,23 @@
 what failed, what is missing; plots (trial_plots.py).
 
 No interval is corrected for how many comparisons there are; the page counts them. Left out: runs (trial_queue.py), arms and
-budgets (trial_arms.py), statistics (trial_stats.py).
+budgets (trial_arms.py), statistics (trial_stats.py), what becomes of differences (trial_fading.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
 
 from experiments import trial_plots
-from experiments.trial_arms import HALVED, PLAIN, RESULTS, ROOT, SKIP, Regime
+from experiments.trial_arms import PLAIN, RESULTS, ROOT, SKIP, Regime, Run
+from experiments.trial_fading import fading
 from experiments.trial_stats import (
-  Found,
   Refused,
   Results,
   accuracy,
   accuracy_pairs,
+  allowed_pairs,
   best_half,
   clipped,
   difference,
@@ -35,6 +36,7 @@ from experiments.trial_stats import (
   signal_rate,
   slope,
   speedup,
+  table,
   text,
   together,
   unpaired,
@@ -44,11 +46,6 @@ AIM, FASTER = 2.3, 1.6  # points of accuracy, the paper's; times as fast a step
 
 
 # ---- tables
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-  head = list(head)
-  return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def arms_table(results: Results) -> list[str]:
@@ -215,20 +212,12 @@ def why(results: Results) -> str:
   return f"the better of {' and '.join(nulls)} at {results.regime.full:g} s, chosen on these very results, which favours it"
 
 
-def _pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
-  """`pairs`, none where they are refused."""
-  try:
-    return pairs(results, arm, other) if arm != other else []
-  except Refused:
-    return []
-
-
 def changes_table(results: Results) -> list[str]:
   """What of arms with two pairs or more would have to change by how much, for plain's signal a second and for a step FASTER times
   as fast as plain's."""
   rows = []
   for arm in results.regime.seeds:
-    both = _pairs(results, arm, PLAIN)
+    both = allowed_pairs(results, arm, PLAIN)
     if len(both) > 1 and all(learned_share(a) == 1 for a, _ in both):
       x, prompts = needs(both), groups(both[0][1])
       rows.append([arm, f"{x.ratio:.2f}", f"{x.signal[0] / prompts:.2f}", f"{x.seconds[0]:.2f}",
@@ -253,7 +242,7 @@ def halves(results: Results) -> list[str]:
          f"finished, keeps {low:.2f} to {high:.2f} ({low / all_of_it:.0%} to {high / all_of_it:.0%}; files have sums over "
          "groups). Halves of the batch may keep more, and never more than all."]
   for arm in results.there:
-    both = [(a, b) for a, b in _pairs(results, arm, PLAIN) if learned_share(a) == 0.5]
+    both = [(a, b) for a, b in allowed_pairs(results, arm, PLAIN) if learned_share(a) == 0.5]
     if both:
       low, high = (mean(best_half(a)[i] * groups(a) / a.column("sec_step").mean() / signal_rate(b) for a, b in both)
                    for i in (0, 1))
@@ -280,7 +269,7 @@ def distinct(results: Results) -> list[tuple[str, str]]:
 
 def multiplicity(results: Results) -> list[str]:
   """How many comparisons of accuracy the tables show, and what is left of them when all count at once (Bonferroni)."""
-  values = [difference(_pairs(results, *x), lambda r, w=when, s=sampled: accuracy(r, w, s)) for x in distinct(results)
+  values = [difference(allowed_pairs(results, *x), lambda r, w=when, s=sampled: accuracy(r, w, s)) for x in distinct(results)
             for when in ("half", "full") for sampled in (False, True)]
   tested = [x for x in values if len(x) > 1]
   apart = lambda level: sum(bool(abs(np.mean(x)) > stats.sem(x) * stats.t.ppf(1 - level / 2, len(x) - 1)) for x in tested)
@@ -294,7 +283,7 @@ def narrow(results: Results) -> list[str]:
   """Differences whose few pairs agree better than answers to so many problems may: not to be relied on."""
   found = []
   for a, b in distinct(results):
-    both = _pairs(results, a, b)
+    both = allowed_pairs(results, a, b)
     for when, seconds in (("half", results.regime.half), ("full", results.regime.full)):
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w))), problem_noise(both, when)
       if half < alone:
@@ -324,60 +313,29 @@ def notes(results: Results) -> list[str]:
     out += [rates(results.regime)]
   parts = [f"{r.run.name} ({len(r.about['pieces'])})" for r in runs if len(r.about["pieces"]) > 1]
   out += [f"- Made in several pieces, each of which begins with slower steps: {', '.join(parts)}."] if parts else []
+  moved = [r.run.name for r in runs if "+" in r.about.get("host", "")]
+  out += [f"- Begun on one host and ended on another, so in no pair: {', '.join(moved)}."] if moved else []
   out += [f"- Failed: {x['arm']}_seed{x['seed']} after {x['steps']} steps, commit {x['commit']}: {x['problem']}"
           for x in results.failed]
-  out += [f"- Left out, made with other settings than the arm has now: {', '.join(results.other)}."] if results.other else []
+  waits = results.regime.waits
+  left_out = ", ".join(results.other)
+  if waits:
+    out += [f"- Its learning rates are chosen by `{waits}`, of whose runs not all are there and alike: nothing of it is shown "
+            "before."]
+  elif left_out:
+    out += [f"- Left out, made with other settings than the arm has now: {left_out}."]
   out += [f"- Not run ({len(results.missing)}): {', '.join(results.missing)}."] if results.missing else []
   return out
 
 
-def fading(known: list[Results]) -> list[str]:
-  """Accuracy halfway, and how differences change from there to the end, where one arm learns from about half of the rollouts: by
-  regime, and the mean over problem sets' seeds, each of which counts once whatever it has runs of."""
-  by_name, rows = {results.regime.name: results for results in known}, []
-  for what, cases in HALVED.items():
-    by_seed: dict[tuple, list[list[float]]] = {}
-    for name, arm, other in cases:
-      both = _pairs(by_name[name], arm, other) if name in by_name else []
-      both = [pair for pair in both if all(r.about["half"] for r in pair)]  # one step may have filled all of the time
-      values = np.array([[a - b for a, b in zip(*(_course(r) for r in pair), strict=True)] for pair in both])
-      if len(values):
-        rows.append([what, f"`{name}`: {arm} - {other}", *(text(x, "+.1f") for x in values.T)])
-      for (found, _), one in zip(both, values, strict=True):
-        by_seed.setdefault((found.run.regime.train, found.run.seed), []).append(one)
-    for train in sorted({train for train, _ in by_seed}):
-      means = np.array([np.mean(x, axis=0) for key, x in by_seed.items() if key[0] == train])
-      rows.append([what, f"{train}, {_over(means)}", *(text(x, "+.1f") for x in means.T)])
-    if by_seed:
-      means = np.array([np.mean(x, axis=0) for x in by_seed.values()])
-      rows.append([what, f"all, {_over(means)}", *(text(x, "+.1f") for x in means.T)])
-  return ["## How differences change from half of the seconds to all of them", "",
-          "Differences in accuracy, in points, halfway and what they are more at the end, of all pairs where one arm learns from "
-          "about half of the other's rollouts; as a control the same of arms that drop nothing, beside plain. Pairs of a seed "
-          "that share runs or prompts count once in the means of a row; rows share runs, so they are no independent evidence. "
-          "Looked at after most of these runs, as `ahead` had suggested it; no interval is corrected for that.", "",
-          *table(["", "part", "greedy halfway", "4 samples halfway", "greedy, more at the end", "4 samples, more at the end"],
-                 rows)] if rows else []
-
-
-def _over(seeds: np.ndarray) -> str:
-  return f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-
-
-def _course(found: Found) -> list[float]:
-  """Accuracy halfway, greedy and sampled, and what it is more at the end."""
-  half, full = ([accuracy(found, when, sampled) for sampled in (False, True)] for when in ("half", "full"))
-  return [*half, *(end - begin for begin, end in zip(half, full, strict=True))]
-
-
-def page(regimes: list[Regime]) -> str:
-  """Markdown of all regimes; writes their plots."""
+def page(regimes: list[Regime], wanted: Callable[[Run], bool] | None = None) -> str:
+  """Markdown of all regimes; writes their plots. Of the runs that are wanted alone, where that is said: without plots."""
   out = ["# The trial: accuracy after as many seconds of steps", "",
          "Accuracy in percent, ± 95% of Student's t over seeds, on the same held-out problems (number of runs or pairs; one has "
          "no interval). Seconds are those "
          f"of steps, without compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by "
          "`python -m experiments.trial --table`.", ""]
-  known = [load(regime) for regime in regimes]
+  known = [load(regime, wanted) if wanted else load(regime) for regime in regimes]
   for results in known:
     regime = results.regime
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]
@@ -387,7 +345,7 @@ def page(regimes: list[Regime]) -> str:
       plots = {"": ("Reward against seconds of steps, and held-out accuracy", trial_plots.course)}
       if accuracy_pairs(results, PLAIN):
         plots["_signal"] = "Accuracy against signal a second", lambda x: trial_plots.against_signal(x, PLAIN)
-      for name, (what, draw) in plots.items():
+      for name, (what, draw) in ({} if wanted else plots).items():
         draw(results).savefig(ROOT / RESULTS / f"{regime.name}{name}.png", dpi=110)
         out += [f"![{what}]({regime.name}{name}.png)", ""]
       out += [*(f"- `{arm}`: {regime.arms[arm].what}" for arm in regime.seeds if results.of(arm)), ""]

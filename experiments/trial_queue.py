@@ -19,6 +19,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import shutil
 import socket
 import subprocess
@@ -33,7 +34,7 @@ from arrol_jax.running.lines import read_lines
 from arrol_jax.running.workdir import newest_checkpoint
 from arrol_jax.types import UserError
 from experiments.runs import SCORES, terminated
-from experiments.trial_arms import ROOT, Run, same
+from experiments.trial_arms import REGIMES, ROOT, Regime, Run, runs_of, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
@@ -44,16 +45,22 @@ KEPT = """step pruning reward reward_ipw truncated response_len entropy grad_nor
 
 
 def commit_of(given: str | None) -> str:
-  """The commit that last changed CODE: the one given, or what git says where there is git."""
+  """The commit that last changed CODE, 12 digits of it: the one given, or what git says where there is git."""
+  asked = f"as `git log -1 --format=%H -- {' '.join(CODE)}` says it in a whole clone"
   if given:
+    if not re.fullmatch("[0-9a-f]{12,40}", given):
+      raise UserError(f"--commit={given}: give 12 hex digits or more, {asked}")
     return given[:12]
-  git = lambda *argv: subprocess.run(["git", *argv, "--", *CODE], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  git = lambda *argv: subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
   try:
-    changed, commit = git("status", "--porcelain"), git("log", "-1", "--format=%H").strip()
+    changed, commit = git("status", "--porcelain", "--", *CODE), git("log", "-1", "--format=%H", "--", *CODE)
+    shallow = git("rev-parse", "--is-shallow-repository") == "true"
   except (OSError, subprocess.CalledProcessError) as e:
-    raise UserError(f"no git here: give --commit, as `git log -1 --format=%H -- {' '.join(CODE)}` says it") from e
+    raise UserError(f"no git here: give --commit, {asked}") from e
   if changed:
-    raise UserError(f"not committed: {', '.join(line[3:] for line in changed.splitlines())}; a run must be of a commit")
+    raise UserError(f"not committed: {', '.join(line[2:].strip() for line in changed.splitlines())}; a run must be of a commit")
+  if shallow:  # its oldest commit seems to have changed everything
+    raise UserError(f"a shallow clone: `git fetch --unshallow`, or give --commit, {asked}")
   return commit[:12]
 
 
@@ -155,7 +162,7 @@ def train(run: Run, call: Call) -> bool:
     split(run, call.data)
     call.say(run, f"goes on after step {saved}" if saved else "begins")
     problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
-    note_piece(run, call.version, time.monotonic() - begun)
+    note_piece(run, call.version | {"inputs": inputs(run, call)}, time.monotonic() - begun)
   if not problem and not (workdir / "summary.json").exists():
     call.say(run, f"stopped after step {steps(workdir)}; goes on in the next call")
     return False
@@ -234,6 +241,30 @@ def state(run: Run) -> str:
   return next((name for name, path in files.items() if path.exists()), "missing")
 
 
+def not_now(regime: Regime, code: str) -> str:
+  """Why nothing of a regime can be run by this code; "" if it can."""
+  if regime.waits:
+    runs = [run for run in runs_of(REGIMES[regime.waits]) if state(run) != "done"]
+    lacking = ", ".join(f"{run.name} ({state(run)})" for run in runs)
+    return (f"its learning rates are chosen by {regime.waits}, which has to be whole and of one code; "
+            + (f"not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the folder of "
+               "one that failed" if lacking else "the page (--table) says what is wrong with it"))
+  found = {(x["commit"], x["code"]) for run in runs_of(regime) if (x := about(run))}
+  if not found or any(x == code for _, x in found):
+    return ""
+  made = " and ".join(f"commit {commit} (code {x})" for commit, x in sorted(found))
+  return f"its runs are of {made}, this is code {code}; the page could not compare both (experiments/README.md says how to go on)"
+
+
+def about(run: Run) -> dict | None:
+  """What a finished run says of itself; None where it is not there or damaged, which the page tells."""
+  try:
+    found = read_json(f"{run.folder}/run.json")
+    return found if isinstance(found, dict) and {"commit", "code"} <= found.keys() else None
+  except (OSError, ValueError, UserError):
+    return None
+
+
 def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
   """failed.json of the run that a process which died was at."""
   for run in runs:
@@ -260,6 +291,17 @@ def note_piece(run: Run, version: dict, seconds: float) -> None:
     f.write(json.dumps(version | {"host": host(), "step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}) + "\n")
 
 
+def inputs(run: Run, call: Call) -> dict[str, str]:
+  """Of the files that the run reads, by the name of the option: twelve hex digits of their SHA-256."""
+  paths = {name: ROOT / path for name, path in run.paths(call.model, call.data).items()}
+  return {name: _digest(path)[:12] for name, path in paths.items() if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def host() -> str:
   """Which machine this is, since it was started: eight hex digits that tell nothing else of it."""
   boot = Path("/proc/sys/kernel/random/boot_id")
@@ -280,6 +322,7 @@ def keep(run: Run, problem: str | None) -> dict:
   versions = [dict.fromkeys(piece[name] for piece in pieces if name in piece) for name in ("commit", "code", "host")]
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": pieces}
   about |= dict(zip(("commit", "code", "host"), map("+".join, versions)))  # a run in pieces of two versions is like no other run
+  about |= {"inputs": pieces[-1].get("inputs", {})} if pieces else {}
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in KEPT if k in x})) + "\n" for x in lines))

@@ -18,6 +18,8 @@ from scipy import stats
 from arrol_jax.types import UserError
 from experiments.trial_arms import SKIP, Regime, Run, runs_of, same
 
+ABOUT = ("settings", "pieces", "commit", "code", "steps", "seconds", "device", "half", "full")  # what a page reads of run.json
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -45,7 +47,8 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """Of a regime: runs by arm and seed; those that failed, were made with other settings than the arm has now, or are missing."""
+  """Of a regime: runs by arm and seed; those that failed, were made with other settings than the arm has now (of a regime that
+  waits all that are there), or are missing."""
   regime: Regime
   there: dict[str, dict[int, Found]]
   failed: list[dict]
@@ -56,31 +59,45 @@ class Results:
     return list(self.there.get(arm, {}).values())
 
 
-def load(regime: Regime) -> Results:
+def load(regime: Regime, wanted: Callable[[Run], bool] = lambda run: True) -> Results:
+  """What there is of its runs, or of those that are wanted. UserError where a file is damaged."""
   out = Results(regime, {}, [], [], [])
-  for run in runs_of(regime):
+  for run in filter(wanted, runs_of(regime)):
     if (run.folder / "failed.json").exists():
-      out.failed.append(_json(run, "failed.json"))
+      out.failed.append(_object(run, "failed.json", "arm", "seed", "steps", "commit", "problem"))
     elif not (run.folder / "run.json").exists():
       out.missing.append(run.name)
-    elif (about := _json(run, "run.json"))["settings"] != same(run.settings):
+    elif (about := _object(run, "run.json", *ABOUT))["settings"] != same(run.settings) or regime.waits:
       out.other.append(run.name)
     else:
-      lines = _read(run, "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
-      votes = _json(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
+      lines = _read(run, "metrics.jsonl", _lines)
+      votes = _object(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
       out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
   return out
 
 
-def _json(run: Run, name: str) -> dict:
-  return _read(run, name, json.loads)
+def _lines(text: str) -> list[dict]:
+  lines = [json.loads(line) for line in text.splitlines()]
+  if not lines or not all(isinstance(x, dict) for x in lines):
+    raise ValueError("no lines of objects")
+  return lines
+
+
+def _object(run: Run, name: str, *keys: str) -> dict:
+  """A file that holds an object with these keys."""
+  def parse(text: str) -> dict:
+    values = json.loads(text)
+    if not isinstance(values, dict) or (lacking := [key for key in keys if key not in values]):
+      raise ValueError("no object" if not isinstance(values, dict) else f"no {', '.join(lacking)}")
+    return values
+  return _read(run, name, parse)
 
 
 def _read(run: Run, name: str, parse: Callable[[str], Any]) -> Any:
   try:
     return parse((run.folder / name).read_text())
   except (OSError, ValueError) as e:
-    raise UserError(f"{run.folder / name}: cannot be read as JSON ({e}); remove the folder and run it again") from e
+    raise UserError(f"{run.folder / name}: not what a run leaves ({e}); remove the folder and run it again") from e
 
 
 # ---- statistics
@@ -98,20 +115,32 @@ class Refused(Exception):
 
 
 def pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
-  """Runs of both arms by seed, on one device of one host; Refused where they are of different versions of the code."""
+  """Runs of both arms by seed, on one device of one host; Refused where they are of different versions of the code, or, of those
+  that say so, of different models or data."""
   a, b = results.there.get(arm, {}), results.there.get(other, {})
   both = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
   versions = {found.version for pair in both for found in pair}
   if len(versions) > 1:
     raise Refused(f"refused: runs of several commits ({', '.join(sorted(f'{x} (code {y})' for x, y in versions))})")
+  inputs = {tuple(sorted(found.about["inputs"].items())) for pair in both for found in pair if found.about.get("inputs")}
+  if len(inputs) > 1:
+    raise Refused("refused: runs of several models or data files (inputs in run.json)")
   return [pair for pair in both if together(pair)]
+
+
+def allowed_pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
+  """`pairs`; none where they are refused, or of an arm beside itself."""
+  try:
+    return pairs(results, arm, other) if arm != other else []
+  except Refused:
+    return []
 
 
 def together(runs: Iterable[Found]) -> bool:
   """Whether all were on one kind of device, and of those that say so on one host: equal seconds are not equal work elsewhere."""
   runs = list(runs)
   hosts = {r.about["host"] for r in runs if r.about.get("host")}
-  return len({r.about["device"] for r in runs}) == 1 and len(hosts) < 2
+  return len({r.about["device"] for r in runs}) == 1 and len(hosts) < 2 and not any("+" in host for host in hosts)
 
 
 def accuracy(found: Found, when: str, sampled: bool = False) -> float | None:
@@ -290,6 +319,12 @@ def text(values: Iterable[float], form: str = ".1f") -> str:
     return ""
   center, half = interval(values)
   return f"{center:{form}}" + ("" if np.isnan(half) else f" ± {half:{form.replace('+', '')}}") + f" ({len(values)})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+  """Markdown, a line each, and an empty one."""
+  head = list(head)
+  return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def accuracy_pairs(results: Results, other: str) -> dict[str, tuple[list[float], list[float]]]:

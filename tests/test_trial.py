@@ -1,6 +1,7 @@
 """The trial: its commands, its queue with stand-ins for runs, and all of it at a tiny size."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -88,8 +89,15 @@ def test_the_queue_goes_round_by_seeds_and_the_main_arms_first():
   rest = [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_rest"])]  # the same settings, on another host
   assert len(rest) == len(set(rest)) == 15 + 9 and {arm for arm, _ in order + rest} == trial_arms.ARMS.keys()
   assert Run(REGIMES["gsm8k"], "plain", 1).settings == Run(REGIMES["gsm8k_rest"], "plain", 1).settings
-  _, few = trial.chosen(trial.parse(["trial", "--scale=gpu", "--regime=gsm8k_tables,gsm8k", "--arms=plain,random", "--seeds=1"]))
-  assert [(run.arm, run.seed) for run in few] == [("plain", 71), ("random", 71), ("plain", 1), ("random", 1)]
+  both = ("gsm8k_tables", "gsm8k")
+  few = lambda *argv: [(run.arm, run.seed) for name in both for run in filter(
+    trial.selection(trial.parse(["trial", "--scale=gpu", *argv])), runs_of(REGIMES[name]))]
+  assert few("--arms=plain,random", "--seeds=1") == [("plain", 71), ("random", 71), ("plain", 1), ("random", 1)]
+  assert few("--arms=budget,plain8", "--seeds=3-71") == [("budget", 71), ("budget", 3), ("plain8", 3), ("plain8", 4),
+                                                         ("budget", 4), ("plain8", 5), ("budget", 5)]
+  tuned = {(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_tuned"])}
+  assert {arm: sorted(seed for a, seed in tuned if a == arm) for arm in ("budget", "plain8", "max_variance")} == {
+    "budget": [81, 82, 83, 84, 85, 86], "plain8": [82, 83, 84, 85, 86], "max_variance": [82, 83, 84]}  # 81's host is gone
   assert [(run.arm, run.seed) for run in runs_of(REGIMES["gsm8k_tuning"])][0] == ("plain@1.5e-6", trial_arms.SPARE_SEED)
 
 
@@ -123,22 +131,46 @@ def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewher
     assert tuning.chosen() == {"waits": tuning.name}
     folder = elsewhere / trial_arms.RESULTS / tuning.name / f"{arm}_seed{trial_arms.SPARE_SEED}"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"full": {"accuracy": level, "sampled": {"accuracy": level / 2}}}))
+    last = VERSION | {"full": {"accuracy": level, "sampled": {"accuracy": level / 2}},
+                      "settings": {"optim.lr": arm.partition("@")[2]}}
+    (folder / "run.json").write_text(json.dumps(last))
   assert tuning.chosen() == {"rates": best, "tuned": tuning}
-  (folder / "run.json").write_text('{"full": ')
-  assert tuning.chosen() == {"waits": tuning.name}
+  nothing = last["full"] | {"accuracy": math.nan}
+  for wrong in ('{"full": ', "[]", "{}", *map(json.dumps, (last | {"full": nothing}, last | {"code": "other"},
+                                                           last | {"settings": {"optim.lr": "1e-3"}}))):
+    (folder / "run.json").write_text(wrong)
+    assert tuning.chosen() == {"waits": tuning.name}, wrong
 
 
 def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, capsys):
   waits = dataclasses.replace(REGIMES["math_alone"], waits="math_tuning")
   monkeypatch.setitem(REGIMES, "math_alone", waits)
-  given = ["trial", "--scale=gpu", "--dry", "--model=m", "--data=d"]
-  with pytest.raises(UserError, match="--regime=math_alone: math_alone's learning rates .*; give --regime=math_tuning first"):
-    trial.chosen(trial.parse([*given, "--regime=ahead,math_alone"]))
-  regimes, runs = trial.chosen(trial.parse(given))
-  assert waits in regimes and runs and "math_alone" not in {run.regime.name for run in runs}
-  assert "# left out: math_alone's learning rates are chosen by math_tuning, which runs only if" in capsys.readouterr().out
-  assert any(run.regime is waits for run in trial.chosen(trial.parse(["trial", "--scale=gpu", "--table"]))[1])
+  failed = Run(REGIMES["math_tuning"], "plain@6e-6", 100)
+  failed.folder.mkdir(parents=True)
+  (failed.folder / "failed.json").write_text("{}")
+  named, _ = trial.parse(["trial", "--scale=gpu", "--regime=ahead,math_alone"]), capsys.readouterr()
+  with pytest.raises(UserError, match=r"--regime=math_alone: its learning rates .* plain@6e-6_seed100 \(failed\), .*"
+                                      "in a call before, with --regime=math_tuning"):
+    trial.to_run(named, trial.chosen(named), VERSION)
+  all_of_them = trial.parse(["trial", "--scale=gpu"])
+  runs = trial.to_run(all_of_them, trial.chosen(all_of_them), VERSION)
+  assert runs and "math_alone" not in {run.regime.name for run in runs}
+  assert "# left out: math_alone: its learning rates are chosen by math_tuning" in capsys.readouterr().out
+  assert waits in trial.chosen(trial.parse(["trial", "--scale=gpu", "--table", "--regime=math_alone"]))
+
+
+def test_a_regime_that_has_runs_is_gone_on_with_only_by_their_code(elsewhere, capsys):
+  run = Run(REGIMES["ahead"], "plain", 1)
+  run.folder.mkdir(parents=True)
+  (run.folder / "run.json").write_text(json.dumps({"commit": "0123456789ab", "code": "their"}))
+  named, every = (trial.parse(["trial", "--scale=gpu", *more]) for more in (["--regime=ahead"], []))
+  with pytest.raises(UserError, match=r"--regime=ahead: its runs are of commit 0123456789ab \(code their\), this is code 123"):
+    trial.to_run(named, trial.chosen(named), VERSION)
+  regimes = {one.regime.name for one in trial.to_run(every, trial.chosen(every), VERSION)}
+  assert "ahead" not in regimes and "math" in regimes and "# left out: ahead: its runs are" in capsys.readouterr().out
+  assert len(trial.to_run(named, trial.chosen(named), VERSION | {"code": "their"})) == 20
+  (run.folder / "run.json").write_text("[]")  # damaged, which the page tells
+  assert len(trial.to_run(named, trial.chosen(named), VERSION)) == 20
 
 
 def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsewhere, tmp_path):
@@ -264,10 +296,23 @@ def test_a_run_that_time_cuts_off_goes_on_and_remembers_both_versions(queue):
   assert not queue(Trained(), [Run(CPU, "published", 1)], 1e-9)
 
 
-def test_the_commit_is_that_of_the_code(elsewhere):
+def test_a_run_notes_what_files_it_read(queue, elsewhere, tmp_path):
+  (tmp_path / "model.gguf").write_bytes(b"weights")
+  (tmp_path / "gsm8k_train.jsonl").write_text('{"problem": 1}\n')
+  run = Run(REGIMES["gsm8k"], "plain", 1)
+  assert queue(Trained(), [run], model=str(tmp_path / "model.gguf"), data=str(tmp_path))
+  assert json.loads((run.folder / "run.json").read_text())["inputs"] == {
+    "model.path": hashlib.sha256(b"weights").hexdigest()[:12],
+    "data.train": hashlib.sha256(b'{"problem": 1}\n').hexdigest()[:12]}  # the test file is not there: this run is a stand-in
+
+
+def test_the_commit_is_that_of_the_code(elsewhere, tmp_path_factory, monkeypatch):
   with pytest.raises(UserError, match="give --commit"):
     trial_queue.commit_of("")
   assert trial_queue.commit_of("0123456789abcdef") == "0123456789ab"
+  for short in ("27f5ba0", "HEAD", "0123456789AB"):
+    with pytest.raises(UserError, match=f"--commit={short}: give 12 hex digits or more"):
+      trial_queue.commit_of(short)
   git = lambda *argv: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], cwd=elsewhere, check=True,
                                      capture_output=True, text=True).stdout.strip()
   git("init", "-q")
@@ -285,6 +330,11 @@ def test_the_commit_is_that_of_the_code(elsewhere):
   with pytest.raises(UserError, match="not committed: configs/base.py"):
     trial_queue.commit_of("")
   assert trial_queue.code_hash() != before
+  part = tmp_path_factory.mktemp("part")
+  subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{elsewhere}", part], check=True)
+  monkeypatch.setattr(trial_queue, "ROOT", part)
+  with pytest.raises(UserError, match="a shallow clone"):
+    trial_queue.commit_of("")
 
 
 # ---- the command
@@ -300,7 +350,9 @@ def test_dry_lists_the_commands_and_runs_none_of_them(monkeypatch, capsys, elsew
 @pytest.mark.parametrize("argv, words", [
   (["--regime=gsm8k", "--run"], "scale cpu has arithmetic"), (["--arms=none", "--run"], "no arm of arithmetic"),
   (["--scale=gpu", "--run"], "needs --model="), ([], "give --run, --table or --dry"), (["x"], "unexpected argument"),
-  (["--minutes=soon"], "minutes")])
+  (["--minutes=soon"], "minutes"), (["--seeds=0", "--run"], "give a number of seeds, or the first and the last"),
+  (["--seeds=5-3", "--dry"], "no run is of these regimes, arms and seeds"),
+  (["--arms=plain,x", "--table"], "--arms=x: no arm of arithmetic")])
 def test_mistakes_end_in_one_line(argv, words, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["trial.py", *argv])
   with pytest.raises(UserError, match=words):

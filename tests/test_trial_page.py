@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from arrol_jax.types import UserError
-from experiments import report, trial_arms, trial_page, trial_stats
+from experiments import report, trial_arms, trial_fading, trial_page, trial_stats
 from experiments.trial_arms import REGIMES, Run
 
 CPU = REGIMES["arithmetic"]
@@ -267,7 +266,7 @@ def test_how_differences_change_on_the_way(elsewhere):
       made_up(arm, seed, accuracy, regime=REGIMES[name])
   halfway = {"accuracy": 0.16, "problems": 100, "sampled": {"accuracy": 0.1}}
   made_up("random", REGIMES["math_alone"].first, 0.27, regime=REGIMES["math_alone"], half=halfway)
-  fading = lambda *regimes: trial_page.fading([trial_stats.load(regime) for regime in regimes])
+  fading = lambda *regimes: trial_fading.fading([trial_stats.load(regime) for regime in regimes])
   lines = fading(REGIMES["gsm8k"], REGIMES["math_alone"])
   row = lambda part: next(x.removesuffix(" |").split(" | ")[2:] for x in lines if f" | {part} |" in x)
   t = stats.t.ppf(0.975, 1)
@@ -370,12 +369,3 @@ def test_comparisons_are_counted(elsewhere):
 def test_a_page_of_nothing(elsewhere):
   (elsewhere / trial_arms.RESULTS).mkdir(parents=True)
   assert "Not run (16)" in trial_page.page([CPU])
-
-
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
-def test_a_damaged_result_is_named(elsewhere, name):
-  run = made_up("plain", 1, 0.3)
-  path = run.folder / name
-  path.write_text(path.read_text()[:-9])
-  with pytest.raises(UserError, match=f"plain_seed1/{name}: cannot be read as JSON .*; remove the folder and run it again"):
-    trial_page.page([CPU])

@@ -79,7 +79,8 @@ def test_a_regimes_failures_and_missing_votes_are_told(elsewhere, scale):  # noq
   made_up("published", 71, 0.3, regime=TABLES, settings={"optim.lr": 1})
   failed = Run(TABLES, "budget", 71)
   failed.folder.mkdir(parents=True)
-  (failed.folder / "failed.json").write_text(json.dumps({"arm": "budget", "seed": 71, "steps": 3, "problem": "NaN"}))
+  about = {"arm": "budget", "seed": 71, "steps": 3, "commit": "abc", "problem": "NaN"}
+  (failed.folder / "failed.json").write_text(json.dumps(about))
   notes = tables.draw(table3.build, scale)[0].notes
   for said in ("Failed", "budget_seed71"), ("Without votes", "plain_seed71"), ("Made with other settings", "published_seed71"):
     assert f"{said[0]} of regime gsm8k_tables: {said[1]}." in notes
