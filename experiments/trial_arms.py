@@ -142,11 +142,11 @@ _MATH_RATES = Tuning("math_tuning", ("plain", "chosen4_ahead4"), ("3e-6", "6e-6"
 @dataclasses.dataclass(frozen=True)
 class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
-  first: the first seed; later: arms that leave it out, since the host where the others ran it is gone, but count it. ours: the
-  arms that the question is about, of which the first is compared with each other; nulls: all arms are compared with plain, and
-  with the better of these. square: four arms, with neither of two changes, the first, the second, both. rates: learning rate of
-  all arms but ours, and of ours; tuned: by what they were chosen, if they were; waits: the regime that has to be run before, as
-  it chooses them. train, test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over
+  first: the first seed; gone: runs that are not to be made, as the host of the others of their seed is gone. ours: the arms that
+  the question is about, of which the first is compared with each other; nulls: all arms are compared with plain, and with the
+  better of these. square: four arms, with neither of two changes, the first, the second, both. rates: learning rate of all arms
+  but ours, and of ours; tuned: by what they were chosen, if they were; waits: the regime that has to be run before, as it
+  chooses them. train, test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over
   `train`, are held out in place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms
   may also vote, as `voting` says."""
   name: str
@@ -171,7 +171,7 @@ class Regime:
   square: tuple[str, ...] = ()
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
-  later: tuple[str, ...] = ()
+  gone: tuple[str, ...] = ()
 
   @property
   def seeds(self) -> dict[str, int]:
@@ -207,9 +207,10 @@ REGIMES = {regime.name: regime for regime in (
          voting=_VOTING, votes=dict.fromkeys(("plain", "published", "budget"), 2)),
   Regime("gsm8k_tuned", "gpu", "GSM8K as above by later code on fresh seeds, at a learning rate that was chosen on a spare one",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget", "plain8"), 6),
-                                                           {"max_variance": 4, "budget_wide": 3}, {"published": 3}),
-         first=81, later=("plain8", "max_variance"), train="gsm8k_train", test="gsm8k_test",
-         ours=("budget", "budget_wide", "published"),
+                                                           {"max_variance": 4, "budget_wide": 3},
+                                                           {PLAIN: 12, "budget": 12, "published": 9}),
+         first=81, train="gsm8k_train", test="gsm8k_test", ours=("budget", "budget_wide", "published"),
+         gone=("plain8_seed81", "max_variance_seed81", *(f"published_seed{seed}" for seed in range(82, 87))),
          **_GSM8K_RATES.chosen()),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K,
@@ -380,7 +381,7 @@ def runs_of(regime: Regime) -> Iterator[Run]:
     for i in range(max(seeds.values())):
       arms = [arm for arm, count in seeds.items() if i < count]
       for run in (Run(regime, arm, regime.first + i) for arm in arms[i % len(arms):] + arms[:i % len(arms)]):
-        if run.name not in seen and (i or run.arm not in regime.later):  # an arm may come again with more seeds
+        if run.name not in seen and run.name not in regime.gone:  # an arm may come again with more seeds
           seen.add(run.name)
           yield run
 
