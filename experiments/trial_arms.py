@@ -144,11 +144,12 @@ class Regime:
   """scale: what it runs on. half, full: seconds of steps. queue: numbers of seeds by arm, those that run first, then the next;
   first: the first seed; gone: runs that are not to be made, as the host of the others of their seed is gone. ours: the arms that
   the question is about, of which the first is compared with each other; nulls: all arms are compared with plain, and with the
-  better of these. square: four arms, with neither of two changes, the first, the second, both. rates: learning rate of all arms
-  but ours, and of ours; tuned: by what they were chosen, if they were; waits: the regime that has to be run before, as it
-  chooses them. train, test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over
-  `train`, are held out in place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms
-  may also vote, as `voting` says."""
+  better of these; primary: first and last seed of each comparison of the first of ours with plain that was set before it ran.
+  square: four arms, with neither of two changes, the first, the second, both. rates: learning rate of all arms but ours, and of
+  ours; tuned: by what they were chosen, if they were; waits: the regime that has to be run before, as it chooses them. train,
+  test: files of the data's folder, "" where the config has its own; spare: so many problems, evenly over `train`, are held out in
+  place of `test`; every: of `test` each so-manieth problem is asked. votes: so many seeds of these arms may also vote, as
+  `voting` says."""
   name: str
   scale: str
   what: str
@@ -172,6 +173,7 @@ class Regime:
   voting: dict = dataclasses.field(default_factory=dict)
   votes: dict[str, int] = dataclasses.field(default_factory=dict)
   gone: tuple[str, ...] = ()
+  primary: tuple[tuple[int, int], ...] = ()
 
   @property
   def seeds(self) -> dict[str, int]:
@@ -208,8 +210,9 @@ REGIMES = {regime.name: regime for regime in (
   Regime("gsm8k_tuned", "gpu", "GSM8K as above by later code on fresh seeds, at a learning rate that was chosen on a spare one",
          "configs/gsm8k_qwen05b.py", 60.0, 120.0, _GSM8K, (dict.fromkeys((PLAIN, "budget", "plain8"), 6),
                                                            {"max_variance": 4, "budget_wide": 3},
-                                                           {PLAIN: 12, "budget": 12, "published": 9}),
+                                                           {PLAIN: 18, "budget": 18, "published": 9}),
          first=81, train="gsm8k_train", test="gsm8k_test", ours=("budget", "budget_wide", "published"),
+         primary=((82, 86), (87, 98)),
          gone=("plain8_seed81", "max_variance_seed81", *(f"published_seed{seed}" for seed in range(82, 87))),
          **_GSM8K_RATES.chosen()),
   Regime("ahead", "gpu", "GSM8K as above by later code, whose segments ask nobody, and with rollouts that run ahead",

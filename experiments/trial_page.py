@@ -170,11 +170,28 @@ def verdict(results: Results, arm: str, other: str) -> str:
   center, half = interval(values)
   apart = abs(center) > half  # False where there is one pair
   said = "undecided" if not apart else "above 0" if center > 0 else "below 0"
+  alone = problem_noise(both, "full")
+  said += f" by seeds that agree better than answers allow (± {alone:.1f})" if apart and abs(center) < alone else ""
   far = f"the mean is {abs(AIM - center):.1f} {'below' if center < AIM else 'above'} the aim of +{AIM}, which "
   far += ("one pair cannot tell" if np.isnan(half) else "the interval excludes" if center + half < AIM else
           "the interval lies above" if center - half > AIM else "the interval holds")
   welch = f" (unpaired, by Welch, ± {unpaired(both, 'full'):.1f})" if len(values) > 1 else ""
   return f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; {far}."
+
+
+def primaries(results: Results) -> list[str]:
+  """Each comparison that was set before its runs: on its seeds alone, and how many of their pairs there are."""
+  arm, out = results.regime.ours[0], []
+  for first, last in results.regime.primary:
+    both = [pair for pair in allowed_pairs(results, arm, PLAIN) if first <= pair[0].run.seed <= last]
+    greedy, sampled = (difference(both, lambda r, s=sampled: accuracy(r, "full", s)) for sampled in (False, True))
+    said = [f"{text(greedy, '+.1f')} points, with 4 samples {text(sampled, '+.1f')}, a step {text(speedup(both), '.2f')} times "
+            "as fast"] if both else []
+    wanted = last - first + 1
+    said += [f"{len(both)} of {wanted} pairs are there, so no verdict"] if len(both) < wanted else []
+    out.append(f"- **Primary, set before it ran**: {arm} - {PLAIN}, greedy at {results.regime.full:g} s, on seeds {first} to "
+               f"{last} alone: {'; '.join(said)}.")
+  return out
 
 
 def rates(regime: Regime) -> str:
@@ -301,6 +318,7 @@ def notes(results: Results) -> list[str]:
   cards = sorted({r.about["device"] for r in runs})
   commits = sorted({r.version[0] for r in runs})
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
+  out += primaries(results)
   out += [verdict(results, arm, other) for arm in results.regime.ours if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
   out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]

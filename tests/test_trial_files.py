@@ -6,7 +6,7 @@ import pytest
 from test_trial_page import CPU, elsewhere, made_up  # noqa: F401 (a fixture)
 
 from arrol_jax.types import UserError
-from experiments import trial_arms, trial_page
+from experiments import trial_arms, trial_page, trial_stats
 
 
 @pytest.mark.parametrize("name, text", [
@@ -23,7 +23,8 @@ def test_runs_of_two_models_or_of_two_hosts_are_in_no_pair(elsewhere):  # noqa: 
   for arm, host, model in (("plain", "aa", "m1"), ("budget", "aa+bb", "m1"), ("plain8", "aa", "m2"), ("random", "aa", "m1")):
     made_up(arm, 1, 0.3, host=host, inputs={"model.path": model})
   text = trial_page.page([CPU])
-  assert "| plain8 - plain | refused: runs of several models or data files" in text and "| random - plain | 1 | +0.0 (1) |" in text
+  assert "| plain8 - plain | refused: runs of several models or data files" in text
+  assert "| random - plain | 1 | +0.0 (1) |" in text
   assert "- Begun on one host and ended on another, so in no pair: budget_seed1." in text and "| budget - plain |" not in text
   made_up("budget", 2, 0.4, host="aa+bb")
   made_up("plain", 2, 0.3, host="aa+bb")  # each was on both
@@ -45,3 +46,27 @@ def test_a_regime_that_waits_shows_nothing_of_its_own(elsewhere):  # noqa: F811
   text = trial_page.page([waits])
   assert "chosen by `gsm8k_tuning`, of whose runs not all are there and alike: nothing of it is shown before." in text
   assert "| plain |" not in text
+
+
+def test_a_primary_is_of_its_seeds_alone_and_waits_for_all_of_them(elsewhere):  # noqa: F811
+  regime = dataclasses.replace(CPU, queue=({"plain": 4, "budget": 4},), primary=((2, 3), (4, 6)))
+  for seed, accuracy in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.3)):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, accuracy)
+  lines = trial_page.primaries(trial_stats.load(regime))
+  assert [line.partition("alone: ")[2] for line in lines] == [
+    "+15.0 ± 63.5 (2) points, with 4 samples +7.5 ± 31.8 (2), a step 1.00 ± 0.00 (2) times as fast.",
+    "+0.0 (1) points, with 4 samples +0.0 (1), a step 1.00 (1) times as fast; 1 of 3 pairs are there, so no verdict."]
+  assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in trial_page.page([regime], lambda run: True)
+
+
+def test_a_verdict_of_few_pairs_that_agree_by_luck_is_marked(elsewhere):  # noqa: F811
+  """100 problems at 30 and 36%: answers alone allow some 9 points over two pairs; seeds differ by a tenth."""
+  for seed in (1, 2):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, 0.36 + seed / 1000)
+  results = trial_stats.load(CPU)
+  (alone,) = {trial_stats.problem_noise(trial_stats.pairs(results, "budget", "plain"), "full")}
+  assert 6.15 + 0.6 < alone
+  assert f"points, above 0 by seeds that agree better than answers allow (± {alone:.1f})" in trial_page.verdict(
+    results, "budget", "plain")
