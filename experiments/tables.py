@@ -308,7 +308,7 @@ def start(scale: Scale, jobs: list[Job], minutes: float | None) -> bool:
   if not {"model.path", "data.folder"} <= paths.keys():
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
   version = {"commit": trial_queue.commit_of(None), "code": trial_queue.code_hash()}
-  if reason := trial_queue.not_now(REGIMES[TABLES], version["code"]):
+  if reason := trial_queue.not_now(REGIMES[TABLES], version):
     raise UserError(f"regime {TABLES}: {reason}")
   deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
   call = trial_queue.Call(version, paths["model.path"], paths["data.folder"], deadline, votes=True)

@@ -30,10 +30,12 @@ from experiments.runs import read_flags
 from experiments.trial_arms import DEFAULT, REGIMES, RESULTS, ROOT, Regime, Run, runs_of
 from experiments.trial_queue import Call
 
+NOTHING = "no run is of these regimes, arms and seeds"
+
 
 def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
-  flags.DEFINE_enum("scale", "cpu", list(DEFAULT), "which regimes", flag_values=values)
+  flags.DEFINE_enum("scale", None, list(DEFAULT), "which regimes, where none is named", flag_values=values)
   for name in ("run", "table", "dry", "votes"):
     flags.DEFINE_bool(name, False, "see above", flag_values=values)
   flags.DEFINE_float("minutes", None, "with --run: stop after so many", lower_bound=0, flag_values=values)
@@ -44,6 +46,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
   for name in ("regime", "arms"):
     flags.DEFINE_list(name, [], "only these", flag_values=values)
   read_flags(values, argv, __doc__, "see --help")
+  if not values.scale:
+    values.scale = next((REGIMES[name].scale for name in values.regime if name in REGIMES), "cpu")
+  if values.worker is not None and None in (values.devices, values.minutes):
+    raise UserError("--worker is what --devices gives to the processes that it starts")
   return values
 
 
@@ -66,9 +72,9 @@ def chosen(values: flags.FlagValues) -> list[Regime]:
 def selection(values: flags.FlagValues) -> Callable[[Run], bool]:
   """Which runs --arms and --seeds ask for."""
   seeds = re.fullmatch(r"([1-9]\d*)(?:-(\d+))?", values.seeds) if values.seeds else None
-  if values.seeds and not seeds:
-    raise UserError(f"--seeds={values.seeds}: give a number of seeds, or the first and the last as in 82-86")
   first, last = (int(x) if x else None for x in seeds.groups()) if seeds else (None, None)
+  if values.seeds and (not seeds or last is not None and last < first):
+    raise UserError(f"--seeds={values.seeds}: give a number of seeds, or the first and the last as in 82-86")
   in_range = lambda run: first <= run.seed <= last if last is not None else run.seed < run.regime.first + first
   return lambda run: (not values.arms or run.arm in values.arms) and (first is None or in_range(run))
 
@@ -78,7 +84,7 @@ def to_run(values: flags.FlagValues, regimes: list[Regime], version: dict) -> li
   none is left."""
   ready = []
   for regime in regimes:
-    if not (reason := trial_queue.not_now(regime, version["code"])):
+    if not (reason := trial_queue.not_now(regime, version)):
       ready.append(regime)
     elif values.regime:
       raise UserError(f"--regime={regime.name}: {reason}")
@@ -86,13 +92,17 @@ def to_run(values: flags.FlagValues, regimes: list[Regime], version: dict) -> li
       print(f"# left out: {regime.name}: {reason}", flush=True)
   runs = [run for regime in ready for run in filter(selection(values), runs_of(regime))]
   if not runs:
-    raise UserError("no run is of these regimes, arms and seeds" if ready else "no regime can be run now")
+    raise UserError(NOTHING if ready else "no regime can be run now")
+  if problem := trial_queue.other_model(runs, values.model):
+    raise UserError(f"--model={values.model}: {problem}")
   return runs
 
 
 def run(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
   """What is missing of `runs`, here or on several devices."""
   streams.spare()
+  if values.scale == "gpu" and not values.devices:
+    trial_devices.needs_gpu()
   deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
   call = Call(version, values.model, values.data, deadline, votes=values.votes)
   if values.devices:
@@ -100,12 +110,14 @@ def run(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
     finished = trial_devices.start(command, values.devices, runs, call, "cuda" if values.scale == "gpu" else None)
   else:
     finished = trial_queue.start(runs, call)
-  print(progress(runs) + ("" if finished else "; time is over, and the same command goes on"), flush=True)
+  print(progress(runs) + ("" if finished else "; stopped before all was done, and the same command goes on"), flush=True)
 
 
 def work(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
   """What one of --devices does."""
   streams.spare()
+  if values.scale == "gpu":
+    trial_devices.needs_gpu()
   call = Call(version, values.model, values.data, time.monotonic() + 60 * values.minutes, name=f"device {values.worker}: ",
               votes=values.votes, quiet=True, fresh=True)
   sys.exit(trial_devices.work(values.worker, values.devices, runs, call))
@@ -121,7 +133,13 @@ def write_page(values: flags.FlagValues) -> None:
   """Of everything into its file; of what was chosen to standard output alone."""
   from experiments import trial_page  # it draws: what runs does not need matplotlib
   if values.regime or values.arms or values.seeds:
-    print(trial_page.page(chosen(values), selection(values)))
+    wanted = selection(values)
+    regimes = [regime for regime in chosen(values) if any(map(wanted, runs_of(regime)))]
+    if not regimes:
+      raise UserError(NOTHING)
+    given = {name: values[name].value for name in ("regime", "arms", "seeds")}
+    said = " ".join(f"--{name}={','.join(x) if isinstance(x, list) else x}" for name, x in given.items() if x)
+    print(f"Of {said} alone, printed and not kept.\n\n{trial_page.page(regimes, wanted)}")
     return
   path = ROOT / RESULTS / f"table_{values.scale}.md"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +150,6 @@ def write_page(values: flags.FlagValues) -> None:
 
 def dry(values: flags.FlagValues, runs: list[Run]) -> None:
   """The commands of what is missing."""
-  print(f"# code {trial_queue.code_hash()}")
   for one in runs:
     if trial_queue.missing(one, "train"):
       print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
@@ -150,6 +167,12 @@ def main():
   if values.worker is not None:
     work(values, to_run(values, regimes, version), version)
   elif values.dry:
+    try:
+      version["commit"] = trial_queue.commit_of(values.commit)
+      print(f"# commit {version['commit']}, code {version['code']}")
+    except UserError as e:
+      version["commit"] = ""
+      print(f"# --run would be refused: {e}")
     dry(values, to_run(values, regimes, version))
   elif values.run:
     version["commit"] = trial_queue.commit_of(values.commit)

@@ -24,6 +24,7 @@ SHARED = {
 
 PLAIN = "plain"  # GRPO with 16 rollouts a prompt, nothing pruned: what all arms stand beside
 RATE = "3e-6"  # of all arms where a regime says nothing else: not tuned, what earlier runs had
+MODEL = "1d9614638d18"  # of the gpu scale's model: the first digits of its file's SHA-256
 SPARE_SEED = 100  # of runs that choose a learning rate: no other run has it
 
 _OURS = {

@@ -72,6 +72,15 @@ def told_by_signals(told: threading.Event) -> Iterator[None]:
       signal.signal(number, handler)
 
 
+def needs_gpu() -> None:
+  """UserError where JAX finds no GPU in this process: runs of the gpu scale would take a CPU's time."""
+  import jax
+  try:
+    jax.devices("cuda")
+  except (RuntimeError, AssertionError) as e:  # the latter where JAX_PLATFORMS is cuda
+    raise UserError("the gpu scale: JAX finds no GPU here (arrol-doctor says more)") from e
+
+
 def log_of(i: int) -> Path:
   return ROOT / f"runs/trial/device{i}.log"
 
@@ -82,7 +91,7 @@ def keep_busy(i: int, command: list[str], environment: dict, todo: list[Run], ca
   log.parent.mkdir(parents=True, exist_ok=True)
   for _ in range(FAILURES):
     with open(log, "ab") as file:
-      process = subprocess.Popen([sys.executable, *command, f"--minutes={call.left() / 60}", f"--worker={i}"], cwd=ROOT,
+      process = subprocess.Popen([sys.executable, *command, f"--minutes={max(0.0, call.left()) / 60}", f"--worker={i}"], cwd=ROOT,
                                  env=environment, stdin=subprocess.PIPE, stderr=file, start_new_session=True)
     status = wait(process, call)
     if status == 0 or call.left() <= 0:

@@ -5,7 +5,8 @@ part of the trial's page (trial_page.py), over all regimes (`HALVED` in trial_ar
 import numpy as np
 
 from experiments.trial_arms import HALVED
-from experiments.trial_stats import Found, Results, accuracy, allowed_pairs, table, text
+from experiments.trial_files import Found, Results
+from experiments.trial_stats import accuracy, allowed_pairs, table, text
 
 
 def fading(known: list[Results]) -> list[str]:

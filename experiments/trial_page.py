@@ -13,9 +13,9 @@ from scipy import stats
 from experiments import trial_plots
 from experiments.trial_arms import PLAIN, RESULTS, ROOT, SKIP, Regime, Run
 from experiments.trial_fading import fading
+from experiments.trial_files import Results, load
 from experiments.trial_stats import (
   Refused,
-  Results,
   accuracy,
   accuracy_pairs,
   allowed_pairs,
@@ -26,7 +26,6 @@ from experiments.trial_stats import (
   groups,
   interval,
   learned_share,
-  load,
   mean,
   needs,
   pairs,
@@ -179,17 +178,18 @@ def verdict(results: Results, arm: str, other: str) -> str:
   return f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; {far}."
 
 
-def primaries(results: Results) -> list[str]:
-  """Each comparison that was set before its runs: on its seeds alone, and how many of their pairs there are."""
-  arm, out = results.regime.ours[0], []
-  for first, last in results.regime.primary:
+def primaries(regime: Regime) -> list[str]:
+  """Each comparison that was set before its runs: on its seeds alone, and how many of their pairs there are, whatever the page
+  is of."""
+  arm, out, results = regime.ours[0], [], load(regime)
+  for first, last in regime.primary:
     both = [pair for pair in allowed_pairs(results, arm, PLAIN) if first <= pair[0].run.seed <= last]
     greedy, sampled = (difference(both, lambda r, s=sampled: accuracy(r, "full", s)) for sampled in (False, True))
     said = [f"{text(greedy, '+.1f')} points, with 4 samples {text(sampled, '+.1f')}, a step {text(speedup(both), '.2f')} times "
             "as fast"] if both else []
     wanted = last - first + 1
     said += [f"{len(both)} of {wanted} pairs are there, so no verdict"] if len(both) < wanted else []
-    out.append(f"- **Primary, set before it ran**: {arm} - {PLAIN}, greedy at {results.regime.full:g} s, on seeds {first} to "
+    out.append(f"- **Primary, set before it ran**: {arm} - {PLAIN}, greedy at {regime.full:g} s, on seeds {first} to "
                f"{last} alone: {'; '.join(said)}.")
   return out
 
@@ -318,7 +318,7 @@ def notes(results: Results) -> list[str]:
   cards = sorted({r.about["device"] for r in runs})
   commits = sorted({r.version[0] for r in runs})
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
-  out += primaries(results)
+  out += primaries(results.regime)
   out += [verdict(results, arm, other) for arm in results.regime.ours if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
   out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]

@@ -3,7 +3,8 @@
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments.trial_stats import Found, Results, accuracy, accuracy_pairs, interval, learned_share, mean, slope
+from experiments.trial_files import Found, Results
+from experiments.trial_stats import accuracy, accuracy_pairs, interval, learned_share, mean, slope
 
 
 def curve(found: Found, grid: np.ndarray, window: int = 5) -> np.ndarray:

@@ -33,8 +33,9 @@ from arrol_jax.running.json_files import read_json, write_json
 from arrol_jax.running.lines import read_lines
 from arrol_jax.running.workdir import newest_checkpoint
 from arrol_jax.types import UserError
+from experiments import trial_files
 from experiments.runs import SCORES, terminated
-from experiments.trial_arms import REGIMES, ROOT, Regime, Run, runs_of, same
+from experiments.trial_arms import MODEL, REGIMES, ROOT, Regime, Run, runs_of, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
@@ -53,10 +54,12 @@ def commit_of(given: str | None) -> str:
     return given[:12]
   git = lambda *argv: subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
   try:
+    top, shallow = git("rev-parse", "--show-toplevel"), git("rev-parse", "--is-shallow-repository") == "true"
     changed, commit = git("status", "--porcelain", "--", *CODE), git("log", "-1", "--format=%H", "--", *CODE)
-    shallow = git("rev-parse", "--is-shallow-repository") == "true"
   except (OSError, subprocess.CalledProcessError) as e:
     raise UserError(f"no git here: give --commit, {asked}") from e
+  if Path(top).resolve() != ROOT.resolve() or not commit:  # a copy within another repository
+    raise UserError(f"this folder is no git repository of its own: give --commit, {asked}")
   if changed:
     raise UserError(f"not committed: {', '.join(line[2:].strip() for line in changed.splitlines())}; a run must be of a commit")
   if shallow:  # its oldest commit seems to have changed everything
@@ -182,19 +185,24 @@ def train(run: Run, call: Call) -> bool:
 
 def split(run: Run, data: str) -> None:
   """The files of Run.split and Run.thinned, where its regime holds problems of the training file out, or asks a part of the test
-  file, and they are not there."""
+  file."""
   regime = run.regime
-  if regime.spare and not all((ROOT / path).exists() for path in run.split):
-    lines = Path(data, f"{regime.train}.jsonl").read_text().splitlines(keepends=True)
+  if regime.spare:
+    source = Path(data, f"{regime.train}.jsonl")
+    lines = source.read_text().splitlines(keepends=True)
+    if len(lines) <= regime.spare:
+      raise UserError(f"{source}: {len(lines)} problems, of which {regime.name} holds {regime.spare} out")
     out = {i * len(lines) // regime.spare for i in range(regime.spare)}  # evenly, as a file may be sorted by subject
     for path, held_out in zip(run.split, (False, True), strict=True):
       _write(path, [line for i, line in enumerate(lines) if (i in out) == held_out])
-  if data and regime.every > 1 and not (ROOT / run.thinned).exists():
+  if data and regime.every > 1:
     _write(run.thinned, Path(data, f"{regime.test}.jsonl").read_text().splitlines(keepends=True)[::regime.every])
 
 
 def _write(path: Path, lines: list[str]) -> None:
-  """At once: several processes may be here."""
+  """At once, as several processes may be here; not where it is there already."""
+  if (ROOT / path).exists() and (ROOT / path).read_text() == "".join(lines):
+    return
   half = ROOT / f"{path}.{os.getpid()}"
   half.write_text("".join(lines))
   half.rename(ROOT / path)
@@ -241,28 +249,46 @@ def state(run: Run) -> str:
   return next((name for name, path in files.items() if path.exists()), "missing")
 
 
-def not_now(regime: Regime, code: str) -> str:
-  """Why nothing of a regime can be run by this code; "" if it can."""
+def not_now(regime: Regime, version: dict) -> str:
+  """Why nothing of a regime can be run by this version of the code, whose commit may be "" (not known); "" if it can."""
   if regime.waits:
-    runs = [run for run in runs_of(REGIMES[regime.waits]) if state(run) != "done"]
-    lacking = ", ".join(f"{run.name} ({state(run)})" for run in runs)
-    return (f"its learning rates are chosen by {regime.waits}, which has to be whole and of one code; "
-            + (f"not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the folder of "
-               "one that failed" if lacking else "the page (--table) says what is wrong with it"))
-  found = {(x["commit"], x["code"]) for run in runs_of(regime) if (x := about(run))}
-  if not found or any(x == code for _, x in found):
+    runs = list(runs_of(REGIMES[regime.waits]))
+    lacking = ", ".join(f"{run.name} ({state(run)})" for run in runs if state(run) != "done")
+    return f"its learning rates are chosen by {regime.waits}, " + (
+      f"of which these are not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the "
+      "folder of one that failed" if lacking else damaged(runs) or "whose runs are of several commits or rates (run.json)")
+  runs = [run for run in runs_of(regime) if state(run) == "done"]
+  if problem := damaged(runs):
+    return problem
+  found = {(x["commit"], x["code"]) for x in map(trial_files.told, runs)}
+  made = " and ".join(f"commit {commit} (code {code})" for commit, code in sorted(found))
+  if found and version["code"] not in {code for _, code in found}:
+    return (f"its runs are of {made}, this is code {version['code']}; the page could not compare both (experiments/README.md "
+            "says how to go on)")
+  if found and version["commit"] and (version["commit"], version["code"]) not in found:
+    return f"its runs are of {made}, this is called commit {version['commit']}: give --commit as they have it"
+  return ""
+
+
+def other_model(runs: list[Run], model: str) -> str:
+  """Why runs with this model's file could not stand beside those of their regimes that are there; "" if they could."""
+  path = Path(model)
+  if not model or not path.is_file() or _digest(path).startswith(MODEL):
     return ""
-  made = " and ".join(f"commit {commit} (code {x})" for commit, x in sorted(found))
-  return f"its runs are of {made}, this is code {code}; the page could not compare both (experiments/README.md says how to go on)"
+  there = [regime.name for regime in {run.regime.name: run.regime for run in runs}.values()
+           if any(state(run) == "done" for run in runs_of(regime))]
+  said = f"not the file of the runs that {', '.join(there)} has, whose SHA-256 begins with {MODEL} (experiments/README.md)"
+  return said if there else ""
 
 
-def about(run: Run) -> dict | None:
-  """What a finished run says of itself; None where it is not there or damaged, which the page tells."""
-  try:
-    found = read_json(f"{run.folder}/run.json")
-    return found if isinstance(found, dict) and {"commit", "code"} <= found.keys() else None
-  except (OSError, ValueError, UserError):
-    return None
+def damaged(runs: list[Run]) -> str:
+  """Which of these finished runs' run.json is damaged, in words."""
+  for run in runs:
+    try:
+      trial_files.told(run)
+    except UserError as e:
+      return str(e)
+  return ""
 
 
 def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:

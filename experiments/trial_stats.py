@@ -4,103 +4,17 @@ Differences are paired by seed: two runs of one seed see the same prompts in the
 neither chooses among them. Their interval is 95% of Student's t over the pairs, so it holds what differs between seeds and,
 problems being shared, not what differs between sets of problems. Budgets are seconds, so a pair needs one device and one host
 where files name it (others are left out), and a comparison one version of the code (it is refused otherwise). Left out: words
-and tables (trial_page.py), plots (trial_plots.py).
+and tables (trial_page.py), plots (trial_plots.py), how files are read (trial_files.py).
 """
 
 from collections.abc import Callable, Iterable
 import dataclasses
-import json
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from arrol_jax.types import UserError
-from experiments.trial_arms import SKIP, Regime, Run, runs_of, same
-
-ABOUT = ("settings", "pieces", "commit", "code", "steps", "seconds", "device", "half", "full")  # what a page reads of run.json
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """A run's results: run.json, a step's line each, and votes.json where it voted."""
-  run: Run
-  about: dict
-  lines: list[dict]
-  votes: dict | None = None
-
-  @property
-  def version(self) -> tuple[str, str]:
-    return self.about["commit"], self.about["code"]
-
-  def column(self, name: str, skip: int = SKIP) -> np.ndarray:
-    """A key of the steps' lines after the first `skip`, NaN where one lacks it; sec_step as the budget counts it, without what
-    was compiled meanwhile."""
-    if name == "sec_step" and all("sec_total" in x for x in self.lines):
-      counted = np.diff([0.0] + [x["sec_total"] for x in self.lines])
-      return counted[skip:] if len(counted) > skip else counted[-1:]
-    return np.array([np.nan if x.get(name) is None else x[name] for x in self.lines[skip:] or self.lines[-1:]], float)
-
-  def median(self, name: str) -> float:
-    return float(np.nanmedian(self.column(name)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-  """Of a regime: runs by arm and seed; those that failed, were made with other settings than the arm has now (of a regime that
-  waits all that are there), or are missing."""
-  regime: Regime
-  there: dict[str, dict[int, Found]]
-  failed: list[dict]
-  other: list[str]
-  missing: list[str]
-
-  def of(self, arm: str) -> list[Found]:
-    return list(self.there.get(arm, {}).values())
-
-
-def load(regime: Regime, wanted: Callable[[Run], bool] = lambda run: True) -> Results:
-  """What there is of its runs, or of those that are wanted. UserError where a file is damaged."""
-  out = Results(regime, {}, [], [], [])
-  for run in filter(wanted, runs_of(regime)):
-    if (run.folder / "failed.json").exists():
-      out.failed.append(_object(run, "failed.json", "arm", "seed", "steps", "commit", "problem"))
-    elif not (run.folder / "run.json").exists():
-      out.missing.append(run.name)
-    elif (about := _object(run, "run.json", *ABOUT))["settings"] != same(run.settings) or regime.waits:
-      out.other.append(run.name)
-    else:
-      lines = _read(run, "metrics.jsonl", _lines)
-      votes = _object(run, "votes.json") if (run.folder / "votes.json").exists() else {"problem": "not there"}
-      out.there.setdefault(run.arm, {})[run.seed] = Found(run, about, lines, None if "problem" in votes else votes)
-  return out
-
-
-def _lines(text: str) -> list[dict]:
-  lines = [json.loads(line) for line in text.splitlines()]
-  if not lines or not all(isinstance(x, dict) for x in lines):
-    raise ValueError("no lines of objects")
-  return lines
-
-
-def _object(run: Run, name: str, *keys: str) -> dict:
-  """A file that holds an object with these keys."""
-  def parse(text: str) -> dict:
-    values = json.loads(text)
-    if not isinstance(values, dict) or (lacking := [key for key in keys if key not in values]):
-      raise ValueError("no object" if not isinstance(values, dict) else f"no {', '.join(lacking)}")
-    return values
-  return _read(run, name, parse)
-
-
-def _read(run: Run, name: str, parse: Callable[[str], Any]) -> Any:
-  try:
-    return parse((run.folder / name).read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(f"{run.folder / name}: not what a run leaves ({e}); remove the folder and run it again") from e
-
-
-# ---- statistics
+from experiments.trial_arms import MODEL
+from experiments.trial_files import Found, Results
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -122,8 +36,10 @@ def pairs(results: Results, arm: str, other: str) -> list[tuple[Found, Found]]:
   versions = {found.version for pair in both for found in pair}
   if len(versions) > 1:
     raise Refused(f"refused: runs of several commits ({', '.join(sorted(f'{x} (code {y})' for x, y in versions))})")
-  inputs = {tuple(sorted(found.about["inputs"].items())) for pair in both for found in pair if found.about.get("inputs")}
-  if len(inputs) > 1:
+  inputs = [found.about.get("inputs", {}) for pair in both for found in pair]
+  models = {x.get("model.path", MODEL) for x in inputs}  # runs before November 29 do not say it, and had this one
+  data = {tuple(sorted(item for item in x.items() if item[0] != "model.path")) for x in inputs if x}
+  if len(models) > 1 or len(data) > 1:
     raise Refused("refused: runs of several models or data files (inputs in run.json)")
   return [pair for pair in both if together(pair)]
 

@@ -13,12 +13,13 @@ import textwrap
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments import tables, trial_stats
+from experiments import tables, trial_files, trial_stats
 from experiments.runs import Scale
 from experiments.tables import NOT_RUN, Estimate, Table, cell, faster, verdict
 from experiments.trial_arms import PLAIN, REGIMES, SKIP, TABLES
+from experiments.trial_files import Found
 from experiments.trial_plots import curve
-from experiments.trial_stats import Found, Refused
+from experiments.trial_stats import Refused
 
 HELD_OUT = ("held-out accuracy greedy, on GSM8K of 1,319 test problems, on MATH of 1,190; learning rate 3e-6 unless said")
 RULES = {"published": "the paper's rule and head", "budget": "our budget", "budget035": "our budget",
@@ -32,7 +33,7 @@ Pairs = list[tuple[Found, Found]]
 def pairs(names: tuple[str, ...], arm: str, other: str = PLAIN) -> Pairs:
   """Both arms over these regimes; none of a regime whose runs are of several versions (its page says so)."""
   by_seed = {}
-  for results in (trial_stats.load(REGIMES[name]) for name in names):
+  for results in (trial_files.load(REGIMES[name]) for name in names):
     with contextlib.suppress(Refused):
       for pair in trial_stats.pairs(results, arm, other):
         by_seed.setdefault(pair[0].run.seed, pair)
@@ -48,7 +49,7 @@ def everyone(scale: Scale, arm: str) -> list[Found]:
   """An arm's runs on the scale's first data, each seed's first, whichever code and host."""
   by_seed = {}
   for name in scale.trial[0][1]:
-    for seed, found in trial_stats.load(REGIMES[name]).there.get(arm, {}).items():
+    for seed, found in trial_files.load(REGIMES[name]).there.get(arm, {}).items():
       by_seed.setdefault(seed, found)
   return list(by_seed.values())
 
@@ -120,7 +121,7 @@ def made(name: str, title: str, scale: Scale, columns: tuple[str, ...], rows: li
            f"settings; a run ends after {REGIMES[TABLES].full:g} s of steps, a pair is of one code, seed and, where files name "
            f"it, host. Means leave out the first {SKIP} steps; ± is 95% of Student's t over pairs or runs unless said. The "
            "paper's figures: its models and data.")
-  results = trial_stats.load(REGIMES[TABLES])
+  results = trial_files.load(REGIMES[TABLES])
   of = lambda runs: [run for run in runs if run.rpartition("_seed")[0] in arms]
   silent = [found.run.name for arm in arms for found in results.of(arm) if name == "table3" and not found.votes]
   missing = of(results.missing)
@@ -129,7 +130,7 @@ def made(name: str, title: str, scale: Scale, columns: tuple[str, ...], rows: li
   notes = notes + [f"{what} of regime {TABLES}: {', '.join(runs)}." for what, runs in lacks.items() if runs]
   if missing or silent:
     notes[-1] += (f" `python -m experiments.trial --run --scale=gpu --regime={TABLES} --votes --model=DIR/model.gguf --data=DIR` "
-                  "does it.")
+                  "does it, by the code of those that are there (experiments/README.md).")
   return Table(name, title, scale, columns, rows, notes, [], about)
 
 
@@ -173,7 +174,7 @@ def table2(scale: Scale, figure: Figure, theirs: tuple[float, float, float]) -> 
 
 def table3(scale: Scale, figure: Figure, rules: tuple[tuple[str, str, str], ...]) -> Table:
   """rules: key in a run's votes, what it is, the paper's accuracy."""
-  voted = [found for name in scale.trial[0][1] for runs in trial_stats.load(REGIMES[name]).there.values()
+  voted = [found for name in scale.trial[0][1] for runs in trial_files.load(REGIMES[name]).there.values()
            for found in runs.values() if found.votes]
   rows = [[what, *(vote_cell(found.votes, key) for found in voted), paper] for key, what, paper in rules]
   rows.append(["tokens a problem", *(f"{found.votes['tokens']:,.0f}" for found in voted), ""])

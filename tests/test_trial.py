@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from pathlib import Path
-import subprocess
 import sys
 import time
 
@@ -142,37 +141,6 @@ def test_rates_are_the_best_of_the_tuning_runs_and_wait_for_all_of_them(elsewher
     assert tuning.chosen() == {"waits": tuning.name}, wrong
 
 
-def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, capsys):
-  waits = dataclasses.replace(REGIMES["math_alone"], waits="math_tuning")
-  monkeypatch.setitem(REGIMES, "math_alone", waits)
-  failed = Run(REGIMES["math_tuning"], "plain@6e-6", 100)
-  failed.folder.mkdir(parents=True)
-  (failed.folder / "failed.json").write_text("{}")
-  named, _ = trial.parse(["trial", "--scale=gpu", "--regime=ahead,math_alone"]), capsys.readouterr()
-  with pytest.raises(UserError, match=r"--regime=math_alone: its learning rates .* plain@6e-6_seed100 \(failed\), .*"
-                                      "in a call before, with --regime=math_tuning"):
-    trial.to_run(named, trial.chosen(named), VERSION)
-  all_of_them = trial.parse(["trial", "--scale=gpu"])
-  runs = trial.to_run(all_of_them, trial.chosen(all_of_them), VERSION)
-  assert runs and "math_alone" not in {run.regime.name for run in runs}
-  assert "# left out: math_alone: its learning rates are chosen by math_tuning" in capsys.readouterr().out
-  assert waits in trial.chosen(trial.parse(["trial", "--scale=gpu", "--table", "--regime=math_alone"]))
-
-
-def test_a_regime_that_has_runs_is_gone_on_with_only_by_their_code(elsewhere, capsys):
-  run = Run(REGIMES["ahead"], "plain", 1)
-  run.folder.mkdir(parents=True)
-  (run.folder / "run.json").write_text(json.dumps({"commit": "0123456789ab", "code": "their"}))
-  named, every = (trial.parse(["trial", "--scale=gpu", *more]) for more in (["--regime=ahead"], []))
-  with pytest.raises(UserError, match=r"--regime=ahead: its runs are of commit 0123456789ab \(code their\), this is code 123"):
-    trial.to_run(named, trial.chosen(named), VERSION)
-  regimes = {one.regime.name for one in trial.to_run(every, trial.chosen(every), VERSION)}
-  assert "ahead" not in regimes and "math" in regimes and "# left out: ahead: its runs are" in capsys.readouterr().out
-  assert len(trial.to_run(named, trial.chosen(named), VERSION | {"code": "their"})) == 20
-  (run.folder / "run.json").write_text("[]")  # damaged, which the page tells
-  assert len(trial.to_run(named, trial.chosen(named), VERSION)) == 20
-
-
 def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsewhere, tmp_path):
   run, lines = Run(REGIMES["gsm8k_tuning"], "plain@3e-6", 100), [f'{{"id": {i}}}\n' for i in range(2 * 1319 + 1)]
   (tmp_path / "gsm8k_train.jsonl").write_text("".join(lines))
@@ -184,6 +152,12 @@ def test_tuning_is_held_out_on_training_problems_that_it_does_not_train_on(elsew
   assert spare == "".join(lines[::2][:run.regime.spare])  # evenly: a file may be sorted by subject
   assert sorted((fit + spare).splitlines()) == sorted("".join(lines).splitlines())
   trial_queue.split(Run(REGIMES["gsm8k_tuned"], "plain", 81), "nowhere")
+  (tmp_path / "gsm8k_train.jsonl").write_text("".join(reversed(lines)))  # other data: not those of the first call
+  trial_queue.split(run, str(tmp_path))
+  assert (elsewhere / run.split[1]).read_text() == "".join(lines[::-1][::2][:1319])
+  (tmp_path / "gsm8k_train.jsonl").write_text("".join(lines[:1319]))
+  with pytest.raises(UserError, match="gsm8k_train.jsonl: 1319 problems, of which gsm8k_tuning holds 1319 out"):
+    trial_queue.split(run, str(tmp_path))
 
 
 def test_a_regime_may_ask_each_fourth_problem_of_a_test_file(elsewhere, tmp_path):
@@ -227,7 +201,7 @@ class Trained:
       raise how
     if flags["--config.checkpoint.export"] == "True":
       (folder / "policy").mkdir(exist_ok=True)
-    result = {"test": {"accuracy": 0.25, "truncated": 0.0, "sampled": {"accuracy": 0.125}}}
+    result = {"test": {"accuracy": 0.25, "truncated": 0.0, "problems": 4, "sampled": {"accuracy": 0.125}}}
     (folder / "eval_all_0001.json").write_text(json.dumps(result))
     (folder / "summary.json").write_text(json.dumps({"steps": 2, "device": "1 x cpu", "eval_after": result}))
 
@@ -304,59 +278,6 @@ def test_a_run_notes_what_files_it_read(queue, elsewhere, tmp_path):
   assert json.loads((run.folder / "run.json").read_text())["inputs"] == {
     "model.path": hashlib.sha256(b"weights").hexdigest()[:12],
     "data.train": hashlib.sha256(b'{"problem": 1}\n').hexdigest()[:12]}  # the test file is not there: this run is a stand-in
-
-
-def test_the_commit_is_that_of_the_code(elsewhere, tmp_path_factory, monkeypatch):
-  with pytest.raises(UserError, match="give --commit"):
-    trial_queue.commit_of("")
-  assert trial_queue.commit_of("0123456789abcdef") == "0123456789ab"
-  for short in ("27f5ba0", "HEAD", "0123456789AB"):
-    with pytest.raises(UserError, match=f"--commit={short}: give 12 hex digits or more"):
-      trial_queue.commit_of(short)
-  git = lambda *argv: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], cwd=elsewhere, check=True,
-                                     capture_output=True, text=True).stdout.strip()
-  git("init", "-q")
-  (elsewhere / "configs").mkdir()
-  (elsewhere / "configs" / "base.py").write_text("x = 1\n")
-  before = trial_queue.code_hash()
-  git("add", ".")
-  git("commit", "-qm", "one")
-  first = git("rev-parse", "HEAD")[:12]
-  (elsewhere / "README.md").write_text("other\n")
-  git("add", ".")
-  git("commit", "-qm", "two")
-  assert trial_queue.commit_of("") == first
-  (elsewhere / "configs" / "base.py").write_text("x = 2\n")
-  with pytest.raises(UserError, match="not committed: configs/base.py"):
-    trial_queue.commit_of("")
-  assert trial_queue.code_hash() != before
-  part = tmp_path_factory.mktemp("part")
-  subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{elsewhere}", part], check=True)
-  monkeypatch.setattr(trial_queue, "ROOT", part)
-  with pytest.raises(UserError, match="a shallow clone"):
-    trial_queue.commit_of("")
-
-
-# ---- the command
-
-
-def test_dry_lists_the_commands_and_runs_none_of_them(monkeypatch, capsys, elsewhere):
-  monkeypatch.setattr(sys, "argv", ["trial.py", "--run", "--dry", "--arms=plain8"])
-  monkeypatch.setattr(trial_queue, "start", None)
-  trial.main()
-  assert capsys.readouterr().out.count("\npython -m arrol_jax.train ") == len([r for r in runs_of(CPU) if r.arm == "plain8"])
-
-
-@pytest.mark.parametrize("argv, words", [
-  (["--regime=gsm8k", "--run"], "scale cpu has arithmetic"), (["--arms=none", "--run"], "no arm of arithmetic"),
-  (["--scale=gpu", "--run"], "needs --model="), ([], "give --run, --table or --dry"), (["x"], "unexpected argument"),
-  (["--minutes=soon"], "minutes"), (["--seeds=0", "--run"], "give a number of seeds, or the first and the last"),
-  (["--seeds=5-3", "--dry"], "no run is of these regimes, arms and seeds"),
-  (["--arms=plain,x", "--table"], "--arms=x: no arm of arithmetic")])
-def test_mistakes_end_in_one_line(argv, words, monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["trial.py", *argv])
-  with pytest.raises(UserError, match=words):
-    trial.main()
 
 
 @pytest.mark.slow

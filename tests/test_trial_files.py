@@ -1,21 +1,40 @@
 """The trial's page of files that are damaged, of several models or hosts, or only some of all; on made-up files."""
 
 import dataclasses
+import json
 
 import pytest
 from test_trial_page import CPU, elsewhere, made_up  # noqa: F401 (a fixture)
 
 from arrol_jax.types import UserError
-from experiments import trial_arms, trial_page, trial_stats
+from experiments import trial_arms, trial_files, trial_page, trial_stats
 
 
 @pytest.mark.parametrize("name, text", [
   ("run.json", None), ("run.json", "{}"), ("run.json", "[]"), ("metrics.jsonl", None), ("metrics.jsonl", ""),
-  ("metrics.jsonl", "1\n"), ("failed.json", "{}"), ("votes.json", "[1]")])
+  ("metrics.jsonl", "1\n"), ("metrics.jsonl", '{"step": 1}\n'), ("failed.json", "{}"), ("failed.json", '{"arm": "budget"}'),
+  ("votes.json", "[1]"), ("votes.json", '{"samples": 16}')])
 def test_a_damaged_result_is_named(elsewhere, name, text):  # noqa: F811
   path = made_up("plain", 1, 0.3).folder / name
   path.write_text(path.read_text()[:-9] if text is None else text)
-  with pytest.raises(UserError, match=f"plain_seed1/{name}: not what a run leaves .*; remove the folder and run it again"):
+  if name == "failed.json":
+    (path.parent / "run.json").unlink()  # a run that is there has not failed
+  with pytest.raises(UserError, match=f"plain_seed1/{name}: not what this run leaves .*; put it back .*, or remove the folder"):
+    trial_page.page([CPU])
+
+
+@pytest.mark.parametrize("changed, key", [
+  ({"full": None}, "full"), ({"full": {}}, "full"), ({"half": {"accuracy": 37.0}}, "half"), ({"device": None}, "device"),
+  ({"commit": 27}, "commit"), ({"pieces": 3}, "pieces"), ({"host": ["a"]}, "host"), ({"inputs": ["a"]}, "inputs"),
+  ({"steps": "ten"}, "steps"), ({"steps": 11}, "11 steps"), ({"seconds": float("nan")}, "seconds"), ({"arm": "budget"}, "arm"),
+  ({"seed": 2}, "seed"), ({"regime": "math"}, "regime"), ({"settings": None}, "settings"),
+  *(({"full": {"accuracy": x, "problems": 9, "truncated": 0.0, "sampled": {"accuracy": 0.1}}}, "full")
+    for x in (None, "0.3", float("nan"), 37.0, -0.1, True)),
+  *(({"full": {"accuracy": 0.3, "problems": 9, "truncated": 0.0, "sampled": x}}, "full") for x in (None, {}, {"accuracy": 3}))])
+def test_a_result_of_another_kind_or_run_is_named(elsewhere, changed, key):  # noqa: F811
+  path = made_up("plain", 1, 0.3).folder / "run.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+  with pytest.raises(UserError, match=rf"plain_seed1/(run.json|metrics.jsonl): not what this run leaves \(.*({key})"):
     trial_page.page([CPU])
 
 
@@ -26,9 +45,9 @@ def test_runs_of_two_models_or_of_two_hosts_are_in_no_pair(elsewhere):  # noqa: 
   assert "| plain8 - plain | refused: runs of several models or data files" in text
   assert "| random - plain | 1 | +0.0 (1) |" in text
   assert "- Begun on one host and ended on another, so in no pair: budget_seed1." in text and "| budget - plain |" not in text
-  made_up("budget", 2, 0.4, host="aa+bb")
-  made_up("plain", 2, 0.3, host="aa+bb")  # each was on both
-  assert "| budget - plain |" not in trial_page.page([CPU])
+  made_up("budget", 2, 0.4, host="aa+bb", inputs={"model.path": "m1"})
+  made_up("plain", 2, 0.3, host="aa+bb", inputs={"model.path": "m1"})  # each was on both
+  assert "| budget - plain |" not in trial_page.page([dataclasses.replace(CPU, queue=({"plain": 2, "budget": 2},))])
 
 
 def test_a_page_of_some_runs_is_of_these_alone_and_draws_nothing(elsewhere):  # noqa: F811
@@ -53,11 +72,11 @@ def test_a_primary_is_of_its_seeds_alone_and_waits_for_all_of_them(elsewhere):  
   for seed, accuracy in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.3)):
     made_up("plain", seed, 0.3)
     made_up("budget", seed, accuracy)
-  lines = trial_page.primaries(trial_stats.load(regime))
+  lines = trial_page.primaries(regime)
   assert [line.partition("alone: ")[2] for line in lines] == [
     "+15.0 ± 63.5 (2) points, with 4 samples +7.5 ± 31.8 (2), a step 1.00 ± 0.00 (2) times as fast.",
     "+0.0 (1) points, with 4 samples +0.0 (1), a step 1.00 (1) times as fast; 1 of 3 pairs are there, so no verdict."]
-  assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in trial_page.page([regime], lambda run: True)
+  assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in trial_page.page([regime], lambda run: run.seed == 1)
 
 
 def test_a_verdict_of_few_pairs_that_agree_by_luck_is_marked(elsewhere):  # noqa: F811
@@ -65,7 +84,7 @@ def test_a_verdict_of_few_pairs_that_agree_by_luck_is_marked(elsewhere):  # noqa
   for seed in (1, 2):
     made_up("plain", seed, 0.3)
     made_up("budget", seed, 0.36 + seed / 1000)
-  results = trial_stats.load(CPU)
+  results = trial_files.load(CPU)
   (alone,) = {trial_stats.problem_noise(trial_stats.pairs(results, "budget", "plain"), "full")}
   assert 6.15 + 0.6 < alone
   assert f"points, above 0 by seeds that agree better than answers allow (± {alone:.1f})" in trial_page.verdict(

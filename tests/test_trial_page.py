@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import report, trial_arms, trial_fading, trial_page, trial_stats
+from experiments import report, trial_arms, trial_fading, trial_files, trial_page, trial_stats
 from experiments.trial_arms import REGIMES, Run
 
 CPU = REGIMES["arithmetic"]
@@ -54,7 +54,7 @@ def test_pairs_are_by_seed(elsewhere):
     made_up("plain", seed, accuracy, seconds=3.0)
   for seed, accuracy, seconds in ((1, 0.30, 1.5), (2, 0.40, 2.0)):
     made_up("budget", seed, accuracy, seconds)
-  results = trial_stats.load(regime)
+  results = trial_files.load(regime)
   both = trial_stats.pairs(results, "budget", "plain")
   values = trial_stats.difference(both, lambda r: trial_stats.accuracy(r, "full"))
   assert values == pytest.approx([2.0, 7.0])
@@ -79,7 +79,7 @@ def test_signal_a_second_is_of_all_groups_that_dynamic_sampling_starts(elsewhere
     groups = 24 if arm == "resampled" else 8
     lines = [json.loads(x) | {"signal_per_1k_tokens": groups * 1.5 / 5} for x in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-  found = trial_stats.load(regime)
+  found = trial_files.load(regime)
   rates = {arm: trial_stats.signal_rate(found.there[arm][1]) for arm in regime.seeds}
   assert rates == {"plain": pytest.approx(8 * 1.5 / 2), "resampled": pytest.approx(24 * 1.5 / 2)}
   assert trial_stats.groups(found.there["resampled"][1]) == pytest.approx(24)
@@ -95,7 +95,7 @@ def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
     for arm, level in zip(square.square, levels, strict=False):
       made_up(arm, seed, level, regime=square, device="H200" if (seed, arm) == (9, first) else "H100",
               version=("abc", "999" if (seed, arm) == (10, both) else "123"))
-  results = trial_stats.load(square)
+  results = trial_files.load(square)
   found = trial_stats.effects(results, lambda r: trial_stats.accuracy(r, "full"))
   assert list(found) == ["chosen4 - plain and chosen4_ahead4 - plain_ahead4, their mean",
                          "plain_ahead4 - plain and chosen4_ahead4 - chosen4, their mean",
@@ -107,7 +107,7 @@ def test_either_change_is_averaged_over_both_levels_of_the_other(elsewhere):
   assert [alone for _, alone in found.values()] == pytest.approx([half, half, 2 * half])
   assert any(line.startswith("| plain_ahead4 - plain and") and line.endswith(f"| +2.0 ± 0.0 (2), unpaired ± {half:.1f} | "
              f"+1.0 ± 0.0 (2), unpaired ± {half / 2:.1f} |") for line in trial_page.effects_table(results))
-  assert not trial_page.effects_table(trial_stats.load(CPU))
+  assert not trial_page.effects_table(trial_files.load(CPU))
   assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (neither, first)} == {0}
   assert [square.arms[arm].looked_at for arm in square.square] == [None, 4.0, None, 4.0]
   assert {square.arms[arm].settings.get("rollout.ahead", 0) for arm in (second, both)} == {4}
@@ -118,7 +118,7 @@ def test_runs_of_two_commits_are_not_compared(elsewhere):
   made_up("plain", 1, 0.3)
   made_up("plain8", 1, 0.3, version=("abc", "999"))
   made_up("budget", 1, 0.4, version=("def", "123"))
-  results = trial_stats.load(regime)
+  results = trial_files.load(regime)
   for other in ("plain", "plain8"):
     with pytest.raises(trial_stats.Refused, match="several commits"):
       trial_stats.pairs(results, "budget", other)
@@ -132,7 +132,7 @@ def test_what_a_step_takes_is_of_its_mean_step_and_says_what_files_lack(elsewher
   made_up("plain", 1, 0.3, seconds=1.0)
   made_up("plain", 2, 0.3, seconds=3.0)
   made_up("budget", 1, 0.4, seconds=2.0)
-  rows = [x.strip("| ").split(" | ") for x in trial_page.steps_table(trial_stats.load(CPU)) if x.startswith("| ")]
+  rows = [x.strip("| ").split(" | ") for x in trial_page.steps_table(trial_files.load(CPU)) if x.startswith("| ")]
   plain, budget = (dict(zip(rows[0], row, strict=True)) for row in rows[1:])
   assert (plain["generating, s"], plain["all, s"], plain["thousand tokens generated"]) == ("0.50", "2.00", "5")
   assert plain["groups mixed, %"] == "44"  # 3.5 of 8
@@ -145,7 +145,7 @@ def test_seconds_of_two_devices_are_not_compared(elsewhere):
   made_up("plain", 2, 0.3)
   made_up("budget", 1, 0.4, device="1 x H200")
   made_up("budget", 2, 0.4)
-  results = trial_stats.load(CPU)
+  results = trial_files.load(CPU)
   assert [a.run.seed for a, _ in trial_stats.pairs(results, "budget", "plain")] == [2]
   assert any("different devices or hosts are left out" in note for note in trial_page.notes(results))
 
@@ -154,7 +154,7 @@ def test_seconds_of_two_hosts_are_not_compared_where_files_name_them(elsewhere):
   for seed, (mine, other) in enumerate(((None, None), ("a", None), ("a", "a"), ("a", "b"), ("a", "a+b")), 1):
     for arm, host in (("plain", mine), ("budget", other)):
       made_up(arm, seed, 0.3, **({"host": host} if host else {}))
-  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 5, "budget": 5},)))
+  results = trial_files.load(dataclasses.replace(CPU, queue=({"plain": 5, "budget": 5},)))
   assert [a.run.seed for a, _ in trial_stats.pairs(results, "budget", "plain")] == [1, 2, 3]
   assert any("different devices or hosts are left out" in note for note in trial_page.notes(results))
 
@@ -171,7 +171,7 @@ def test_whether_the_aim_is_reached_is_said_of_the_interval(elsewhere, levels, w
   for seed, level in enumerate(levels, 1):
     made_up("plain", seed, 0.3)
     made_up("budget", seed, level)
-  assert trial_page.verdict(trial_stats.load(CPU), "budget", "plain").endswith(words)
+  assert trial_page.verdict(trial_files.load(CPU), "budget", "plain").endswith(words)
 
 
 def test_samples_that_agree_better_than_their_draws_allow_are_told(elsewhere):
@@ -181,7 +181,7 @@ def test_samples_that_agree_better_than_their_draws_allow_are_told(elsewhere):
   for arm in ("plain", "budget"):
     for seed in (1, 2):
       made_up(arm, seed, 0.3, full=result, half=result)
-  results = trial_stats.load(CPU)
+  results = trial_files.load(CPU)
   alone = trial_stats.sampling_noise(trial_stats.pairs(results, "budget", "plain"), "full")
   assert alone == pytest.approx(196 * np.sqrt(2 * 0.12 / 2 / 100 / 2))
   said = next(x for x in trial_page.narrow(results))
@@ -264,9 +264,9 @@ def test_how_differences_change_on_the_way(elsewhere):
   for (name, arm), values in levels.items():
     for seed, accuracy in enumerate(values, REGIMES[name].first):
       made_up(arm, seed, accuracy, regime=REGIMES[name])
-  halfway = {"accuracy": 0.16, "problems": 100, "sampled": {"accuracy": 0.1}}
+  halfway = {"accuracy": 0.16, "problems": 100, "truncated": 0.0, "sampled": {"accuracy": 0.1}}
   made_up("random", REGIMES["math_alone"].first, 0.27, regime=REGIMES["math_alone"], half=halfway)
-  fading = lambda *regimes: trial_fading.fading([trial_stats.load(regime) for regime in regimes])
+  fading = lambda *regimes: trial_fading.fading([trial_files.load(regime) for regime in regimes])
   lines = fading(REGIMES["gsm8k"], REGIMES["math_alone"])
   row = lambda part: next(x.removesuffix(" |").split(" | ")[2:] for x in lines if f" | {part} |" in x)
   t = stats.t.ppf(0.975, 1)
@@ -307,7 +307,7 @@ def test_what_would_have_to_change(elsewhere):
   for seed in (1, 2):
     with_lines(made_up("plain", seed, 0.40), signal=2.0, sec_step=4.0, sec_generate=3.0)
     with_lines(made_up("budget", seed, 0.35), signal=1.0, sec_step=3.0, sec_generate=2.5)
-  results = trial_stats.load(CPU)
+  results = trial_files.load(CPU)
   found = trial_stats.needs(trial_stats.pairs(results, "budget", "plain"))
   assert found.ratio == pytest.approx(2 / 3) and found.lossless == pytest.approx(4 / 3)
   assert found.signal_needed == pytest.approx(1.5 * 8) and found.seconds_needed == pytest.approx(2.0)  # 8 groups
@@ -325,7 +325,7 @@ def test_the_half_that_varies_most_by_every_group():
   whole = lambda right: 16 * np.var([1.0] * right + [0.0] * (16 - right))
   for groups in ([3, 3], [8, 8], [1, 15], [16, 2], [1, 8], [2, 5, 0, 12, 16, 9], [4, 4, 4, 13]):
     line = {"signal": np.mean([whole(g) for g in groups]), "groups_mixed": sum(0 < g < 16 for g in groups)}
-    found = trial_stats.Found(None, {"settings": {"rollout.prompts": len(groups)}}, [line])
+    found = trial_files.Found(None, {"settings": {"rollout.prompts": len(groups)}}, [line])
     low, high = trial_stats.best_half(found)
     exact = np.mean([half(g) for g in groups])
     assert low - 1e-9 <= exact <= high + 1e-9 <= line["signal"]
@@ -339,18 +339,18 @@ def test_an_arm_that_learns_from_half_of_what_finished_is_marked(elsewhere):
   text = trial_page.page([CPU])  # 4 of 16 right in each group: 3, of the best half 2
   assert "1.00 (1) of all that finished" in text and "keeps 1.63 to 2.00 (54% to 67%;" in text
   assert "max_variance learns from that half only: of what it learns from, signal a second is 0.54 to 0.67 times plain's" in text
-  assert np.isnan(trial_stats.slope(trial_stats.load(CPU), "plain"))
+  assert np.isnan(trial_stats.slope(trial_files.load(CPU), "plain"))
 
 
 def test_pairs_that_agree_better_than_their_problems_allow_are_named(elsewhere):
-  found = lambda p: trial_stats.Found(None, {"full": {"accuracy": p, "problems": 100}}, [])
+  found = lambda p: trial_files.Found(None, {"full": {"accuracy": p, "problems": 100}}, [])
   noise = trial_stats.problem_noise([(found(0.3), found(0.4)), (found(0.5), found(0.4))], "full")
   assert noise == pytest.approx(196 * np.sqrt((0.21 + 0.24 + 0.25 + 0.24) / 100 / 2 / 2))
   assert np.isnan(trial_stats.problem_noise([], "full"))
   for seed, (a, b) in enumerate([(0.30, 0.40), (0.31, 0.41), (0.29, 0.391)], 1):
     made_up("plain", seed, a)
     made_up("budget", seed, b)
-  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
+  results = trial_files.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
   (line,) = trial_page.narrow(results)  # 10, 10 and 10.1 points
   assert "budget - plain at 10 s, +10.0 ± 0.1 by seeds, ± " in line
 
@@ -360,7 +360,7 @@ def test_comparisons_are_counted(elsewhere):
   for seed, (a, b) in enumerate([(0.30, 0.40), (0.31, 0.412), (0.29, 0.388)], 1):
     made_up("plain", seed, a)
     made_up("budget", seed, b)
-  results = trial_stats.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
+  results = trial_files.load(dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},)))
   (line,) = trial_page.multiplicity(results)  # half of 10, 10.2 and 9.8 points has the same t as the whole
   assert "4 different differences of accuracy, 4 with an interval. At 95% each, 4 of these are apart from 0" in line
   assert line.endswith("(Bonferroni) 4.")
