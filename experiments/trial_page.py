@@ -21,6 +21,7 @@ from experiments.trial_stats import (
   allowed_pairs,
   best_half,
   clipped,
+  decided,
   difference,
   effects,
   groups,
@@ -29,6 +30,7 @@ from experiments.trial_stats import (
   mean,
   needs,
   pairs,
+  primaries,
   problem_noise,
   sampling_noise,
   signal,
@@ -159,39 +161,22 @@ def votes_table(results: Results) -> list[str]:
 
 def verdict(results: Results, arm: str, other: str) -> str:
   """An arm less another at the whole budget, in words."""
+  regime = results.regime
   try:
     both = pairs(results, arm, other)
   except Refused as e:
     return f"- {arm} - {other}: {e}."
   values = difference(both, lambda r: accuracy(r, "full"))
   if not values:
-    return f"- {arm} - {other}: no pair on one device."
+    return f"- {arm} - {other}: no pair of one seed on one device."
   center, half = interval(values)
-  apart = abs(center) > half  # False where there is one pair
-  said = "undecided" if not apart else "above 0" if center > 0 else "below 0"
-  alone = problem_noise(both, "full")
-  said += f" by seeds that agree better than answers allow (± {alone:.1f})" if apart and abs(center) < alone else ""
   far = f"the mean is {abs(AIM - center):.1f} {'below' if center < AIM else 'above'} the aim of +{AIM}, which "
   far += ("one pair cannot tell" if np.isnan(half) else "the interval excludes" if center + half < AIM else
           "the interval lies above" if center - half > AIM else "the interval holds")
+  said = "an estimate over all pairs, of which some were seen before others were planned: the verdict is above" if (
+    regime.primary and (arm, other) == (regime.ours[0], PLAIN)) else decided(both)
   welch = f" (unpaired, by Welch, ± {unpaired(both, 'full'):.1f})" if len(values) > 1 else ""
-  return f"- {arm} - {other}, greedy at {results.regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; {far}."
-
-
-def primaries(regime: Regime) -> list[str]:
-  """Each comparison that was set before its runs: on its seeds alone, and how many of their pairs there are, whatever the page
-  is of."""
-  arm, out, results = regime.ours[0], [], load(regime)
-  for first, last in regime.primary:
-    both = [pair for pair in allowed_pairs(results, arm, PLAIN) if first <= pair[0].run.seed <= last]
-    greedy, sampled = (difference(both, lambda r, s=sampled: accuracy(r, "full", s)) for sampled in (False, True))
-    said = [f"{text(greedy, '+.1f')} points, with 4 samples {text(sampled, '+.1f')}, a step {text(speedup(both), '.2f')} times "
-            "as fast"] if both else []
-    wanted = last - first + 1
-    said += [f"{len(both)} of {wanted} pairs are there, so no verdict"] if len(both) < wanted else []
-    out.append(f"- **Primary, set before it ran**: {arm} - {PLAIN}, greedy at {regime.full:g} s, on seeds {first} to "
-               f"{last} alone: {'; '.join(said)}.")
-  return out
+  return f"- {arm} - {other}, greedy at {regime.full:g} s: {text(values, '+.1f')} points, {said}{welch}; {far}."
 
 
 def rates(regime: Regime) -> str:
@@ -203,7 +188,7 @@ def rates(regime: Regime) -> str:
   lowest, highest = min(tuned.rates, key=float), max(tuned.rates, key=float)
   edges = {lowest: f" None below {lowest} was tried.", highest: f" None above {highest} was tried."}
   beyond = "".join(edges.get(rate, "") for rate in dict.fromkeys(regime.rates))
-  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: the best of {', '.join(tuned.rates)} for "
+  return (f"- Learning rate {regime.rates[0]}, of {ours} {regime.rates[1]}: scored highest of {', '.join(tuned.rates)} for "
           f"{tuned.on[0]} and for {tuned.on[1]} (regime `{tuned.name}`: one seed that only such runs have, training problems "
           f"that were held out).{beyond} No other arm was tuned.")
 
@@ -318,7 +303,7 @@ def notes(results: Results) -> list[str]:
   cards = sorted({r.about["device"] for r in runs})
   commits = sorted({r.version[0] for r in runs})
   out = [f"- {len(runs)} runs on {' and '.join(cards)}, commit {', '.join(commits)}."] if runs else []
-  out += primaries(results.regime)
+  out += [f"- **Set before it ran**: {line}" for line in primaries(results.regime)]
   out += [verdict(results, arm, other) for arm in results.regime.ours if results.of(arm)
           for other in (PLAIN, better_null(results)) if results.of(other)]
   out += [*halves(results), *reach(results), *multiplicity(results), *narrow(results)]

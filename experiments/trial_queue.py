@@ -345,10 +345,11 @@ def keep(run: Run, problem: str | None) -> dict:
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
   pieces = [piece for piece in map(json.loads, pieces_of(run).read_text().splitlines()) if piece["step"] or problem]
-  versions = [dict.fromkeys(piece[name] for piece in pieces if name in piece) for name in ("commit", "code", "host")]
+  joined = lambda given, name: "+".join(dict.fromkeys(x[name] for x in given if name in x))  # of two: it is like no other run
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": pieces}
-  about |= dict(zip(("commit", "code", "host"), map("+".join, versions)))  # a run in pieces of two versions is like no other run
-  about |= {"inputs": pieces[-1].get("inputs", {})} if pieces else {}
+  about |= {name: joined(pieces, name) for name in ("commit", "code", "host")}
+  files = [piece.get("inputs", {}) for piece in pieces]
+  about |= {"inputs": {name: joined(files, name) for name in dict.fromkeys(name for x in files for name in x)}}
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / "metrics.jsonl").write_text("".join(json.dumps(short({k: x[k] for k in KEPT if k in x})) + "\n" for x in lines))

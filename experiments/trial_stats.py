@@ -13,8 +13,8 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
-from experiments.trial_arms import MODEL
-from experiments.trial_files import Found, Results
+from experiments.trial_arms import MODEL, PLAIN, Regime
+from experiments.trial_files import Found, Results, load
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -110,6 +110,33 @@ def unpaired(both: list[tuple[Found, Found]], when: str) -> float:
   variances, n = np.var(known, axis=0, ddof=1) / len(known), len(known) - 1  # of the two means
   freedom = variances.sum() ** 2 / (variances ** 2 / n).sum() if variances.any() else n
   return float(stats.t.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+
+
+def decided(both: list[tuple[Found, Found]]) -> str:
+  """What pairs say of the difference in greedy accuracy at the whole budget: "above 0", "below 0" or "undecided", by 95% of
+  Student's t, and whether they agree better than answers to so many problems may."""
+  center, half = interval(difference(both, lambda r: accuracy(r, "full")))
+  if not abs(center) > half:  # also of one pair, whose half is NaN
+    return "undecided"
+  alone = problem_noise(both, "full")
+  luck = f" by seeds that agree better than answers allow (± {alone:.1f})" if abs(center) < alone else ""
+  return ("above 0" if center > 0 else "below 0") + luck
+
+
+def primaries(regime: Regime) -> list[str]:
+  """Each comparison that was set before its runs, the first of the regime's own arms less plain: on its seeds alone, and how it
+  is decided once all of their pairs are there."""
+  arm, out = regime.ours[0], []
+  for first, last in regime.primary:
+    both = [pair for pair in allowed_pairs(load(regime), arm, PLAIN) if first <= pair[0].run.seed <= last]
+    wanted, said = last - first + 1, []
+    if both:
+      greedy, sampled = (difference(both, lambda r, s=sampled: accuracy(r, "full", s)) for sampled in (False, True))
+      said = [f"{text(greedy, '+.1f')} points, with 4 samples {text(sampled, '+.1f')}, a step {text(speedup(both), '.2f')} times "
+              "as fast"]
+    said += [decided(both) if len(both) == wanted else f"{len(both)} of {wanted} pairs are there, so no verdict"]
+    out.append(f"{arm} - {PLAIN}, greedy at {regime.full:g} s, on seeds {first} to {last} alone: {'; '.join(said)}.")
+  return out
 
 
 def _chance(variances: list[float]) -> float:

@@ -278,6 +278,12 @@ def test_a_run_notes_what_files_it_read(queue, elsewhere, tmp_path):
   assert json.loads((run.folder / "run.json").read_text())["inputs"] == {
     "model.path": hashlib.sha256(b"weights").hexdigest()[:12],
     "data.train": hashlib.sha256(b'{"problem": 1}\n').hexdigest()[:12]}  # the test file is not there: this run is a stand-in
+  second = Run(REGIMES["gsm8k"], "plain", 2)
+  assert not queue(Trained(plain=hosts.Preempted("SIGTERM")), [second], model=str(tmp_path / "model.gguf"))
+  (tmp_path / "model.gguf").write_bytes(b"others")
+  assert queue(Trained(), [second], model=str(tmp_path / "model.gguf"))
+  both = "+".join(hashlib.sha256(x).hexdigest()[:12] for x in (b"weights", b"others"))
+  assert json.loads((second.folder / "run.json").read_text())["inputs"] == {"model.path": both}
 
 
 @pytest.mark.slow

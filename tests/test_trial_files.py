@@ -72,11 +72,19 @@ def test_a_primary_is_of_its_seeds_alone_and_waits_for_all_of_them(elsewhere):  
   for seed, accuracy in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.3)):
     made_up("plain", seed, 0.3)
     made_up("budget", seed, accuracy)
-  lines = trial_page.primaries(regime)
+  lines = trial_stats.primaries(regime)
   assert [line.partition("alone: ")[2] for line in lines] == [
-    "+15.0 ± 63.5 (2) points, with 4 samples +7.5 ± 31.8 (2), a step 1.00 ± 0.00 (2) times as fast.",
+    "+15.0 ± 63.5 (2) points, with 4 samples +7.5 ± 31.8 (2), a step 1.00 ± 0.00 (2) times as fast; undecided.",
     "+0.0 (1) points, with 4 samples +0.0 (1), a step 1.00 (1) times as fast; 1 of 3 pairs are there, so no verdict."]
-  assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in trial_page.page([regime], lambda run: run.seed == 1)
+  text = trial_page.page([regime], lambda run: run.seed == 1)
+  assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in text
+  assert "- budget - plain, greedy at 10 s: +60.0 (1) points, an estimate over all pairs, of which some" in text
+  for seed in (5, 6):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, 0.35 + seed / 1000)
+  regime = dataclasses.replace(regime, queue=({"plain": 6, "budget": 6},), primary=((5, 6), (4, 6)))
+  decided, undecided = (line.rpartition("; ")[2] for line in trial_stats.primaries(regime))
+  assert decided.startswith("above 0 by seeds that agree better than answers allow") and undecided == "undecided."
 
 
 def test_a_verdict_of_few_pairs_that_agree_by_luck_is_marked(elsewhere):  # noqa: F811
