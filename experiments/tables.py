@@ -18,9 +18,9 @@ import numpy as np
 from scipy import stats
 
 from arrol_jax.types import UserError
-from experiments import runs, trial_queue
+from experiments import runs, trial_queue, trial_refused
 from experiments.runs import ROOT, Job, Scale
-from experiments.trial_arms import REGIMES, TABLES, runs_of
+from experiments.trial_arms import REGIMES, TABLES
 
 NOT_RUN = "not run"
 BUSY = 0.1  # cores that others kept busy while a run on a CPU was timed, from which its seconds are marked
@@ -308,11 +308,9 @@ def start(scale: Scale, jobs: list[Job], minutes: float | None) -> bool:
   if not {"model.path", "data.folder"} <= paths.keys():
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
   version = {"commit": trial_queue.commit_of(None), "code": trial_queue.code_hash()}
-  if reason := trial_queue.not_now(REGIMES[TABLES], version):
-    raise UserError(f"regime {TABLES}: {reason}")
   deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-  call = trial_queue.Call(version, paths["model.path"], paths["data.folder"], deadline, votes=True)
-  return trial_queue.start(list(runs_of(REGIMES[TABLES])), call)
+  call = trial_queue.Call(version, paths["model.path"], paths["data.folder"], deadline, votes=True, platform="gpu")
+  return trial_queue.start(trial_refused.ready([REGIMES[TABLES]], lambda run: True, call, None), call)
 
 
 def main(build: Callable[[Scale, Figure], Table]) -> None:

@@ -4,7 +4,7 @@
   python -m experiments.trial --table --scale=gpu              # writes table_gpu.md and a plot a regime into results/trial
   python -m experiments.trial --run --table                    # the cpu scale: that all of it works, nothing more
 
---regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first so many of each arm) or --seeds=82-86 (these) choose among them; a
+--regime=NAME,NAME, --arms=NAME,NAME and --seeds=N (the first N of a regime) or --seeds=82-86 (these) choose among them; a
 table of what was chosen is printed and not kept. Regimes that choose learning rates (NAME_tuning) run only if named, in a call
 before the one that runs the regime that takes these rates. A regime of which runs are there is gone on with only by their code.
 --devices=N runs so many at a time, each in a process that sees one device (trial_devices.py); without it runs follow one another
@@ -15,6 +15,7 @@ runs that may vote keep their policy, and votes come behind all runs. Where ther
 
 from collections import Counter
 from collections.abc import Callable
+import dataclasses
 import math
 import re
 import shlex
@@ -25,7 +26,7 @@ from absl import flags
 
 from arrol_jax.running import streams
 from arrol_jax.types import UserError
-from experiments import trial_devices, trial_queue
+from experiments import trial_devices, trial_queue, trial_refused
 from experiments.runs import read_flags
 from experiments.trial_arms import DEFAULT, REGIMES, RESULTS, ROOT, Regime, Run, runs_of
 from experiments.trial_queue import Call
@@ -57,10 +58,10 @@ def chosen(values: flags.FlagValues) -> list[Regime]:
   """The regimes asked for."""
   names = list(dict.fromkeys(values.regime)) or DEFAULT[values.scale]
   for name in names:
-    if name not in REGIMES or REGIMES[name].scale != values.scale:
-      known = ", ".join(r.name for r in REGIMES.values() if r.scale == values.scale)
-      other = f"; it is one of --scale={REGIMES[name].scale}" if name in REGIMES else ""
-      raise UserError(f"--regime={name}: scale {values.scale} has {known}{other}")
+    if name not in REGIMES:
+      raise UserError(f"--regime={name}: there are {', '.join(REGIMES)}")
+    if REGIMES[name].scale != values.scale:
+      raise UserError(f"--regime={name}: it is of scale {REGIMES[name].scale}, not {values.scale}")
   regimes = [REGIMES[name] for name in names]
   arms = dict.fromkeys(arm for regime in regimes for arm in regime.seeds)
   for arm in values.arms:
@@ -79,48 +80,40 @@ def selection(values: flags.FlagValues) -> Callable[[Run], bool]:
   return lambda run: (not values.arms or run.arm in values.arms) and (first is None or in_range(run))
 
 
-def to_run(values: flags.FlagValues, regimes: list[Regime], version: dict) -> list[Run]:
+def to_run(values: flags.FlagValues, call: Call) -> list[Run]:
   """The runs asked for in the order of the queue, but for regimes that cannot be run now; UserError if those were named, or if
-  none is left."""
-  ready = []
-  for regime in regimes:
-    if not (reason := trial_queue.not_now(regime, version)):
-      ready.append(regime)
-    elif values.regime:
-      raise UserError(f"--regime={regime.name}: {reason}")
-    elif values.worker is None:  # each of them would say it again
-      print(f"# left out: {regime.name}: {reason}", flush=True)
-  runs = [run for regime in ready for run in filter(selection(values), runs_of(regime))]
-  if not runs:
-    raise UserError(NOTHING if ready else "no regime can be run now")
-  if problem := trial_queue.other_model(runs, values.model):
-    raise UserError(f"--model={values.model}: {problem}")
-  return runs
+  there is no such run."""
+  regimes, wanted = chosen(values), selection(values)
+  if not any(wanted(run) for regime in regimes for run in runs_of(regime)):
+    raise UserError(NOTHING)
+  quiet = values.worker is not None  # each of them would say it again
+  say = None if values.regime else lambda line: None if quiet else print(f"# left out: {line}", flush=True)
+  return trial_refused.ready(regimes, wanted, call, say)
 
 
-def run(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
-  """What is missing of `runs`, here or on several devices."""
-  streams.spare()
-  if values.scale == "gpu" and not values.devices:
-    trial_devices.needs_gpu()
+def call_of(values: flags.FlagValues, commit: str) -> Call:
+  version = {"commit": commit, "code": trial_queue.code_hash()}
   deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
-  call = Call(version, values.model, values.data, deadline, votes=values.votes)
+  return Call(version, values.model, values.data, deadline, votes=values.votes, platform="gpu" if values.scale == "gpu" else "")
+
+
+def run(values: flags.FlagValues, call: Call) -> None:
+  """What is missing of the runs asked for, here or on several devices."""
+  streams.spare()
+  runs = to_run(values, call)
   if values.devices:
-    command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={version['commit']}"]
+    command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={call.version['commit']}"]
     finished = trial_devices.start(command, values.devices, runs, call, "cuda" if values.scale == "gpu" else None)
   else:
     finished = trial_queue.start(runs, call)
   print(progress(runs) + ("" if finished else "; stopped before all was done, and the same command goes on"), flush=True)
 
 
-def work(values: flags.FlagValues, runs: list[Run], version: dict) -> None:
+def work(values: flags.FlagValues) -> None:
   """What one of --devices does."""
   streams.spare()
-  if values.scale == "gpu":
-    trial_devices.needs_gpu()
-  call = Call(version, values.model, values.data, time.monotonic() + 60 * values.minutes, name=f"device {values.worker}: ",
-              votes=values.votes, quiet=True, fresh=True)
-  sys.exit(trial_devices.work(values.worker, values.devices, runs, call))
+  call = dataclasses.replace(call_of(values, values.commit), name=f"device {values.worker}: ", quiet=True, fresh=True)
+  sys.exit(trial_devices.work(values.worker, values.devices, to_run(values, call), call))
 
 
 def progress(runs: list[Run]) -> str:
@@ -148,8 +141,16 @@ def write_page(values: flags.FlagValues) -> None:
   print(text)
 
 
-def dry(values: flags.FlagValues, runs: list[Run]) -> None:
+def dry(values: flags.FlagValues) -> None:
   """The commands of what is missing."""
+  try:
+    commit = trial_queue.commit_of(values.commit)
+  except UserError as e:
+    commit = ""
+    print(f"# --run would be refused: {e}")
+  call = call_of(values, commit)
+  print(f"# commit {commit or 'not known'}, code {call.version['code']}")
+  runs = to_run(values, call)
   for one in runs:
     if trial_queue.missing(one, "train"):
       print(f"# {one.regime.name}/{one.name}: {trial_queue.state(one)}\npython -m "
@@ -159,24 +160,17 @@ def dry(values: flags.FlagValues, runs: list[Run]) -> None:
 
 def main():
   values = parse(sys.argv)
-  regimes, version = chosen(values), {"commit": values.commit, "code": trial_queue.code_hash()}
+  chosen(values)
   if values.scale == "gpu" and (values.run or values.dry) and not (values.model and values.data):
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
   if not (values.dry or values.run or values.table):
     raise UserError("give --run, --table or --dry; see --help")
   if values.worker is not None:
-    work(values, to_run(values, regimes, version), version)
+    work(values)
   elif values.dry:
-    try:
-      version["commit"] = trial_queue.commit_of(values.commit)
-      print(f"# commit {version['commit']}, code {version['code']}")
-    except UserError as e:
-      version["commit"] = ""
-      print(f"# --run would be refused: {e}")
-    dry(values, to_run(values, regimes, version))
+    dry(values)
   elif values.run:
-    version["commit"] = trial_queue.commit_of(values.commit)
-    run(values, to_run(values, regimes, version), version)
+    run(values, call_of(values, trial_queue.commit_of(values.commit)))
   if values.table:
     write_page(values)
 

@@ -72,15 +72,6 @@ def told_by_signals(told: threading.Event) -> Iterator[None]:
       signal.signal(number, handler)
 
 
-def needs_gpu() -> None:
-  """UserError where JAX finds no GPU in this process: runs of the gpu scale would take a CPU's time."""
-  import jax
-  try:
-    jax.devices("cuda")
-  except (RuntimeError, AssertionError) as e:  # the latter where JAX_PLATFORMS is cuda
-    raise UserError("the gpu scale: JAX finds no GPU here (arrol-doctor says more)") from e
-
-
 def log_of(i: int) -> Path:
   return ROOT / f"runs/trial/device{i}.log"
 

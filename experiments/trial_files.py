@@ -83,11 +83,13 @@ _number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and m
 _share = lambda x: _number(x) and 0 <= x <= 1
 _count = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
 _object = lambda x: isinstance(x, dict)
+_ends = lambda x: isinstance(x, list) and len(x) == 2 and all(map(_number, x))
 SAMPLED = {"accuracy": _share, "pass@2?": _share, "samples?": _count, "problems?": _count}
 RESULT = {"accuracy": _share, "truncated": _share, "problems": _count, "sampled": lambda x: _fits(x, SAMPLED)}
 FAILED = {"steps": lambda x: x == 0 or _count(x), "commit": _words, "problem": _words}
 RUN = {"settings": _object, "pieces": lambda x: isinstance(x, list) and all(map(_object, x)), "commit": _words, "code": _words,
-       "steps": _count, "seconds": _number, "device": _words, "half": lambda x: x is None or _fits(x, RESULT),
+       "steps": _count, "seconds": _number, "device": _words,
+       "half": lambda x: x is None or _fits(x, RESULT | {"seconds?": _number}),
        "full": lambda x: _fits(x, RESULT), "host?": lambda x: isinstance(x, str),
        "inputs?": lambda x: _object(x) and all(map(_words, x.values()))}
 
@@ -121,6 +123,12 @@ def _lines(text: str, steps: int) -> list[dict]:
   lines = [json.loads(line) for line in text.splitlines()]
   if not all(map(_object, lines)) or [x.get("step") for x in lines] != list(range(1, steps + 1)):
     raise ValueError(f"not a line for each of {steps} steps")
+  if wrong := {name for x in lines for name, value in x.items() if value is not None and not (
+      _number(value) or isinstance(value, bool))}:
+    raise ValueError(f"no numbers: {', '.join(sorted(wrong))}")
+  seconds = [x.get("sec_total") for x in lines]
+  if any(x is None for x in seconds) != all(x is None for x in seconds) or seconds[0] is not None and sorted(seconds) != seconds:
+    raise ValueError("sec_total does not grow from step to step")
   return lines
 
 
@@ -128,6 +136,7 @@ def _votes(text: str) -> dict:
   """With what the page reads of it, or why there is none."""
   values = _checked(text, {})
   shape = {"samples": _count, "accuracy": _share, f"maj@{values.get('samples')}": _share}
+  shape |= {name: _ends if name.endswith("_ci") else _share for name in values if "@" in name}
   return values if "problem" in values else _checked(text, shape)
 
 

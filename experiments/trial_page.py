@@ -142,10 +142,10 @@ def votes_table(results: Results) -> list[str]:
   interval over problems."""
   rows = []
   for arm in results.regime.seeds:
-    votes = [r.votes for r in results.of(arm) if r.votes]
-    if votes:
-      n = votes[0]["samples"]
-      names = [k for k in votes[0] if k.endswith(f"@{n}") and not k.startswith(("pass", "maj"))]
+    there = [r.votes for r in results.of(arm) if r.votes]
+    for n in sorted({v["samples"] for v in there}):
+      votes = [v for v in there if v["samples"] == n]
+      names = [k for k in votes[0] if k.endswith(f"@{n}") and not k.startswith(("pass", "maj")) and all(k in v for v in votes)]
       of = lambda name, less=0.0, votes=votes: [100 * (v[name] - (v[less] if less else 0.0)) for v in votes]
       alone = lambda name, votes=votes: "" if len(votes) > 1 or f"{name}_gain_ci" not in votes[0] else \
         " ({:.1f} to {:.1f})".format(*(100 * x for x in votes[0][f"{name}_gain_ci"]))

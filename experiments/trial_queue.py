@@ -4,7 +4,8 @@ A run that time cuts off saves its last step and goes on from there when the que
 that fails leaves failed.json, which the page lists; it is not tried again before that folder is removed. What the user can mend
 (a path that is not there) ends the queue where it comes before the first step: the next run would fail the same way.
 Every run notes the commit and a hash of the code it ran; the page does not compare runs of different ones. Several processes may
-work at one queue: each claims the run that it is at by a lock that ends with it. Left out: their start (trial_devices.py).
+work at one queue: each claims the run that it is at by a lock that ends with it. Left out: their start (trial_devices.py), what
+is refused before it (trial_refused.py).
 """
 
 from collections.abc import Iterator
@@ -28,14 +29,15 @@ import threading
 import time
 import traceback
 
+import jax
+
 from arrol_jax.running import hosts
 from arrol_jax.running.json_files import read_json, write_json
 from arrol_jax.running.lines import read_lines
 from arrol_jax.running.workdir import newest_checkpoint
 from arrol_jax.types import UserError
-from experiments import trial_files
 from experiments.runs import SCORES, terminated
-from experiments.trial_arms import MODEL, REGIMES, ROOT, Regime, Run, runs_of, same
+from experiments.trial_arms import ROOT, Run, same
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
@@ -79,7 +81,7 @@ def code_hash() -> str:
 class Call:
   """What one call of the queue is given. version: commit and code of its runs; deadline: of time.monotonic(); told: set when it
   is to stop before that; name: how its lines begin; votes: of the runs that may vote, too; quiet: what runs print goes to stderr;
-  fresh: it ends at a failure, so that what comes next begins in another process."""
+  fresh: it ends at a failure, so that what comes next begins in another process; platform: JAX's, which runs need."""
   version: dict
   model: str = ""
   data: str = ""
@@ -89,6 +91,7 @@ class Call:
   votes: bool = False
   quiet: bool = False
   fresh: bool = False
+  platform: str = ""
 
   def left(self) -> float:
     """Seconds; none once it is told to stop."""
@@ -113,6 +116,7 @@ def start(runs: list[Run], call: Call) -> bool:
       with claimed(run) as mine:
         if not mine or not missing(run, what):  # another is at it, or was until now
           continue
+        check_platform(call)
         if call.left() <= 0 or not (train if what == "train" else vote)(run, call):
           return False
         if call.fresh and (run.folder / "failed.json").exists():
@@ -120,6 +124,20 @@ def start(runs: list[Run], call: Call) -> bool:
         break
     else:
       return True
+
+
+def check_platform(call: Call) -> None:
+  """UserError where JAX has none of the devices that the call's runs need. It starts JAX as a run does, whose flags are then in
+  force: otherwise their speeds would differ."""
+  if not call.platform:
+    return
+  try:
+    hosts.check_devices()
+    found = jax.devices()[0].platform
+  except UserError:
+    found = ""
+  if found != call.platform:
+    raise UserError(f"these runs need a {call.platform}, and JAX finds none here (arrol-doctor says more)")
 
 
 def missing(run: Run, what: str) -> bool:
@@ -164,8 +182,9 @@ def train(run: Run, call: Call) -> bool:
       shutil.rmtree(workdir, ignore_errors=True)
     split(run, call.data)
     call.say(run, f"goes on after step {saved}" if saved else "begins")
+    begin_piece(run, call.version | {"inputs": inputs(run, call)})
     problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
-    note_piece(run, call.version | {"inputs": inputs(run, call)}, time.monotonic() - begun)
+    end_piece(run, time.monotonic() - begun)
   if not problem and not (workdir / "summary.json").exists():
     call.say(run, f"stopped after step {steps(workdir)}; goes on in the next call")
     return False
@@ -249,48 +268,6 @@ def state(run: Run) -> str:
   return next((name for name, path in files.items() if path.exists()), "missing")
 
 
-def not_now(regime: Regime, version: dict) -> str:
-  """Why nothing of a regime can be run by this version of the code, whose commit may be "" (not known); "" if it can."""
-  if regime.waits:
-    runs = list(runs_of(REGIMES[regime.waits]))
-    lacking = ", ".join(f"{run.name} ({state(run)})" for run in runs if state(run) != "done")
-    return f"its learning rates are chosen by {regime.waits}, " + (
-      f"of which these are not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the "
-      "folder of one that failed" if lacking else damaged(runs) or "whose runs are of several commits or rates (run.json)")
-  runs = [run for run in runs_of(regime) if state(run) == "done"]
-  if problem := damaged(runs):
-    return problem
-  found = {(x["commit"], x["code"]) for x in map(trial_files.told, runs)}
-  made = " and ".join(f"commit {commit} (code {code})" for commit, code in sorted(found))
-  if found and version["code"] not in {code for _, code in found}:
-    return (f"its runs are of {made}, this is code {version['code']}; the page could not compare both (experiments/README.md "
-            "says how to go on)")
-  if found and version["commit"] and (version["commit"], version["code"]) not in found:
-    return f"its runs are of {made}, this is called commit {version['commit']}: give --commit as they have it"
-  return ""
-
-
-def other_model(runs: list[Run], model: str) -> str:
-  """Why runs with this model's file could not stand beside those of their regimes that are there; "" if they could."""
-  path = Path(model)
-  if not model or not path.is_file() or _digest(path).startswith(MODEL):
-    return ""
-  there = [regime.name for regime in {run.regime.name: run.regime for run in runs}.values()
-           if any(state(run) == "done" for run in runs_of(regime))]
-  said = f"not the file of the runs that {', '.join(there)} has, whose SHA-256 begins with {MODEL} (experiments/README.md)"
-  return said if there else ""
-
-
-def damaged(runs: list[Run]) -> str:
-  """Which of these finished runs' run.json is damaged, in words."""
-  for run in runs:
-    try:
-      trial_files.told(run)
-    except UserError as e:
-      return str(e)
-  return ""
-
-
 def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
   """failed.json of the run that a process which died was at."""
   for run in runs:
@@ -298,7 +275,8 @@ def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
     if lock.exists() and lock.read_text() == str(process):
       with claimed(run) as mine:
         if mine and missing(run, "train"):
-          note_piece(run, call.version, 0.0)
+          if not pieces_of(run).exists():
+            begin_piece(run, call.version)
           keep(run, problem)
           call.say(run, f"failed: {problem}")
 
@@ -311,21 +289,46 @@ def steps(workdir: Path) -> int:
 # ---- what is kept
 
 
-def note_piece(run: Run, version: dict, seconds: float) -> None:
-  """That this version of the code was at the run for so long on this host, and how far it is."""
-  with open(pieces_of(run), "a") as f:
-    f.write(json.dumps(version | {"host": host(), "step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}) + "\n")
+def begin_piece(run: Run, version: dict) -> None:
+  """That this version of the code is at the run on this host, whatever becomes of it."""
+  pieces_of(run).parent.mkdir(parents=True, exist_ok=True)
+  _keep_pieces(run, [*pieces(run), version | {"host": host()}])
+
+
+def end_piece(run: Run, seconds: float) -> None:
+  """How far it came in so many seconds."""
+  *before, last = pieces(run)
+  last |= {"step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}
+  _keep_pieces(run, [*before, last])
+
+
+def _keep_pieces(run: Run, parts: list[dict]) -> None:
+  """At once: a kill leaves no half line."""
+  half = pieces_of(run).with_suffix(".part")
+  half.write_text("".join(json.dumps(x) + "\n" for x in parts))
+  half.rename(pieces_of(run))
+
+
+def pieces(run: Run) -> list[dict]:
+  """Of a run that was begun and is not kept yet: by which version and on which host. One that was killed lacks "step"."""
+  path = pieces_of(run)
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def inputs(run: Run, call: Call) -> dict[str, str]:
-  """Of the files that the run reads, by the name of the option: twelve hex digits of their SHA-256."""
-  paths = {name: ROOT / path for name, path in run.paths(call.model, call.data).items()}
-  return {name: _digest(path)[:12] for name, path in paths.items() if path.is_file()}
-
-
-def _digest(path: Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  """Marks of what the run reads, by the name of the option: of a file twelve hex digits of its SHA-256, of a model's folder those
+  of its files' names, sizes and config.json, of a model on the hub its name."""
+  found = {}
+  for name, given in run.paths(call.model, call.data).items():
+    path = ROOT / given
+    if path.is_file():
+      with open(path, "rb") as file:
+        found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    elif name == "model.path":
+      files = sorted(path.iterdir()) if path.is_dir() else []
+      names = [f"{x.name} {x.stat().st_size}" for x in files] + [x.read_text() for x in files if x.name == "config.json"]
+      found[name] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] if files else str(given)
+  return found
 
 
 def host() -> str:
@@ -344,11 +347,11 @@ def keep(run: Run, problem: str | None) -> dict:
   results/; returns what the first says."""
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
-  pieces = [piece for piece in map(json.loads, pieces_of(run).read_text().splitlines()) if piece["step"] or problem]
+  parts = [piece for piece in pieces(run) if piece.get("step", 1) or problem]
   joined = lambda given, name: "+".join(dict.fromkeys(x[name] for x in given if name in x))  # of two: it is like no other run
-  about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": pieces}
-  about |= {name: joined(pieces, name) for name in ("commit", "code", "host")}
-  files = [piece.get("inputs", {}) for piece in pieces]
+  about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": parts}
+  about |= {name: joined(parts, name) for name in ("commit", "code", "host")}
+  files = [piece.get("inputs", {}) for piece in parts]
   about |= {"inputs": {name: joined(files, name) for name in dict.fromkeys(name for x in files for name in x)}}
   about |= {"steps": len(lines), "seconds": lines[-1]["sec_total"] if lines else 0.0}
   run.folder.mkdir(parents=True, exist_ok=True)

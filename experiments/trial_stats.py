@@ -128,14 +128,19 @@ def primaries(regime: Regime) -> list[str]:
   is decided once all of their pairs are there."""
   arm, out = regime.ours[0], []
   for first, last in regime.primary:
-    both = [pair for pair in allowed_pairs(load(regime), arm, PLAIN) if first <= pair[0].run.seed <= last]
+    head = f"{arm} - {PLAIN}, greedy at {regime.full:g} s, on seeds {first} to {last} alone: "
     wanted, said = last - first + 1, []
+    try:
+      both = pairs(load(regime, lambda run, seeds=range(first, last + 1): run.seed in seeds), arm, PLAIN)
+    except Refused as e:
+      out.append(f"{head}{e}.")
+      continue
     if both:
       greedy, sampled = (difference(both, lambda r, s=sampled: accuracy(r, "full", s)) for sampled in (False, True))
       said = [f"{text(greedy, '+.1f')} points, with 4 samples {text(sampled, '+.1f')}, a step {text(speedup(both), '.2f')} times "
               "as fast"]
     said += [decided(both) if len(both) == wanted else f"{len(both)} of {wanted} pairs are there, so no verdict"]
-    out.append(f"{arm} - {PLAIN}, greedy at {regime.full:g} s, on seeds {first} to {last} alone: {'; '.join(said)}.")
+    out.append(f"{head}{'; '.join(said)}.")
   return out
 
 

@@ -1,15 +1,25 @@
 """The trial's command: which regimes and runs it takes up, what it refuses."""
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 from test_trial import CPU, VERSION, Trained, elsewhere, queue  # noqa: F401 (fixtures)
+from test_trial_page import made_up
 
+from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 from experiments import trial, trial_arms, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
+from experiments.trial_queue import Call
+
+
+def to_run(*argv, version=VERSION, model="", data=""):
+  """The runs that a command takes up."""
+  return trial.to_run(trial.parse(["trial", *argv]), Call(version, model, data))
 
 
 def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, capsys):  # noqa: F811
@@ -18,40 +28,67 @@ def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, cap
   failed = Run(REGIMES["math_tuning"], "plain@6e-6", 100)
   failed.folder.mkdir(parents=True)
   (failed.folder / "failed.json").write_text("{}")
-  named, _ = trial.parse(["trial", "--scale=gpu", "--regime=ahead,math_alone"]), capsys.readouterr()
   with pytest.raises(UserError, match=r"--regime=math_alone: its learning rates .* plain@6e-6_seed100 \(failed\), .*"
                                       "in a call before, with --regime=math_tuning"):
-    trial.to_run(named, trial.chosen(named), VERSION)
-  all_of_them = trial.parse(["trial", "--scale=gpu"])
-  runs = trial.to_run(all_of_them, trial.chosen(all_of_them), VERSION)
+    to_run("--regime=ahead,math_alone")
+  runs = to_run("--scale=gpu")
   assert runs and "math_alone" not in {run.regime.name for run in runs}
   assert "# left out: math_alone: its learning rates are chosen by math_tuning" in capsys.readouterr().out
-  assert waits in trial.chosen(trial.parse(["trial", "--scale=gpu", "--table", "--regime=math_alone"]))
+  assert to_run("--scale=gpu", "--worker=0", "--devices=1", "--minutes=1") == runs and not capsys.readouterr().out
+  assert waits in trial.chosen(trial.parse(["trial", "--table", "--regime=math_alone"]))
 
 
 def test_a_regime_that_has_runs_is_gone_on_with_only_by_their_code(queue, elsewhere, capsys):  # noqa: F811
-  assert queue(Trained(), [Run(REGIMES["ahead"], "plain", 1)])
-  named, every = (trial.parse(["trial", "--scale=gpu", *more]) for more in (["--regime=ahead"], []))
-  start = lambda values, version: trial.to_run(values, trial.chosen(values), version)
-  assert len(start(named, VERSION)) == 20 and len(start(named, VERSION | {"commit": ""})) == 20  # not known
+  first = Run(REGIMES["ahead"], "plain", 1)
+  other, unknown, renamed = VERSION | {"code": "456"}, VERSION | {"commit": ""}, VERSION | {"commit": "def"}
+  assert not queue(Trained(plain=hosts.Preempted("SIGTERM")), [first], 1.0)  # begun: it counts already
   with pytest.raises(UserError, match=r"--regime=ahead: its runs are of commit abc \(code 123\), this is code 456"):
-    start(named, VERSION | {"code": "456"})
-  with pytest.raises(UserError, match=r"are of commit abc \(code 123\), this is called commit def: give --commit as they"):
-    start(named, VERSION | {"commit": "def"})
-  regimes = {one.regime.name for one in start(every, VERSION | {"code": "456"})}
+    to_run("--regime=ahead", version=other)
+  assert queue(Trained(), [first])
+  assert len(to_run("--regime=ahead")) == len(to_run("--regime=ahead", version=unknown)) == 20
+  with pytest.raises(UserError, match=r"--regime=ahead: its runs are of commit abc \(code 123\), this is code 456"):
+    to_run("--regime=ahead", version=other)
+  with pytest.raises(UserError, match=r"of commit abc \(code 123\), this is called commit def: if nothing but its name differs"):
+    to_run("--regime=ahead", version=renamed)
+  assert to_run("--regime=ahead", "--arms=plain", "--seeds=1", version=other) == [first]  # nothing of it is to be made
+  regimes = {one.regime.name for one in to_run("--scale=gpu", version=other)}
   assert "ahead" not in regimes and "math" in regimes and "# left out: ahead: its runs are" in capsys.readouterr().out
-  (Run(REGIMES["ahead"], "plain", 1).folder / "run.json").write_text("[]")
+  second = Run(REGIMES["ahead"], "plain", 2)
+  assert queue(Trained(), [second], version=other)  # as a copy from elsewhere would
+  assert len(to_run("--regime=ahead", version=other)) == 20  # the page says that both are not compared
+  (first.folder / "run.json").write_text("[]")
   with pytest.raises(UserError, match=r"--regime=ahead: .*plain_seed1/run.json: not what this run leaves \(no object\)"):
-    start(named, VERSION)
+    to_run("--regime=ahead")
 
 
-def test_a_model_of_another_trial_is_not_mixed_in(queue, elsewhere, tmp_path):  # noqa: F811
-  (tmp_path / "model.gguf").write_bytes(b"weights")
-  values = trial.parse(["trial", "--regime=ahead", f"--model={tmp_path}/model.gguf"])  # the scale is the regime's
-  assert values.scale == "gpu" and len(trial.to_run(values, trial.chosen(values), VERSION)) == 20
-  assert queue(Trained(), [Run(REGIMES["ahead"], "plain", 1)])
-  with pytest.raises(UserError, match=f"model.gguf: not the file of the runs that ahead has, .* begins with {trial_arms.MODEL}"):
-    trial.to_run(values, trial.chosen(values), VERSION)
+def test_a_run_that_went_on_by_other_code_closes_its_regime_to_none(queue, elsewhere):  # noqa: F811
+  first = Run(REGIMES["ahead"], "plain", 1)
+  assert not queue(Trained(plain=hosts.Preempted("SIGTERM")), [first], 1.0) and queue(Trained(), [first], version={
+    "commit": "def", "code": "456"})
+  assert len(to_run("--regime=ahead")) == len(to_run("--regime=ahead", version={"commit": "def", "code": "456"})) == 20
+
+
+def test_another_model_or_other_data_are_not_mixed_in(queue, elsewhere, tmp_path):  # noqa: F811
+  mine, theirs, folder = tmp_path / "mine.gguf", tmp_path / "theirs.gguf", tmp_path / "folder"
+  folder.mkdir()
+  mine.write_bytes(b"weights")
+  theirs.write_bytes(b"others")
+  (folder / "config.json").write_text("{}")
+  (tmp_path / "gsm8k_train.jsonl").write_text('{"problem": 1}\n')
+  run, data = Run(REGIMES["ahead"], "plain", 1), str(tmp_path)
+  assert len(to_run("--regime=ahead", model=str(theirs))) == 20  # nothing is there that it would stand beside
+  assert queue(Trained(), [run], model=str(mine), data=data)
+  assert len(to_run("--regime=ahead", model=str(mine), data=data)) == 20
+  for model in (str(theirs), str(folder), "Qwen/Qwen3-0.6B"):
+    with pytest.raises(UserError, match="--regime=ahead: its runs have model.path [0-9a-f]{12} .*, this call "):
+      to_run("--regime=ahead", model=model, data=data)
+  (tmp_path / "gsm8k_train.jsonl").write_text('{"problem": 2}\n')
+  with pytest.raises(UserError, match="--regime=ahead: its runs have data.train [0-9a-f]{12} "):
+    to_run("--regime=ahead", model=str(mine), data=data)
+  about = json.loads((run.folder / "run.json").read_text())
+  (run.folder / "run.json").write_text(json.dumps(about | {"inputs": {}}))  # before November 29
+  with pytest.raises(UserError, match=f"its runs have model.path {trial_arms.MODEL} "):
+    to_run("--regime=ahead", model=str(mine))
 
 
 def test_the_commit_is_that_of_the_code(elsewhere, tmp_path_factory, monkeypatch):  # noqa: F811
@@ -95,11 +132,16 @@ def test_dry_lists_the_commands_and_runs_none_of_them(monkeypatch, capsys, elsew
   monkeypatch.setattr(sys, "argv", ["trial.py", "--run", "--dry", "--arms=plain8"])
   monkeypatch.setattr(trial_queue, "start", None)
   trial.main()
-  assert capsys.readouterr().out.count("\npython -m arrol_jax.train ") == len([r for r in runs_of(CPU) if r.arm == "plain8"])
+  of = len([r for r in runs_of(CPU) if r.arm == "plain8"])
+  assert capsys.readouterr().out.count("\npython -m arrol_jax.train ") == of
+  made_up("plain8", 1, 0.3, version=("abc", trial_queue.code_hash()))
+  trial.main()
+  assert capsys.readouterr().out.count("\npython -m arrol_jax.train ") == of - 1
 
 
 @pytest.mark.parametrize("argv, words", [
-  (["--regime=gsm8k", "--scale=cpu", "--run"], "scale cpu has arithmetic; it is one of --scale=gpu"),
+  (["--regime=gsm8k", "--scale=cpu", "--run"], "--regime=gsm8k: it is of scale gpu, not cpu"),
+  (["--regime=gsm8k_tunned", "--run"], "--regime=gsm8k_tunned: there are gsm8k, .*gsm8k_tuned.*arithmetic"),
   (["--regime=gsm8k", "--run"], "needs --model="), (["--worker=0", "--run"], "--worker is what --devices gives"),
   (["--arms=none", "--run"], "no arm of arithmetic"),
   (["--scale=gpu", "--run"], "needs --model="), ([], "give --run, --table or --dry"), (["x"], "unexpected argument"),
@@ -114,9 +156,35 @@ def test_mistakes_end_in_one_line(argv, words, monkeypatch):
     trial.main()
 
 
-def test_the_gpu_scale_does_not_begin_on_a_cpu(monkeypatch):
+def test_the_gpu_scale_does_not_begin_on_a_cpu(elsewhere, monkeypatch, capsys):  # noqa: F811
   monkeypatch.setattr(trial_queue, "commit_of", lambda given: "27f5ba0301b4")
-  monkeypatch.setattr(trial_queue, "start", None)
   monkeypatch.setattr(sys, "argv", ["trial.py", "--run", "--regime=math_batch", "--model=m", "--data=d"])
-  with pytest.raises(UserError, match="the gpu scale: JAX finds no GPU here"):
+  with pytest.raises(UserError, match="these runs need a gpu, and JAX finds none here"):
     trial.main()
+  for run in runs_of(REGIMES["math_batch"]):
+    run.folder.mkdir(parents=True)
+    (run.folder / "failed.json").write_text("{}")
+  trial.main()  # nothing to do needs none
+  assert "25 runs: 0 done, 25 failed" in capsys.readouterr().out
+
+
+def test_what_a_run_tells_xla_is_in_force_though_the_device_is_looked_at_before(tmp_path):
+  """In a process of its own: XLA reads its flags once, when JAX looks for devices."""
+  code = ("import os, jax; from experiments import trial_queue; "
+          "trial_queue.check_platform(trial_queue.Call({}, platform='cpu')); print(os.environ['XLA_FLAGS'])")
+  said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+  assert "xla_gpu_enable_triton_gemm=false" in said.stdout, said.stderr
+
+
+def test_a_page_of_some_runs_is_printed_and_not_kept(elsewhere, monkeypatch, capsys):  # noqa: F811
+  for seed in (1, 2):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, 0.3 + seed / 10)
+  monkeypatch.setattr(sys, "argv", ["trial.py", "--table", "--arms=plain,budget", "--seeds=2-2"])
+  trial.main()
+  said = capsys.readouterr().out
+  assert said.startswith("Of --arms=plain,budget --seeds=2-2 alone, printed and not kept.") and "| budget - plain | 1 |" in said
+  assert not (elsewhere / trial_arms.RESULTS / "table_cpu.md").exists()
+  monkeypatch.setattr(sys, "argv", ["trial.py", "--table"])
+  trial.main()
+  assert "| budget - plain | 2 |" in (elsewhere / trial_arms.RESULTS / "table_cpu.md").read_text()

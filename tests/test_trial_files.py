@@ -13,7 +13,11 @@ from experiments import trial_arms, trial_files, trial_page, trial_stats
 @pytest.mark.parametrize("name, text", [
   ("run.json", None), ("run.json", "{}"), ("run.json", "[]"), ("metrics.jsonl", None), ("metrics.jsonl", ""),
   ("metrics.jsonl", "1\n"), ("metrics.jsonl", '{"step": 1}\n'), ("failed.json", "{}"), ("failed.json", '{"arm": "budget"}'),
-  ("votes.json", "[1]"), ("votes.json", '{"samples": 16}')])
+  ("votes.json", "[1]"), ("votes.json", '{"samples": 16}'),
+  ("votes.json", '{"samples": 16, "accuracy": 0.3, "maj@16": 0.4, "rank@16": null}'),
+  *(("metrics.jsonl", "".join(json.dumps({"step": i, "signal": 1.0, "sec_total": i} | ({"step": 5} | x if i == 5 else {})) + "\n"
+                              for i in range(1, 11))) for x in ({"signal": "x"}, {"sec_total": None}, {"sec_total": 3},
+                                                                {"sec_total": float("nan")}, {"step": 6}))])
 def test_a_damaged_result_is_named(elsewhere, name, text):  # noqa: F811
   path = made_up("plain", 1, 0.3).folder / name
   path.write_text(path.read_text()[:-9] if text is None else text)
@@ -67,15 +71,50 @@ def test_a_regime_that_waits_shows_nothing_of_its_own(elsewhere):  # noqa: F811
   assert "| plain |" not in text
 
 
+def test_other_data_are_not_compared_and_runs_that_say_no_model_had_that_of_the_trial(elsewhere):  # noqa: F811
+  made_up("plain", 1, 0.3)
+  files = {"model.path": trial_arms.MODEL, "data.train": "a"}
+  for arm, inputs in (("budget", files), ("random", files | {"model.path": "m2"}), ("plain8", {"data.train": "b"}),
+                      ("chosen", files | {"data.train": "b"})):
+    made_up(arm, 1, 0.3, inputs=inputs)
+  results = trial_files.load(CPU)
+  assert len(trial_stats.pairs(results, "budget", "plain")) == 1
+  for arm, other in (("random", "plain"), ("plain8", "budget"), ("chosen", "budget")):
+    with pytest.raises(trial_stats.Refused, match="several models or data files"):
+      trial_stats.pairs(results, arm, other)
+
+
+def test_a_run_that_is_there_has_not_failed_and_votes_of_other_numbers_have_a_row_each(elsewhere):  # noqa: F811
+  for seed, n in ((1, 16), (2, 8)):
+    folder = made_up("plain", seed, 0.3).folder
+    (folder / "failed.json").write_text("{}")
+    votes = {"samples": n, "accuracy": 0.3, f"maj@{n}": 0.4, f"rank@{n}": 0.5}
+    (folder / "votes.json").write_text(json.dumps(votes))
+  results = trial_files.load(CPU)
+  assert len(results.of("plain")) == 2 and not results.failed
+  rows = [line for line in trial_page.votes_table(results) if line.startswith("| plain |")]
+  assert rows == [f"| plain | {n} | 30.0 (1) | 40.0 (1) | rank +10.0 |" for n in (8, 16)]
+
+
+def test_a_late_run_of_other_code_hides_no_primary_that_is_there(elsewhere):  # noqa: F811
+  for seed in (1, 2, 3):
+    made_up("plain", seed, 0.3)
+    made_up("budget", seed, 0.4, version=("abc" if seed < 3 else "def", "123"))
+  regime = dataclasses.replace(CPU, queue=({"plain": 3, "budget": 3},), primary=((1, 2), (2, 3)))
+  first, second = trial_stats.primaries(regime)
+  assert "+10.0 ± 0.0 (2) points" in first and "alone: refused: runs of several commits" in second
+
+
 def test_a_primary_is_of_its_seeds_alone_and_waits_for_all_of_them(elsewhere):  # noqa: F811
-  regime = dataclasses.replace(CPU, queue=({"plain": 4, "budget": 4},), primary=((2, 3), (4, 6)))
+  regime = dataclasses.replace(CPU, queue=({"plain": 4, "budget": 4},), primary=((2, 3), (3, 5)))
   for seed, accuracy in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.3)):
     made_up("plain", seed, 0.3)
     made_up("budget", seed, accuracy)
   lines = trial_stats.primaries(regime)
   assert [line.partition("alone: ")[2] for line in lines] == [
     "+15.0 ± 63.5 (2) points, with 4 samples +7.5 ± 31.8 (2), a step 1.00 ± 0.00 (2) times as fast; undecided.",
-    "+0.0 (1) points, with 4 samples +0.0 (1), a step 1.00 (1) times as fast; 1 of 3 pairs are there, so no verdict."]
+    "+10.0 ± 127.1 (2) points, with 4 samples +5.0 ± 63.5 (2), a step 1.00 ± 0.00 (2) times as fast; 2 of 3 pairs are there, so "
+    "no verdict."]
   text = trial_page.page([regime], lambda run: run.seed == 1)
   assert "on seeds 2 to 3 alone" in lines[0] and lines[0] in text
   assert "- budget - plain, greedy at 10 s: +60.0 (1) points, an estimate over all pairs, of which some" in text

@@ -196,3 +196,6 @@ def test_run_does_the_tables_regime_and_needs_model_and_data(elsewhere, scale, m
   assert tables.start(runs.with_paths(scale, "m.gguf", "d"), [], 1.0)
   (given, call), = begun
   assert {run.regime.name for run in given} == {"gsm8k_tables"} and (call.model, call.data, call.votes) == ("m.gguf", "d", True)
+  made_up("plain", 71, 0.3, regime=TABLES)
+  with pytest.raises(UserError, match="--regime=gsm8k_tables: its runs are of commit abc"):
+    tables.start(dataclasses.replace(scale, paths=("model.path=m.gguf", "data.folder=d")), [], None)
