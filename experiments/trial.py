@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 import dataclasses
 import math
+from pathlib import Path
 import re
 import shlex
 import sys
@@ -88,21 +89,25 @@ def to_run(values: flags.FlagValues, call: Call) -> list[Run]:
     raise UserError(NOTHING)
   quiet = values.worker is not None  # each of them would say it again
   say = None if values.regime else lambda line: None if quiet else print(f"# left out: {line}", flush=True)
-  return trial_refused.ready(regimes, wanted, call, say)
+  if not (runs := trial_refused.ready(regimes, wanted, call, say)):
+    raise UserError("none of it can be run now")
+  return runs
 
 
 def call_of(values: flags.FlagValues, commit: str) -> Call:
   version = {"commit": commit, "code": trial_queue.code_hash()}
   deadline = math.inf if values.minutes is None else time.monotonic() + 60 * values.minutes
-  return Call(version, values.model, values.data, deadline, votes=values.votes, platform="gpu" if values.scale == "gpu" else "")
+  model, data = (str(Path(x).absolute()) if x and Path(x).exists() else x for x in (values.model, values.data))
+  return Call(version, model, data, deadline, votes=values.votes, platform="gpu" if values.scale == "gpu" else "")
 
 
 def run(values: flags.FlagValues, call: Call) -> None:
   """What is missing of the runs asked for, here or on several devices."""
   streams.spare()
   runs = to_run(values, call)
-  if values.devices:
-    command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={call.version['commit']}"]
+  if values.devices and any(trial_queue.missing(run, what) for run in runs for what in ("train", "vote")):
+    command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={call.version['commit']}", f"--model={call.model}",
+               f"--data={call.data}"]
     finished = trial_devices.start(command, values.devices, runs, call, "cuda" if values.scale == "gpu" else None)
   else:
     finished = trial_queue.start(runs, call)

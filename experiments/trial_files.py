@@ -127,7 +127,7 @@ def _lines(text: str, steps: int) -> list[dict]:
       _number(value) or isinstance(value, bool))}:
     raise ValueError(f"no numbers: {', '.join(sorted(wrong))}")
   seconds = [x.get("sec_total") for x in lines]
-  if any(x is None for x in seconds) != all(x is None for x in seconds) or seconds[0] is not None and sorted(seconds) != seconds:
+  if any(x is not None for x in seconds) and (None in seconds or any(a >= b for a, b in zip([0, *seconds], seconds))):
     raise ValueError("sec_total does not grow from step to step")
   return lines
 
@@ -137,7 +137,7 @@ def _votes(text: str) -> dict:
   values = _checked(text, {})
   shape = {"samples": _count, "accuracy": _share, f"maj@{values.get('samples')}": _share}
   shape |= {name: _ends if name.endswith("_ci") else _share for name in values if "@" in name}
-  return values if "problem" in values else _checked(text, shape)
+  return _checked(text, {"problem": _words} if "problem" in values else shape)
 
 
 def _read(run: Run, name: str, parse: Callable[[str], Any]) -> Any:

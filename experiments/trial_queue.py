@@ -22,7 +22,6 @@ import os
 from pathlib import Path
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +37,7 @@ from arrol_jax.running.workdir import newest_checkpoint
 from arrol_jax.types import UserError
 from experiments.runs import SCORES, terminated
 from experiments.trial_arms import ROOT, Run, same
+from experiments.trial_pieces import begin_piece, end_piece, inputs, keep_pieces, pieces, pieces_of, split
 
 CODE = ("arrol_jax", "configs", "requirements.txt")  # what a run's course depends on
 VOTING = 120.0  # seconds that votes may take: they are not begun with less left, and cannot be cut off
@@ -180,11 +180,19 @@ def train(run: Run, call: Call) -> bool:
     saved = newest_checkpoint(str(workdir))
     if not saved:  # what a killed process left: its evaluations are not those of the run that begins now
       shutil.rmtree(workdir, ignore_errors=True)
+      pieces_of(run).unlink(missing_ok=True)
     split(run, call.data)
     call.say(run, f"goes on after step {saved}" if saved else "begins")
-    begin_piece(run, call.version | {"inputs": inputs(run, call)})
-    problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
-    end_piece(run, time.monotonic() - begun)
+    before = pieces(run)
+    begin_piece(run, call.version | {"inputs": inputs(run, call.model, call.data), "from": saved or 0})
+    try:
+      problem, _ = attempt(run.training(call.model, call.data, call.votes and run.votes), call)
+    except (UserError, OSError):  # before its first step: nothing was made
+      keep_pieces(run, before)
+      raise
+    end_piece(run, steps(workdir), time.monotonic() - begun)
+  elif not pieces(run):  # somebody removed them
+    begin_piece(run, call.version)
   if not problem and not (workdir / "summary.json").exists():
     call.say(run, f"stopped after step {steps(workdir)}; goes on in the next call")
     return False
@@ -198,33 +206,8 @@ def train(run: Run, call: Call) -> bool:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   if not (workdir / "policy").exists():
     workdir.rmdir()
-  pieces_of(run).unlink()
+  pieces_of(run).unlink(missing_ok=True)
   return True
-
-
-def split(run: Run, data: str) -> None:
-  """The files of Run.split and Run.thinned, where its regime holds problems of the training file out, or asks a part of the test
-  file."""
-  regime = run.regime
-  if regime.spare:
-    source = Path(data, f"{regime.train}.jsonl")
-    lines = source.read_text().splitlines(keepends=True)
-    if len(lines) <= regime.spare:
-      raise UserError(f"{source}: {len(lines)} problems, of which {regime.name} holds {regime.spare} out")
-    out = {i * len(lines) // regime.spare for i in range(regime.spare)}  # evenly, as a file may be sorted by subject
-    for path, held_out in zip(run.split, (False, True), strict=True):
-      _write(path, [line for i, line in enumerate(lines) if (i in out) == held_out])
-  if data and regime.every > 1:
-    _write(run.thinned, Path(data, f"{regime.test}.jsonl").read_text().splitlines(keepends=True)[::regime.every])
-
-
-def _write(path: Path, lines: list[str]) -> None:
-  """At once, as several processes may be here; not where it is there already."""
-  if (ROOT / path).exists() and (ROOT / path).read_text() == "".join(lines):
-    return
-  half = ROOT / f"{path}.{os.getpid()}"
-  half.write_text("".join(lines))
-  half.rename(ROOT / path)
 
 
 def vote(run: Run, call: Call) -> bool:
@@ -234,7 +217,8 @@ def vote(run: Run, call: Call) -> bool:
   call.say(run, "votes")
   problem, said = attempt(run.voting(call.data), call, say=True)
   votes = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-  write_json(f"{run.folder}/votes.json", {"problem": problem or "nothing was said"} if problem or not votes else short(votes[0]))
+  write_json(f"{run.folder}/votes.json", ({"problem": problem or "nothing was said"} if problem or not votes else
+                                           short(votes[0])) | call.version)
   shutil.rmtree(ROOT / run.workdir)
   return True
 
@@ -263,9 +247,10 @@ def attempt(argv: tuple[str, ...], call: Call, say: bool = False) -> tuple[str |
 
 
 def state(run: Run) -> str:
-  """"done", "failed", "begun" or "missing"."""
-  files = {"done": run.folder / "run.json", "failed": run.folder / "failed.json", "begun": pieces_of(run)}
-  return next((name for name, path in files.items() if path.exists()), "missing")
+  """"done", "failed", "begun" (something of it is saved) or "missing"."""
+  saved = newest_checkpoint(str(ROOT / run.workdir)) or (ROOT / run.workdir / "summary.json").exists()
+  there = {"done": (run.folder / "run.json").exists(), "failed": (run.folder / "failed.json").exists(), "begun": bool(saved)}
+  return next((name for name, is_so in there.items() if is_so), "missing")
 
 
 def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
@@ -289,65 +274,15 @@ def steps(workdir: Path) -> int:
 # ---- what is kept
 
 
-def begin_piece(run: Run, version: dict) -> None:
-  """That this version of the code is at the run on this host, whatever becomes of it."""
-  pieces_of(run).parent.mkdir(parents=True, exist_ok=True)
-  _keep_pieces(run, [*pieces(run), version | {"host": host()}])
-
-
-def end_piece(run: Run, seconds: float) -> None:
-  """How far it came in so many seconds."""
-  *before, last = pieces(run)
-  last |= {"step": steps(ROOT / run.workdir), "wall_s": round(seconds, 1)}
-  _keep_pieces(run, [*before, last])
-
-
-def _keep_pieces(run: Run, parts: list[dict]) -> None:
-  """At once: a kill leaves no half line."""
-  half = pieces_of(run).with_suffix(".part")
-  half.write_text("".join(json.dumps(x) + "\n" for x in parts))
-  half.rename(pieces_of(run))
-
-
-def pieces(run: Run) -> list[dict]:
-  """Of a run that was begun and is not kept yet: by which version and on which host. One that was killed lacks "step"."""
-  path = pieces_of(run)
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def inputs(run: Run, call: Call) -> dict[str, str]:
-  """Marks of what the run reads, by the name of the option: of a file twelve hex digits of its SHA-256, of a model's folder those
-  of its files' names, sizes and config.json, of a model on the hub its name."""
-  found = {}
-  for name, given in run.paths(call.model, call.data).items():
-    path = ROOT / given
-    if path.is_file():
-      with open(path, "rb") as file:
-        found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    elif name == "model.path":
-      files = sorted(path.iterdir()) if path.is_dir() else []
-      names = [f"{x.name} {x.stat().st_size}" for x in files] + [x.read_text() for x in files if x.name == "config.json"]
-      found[name] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] if files else str(given)
-  return found
-
-
-def host() -> str:
-  """Which machine this is, since it was started: eight hex digits that tell nothing else of it."""
-  boot = Path("/proc/sys/kernel/random/boot_id")
-  name = socket.gethostname() + (boot.read_text() if boot.exists() else "")
-  return hashlib.sha256(name.encode()).hexdigest()[:8]
-
-
-def pieces_of(run: Run) -> Path:
-  return ROOT / f"{run.workdir}.pieces.jsonl"
-
-
 def keep(run: Run, problem: str | None) -> dict:
   """Writes run.json, or failed.json where there is a problem, metrics.jsonl and, of rollouts that were logged, scores.jsonl below
   results/; returns what the first says."""
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
-  parts = [piece for piece in pieces(run) if piece.get("step", 1) or problem]
+  parts = pieces(run)
+  # One that was killed before it saved anything, which the next began again from the same step, is no part of the run.
+  parts = [x for x, after in zip(parts, [*parts[1:], {}], strict=True) if "step" in x or x.get("from") != after.get("from", -1)]
+  parts = [x for x in parts if x.get("step", 1) or problem]
   joined = lambda given, name: "+".join(dict.fromkeys(x[name] for x in given if name in x))  # of two: it is like no other run
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": parts}
   about |= {name: joined(parts, name) for name in ("commit", "code", "host")}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from arrol_jax.types import UserError
 from experiments import trial_files, trial_queue
 from experiments.trial_arms import MODEL, REGIMES, Regime, Run, runs_of
+from experiments.trial_pieces import inputs, pieces
 from experiments.trial_queue import Call
 
 
@@ -16,7 +17,8 @@ def ready(regimes: list[Regime], wanted: Callable[[Run], bool], call: Call, say:
   runs = []
   for regime in regimes:
     mine = list(filter(wanted, runs_of(regime)))
-    todo = [run for run in mine if trial_queue.missing(run, "train")]
+    votes = lambda run: call.votes and run.votes and trial_queue.missing(run, "vote")
+    todo = [run for run in mine if trial_queue.missing(run, "train") or votes(run)]
     if not (reason := todo and not_now(regime, todo[0], call)):
       runs += mine
     elif say:
@@ -35,10 +37,12 @@ def not_now(regime: Regime, run: Run, call: Call) -> str:
     return f"its learning rates are chosen by {regime.waits}, " + (
       f"of which these are not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the "
       "folder of one that failed" if lacking else damaged(others) or "whose runs are of several commits or rates (run.json)")
-  done = [x for x in runs_of(regime) if trial_queue.state(x) == "done"]
-  there = [x for one in done if not damaged([one]) for x in [trial_files.told(one)] if "+" not in x["commit"] + x["code"]]
-  there += [piece for x in runs_of(regime) if trial_queue.state(x) == "begun" for piece in trial_queue.pieces(x)]
-  return damaged(done) or of_other_code(there, call.version) or of_other_files(regime, there, trial_queue.inputs(run, call))
+  done, begun = ([x for x in runs_of(regime) if trial_queue.state(x) == state] for state in ("done", "begun"))
+  if problem := damaged(done):
+    return problem
+  there = [*map(trial_files.told, done), *(piece for x in begun for piece in pieces(x))]
+  there = [x for x in there if "+" not in f"{x.get('commit', '+')}{x.get('code', '')}"]  # of two versions it is like no other
+  return of_other_code(there, call.version) or of_other_files(regime, there, inputs(run, call.model, call.data))
 
 
 def of_other_code(there: list[dict], version: dict) -> str:
@@ -58,9 +62,10 @@ def of_other_files(regime: Regime, there: list[dict], mine: dict[str, str]) -> s
   """The same of the model and of data, where both say it; runs of the gpu scale before November 29 had MODEL."""
   for x in there:
     theirs = ({"model.path": MODEL} if regime.scale == "gpu" else {}) | x.get("inputs", {})
-    if other := [name for name in theirs if name in mine and theirs[name] != mine[name]]:
-      return (f"its runs have {', '.join(f'{name} {theirs[name]}' for name in other)} (first digits of SHA-256), this call "
-              f"{', '.join(mine[name] for name in other)}; the page could not compare both")
+    if other := [name for name in theirs if name in mine and theirs[name] != mine[name] and "+" not in theirs[name]]:
+      return (f"its runs have {', '.join(f'{name} {theirs[name]}' for name in other)}, this call "
+              f"{', '.join(mine[name] for name in other)} (of files the first digits of their SHA-256); the page could not "
+              "compare both")
   return ""
 
 

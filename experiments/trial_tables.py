@@ -144,14 +144,15 @@ def compare(scale: Scale, figure: Figure, name: str, found: dict[str, tuple[str,
     rows.append([label, str(len(both)), cell(without), f"{theirs[0]}", cell(pruned), f"{theirs[1]}", cell(gains[label], "+.1f"),
                  paper, cell(ratios[label], ".2f", "x"), f"{theirs[2]:.2f}x"])
     regime = both[0][0].run.regime
-    if regime.primary and arm == regime.ours[0]:  # some of these pairs were seen before others were planned
-      notes += [f"Set before it ran ({label}): {line} The row is over all pairs, an estimate." for line in
-                trial_stats.primaries(regime)]
-    else:
+    if not (regime.primary and arm == regime.ours[0]):  # some of those pairs were seen before others were planned
       notes += above(f"accuracy with pruning less that without ({label})", both, gains[label], f"{paper} points", arm == "budget")
     if len(both) > 1:
       each = over(trial_stats.speedup(both), len(both) + 1)
       notes += faster(f"speed-up of a step ({label})", each, f"{theirs[2]:.2f}x")
+  for data, regime in ((data, REGIMES[name]) for data, names in scale.trial for name in names):
+    if regime.primary and regime.ours[0] in arms and trial_files.load(regime).there:
+      notes += [f"Set before it ran ({data}): {line} The row is over all pairs, an estimate." for line in
+                trial_stats.primaries(regime)]
   if found:
     axes = figure.subplots(1, 2)
     tables.bars(axes[0], list(gains), list(gains.values()), f"{name}: gained by pruning", unit="points")

@@ -13,7 +13,7 @@ import pytest
 from arrol_jax import config, step
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import trial, trial_arms, trial_devices, trial_page, trial_queue
+from experiments import trial, trial_arms, trial_devices, trial_files, trial_page, trial_pieces, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
 from experiments.trial_queue import Call
 
@@ -23,7 +23,7 @@ VERSION = {"commit": "abc", "code": "123"}
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-  for module in (trial, trial_arms, trial_devices, trial_page, trial_queue):
+  for module in (trial, trial_arms, trial_devices, trial_page, trial_pieces, trial_queue):
     monkeypatch.setattr(module, "ROOT", tmp_path)
   return tmp_path
 
@@ -223,7 +223,7 @@ def test_a_finished_run_leaves_two_small_files(queue, elsewhere):
   assert sorted(p.name for p in run.folder.iterdir()) == ["metrics.jsonl", "run.json"] and not (elsewhere / run.workdir).exists()
   about = json.loads((run.folder / "run.json").read_text())
   assert (about["commit"], about["code"], about["device"], about["steps"]) == ("abc", "123", "1 x cpu", 2)
-  assert about["host"] == trial_queue.host() and len(about["host"]) == 8
+  assert about["host"] == trial_pieces.host() and len(about["host"]) == 8
   assert (about["half"]["seconds"], about["half"]["accuracy"], about["full"]["sampled"]["accuracy"]) == (6.0, 0.25, 0.125)
   assert about["settings"]["prune.rule"] == "budget"
   first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
@@ -244,7 +244,7 @@ def test_votes_come_behind_all_runs_where_they_are_wanted_and_time_allows_them(q
   assert trained.began == ["train budget_seed1", "train plain_seed1"]
   assert [p.name for p in (elsewhere / runs[0].workdir).iterdir()] == ["policy"] and not (elsewhere / runs[1].workdir).exists()
   assert queue(trained, runs, votes=True) and trained.began[2:] == ["evaluate budget_seed1/policy"]
-  assert json.loads((runs[0].folder / "votes.json").read_text()) == {"samples": 16, "accuracy": 0.5, "maj@16": 0.625}
+  assert json.loads((runs[0].folder / "votes.json").read_text()) == {"samples": 16, "accuracy": 0.5, "maj@16": 0.625, **VERSION}
   assert not (elsewhere / runs[0].workdir).exists() and queue(trained, runs, votes=True) and len(trained.began) == 3
 
 
@@ -270,6 +270,41 @@ def test_a_run_that_time_cuts_off_goes_on_and_remembers_both_versions(queue):
   about = json.loads((run.folder / "run.json").read_text())
   assert (about["commit"], about["code"], len(about["pieces"])) == ("abc+def", "123", 2)
   assert not queue(Trained(), [Run(CPU, "published", 1)], 1e-9)
+
+
+def test_a_kill_at_any_moment_leaves_a_run_that_can_be_gone_on_with(queue, monkeypatch):
+  run, finish = Run(CPU, "random", 1), trial_queue.end_piece
+  other = {"commit": "def", "code": "456"}
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  for _ in range(2):  # in its training, after it saved step 2; in its next at once
+    with pytest.raises(KeyboardInterrupt):
+      queue(Trained(random=KeyboardInterrupt()), [run], 1.0)
+    assert trial_queue.state(run) == "begun" and "step" not in trial_pieces.pieces(run)[-1]
+  monkeypatch.setattr(trial_queue, "end_piece", killed)
+  with pytest.raises(KeyboardInterrupt):  # between the run's summary and its piece's end
+    queue(Trained(), [run], 1.0, other)
+  monkeypatch.setattr(trial_queue, "end_piece", finish)
+  assert queue(Trained(), [run]) and trial_queue.state(run) == "done"
+  about = trial_files.told(run)
+  assert (about["commit"], about["code"]) == ("abc+def", "123+456") and [x["from"] for x in about["pieces"]] == [0, 2]
+  assert "step" not in about["pieces"][0]
+
+
+def test_what_begins_from_nothing_has_no_piece_of_what_was_killed_before(queue, elsewhere):
+  run = Run(CPU, "random", 1)
+  trial_pieces.pieces_of(run).parent.mkdir(parents=True)
+  trial_pieces.begin_piece(run, {"commit": "other", "code": "456", "from": 0})  # killed before it saved anything
+  assert trial_queue.state(run) == "missing"
+  with pytest.raises(UserError, match="model.path"):  # what the user mends leaves none
+    queue(Trained(random=UserError("model.path: no such file")), [run])
+  assert trial_queue.state(run) == "missing" and not trial_pieces.pieces(run)
+  assert queue(Trained(), [run])
+  assert (about := trial_files.told(run))["commit"] == "abc" and len(about["pieces"]) == 1 and about["pieces"][0]["step"] == 2
+  (run.folder / "failed.json").write_text("{}")
+  assert trial_queue.state(run) == "done"
 
 
 def test_a_run_notes_what_files_it_read(queue, elsewhere, tmp_path):

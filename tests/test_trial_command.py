@@ -12,7 +12,7 @@ from test_trial_page import made_up
 
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import trial, trial_arms, trial_queue
+from experiments import trial, trial_arms, trial_pieces, trial_queue
 from experiments.trial_arms import REGIMES, Run, runs_of
 from experiments.trial_queue import Call
 
@@ -35,6 +35,8 @@ def test_what_waits_for_a_choice_of_rates_is_not_run(elsewhere, monkeypatch, cap
   assert runs and "math_alone" not in {run.regime.name for run in runs}
   assert "# left out: math_alone: its learning rates are chosen by math_tuning" in capsys.readouterr().out
   assert to_run("--scale=gpu", "--worker=0", "--devices=1", "--minutes=1") == runs and not capsys.readouterr().out
+  worker = ("--worker=0", "--devices=1", "--minutes=1")
+  assert to_run("--arms=plain", "--seeds=1", *worker) == to_run("--arms=plain", "--seeds=1") == [Run(CPU, "plain", 1)]
   assert waits in trial.chosen(trial.parse(["trial", "--table", "--regime=math_alone"]))
 
 
@@ -80,15 +82,49 @@ def test_another_model_or_other_data_are_not_mixed_in(queue, elsewhere, tmp_path
   assert queue(Trained(), [run], model=str(mine), data=data)
   assert len(to_run("--regime=ahead", model=str(mine), data=data)) == 20
   for model in (str(theirs), str(folder), "Qwen/Qwen3-0.6B"):
-    with pytest.raises(UserError, match="--regime=ahead: its runs have model.path [0-9a-f]{12} .*, this call "):
+    with pytest.raises(UserError, match="--regime=ahead: its runs have model.path [0-9a-f]{12}, this call "):
       to_run("--regime=ahead", model=model, data=data)
+  (folder / "inner").mkdir()
+  marks = [trial_pieces.inputs(run, str(folder), "")["model.path"]]
+  (folder / "inner" / "cache").write_text("x")  # no part of a model
+  marks.append(trial_pieces.inputs(run, str(folder), "")["model.path"])
+  (folder / "config.json").write_text("{} ")
+  assert marks[0] == marks[1] != trial_pieces.inputs(run, str(folder), "")["model.path"]
   (tmp_path / "gsm8k_train.jsonl").write_text('{"problem": 2}\n')
-  with pytest.raises(UserError, match="--regime=ahead: its runs have data.train [0-9a-f]{12} "):
+  with pytest.raises(UserError, match="--regime=ahead: its runs have data.train [0-9a-f]{12}, this call "):
     to_run("--regime=ahead", model=str(mine), data=data)
   about = json.loads((run.folder / "run.json").read_text())
   (run.folder / "run.json").write_text(json.dumps(about | {"inputs": {}}))  # before November 29
-  with pytest.raises(UserError, match=f"its runs have model.path {trial_arms.MODEL} "):
+  with pytest.raises(UserError, match=f"its runs have model.path {trial_arms.MODEL}, this call "):
     to_run("--regime=ahead", model=str(mine))
+
+
+def test_data_of_which_a_part_is_asked_are_compared_before_the_part_is_written(queue, elsewhere, tmp_path):  # noqa: F811
+  run, test = Run(REGIMES["math_alone"], "plain", 41), tmp_path / "math_test.jsonl"
+  test.write_text("1\n2\n3\n4\n5\n")
+  (elsewhere / run.thinned).parent.mkdir(parents=True)
+  assert queue(Trained(), [run], data=str(tmp_path))
+  take = lambda: to_run("--regime=math_alone", data=str(tmp_path))
+  assert len(take()) == 29
+  (elsewhere / run.thinned).unlink()  # another machine
+  test.write_text("other\n2\n3\n4\n5\n")
+  with pytest.raises(UserError, match="its runs have data.eval"):
+    take()
+  (elsewhere / run.thinned).write_text("other\n5\n")  # what wrong data left does not shut out the right ones
+  test.write_text("1\n2\n3\n4\n5\n")
+  assert len(take()) == 29
+
+
+def test_votes_are_of_the_code_of_their_run(queue, elsewhere):  # noqa: F811
+  run = Run(REGIMES["gsm8k_tables"], "plain", 71)
+  assert queue(Trained(), [run], 1.0, votes=False)
+  ask = lambda votes: trial.to_run(trial.parse(["trial", "--regime=gsm8k_tables", "--arms=plain", "--seeds=1"]),
+                                   Call(VERSION | {"code": "456"}, votes=votes))
+  assert ask(True) == [run]  # it kept no policy, so nothing is to do
+  (elsewhere / run.workdir / "policy").mkdir(parents=True)
+  assert ask(False) == [run]
+  with pytest.raises(UserError, match="its runs are of commit abc"):
+    ask(True)
 
 
 def test_the_commit_is_that_of_the_code(elsewhere, tmp_path_factory, monkeypatch):  # noqa: F811

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from arrol_jax.types import UserError
-from experiments import trial_arms, trial_devices, trial_queue
+from experiments import trial_arms, trial_devices, trial_pieces, trial_queue
 from experiments.trial_arms import REGIMES, Run
 from experiments.trial_queue import Call
 
@@ -21,13 +21,19 @@ from pathlib import Path
 from arrol_jax import config
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
-from experiments import trial_arms, trial_devices, trial_queue
+from experiments import trial_arms, trial_devices, trial_pieces, trial_queue
 from experiments.trial_queue import Call
 
 flags = dict(a.partition("=")[::2] for a in sys.argv[1:])
 root = Path(flags["--root"])
-for module in (trial_arms, trial_devices, trial_queue):
+for module in (trial_arms, trial_devices, trial_pieces, trial_queue):
   module.ROOT = root
+
+def looks(call):  # where the cores are by then
+  with open(root / "cores", "a") as f:
+    f.write(f"{call.platform} {len(os.sched_getaffinity(0))}\\n")
+
+trial_queue.check_platform = looks
 
 def main():
   name = next(a for a in sys.argv if a.startswith("--workdir=")).rpartition("/")[2]
@@ -51,20 +57,20 @@ def main():
       time.sleep(0.05)
     raise hosts.Preempted("SIGTERM")
   time.sleep(0.5)
-  result = {"test": {"accuracy": 0.25, "sampled": {"accuracy": 0.125}}}
+  result = {"test": {"accuracy": 0.25, "truncated": 0.0, "problems": 4, "sampled": {"accuracy": 0.125}}}
   (folder / "summary.json").write_text(json.dumps({"device": "1 x cpu", "eval_after": result}))
 
 sys.modules["arrol_jax.train"] = types.SimpleNamespace(main=main)  # the real one takes seconds to import
 todo = [trial_arms.Run(trial_arms.REGIMES["arithmetic"], *x) for x in json.loads(flags["--runs"])]
 call = Call({"commit": "abc", "code": "123"}, deadline=time.monotonic() + 60 * float(flags["--minutes"]), quiet=True, fresh=True,
-            name=f"device {flags['--worker']}: ")
+            platform="gpu", name=f"device {flags['--worker']}: ")
 config.run(lambda: sys.exit(trial_devices.work(int(flags["--worker"]), 2, todo, call)))
 '''
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-  for module in (trial_arms, trial_queue):
+  for module in (trial_arms, trial_pieces, trial_queue):
     monkeypatch.setattr(module, "ROOT", tmp_path)
   monkeypatch.setenv("PYTHONPATH", str(trial_devices.ROOT))
   monkeypatch.setattr(trial_devices, "ROOT", tmp_path)
@@ -84,6 +90,8 @@ def test_each_run_is_done_once_and_failures_cost_no_other_run(machine, capfd):
   names = [("plain", 1), ("plain8", 1), ("budget", 1), ("chosen", 1), ("plain", 2)]
   todo, finished = start(names, devices=2)
   assert finished and [trial_queue.state(run) for run in todo] == ["done", "failed", "failed", "done", "done"]
+  cores = len(os.sched_getaffinity(0))  # shared out before JAX starts, whose threads would keep all of them
+  assert set((folder / "cores").read_text().splitlines()) == {f"gpu {cores // 2 or cores}"}
   begun = [line.split() for line in (folder / "begun").read_text().splitlines()]
   others = [name for name, _ in begun if name != "budget_seed1"]  # which the other device may take up before it is given up
   assert sorted(others) == sorted(run.name for run in todo if run.name != "budget_seed1") and {d for _, d in begun} == {"4", "6"}

@@ -14,10 +14,12 @@ from experiments import trial_arms, trial_files, trial_page, trial_stats
   ("run.json", None), ("run.json", "{}"), ("run.json", "[]"), ("metrics.jsonl", None), ("metrics.jsonl", ""),
   ("metrics.jsonl", "1\n"), ("metrics.jsonl", '{"step": 1}\n'), ("failed.json", "{}"), ("failed.json", '{"arm": "budget"}'),
   ("votes.json", "[1]"), ("votes.json", '{"samples": 16}'),
-  ("votes.json", '{"samples": 16, "accuracy": 0.3, "maj@16": 0.4, "rank@16": null}'),
+  *(("votes.json", json.dumps({"samples": 16, "accuracy": 0.3, "maj@16": 0.4, name: None}))
+    for name in ("rank@16", "rank@16_gain_ci")),
+  ("votes.json", '{"problem": 3}'),
   *(("metrics.jsonl", "".join(json.dumps({"step": i, "signal": 1.0, "sec_total": i} | ({"step": 5} | x if i == 5 else {})) + "\n"
                               for i in range(1, 11))) for x in ({"signal": "x"}, {"sec_total": None}, {"sec_total": 3},
-                                                                {"sec_total": float("nan")}, {"step": 6}))])
+                                                                {"sec_total": float("nan")}, {"sec_total": 4}, {"step": 6}))])
 def test_a_damaged_result_is_named(elsewhere, name, text):  # noqa: F811
   path = made_up("plain", 1, 0.3).folder / name
   path.write_text(path.read_text()[:-9] if text is None else text)

@@ -196,6 +196,25 @@ def test_run_does_the_tables_regime_and_needs_model_and_data(elsewhere, scale, m
   assert tables.start(runs.with_paths(scale, "m.gguf", "d"), [], 1.0)
   (given, call), = begun
   assert {run.regime.name for run in given} == {"gsm8k_tables"} and (call.model, call.data, call.votes) == ("m.gguf", "d", True)
+  assert call.platform == "gpu"
   made_up("plain", 71, 0.3, regime=TABLES)
   with pytest.raises(UserError, match="--regime=gsm8k_tables: its runs are of commit abc"):
     tables.start(dataclasses.replace(scale, paths=("model.path=m.gguf", "data.folder=d")), [], None)
+
+
+def test_what_was_set_before_it_ran_is_told_whatever_becomes_of_the_row(elsewhere, scale):  # noqa: F811
+  tuned = REGIMES["gsm8k_tuned"]
+  (first, last), _ = tuned.primary
+  for seed in range(first, last + 1):
+    made_up("plain", seed, 0.3, regime=tuned)
+    made_up("budget", seed, 0.3 + seed / 1000, regime=tuned)
+  label = "GSM8K at 1.5e-6: our budget"
+  for late in (False, True):
+    if late:
+      made_up("plain", 87, 0.3, regime=tuned)
+      made_up("budget", 87, 0.4, regime=tuned, version=("def", "456"))
+    of, table = rows(table1, scale)
+    notes = [note for note in table.notes if note.startswith("Set before it ran (GSM8K at 1.5e-6)")]
+    assert len(notes) == 2 and "on seeds 82 to 86 alone: +8.4 ± 0.2 (5) points" in notes[0]
+    assert (label in of) != late and not any("accuracy with pruning" in note and label in note for note in table.notes)
+    assert ("no verdict" in notes[1]) != late and ("refused" in notes[1]) == late
