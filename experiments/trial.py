@@ -87,9 +87,12 @@ def to_run(values: flags.FlagValues, call: Call) -> list[Run]:
   regimes, wanted = chosen(values), selection(values)
   if not any(wanted(run) for regime in regimes for run in runs_of(regime)):
     raise UserError(NOTHING)
-  quiet = values.worker is not None  # each of them would say it again
-  say = None if values.regime else lambda line: None if quiet else print(f"# left out: {line}", flush=True)
-  if not (runs := trial_refused.ready(regimes, wanted, call, say)):
+
+  def left_out(line: str):
+    if values.worker is None:  # each of them would say it again
+      print(f"# left out: {line}", flush=True)
+
+  if not (runs := trial_refused.ready(regimes, wanted, call, None if values.regime else left_out)):
     raise UserError("none of it can be run now")
   return runs
 
@@ -105,7 +108,7 @@ def run(values: flags.FlagValues, call: Call) -> None:
   """What is missing of the runs asked for, here or on several devices."""
   streams.spare()
   runs = to_run(values, call)
-  if values.devices and any(trial_queue.missing(run, what) for run in runs for what in ("train", "vote")):
+  if values.devices and next(trial_queue.to_do(runs, call), None):
     command = ["-m", "experiments.trial", *sys.argv[1:], f"--commit={call.version['commit']}", f"--model={call.model}",
                f"--data={call.data}"]
     finished = trial_devices.start(command, values.devices, runs, call, "cuda" if values.scale == "gpu" else None)

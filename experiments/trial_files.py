@@ -5,11 +5,11 @@ damaged, or of another run, is named, with what to do.
 from collections.abc import Callable
 import dataclasses
 import json
-import math
 from typing import Any
 
 import numpy as np
 
+from arrol_jax.running.lines import is_number
 from arrol_jax.types import UserError
 from experiments.trial_arms import SKIP, Regime, Run, runs_of, same
 
@@ -52,8 +52,8 @@ class Results:
     return list(self.there.get(arm, {}).values())
 
 
-def load(regime: Regime, wanted: Callable[[Run], bool] = lambda run: True) -> Results:
-  """What there is of its runs, or of those that are wanted. UserError where a file is damaged."""
+def load(regime: Regime, wanted: Callable[[Run], bool] | None = None) -> Results:
+  """What there is of its runs, or of those that are wanted alone. UserError where a file is damaged."""
   out = Results(regime, {}, [], [], [])
   for run in filter(wanted, runs_of(regime)):
     if (run.folder / "run.json").exists():
@@ -79,17 +79,16 @@ def told(run: Run) -> dict:
 # ---- what there has to be: by key, whether a value will do; a key that ends with "?" may lack
 
 _words = lambda x: isinstance(x, str) and bool(x)
-_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-_share = lambda x: _number(x) and 0 <= x <= 1
+_share = lambda x: is_number(x) and 0 <= x <= 1
 _count = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
 _object = lambda x: isinstance(x, dict)
-_ends = lambda x: isinstance(x, list) and len(x) == 2 and all(map(_number, x))
+_ends = lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
 SAMPLED = {"accuracy": _share, "pass@2?": _share, "samples?": _count, "problems?": _count}
 RESULT = {"accuracy": _share, "truncated": _share, "problems": _count, "sampled": lambda x: _fits(x, SAMPLED)}
 FAILED = {"steps": lambda x: x == 0 or _count(x), "commit": _words, "problem": _words}
 RUN = {"settings": _object, "pieces": lambda x: isinstance(x, list) and all(map(_object, x)), "commit": _words, "code": _words,
-       "steps": _count, "seconds": _number, "device": _words,
-       "half": lambda x: x is None or _fits(x, RESULT | {"seconds?": _number}),
+       "steps": _count, "seconds": is_number, "device": _words,
+       "half": lambda x: x is None or _fits(x, RESULT | {"seconds?": is_number}),
        "full": lambda x: _fits(x, RESULT), "host?": lambda x: isinstance(x, str),
        "inputs?": lambda x: _object(x) and all(map(_words, x.values()))}
 
@@ -124,7 +123,7 @@ def _lines(text: str, steps: int) -> list[dict]:
   if not all(map(_object, lines)) or [x.get("step") for x in lines] != list(range(1, steps + 1)):
     raise ValueError(f"not a line for each of {steps} steps")
   if wrong := {name for x in lines for name, value in x.items() if value is not None and not (
-      _number(value) or isinstance(value, bool))}:
+      is_number(value) or isinstance(value, bool))}:
     raise ValueError(f"no numbers: {', '.join(sorted(wrong))}")
   seconds = [x.get("sec_total") for x in lines]
   if any(x is not None for x in seconds) and (None in seconds or any(a >= b for a, b in zip([0, *seconds], seconds))):

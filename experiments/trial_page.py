@@ -338,7 +338,7 @@ def page(regimes: list[Regime], wanted: Callable[[Run], bool] | None = None) -> 
          "no interval). Seconds are those "
          f"of steps, without compilation and evaluations. Means and medians of steps leave out the first {SKIP}. Made by "
          "`python -m experiments.trial --table`.", ""]
-  known = [load(regime, wanted) if wanted else load(regime) for regime in regimes]
+  known = [load(regime, wanted) for regime in regimes]
   for results in known:
     regime = results.regime
     out += [f"## {regime.name}: {regime.what}", "", *notes(results), ""]

@@ -3,20 +3,24 @@ yet, and marks of the files that it reads, some of which are made here from data
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 import socket
 
+from arrol_jax.running.lines import rewrite
 from arrol_jax.types import UserError
 from experiments.trial_arms import ROOT, Run
 
 
 def begin_piece(run: Run, version: dict) -> None:
-  """That this version of the code is at the run on this host, whatever becomes of it."""
+  """That this version of the code is at the run on this host, whatever becomes of it. A piece that was killed before it saved
+  anything, so that this one begins from the same step, is no part of the run."""
   pieces_of(run).parent.mkdir(parents=True, exist_ok=True)
-  keep_pieces(run, [*pieces(run), version | {"host": host()}])
+  before = [x for x in pieces(run) if "step" in x or x.get("from") != version.get("from", -1)]
+  keep_pieces(run, [*before, version | {"host": host()}])
 
 
 def end_piece(run: Run, step: int, seconds: float) -> None:
@@ -27,10 +31,7 @@ def end_piece(run: Run, step: int, seconds: float) -> None:
 
 
 def keep_pieces(run: Run, parts: list[dict]) -> None:
-  """At once: a kill leaves no half line."""
-  half = pieces_of(run).with_suffix(".part")
-  half.write_text("".join(json.dumps(x) + "\n" for x in parts))
-  half.rename(pieces_of(run))
+  rewrite(str(pieces_of(run)), parts)
 
 
 def pieces(run: Run) -> list[dict]:
@@ -54,13 +55,19 @@ def inputs(run: Run, model: str, data: str) -> dict[str, str]:
     if given in made:
       found[name] = hashlib.sha256(made[given].encode()).hexdigest()[:12]
     elif path.is_file():
-      with open(path, "rb") as file:
-        found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+      found[name] = _of_file(path, path.stat().st_mtime_ns, path.stat().st_size)
     elif name == "model.path":
       files = sorted(x for x in path.iterdir() if x.is_file()) if path.is_dir() else []
       names = [f"{x.name} {x.stat().st_size}" for x in files] + [x.read_text() for x in files if x.name == "config.json"]
       found[name] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] if files else str(given)
   return found
+
+
+@functools.lru_cache
+def _of_file(path: Path, _changed: int, _size: int) -> str:
+  """Once while it stays the same: each run of a queue asks, and a model has hundreds of megabytes."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def host() -> str:

@@ -108,11 +108,8 @@ class Failed(Exception):
 def start(runs: list[Run], call: Call) -> bool:
   """Does what is missing of `runs`, in order and votes last, but for what other processes are at; False if it was stopped before
   that. Failed where a run fails and the call wants a fresh process for the next."""
-  tasks = [(run, "train") for run in runs] + [(run, "vote") for run in runs if run.votes and call.votes]
   while True:
-    for run, what in tasks:
-      if not missing(run, what):
-        continue
+    for run, what in to_do(runs, call):
       with claimed(run) as mine:
         if not mine or not missing(run, what):  # another is at it, or was until now
           continue
@@ -124,6 +121,12 @@ def start(runs: list[Run], call: Call) -> bool:
         break
     else:
       return True
+
+
+def to_do(runs: list[Run], call: Call) -> Iterator[tuple[Run, str]]:
+  """What is missing of `runs`, in order and votes last, each as it is when it is asked for."""
+  tasks = [(run, "train") for run in runs] + [(run, "vote") for run in runs if run.votes and call.votes]
+  return ((run, what) for run, what in tasks if missing(run, what))
 
 
 def check_platform(call: Call) -> None:
@@ -248,9 +251,11 @@ def attempt(argv: tuple[str, ...], call: Call, say: bool = False) -> tuple[str |
 
 def state(run: Run) -> str:
   """"done", "failed", "begun" (something of it is saved) or "missing"."""
-  saved = newest_checkpoint(str(ROOT / run.workdir)) or (ROOT / run.workdir / "summary.json").exists()
-  there = {"done": (run.folder / "run.json").exists(), "failed": (run.folder / "failed.json").exists(), "begun": bool(saved)}
-  return next((name for name, is_so in there.items() if is_so), "missing")
+  for name, file in ("done", "run.json"), ("failed", "failed.json"):
+    if (run.folder / file).exists():
+      return name
+  saved = (ROOT / run.workdir / "summary.json").exists() or newest_checkpoint(str(ROOT / run.workdir))
+  return "begun" if saved else "missing"
 
 
 def give_up(runs: list[Run], process: int, problem: str, call: Call) -> None:
@@ -279,10 +284,7 @@ def keep(run: Run, problem: str | None) -> dict:
   results/; returns what the first says."""
   workdir = ROOT / run.workdir
   lines = read_lines(f"{workdir}/metrics.jsonl")
-  parts = pieces(run)
-  # One that was killed before it saved anything, which the next began again from the same step, is no part of the run.
-  parts = [x for x, after in zip(parts, [*parts[1:], {}], strict=True) if "step" in x or x.get("from") != after.get("from", -1)]
-  parts = [x for x in parts if x.get("step", 1) or problem]
+  parts = [x for x in pieces(run) if x.get("step", 1) or problem]
   joined = lambda given, name: "+".join(dict.fromkeys(x[name] for x in given if name in x))  # of two: it is like no other run
   about = {"regime": run.regime.name, "arm": run.arm, "seed": run.seed, "settings": same(run.settings), "pieces": parts}
   about |= {name: joined(parts, name) for name in ("commit", "code", "host")}

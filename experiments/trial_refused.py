@@ -17,9 +17,8 @@ def ready(regimes: list[Regime], wanted: Callable[[Run], bool], call: Call, say:
   runs = []
   for regime in regimes:
     mine = list(filter(wanted, runs_of(regime)))
-    votes = lambda run: call.votes and run.votes and trial_queue.missing(run, "vote")
-    todo = [run for run in mine if trial_queue.missing(run, "train") or votes(run)]
-    if not (reason := todo and not_now(regime, todo[0], call)):
+    first = next(trial_queue.to_do(mine, call), None)
+    if not (reason := first and not_now(regime, first[0], call)):
       runs += mine
     elif say:
       say(f"{regime.name}: {reason}")
@@ -32,17 +31,29 @@ def not_now(regime: Regime, run: Run, call: Call) -> str:
   """Why this run, and with it any of its regime, cannot be made by this call; "" if it can. The call's commit may be "" (not
   known)."""
   if regime.waits:
-    others = list(runs_of(REGIMES[regime.waits]))
-    lacking = ", ".join(f"{x.name} ({trial_queue.state(x)})" for x in others if trial_queue.state(x) != "done")
-    return f"its learning rates are chosen by {regime.waits}, " + (
-      f"of which these are not there: {lacking}; make them in a call before, with --regime={regime.waits}, and first remove the "
-      "folder of one that failed" if lacking else damaged(others) or "whose runs are of several commits or rates (run.json)")
-  done, begun = ([x for x in runs_of(regime) if trial_queue.state(x) == state] for state in ("done", "begun"))
-  if problem := damaged(done):
-    return problem
-  there = [*map(trial_files.told, done), *(piece for x in begun for piece in pieces(x))]
+    return f"its learning rates are chosen by {regime.waits}, {waiting(REGIMES[regime.waits])}"
+  states = [(x, trial_queue.state(x)) for x in runs_of(regime)]
+  try:
+    there = [trial_files.told(x) for x, state in states if state == "done"]
+  except UserError as e:
+    return str(e)
+  there += [piece for x, state in states if state == "begun" for piece in pieces(x)]
   there = [x for x in there if "+" not in f"{x.get('commit', '+')}{x.get('code', '')}"]  # of two versions it is like no other
   return of_other_code(there, call.version) or of_other_files(regime, there, inputs(run, call.model, call.data))
+
+
+def waiting(tuning: Regime) -> str:
+  """What its choice lacks."""
+  states = [(x, trial_queue.state(x)) for x in runs_of(tuning)]
+  if lacking := ", ".join(f"{x.name} ({state})" for x, state in states if state != "done"):
+    return (f"of which these are not there: {lacking}; make them in a call before, with --regime={tuning.name}, and first remove "
+            "the folder of one that failed")
+  try:
+    for x, _ in states:
+      trial_files.told(x)
+  except UserError as e:
+    return str(e)
+  return "whose runs are of several commits or rates (run.json)"
 
 
 def of_other_code(there: list[dict], version: dict) -> str:
@@ -66,14 +77,4 @@ def of_other_files(regime: Regime, there: list[dict], mine: dict[str, str]) -> s
       return (f"its runs have {', '.join(f'{name} {theirs[name]}' for name in other)}, this call "
               f"{', '.join(mine[name] for name in other)} (of files the first digits of their SHA-256); the page could not "
               "compare both")
-  return ""
-
-
-def damaged(runs: list[Run]) -> str:
-  """Which of these finished runs' run.json is damaged, in words."""
-  for run in runs:
-    try:
-      trial_files.told(run)
-    except UserError as e:
-      return str(e)
   return ""

@@ -70,6 +70,16 @@ def test_a_run_that_went_on_by_other_code_closes_its_regime_to_none(queue, elsew
   assert len(to_run("--regime=ahead")) == len(to_run("--regime=ahead", version={"commit": "def", "code": "456"})) == 20
 
 
+def test_a_run_that_went_on_with_another_model_closes_its_regime_to_none(queue, elsewhere, tmp_path):  # noqa: F811
+  first, model = Run(REGIMES["ahead"], "plain", 1), tmp_path / "model.gguf"
+  model.write_bytes(b"weights")
+  assert not queue(Trained(plain=hosts.Preempted("SIGTERM")), [first], 1.0, model=str(model))
+  model.write_bytes(b"others")
+  assert queue(Trained(), [first], model=str(model))
+  assert "+" in json.loads((first.folder / "run.json").read_text())["inputs"]["model.path"]
+  assert len(to_run("--regime=ahead", model=str(model))) == 20
+
+
 def test_another_model_or_other_data_are_not_mixed_in(queue, elsewhere, tmp_path):  # noqa: F811
   mine, theirs, folder = tmp_path / "mine.gguf", tmp_path / "theirs.gguf", tmp_path / "folder"
   folder.mkdir()
