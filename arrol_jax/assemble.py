@@ -1,6 +1,7 @@
 """From a checked config to the parts that entry points work with: policy, mesh, engine, prompts, settings.
 
-The only module besides the entry points that reads the config; everything below takes plain arguments.
+assemble_state.py and assemble_service.py are its other parts. Beside these, the entry points, course.py and the two packages that
+look at a run beforehand (preflight, planning) nothing reads the config: all below takes plain arguments.
 """
 
 import dataclasses
@@ -186,7 +187,7 @@ def voters(c: ConfigDict, head: dict | None, tables: Calibration | None) -> Vote
 
 def accuracy(c: ConfigDict, loaded: Policy, engine: Engine, prompts: list[Prompt], grader, name: str,
              head: dict | None = None, tables: Calibration | None = None) -> dict:
-  """`held_out.measure` as eval.* says, with a progress bar called `name`."""
+  """`evaluation.measure` as eval.* says, with a progress bar called `name`."""
   how = dataclasses.replace(sampling(c, loaded), confidence=TOP_K if c.eval.deepconf else None, pool=pools(c, head))
   with tqdm(total=len(prompts) * c.eval.samples, desc=name, unit="response", leave=False,
             disable=not hosts.first()) as bar:

@@ -36,9 +36,7 @@ def load(c: ConfigDict, workdir: str | None, queue_size: int, steady: bool = Fal
     loaded = assemble.load(c, mesh)
     resize and resize(loaded.config.max_length)
     if workdir:
-      state, _ = assemble_state.from_checkpoint(c, loaded, mesh, workdir)
-      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
-      del state  # the optimizer's part is not needed
+      assemble_state.from_checkpoint(c, loaded, mesh, workdir)
     assemble.follow_head(c, loaded)
     assemble.check_tables(c, loaded)
     assemble.warn(c, loaded, [])

@@ -137,8 +137,16 @@ def scored_by(workdir: str) -> Scores | None:
   return Scores(f"{best}, {asked}, {inputs.get('held_out')}{reward}", evaluated.scores(workdir, best, saved_steps(workdir)))
 
 
-def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
-                    which: str = "newest") -> tuple[TrainState, int]:
+def from_checkpoint(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str, which: str = "newest") -> int:
+  """Gives `loaded` the policy and the quality head of a checkpoint of `workdir`, see `restored`; its step."""
+  state, step = restored(c, loaded, mesh, workdir, which)
+  loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
+  loaded.head_inputs, loaded.detect = tuple(c.quality.inputs), assemble.detect(c)  # not what a head of model.path had
+  return step
+
+
+def restored(c: ConfigDict, loaded: Policy, mesh: jax.sharding.Mesh, workdir: str,
+             which: str = "newest") -> tuple[TrainState, int]:
   """A checkpoint of `workdir`, and its step; which: "newest", "best" (by checkpoint.best) or a step. Sets what the config says of
   the head, and gives `loaded` the adapters' base, as that run had them."""
   trained = stored_config(workdir) or {}

@@ -375,6 +375,8 @@ def _check_prune(c: ConfigDict, training: bool) -> None:
   if "." in p.rule and training:
     own_rule(p.rule)
   need("." in p.rule or p.rule in RULES, f"prune.rule is {p.rule!r}; it must be one of {', '.join(RULES)}, or MODULE.FUNCTION")
+  need(not (p.enabled and p.rule == "max_variance" and c.learn.keep < 1), f"learn.keep is {c.learn.keep}; with prune.rule="
+       "max_variance it must be 1, as prune.keep says which share is learned from")
   need(p.draw in DRAWS, f"prune.draw is {p.draw!r}; it must be one of {', '.join(DRAWS)}")
   need(0 <= p.floor <= r.group_size, f"prune.floor is {p.floor}; it must lie between 0 and rollout.group_size ({r.group_size})")
   need(set(p.weigh) <= set(WEIGH), f"prune.weigh is {tuple(p.weigh)}; it takes any of {', '.join(WEIGH)}")

@@ -236,9 +236,10 @@ class Rolling:
     """A step's n-th batch of `count` prompts, numbered, and what was known of them where they were chosen."""
     # With several rounds allowed each step owns so many batches of the data, used or not: resuming needs no history.
     size, taken, chosen = self.c.rollout.prompts, assemble.candidates(self.c), ()
-    batch = problems.batch_at(self.prompts, step * self.c.rollout.resampling + n, self.c.seed, taken)
+    number = step * self.c.rollout.resampling + n
+    batch = problems.batch_at(self.prompts, number, self.c.seed, taken)
     if taken > size:
-      batch, *chosen = self.choose(batch, count, assemble.key(self.c, assemble.CHOICE, step))
+      batch, *chosen = self.choose(batch, count, assemble.key(self.c, assemble.CHOICE, number))
     return dict(enumerate(batch[:count], n * size)), tuple(chosen)
 
   def wanted(self, step: int) -> Wanted:

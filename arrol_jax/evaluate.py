@@ -45,9 +45,7 @@ def main():
     loaded = hosts.together(lambda: assemble.load(c, mesh))
     step = 0
     if flags["workdir"].present:
-      state, step = assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
-      loaded.params, loaded.head, loaded.calibration = state.policy, state.params["head"], state.calibration
-      del state  # the optimizer's part is not needed
+      step = assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir, flags.step)
     if c.eval.stop_below is not None and (loaded.head is None or loaded.calibration is None):
       raise UserError(f"eval.stop_below needs a trained quality head; {c.model.path} has none")
     assemble.follow_head(c, loaded)

@@ -180,7 +180,7 @@ def main():
   with jax.set_mesh(mesh):
     loaded = assemble.load(c, mesh)
     if flags["workdir"].present:
-      loaded.params = assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir)[0].policy
+      assemble_state.from_checkpoint(c, loaded, mesh, flags.workdir)
     engine = assemble.eval_engine(c, loaded, mesh, loaded.params)
   adapter = RolloutEngine(engine, assemble.sampling(c, loaded, c.rollout.temperature), loaded.tokenizer, c.model.path,
                           int(flags.samples), c.seed)

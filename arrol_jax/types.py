@@ -112,7 +112,6 @@ class Rollout:
   features: tuple = ()         # what the head saw there (pruning.head.Features), where asked for
   final_features: tuple | None = None  # the same at its last token
   confidences: np.ndarray | None = None  # f32[T] DeepConf's token confidence, 0 where Sampling.confidence is off
-  posterior: float = float("nan")   # q at the last of them, METHOD section 3
   keep_probability: float = 1.0             # product of the probabilities p with which it was kept
   rule_probability: float = 1.0              # the same by the rule, where a held-out rollout's keep_probability is 1
   holdout: bool = False             # kept whatever the rule said
@@ -134,6 +133,11 @@ class Rollout:
   def decided(self) -> bool:
     """Whether it reached a detection length and was scored there."""
     return bool(self.scores)
+
+  @property
+  def posterior(self) -> float:
+    """q at the last detection length reached, METHOD section 3; NaN if none was."""
+    return self.posteriors[-1] if self.posteriors else math.nan
 
   @property
   def score(self) -> float:

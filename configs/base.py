@@ -11,7 +11,7 @@ from arrol_jax.config import Section
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
-  c.steps = 200                # optimizer steps
+  c.steps = 200                # training steps; each is epochs x minibatches optimizer steps
   c.stop_seconds = config_dict.placeholder(float)  # a run ends with the step that fills so many seconds of steps, compilation
                                # and evaluations not counted (sec_total in metrics.jsonl), or after `steps`; None: after `steps`
   c.seed = 0
@@ -121,7 +121,7 @@ def get_config() -> ConfigDict:
   c.optim.lr = 1e-6            # policy (paper)
   c.optim.head_lr = 1e-3       # quality head (open in the paper)
   c.optim.warmup = 0           # steps
-  c.optim.schedule = "constant"  # after the warm-up; "linear" and "cosine" go down to 0 at the last step,
+  c.optim.schedule = "constant"  # after the warm-up; "linear" and "cosine" go down, to 0 when the last step is done,
                                # or at stop_seconds by seconds
   c.optim.epochs = 1           # passes over a step's batch,
   c.optim.minibatches = 1      # each in so many optimizer steps of whole groups; 1 and 1: one step, whose ratio is 1

@@ -9,11 +9,10 @@ start) are left out of phases and means. Seconds and tokens of the later runs al
 import json
 import os
 from pathlib import Path
-import sys
 
 import numpy as np
 
-from experiments.plot_run import fail, read
+from experiments.plot_run import Parser, fail, read, steps
 
 PHASES = ("sec_generate", "sec_reward", "sec_logprob", "sec_update", "sec_step")
 MEANS = ("reward", "reward_ipw", "keep_ratio", "pos_ratio", "pos_var", "groups_mixed", "head_auc", "head_auc_within", "head_ece",
@@ -52,19 +51,22 @@ def rows(workdirs: list[str], skip: int) -> list[list[str]]:
 
 
 def main():
-  workdirs = [a for a in sys.argv[1:] if not a.startswith("--")]
-  skipped = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--skip=")), "14")
-  if not skipped.isdigit():
-    fail(f"--skip is {skipped!r}; it must be a number of steps")
-  skip = int(skipped)
+  parser = Parser(__doc__)
+  parser.add_argument("workdirs", nargs="*", help="folders of runs, two or more")
+  parser.add_argument("--skip", type=steps, default=14, help="steps to leave out at the start")
+  given = parser.parse_args()
+  workdirs, skip = given.workdirs, given.skip
   if len(workdirs) < 2:
     fail("give the workdirs of two runs or more")
   missing = [f"{w}/metrics.jsonl" for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
   if missing:
     fail(f"{missing[0]} does not exist")
-  names = [os.path.basename(os.path.normpath(w)) for w in workdirs]
+  fewest = min(len(read(w)["step"]) for w in workdirs)
+  if skip >= fewest:
+    fail(f"--skip={skip} leaves nothing of a run of {fewest} steps")
+  found, names = rows(workdirs, skip), [os.path.basename(os.path.normpath(w)) for w in workdirs]
   print(f"| steps {skip + 1} to the end | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-  for row in rows(workdirs, skip):
+  for row in found:
     print("| " + " | ".join(row) + " |")
 
 

@@ -5,6 +5,7 @@
 Several workdirs share the reward panels; the rollout panel shows the first. Without --out the plot goes to WORKDIR/plot.png.
 """
 
+import argparse
 import os
 import sys
 from typing import NoReturn
@@ -22,6 +23,22 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 def fail(text: str) -> NoReturn:
   print(f"error: {text}", file=sys.stderr)
   sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+  """Arguments of a command about runs; a mistake is one line."""
+
+  def __init__(self, doc: str):
+    super().__init__(description=doc.partition("\n")[0], allow_abbrev=False)
+
+  def error(self, message: str) -> NoReturn:
+    fail(message)
+
+
+def steps(text: str) -> int:
+  if not text.isdigit():
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of steps")
+  return int(text)
 
 
 def read(workdir: str) -> dict[str, np.ndarray]:
@@ -63,8 +80,11 @@ def plot(workdirs: list[str], out: str) -> None:
 
 
 def main():
-  workdirs = [a for a in sys.argv[1:] if not a.startswith("--")]
-  out = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--out=")), None)
+  parser = Parser(__doc__)
+  parser.add_argument("workdirs", nargs="*", help="folders of runs, one or more")
+  parser.add_argument("--out", help="the plot's file; default plot.png in the first folder")
+  given = parser.parse_args()
+  workdirs, out = given.workdirs, given.out
   missing = [w for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
   if missing or not workdirs:
     fail(f"no metrics.jsonl in {missing[0]}" if missing else "give the workdir of a run")

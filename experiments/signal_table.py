@@ -8,14 +8,13 @@ one. Intervals are 95% of Student's t over blocks of ten steps, since steps that
 say how a figure varies within these runs, not between seeds. AUC: steps 3 to 20, as they were scored.
 """
 
-import json
 from pathlib import Path
-import sys
 
 import numpy as np
 from scipy import stats
 
-from experiments.plot_run import fail
+from arrol_jax.running.workdir import read_lines
+from experiments.plot_run import Parser, fail, steps
 
 BLOCK = 10
 
@@ -24,7 +23,7 @@ def steps_of(run: str) -> list[dict]:
   path = Path(run, "metrics.jsonl")
   if not path.exists():
     fail(f"{path} does not exist")
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  return read_lines(path) or fail(f"{path} holds no step yet")
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -58,13 +57,18 @@ def column(lines: list[dict], first: list[dict], skip: int) -> dict[str, str]:
 
 
 def main():
-  runs = [a for a in sys.argv[1:] if not a.startswith("--")]
-  skipped = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--skip=")), "4")
-  if len(runs) < 2 or not skipped.isdigit():
-    fail("give the folders of two runs or more, and --skip=STEPS")
+  parser = Parser(__doc__)
+  parser.add_argument("runs", nargs="*", help="folders of runs, two or more; differences are to the first")
+  parser.add_argument("--skip", type=steps, default=4, help="steps to leave out at the start")
+  given = parser.parse_args()
+  runs, skip = given.runs, given.skip
+  if len(runs) < 2:
+    fail("give the folders of two runs or more")
   read = [steps_of(run) for run in runs]
-  columns = [column(lines, read[0], int(skipped)) for lines in read]
-  print(f"| steps {int(skipped) + 1} on | {' | '.join(Path(run).name for run in runs)} |\n|{'---|' * (len(runs) + 1)}")
+  if skip >= min(map(len, read)):
+    fail(f"--skip={skip} leaves nothing of a run of {min(map(len, read))} steps")
+  columns = [column(lines, read[0], skip) for lines in read]
+  print(f"| steps {skip + 1} on | {' | '.join(Path(run).name for run in runs)} |\n|{'---|' * (len(runs) + 1)}")
   for name in dict.fromkeys(name for c in columns for name in c):
     print(f"| {name} | {' | '.join(c.get(name, '') for c in columns)} |")
 

@@ -8,9 +8,10 @@ runs. Pruned: half of those that reach 128 tokens end there. Left out: what a de
 """
 
 import json
-import sys
 
 import numpy as np
+
+from experiments.plot_run import Parser
 
 ROLLOUTS = SLOTS = 512
 SEGMENT, DETECT, LAG = 16, 128, 1
@@ -71,7 +72,9 @@ def decode_steps(longest: int, pruned: bool, most: int) -> float:
 
 
 def main():
-  out = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--out=")), None)
+  parser = Parser(__doc__)
+  parser.add_argument("--out", help="a file that lines are added to")
+  out = parser.parse_args().out
   for longest, pruned, most in CASES:
     by_slots = float(lengths(longest, pruned, STEPS)[SKIP:].sum(1).mean()) / SLOTS
     line = json.dumps({"longest": longest, "pruned": pruned, "ahead": most,

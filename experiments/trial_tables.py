@@ -149,10 +149,7 @@ def compare(scale: Scale, figure: Figure, name: str, found: dict[str, tuple[str,
     if len(both) > 1:
       each = over(trial_stats.speedup(both), len(both) + 1)
       notes += faster(f"speed-up of a step ({label})", each, f"{theirs[2]:.2f}x")
-  for data, regime in ((data, REGIMES[name]) for data, names in scale.trial for name in names):
-    if regime.primary and regime.ours[0] in arms and trial_files.load(regime).there:
-      notes += [f"Set before it ran ({data}): {line} The row is over all pairs, an estimate." for line in
-                trial_stats.primaries(regime)]
+  notes += set_before(scale, arms)
   if found:
     axes = figure.subplots(1, 2)
     tables.bars(axes[0], list(gains), list(gains.values()), f"{name}: gained by pruning", unit="points")
@@ -162,6 +159,14 @@ def compare(scale: Scale, figure: Figure, name: str, found: dict[str, tuple[str,
   columns = ("data: rule", "pairs", "without", "paper", "with pruning", "paper", "gain", "paper", "speed-up", "paper")
   module = name.partition(",")[0].replace(" ", "").lower()
   return made(module, f"{name}: accuracy (%) and speed-up", scale, columns, rows, notes, arms, HELD_OUT)
+
+
+def set_before(scale: Scale, arms: tuple) -> list[str]:
+  """What was set before its runs of comparisons whose rows are over all pairs."""
+  regimes = [(data, REGIMES[name]) for data, names in scale.trial for name in names]
+  return [f"Set before it ran ({data}): {line} The row is over all pairs, an estimate." for data, regime in regimes
+          if regime.primary and regime.ours[0] in arms and trial_files.load(regime).there
+          for line in trial_stats.primaries(regime)]
 
 
 def table1(scale: Scale, figure: Figure, theirs: tuple[float, float, float]) -> Table:
@@ -284,7 +289,7 @@ def table6(scale: Scale, figure: Figure, theirs: dict[float, tuple[float, float]
                  f"{paper[0] - theirs[1.0][0]:+.2f}" if paper else "", ratio.text(".2f", "x"), f"{paper[1]}x" if paper else ""])
   draw_speeds(figure, drawn, "Table 6, speed-up of a step by keep ratio and rule")
   columns = ("keep ratio asked", "pairs", "kept", "keeping all, %", "accuracy, %", "gain", "paper", "speed-up", "paper")
-  return made("table6", "Table 6: keep ratio", scale, columns, rows, [], (PLAIN, *RULES), HELD_OUT)
+  return made("table6", "Table 6: keep ratio", scale, columns, rows, set_before(scale, tuple(RULES)), (PLAIN, *RULES), HELD_OUT)
 
 
 def draw_speeds(figure: Figure, speeds: dict[str, Estimate], title: str) -> None:

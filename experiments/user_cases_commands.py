@@ -18,7 +18,7 @@ from arrol_jax import config
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "experiments/arithmetic/signs"
-TRAIN, TEST = (ROOT / f"experiments/arithmetic/{name}.jsonl" for name in ("train", "test"))
+TRAIN = ROOT / "experiments/arithmetic/train.jsonl"
 # Three steps of 4 prompts x 4 rollouts in one shape each.
 SMALL = {"steps": 3, "data.eval": "", "rollout.prompts": 4, "rollout.group_size": 4, "rollout.slots": 16,
          "rollout.row_buckets": 1, "prune.cold_start": 1, "optim.micro_tokens": 1024, "checkpoint.every": 2,

@@ -12,8 +12,23 @@ import pytest
 from arrol_jax.pruning import budget
 from arrol_jax.pruning.draws import draw
 
-keep_set = jax.jit(budget.keep_set)
-marginal_loss = jax.jit(budget.marginal_loss)
+LIMITS = {"kappa": 0.5, "p_min": 0.02, "p_max": 1.0}
+budget_probability = jax.jit(budget.budget_probability, static_argnames=("p_min", "p_max"))
+carried_probability = jax.jit(functools.partial(budget.carried_probability, limits=LIMITS))
+
+
+def keep_set(q, group, decided, settled, count, identity=None):
+  """The `count` decided rows that the greedy rule drops last, and all that are not decided: bool[B]."""
+  kappa = count / max(np.sum(decided), 1)
+  p = budget_probability(q, group, decided, settled, kappa=kappa, p_min=0.0, p_max=1.0, identity=identity)
+  return np.where(decided, np.asarray(p) > 0.5, True)
+
+
+def prices(q, group, decided, settled):
+  """What each decided row costs, in their order; a price does not depend on a budget."""
+  nothing = np.full((2, 1, len(q)), np.nan, np.float32)
+  past = carried_probability(q, group, decided, settled, np.zeros(len(q), np.int32), nothing)[1]
+  return np.asarray(past)[0, 0, :np.sum(decided)]
 
 
 def signal(q, group, rows):
@@ -25,15 +40,13 @@ def signal(q, group, rows):
   return total
 
 
-def greedy(q, group, decided, settled, count, floor=0):
+def greedy(q, group, decided, settled, count):
   """Drops one by one the row whose loss costs least, ties by group and index."""
   rows = decided | settled
   while (rows & decided).sum() > count:
     now = signal(q, group, rows)
     options = [(round((now - signal(q, group, rows & (np.arange(len(q)) != i))) * 2**20), group[i], i)
-               for i in np.flatnonzero(rows & decided) if rows[group == group[i]].sum() > floor]
-    if not options:
-      break
+               for i in np.flatnonzero(rows & decided)]
     rows[min(options)[-1]] = False
   return rows | ~decided
 
@@ -53,16 +66,13 @@ def batch(seed, groups=5, each=6, settled_share=0.2, absent_share=0.1):
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("floor", [0, 2])
-def test_equals_dropping_one_by_one(seed, floor):
+def test_equals_dropping_one_by_one(seed):
   q, group, decided, settled = batch(seed)
   for share in (0.0, 0.3, 0.5, 0.8, 1.0):
     count = round(share * decided.sum())
-    keep, _ = keep_set(q, group, decided, settled, count, floor=floor)
-    np.testing.assert_array_equal(keep, greedy(q, group, decided, settled, count, floor))
-    if not floor:
-      assert np.sum(keep & decided) == count
-    assert np.all(np.asarray(keep)[~decided])
+    keep = keep_set(q, group, decided, settled, count)
+    np.testing.assert_array_equal(keep, greedy(q, group, decided, settled, count))
+    assert np.sum(keep & decided) == count
 
 
 def test_by_hand():
@@ -70,12 +80,11 @@ def test_by_hand():
   wrong, worth nothing, and goes first, its last row too."""
   q = np.array([0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], np.float32)
   group, everyone, nobody = np.array([0, 0, 0, 0, 1, 1, 1], np.int32), np.ones(7, bool), np.zeros(7, bool)
-  assert keep_set(q, group, everyone, nobody, 4)[0].tolist() == [True] * 4 + [False] * 3
-  keep, threshold = keep_set(q, group, everyone, nobody, 2)
+  assert keep_set(q, group, everyone, nobody, 4).tolist() == [True] * 4 + [False] * 3
+  keep = keep_set(q, group, everyone, nobody, 2)
   assert keep.tolist() == [True, False, False, True] + [False] * 3
   # 3 rows have (3 * 0.9 - 0.81 - 0.09) / 3 = 0.6, 2 have (1.8 - 0.9) / 2 = 0.45
-  assert threshold == pytest.approx(0.15, abs=1e-5)
-  assert float(budget.expected_signal(q, group, keep, nobody)) == pytest.approx(0.45, abs=1e-5)
+  assert prices(q, group, everyone, nobody)[~keep].max() == pytest.approx(0.15, abs=1e-5)
 
 
 def test_finished_rows_count_and_stay():
@@ -83,9 +92,8 @@ def test_finished_rows_count_and_stay():
   q = np.array([1.0, 1.0, 0.1, 0.1, 1.0, 1.0], np.float32)
   group = np.array([0, 0, 0, 1, 1, 1], np.int32)
   settled = np.array([True, False, False, False, True, True])
-  keep, _ = keep_set(q, group, ~settled, settled, 2)
-  assert keep.tolist() == [True, False, True, True, True, True]
-  assert np.all(keep_set(q, group, ~settled, settled, 0)[0] == settled)
+  assert keep_set(q, group, ~settled, settled, 2).tolist() == [True, False, True, True, True, True]
+  assert np.all(keep_set(q, group, ~settled, settled, 0) == settled)
 
 
 @pytest.mark.parametrize("levels", [5, 1000])
@@ -97,15 +105,14 @@ def test_independent_of_slots_and_ties_by_identity(levels):
   decided, settled = np.split(rng.random((2, 63)) < np.array([[0.9], [0.1]]), 2)
   decided, settled = decided[0], settled[0] & ~decided[0]
   for count in (10, 30):
-    keep, threshold = keep_set(q, group, decided, settled, count, identity=identity)
+    keep = keep_set(q, group, decided, settled, count, identity)
     for seed in range(5):
       at = np.random.default_rng(seed).permutation(63)
-      moved, same = keep_set(q[at], group[at], decided[at], settled[at], count, identity=identity[at])
-      np.testing.assert_array_equal(moved, np.asarray(keep)[at])
-      assert same == threshold
+      moved = keep_set(q[at], group[at], decided[at], settled[at], count, identity[at])
+      np.testing.assert_array_equal(moved, keep[at])
   everyone, nobody = np.ones(63, bool), np.zeros(63, bool)
-  keep, _ = keep_set(np.full(63, 0.3, np.float32), group, everyone, nobody, 9 * 7 - 3, identity=identity)
-  assert np.flatnonzero(~np.asarray(keep)).tolist() == sorted(np.argsort(identity[:7])[:3])
+  keep = keep_set(np.full(63, 0.3, np.float32), group, everyone, nobody, 9 * 7 - 3, identity)
+  assert np.flatnonzero(~keep).tolist() == sorted(np.argsort(identity[:7])[:3])
 
 
 def test_gap_to_the_best_set():
@@ -115,7 +122,7 @@ def test_gap_to_the_best_set():
     q, group, decided, settled = batch(seed, groups=3, each=4, settled_share=0.0, absent_share=0.0)
     sets = [np.isin(np.arange(12), rows) for rows in itertools.combinations(range(12), 6)]
     best = max(signal(q, group, rows) for rows in sets)
-    mine = signal(q, group, np.asarray(keep_set(q, group, decided, settled, 6)[0]))
+    mine = signal(q, group, keep_set(q, group, decided, settled, 6))
     shares.append(mine / best)
   print(f"greedy / best: mean {np.mean(shares):.4f}, lowest {np.min(shares):.3f}")
   assert 0.95 < np.mean(shares) <= 1.0 + 1e-6 and np.min(shares) > 0.75
@@ -124,34 +131,32 @@ def test_gap_to_the_best_set():
 def test_more_signal_than_random_at_full_size():
   q, group, decided, settled = batch(0, groups=256, each=16, settled_share=0.1, absent_share=0.0)
   count = int(decided.sum()) // 2
-  keep, threshold = keep_set(q, group, decided, settled, count)
-  got = float(budget.expected_signal(q, group, keep & decided, settled))
-  assert np.sum(np.asarray(keep) & decided) == count and 0 < threshold < 0.25
-  assert got == pytest.approx(signal(q, group, np.asarray(keep)), rel=1e-4)
-  assert got > 1.2 * float(budget.random_signal(q, group, decided, settled, 0.5))
+  keep, rng = keep_set(q, group, decided, settled, count), np.random.default_rng(0)
+  assert np.sum(keep & decided) == count
+  by_chance = [np.isin(np.arange(len(q)), rng.permutation(np.flatnonzero(decided))[:count]) for _ in range(20)]
+  assert signal(q, group, keep) > 1.2 * np.mean([signal(q, group, some | settled) for some in by_chance])
 
 
 def test_eight_devices_choose_alike():
   q, group, decided, settled = batch(1, groups=32, each=16)
   rows = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
   spread = [jax.device_put(x, rows) for x in (q, group, decided, settled)]
-  for got, wanted in zip(keep_set(*spread, 150), keep_set(q, group, decided, settled, 150), strict=True):
-    np.testing.assert_array_equal(got, wanted)
+  np.testing.assert_array_equal(keep_set(*spread, 150), keep_set(q, group, decided, settled, 150))
 
 
 # ---- thresholds
 
 
-@pytest.mark.parametrize("floor", [0, 2])
-def test_the_threshold_of_a_decision_makes_the_same_decision(floor):
+def test_the_threshold_of_a_decision_makes_the_same_decision():
   for seed in range(8):
     q, group, decided, settled = batch(seed, groups=8)
     for share in (0.2, 0.5, 0.9, 1.0):
-      keep, threshold = keep_set(q, group, decided, settled, round(share * decided.sum()), floor=floor)
-      again = marginal_loss(q, group, decided, settled, floor=floor) > threshold
-      tie = marginal_loss(q, group, decided, settled, floor=floor) == threshold  # a group's last two, which go together
-      np.testing.assert_array_equal(again, keep & ~tie)
-      assert np.sum(np.asarray(keep & tie)) <= 2
+      keep = keep_set(q, group, decided, settled, round(share * decided.sum()))[decided]
+      price = prices(q, group, decided, settled)
+      threshold = price[~keep].max(initial=-np.inf)
+      tie = price == threshold  # a group's last two, which go together
+      np.testing.assert_array_equal(price > threshold, keep & ~tie)
+      assert np.sum(keep & tie) <= 2
 
 
 def test_a_carried_threshold_meets_the_budget_of_rows_that_come_one_by_one():
@@ -163,7 +168,7 @@ def test_a_carried_threshold_meets_the_budget_of_rows_that_come_one_by_one():
     q, group, _, _ = batch(int(rng.integers(1 << 30)), groups=1, each=8)
     decided = np.arange(8) == rng.integers(8)
     threshold = float(carried(losses, 0.4)[0])
-    price = float(marginal_loss(q, group, decided, ~decided)[decided][0])
+    price = float(prices(q, group, decided, ~decided)[0])
     kept.append(price > threshold)
     losses[i % 500] = price
   assert np.mean(kept[500:]) == pytest.approx(0.4, abs=0.05)
@@ -177,8 +182,6 @@ def test_those_that_tie_at_the_threshold_share_what_is_left():
     np.testing.assert_allclose(got, (threshold, share), atol=1e-5)
 
 
-LIMITS = {"kappa": 0.5, "p_min": 0.02, "p_max": 1.0}
-carried_probability = jax.jit(functools.partial(budget.carried_probability, limits=LIMITS))
 systematic = jax.jit(lambda keys, p: draw(keys, p, method="systematic", groups=jnp.zeros(p.shape, jnp.int32)))
 
 
@@ -188,8 +191,9 @@ def test_without_a_past_the_batch_has_its_own_budget():
   which, nothing = (np.arange(len(q)) % 2).astype(np.int32), np.full((2, 2, 40), np.nan, np.float32)
   p, after = carried_probability(q, group, decided, settled, which, nothing)
   np.testing.assert_array_equal(p, budget.budget_probability(q, group, decided, settled, **LIMITS))
-  now = [marginal_loss(q, group, decided, settled), p]
-  for seen, values in zip(np.asarray(after), map(np.asarray, now), strict=True):
+  price = np.zeros(len(q), np.float32)
+  price[decided] = prices(q, group, decided, settled)
+  for seen, values in zip(np.asarray(after), (price, np.asarray(p)), strict=True):
     for boundary in range(2):
       mine = values[decided & (which == boundary)]
       np.testing.assert_array_equal(seen[boundary], np.r_[mine, np.full(40 - len(mine), np.nan)])
@@ -236,20 +240,6 @@ def test_rows_that_come_a_few_at_a_time_keep_the_share_and_more_signal_than_by_f
   assert few > 1.03 and 0.8 < all_at_once < 1.0
 
 
-# ---- signal
-
-
-def test_signal_of_random_keeping_is_the_mean_over_all_draws():
-  q, group, decided, settled = batch(3, groups=3, each=4, settled_share=0.3)
-  for share in (0.0, 0.3, 1.0):
-    wanted = 0.0
-    for outcome in itertools.product((False, True), repeat=int(decided.sum())):
-      keep = np.zeros(len(q), bool)
-      keep[decided] = outcome
-      wanted += share**sum(outcome) * (1 - share)**(len(outcome) - sum(outcome)) * signal(q, group, keep | settled)
-    assert float(budget.random_signal(q, group, decided, settled, share)) == pytest.approx(wanted, abs=2e-5)
-
-
 # ---- probabilities
 
 
@@ -260,8 +250,7 @@ def test_probabilities_have_the_mean_and_follow_the_order(kappa):
   assert p[decided].mean() == pytest.approx(kappa, abs=1e-5) and np.all(p[~decided] == np.float32(kappa))
   assert np.sum((p[decided] > 0.1 + 1e-5) & (p[decided] < 0.9 - 1e-5)) <= 1
   likely = decided & (p > 0.9 - 1e-5)
-  keep, _ = keep_set(q, group, decided, settled, int(likely.sum()))
-  np.testing.assert_array_equal(np.asarray(keep) & decided, likely)
+  np.testing.assert_array_equal(keep_set(q, group, decided, settled, int(likely.sum())) & decided, likely)
 
 
 @pytest.mark.parametrize("method", ["bernoulli", "systematic"])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from arrol_jax import assemble, assemble_state, bench, config as configuration, evaluate
+from arrol_jax import assemble, assemble_service, assemble_state, bench, config as configuration, evaluate
 from arrol_jax.benchmarks import measuring, training
 from arrol_jax.learning import batching, update
 from arrol_jax.models import sharding
@@ -19,6 +19,7 @@ from arrol_jax.pruning.head import init_head
 from arrol_jax.running.checkpoint import Checkpoints
 from arrol_jax.running.workdir import to_json
 from arrol_jax.types import UserError
+from tests import helpers_train
 
 SMALL = ["--config=configs/quickstart.py", "--config.rollout.slots=8", "--config.rollout.row_buckets=1",
          "--config.rollout.length_buckets=1", "--config.rollout.prompts=4", "--config.eval.problems=8"]
@@ -140,6 +141,19 @@ def test_tables_of_other_detection_lengths_are_refused(monkeypatch, capsys, tmp_
   assert status == 2 and not out and "tables of 1 detection lengths and prune.detect is (8, 16)" in err
   status, out, _ = call(evaluate, monkeypatch, capsys, *arguments)
   assert status == 0 and "NaN" not in out[-1] and json.loads(out[-1])["ci95"] is None  # of one problem
+
+
+def test_a_checkpoints_head_goes_before_that_of_the_policy_it_began_from(monkeypatch, capsys, tmp_path):
+  """A second stage whose head reads something else, less wide: what evaluates or serves the run reads what its head reads."""
+  ridge = {"steps": 1, "data__eval": "", "quality__fit": "ridge"}
+  helpers_train.run(tmp_path / "one", quality__inputs="('mean@1/2','logprobs')", **ridge)
+  helpers_train.run(tmp_path / "two", quality__inputs="('mean@2/2',)", model__path=tmp_path / "one" / "policy", **ridge)
+  arguments = [f"--workdir={tmp_path / 'two'}", "--config.data.eval=experiments/arithmetic/test.jsonl", "--config.eval.samples=2"]
+  status, lines, err = call(evaluate, monkeypatch, capsys, *arguments)
+  assert status == 0 and "rank@2" in json.loads(lines[-1]), err
+  c, _ = configuration.parse(["prog", arguments[0]])
+  assemble_service.load(c, str(tmp_path / "two"), 8)
+  assert c.quality.inputs == ("mean@2/2",) and c.quality.fit == "ridge"
 
 
 def test_a_checkpoint_of_another_shape_is_refused(monkeypatch, capsys, run_with_checkpoint):

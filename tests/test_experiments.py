@@ -16,6 +16,8 @@ from experiments import (
   plot_run,
   report,
   runs,
+  signal_table,
+  sim_ahead,
   table1,
   table2,
   table3,
@@ -233,13 +235,20 @@ def test_runs_are_compared_with_what_was_cut_off(scale):
   assert table["sec_step, median"] == ["4.00", "3.00 (0.75)"] and table["reward_ipw, mean"] == ["4", "3"]
 
 
-def test_mistakes_of_the_two_are_one_line(tmp_path, monkeypatch, capsys):
+def test_mistakes_of_commands_about_runs_are_one_line(tmp_path, monkeypatch, capsys):
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / "metrics.jsonl").write_text('{"step": 1}\n')
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rew')  # a run that has just begun
   for module, arguments, word in ((plot_run, ["nowhere"], "nowhere"), (plot_run, [], "workdir"),
                                   (plot_run, [tmp_path], "no step"), (compare_runs, [tmp_path], "two runs"),
                                   (compare_runs, [tmp_path, "nowhere"], "nowhere"),
                                   (compare_runs, [tmp_path, tmp_path, "--skip=x"], "--skip"),
-                                  (compare_runs, [tmp_path, tmp_path], "no step")):
+                                  (compare_runs, [tmp_path, tmp_path], "no step"), (plot_run, [tmp_path, "--otu=x"], "--otu"),
+                                  (compare_runs, [tmp_path, tmp_path, "--skpi=4"], "--skpi"), (sim_ahead, ["--otu=x"], "--otu"),
+                                  (compare_runs, [run, run, "--skip=1"], "leaves nothing"),
+                                  (signal_table, [run, run, "--skip=1"], "leaves nothing"), (signal_table, [run], "two runs"),
+                                  (signal_table, [run, run, "--skpi=0"], "--skpi"), (signal_table, [run, tmp_path], "no step")):
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
     with pytest.raises(SystemExit) as e:
       module.main()

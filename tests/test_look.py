@@ -25,11 +25,11 @@ def member(i, tokens, **fields):
 
 
 GROUP = [
-  member(0, 8, pruned=True, scores=(-1.0,), posteriors=(0.25,), keep_probabilities=(0.6,), posterior=0.25, text=HOSTILE),
-  member(1, 20, scores=(0.5, 1.5), posteriors=(0.5, 0.75), keep_probabilities=(0.5, 0.4), posterior=0.75, keep_probability=0.2,
+  member(0, 8, pruned=True, scores=(-1.0,), posteriors=(0.25,), keep_probabilities=(0.6,), text=HOSTILE),
+  member(1, 20, scores=(0.5, 1.5), posteriors=(0.5, 0.75), keep_probabilities=(0.5, 0.4), keep_probability=0.2,
          reward=1.0, stopped=True, text="A4", reason="correct"),
   member(2, 5, reward=0.0, stopped=True, text="A5", reason="wrong"),
-  member(3, 48, scores=(0.0, 0.0), posteriors=(0.5, 0.5), keep_probabilities=(1.0, 1.0), posterior=0.5, reward=0.0, text="A6")]
+  member(3, 48, scores=(0.0, 0.0), posteriors=(0.5, 0.5), keep_probabilities=(1.0, 1.0), reward=0.0, text="A6")]
 CONFIG = {"steps": 5, "rollout": {"prompts": 1}, "prune": {"detect": [0, 8, 16]}, "log": {"rollouts": 4}}
 
 

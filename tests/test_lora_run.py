@@ -45,7 +45,7 @@ def checkpoint(folder, step=None):
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh):
     loaded = assemble.load(c, mesh)
-    state, at = assemble_state.from_checkpoint(c, loaded, mesh, str(folder), "newest" if step is None else str(step))
+    state, at = assemble_state.restored(c, loaded, mesh, str(folder), "newest" if step is None else str(step))
   return state, at, loaded
 
 
@@ -159,6 +159,6 @@ def test_another_base_is_refused(runs, tmp_path):
     loaded = assemble.load(c, mesh)
     loaded.params["final_norm"] = loaded.params["final_norm"].at[3].add(1)
     with pytest.raises(config.UserError, match="run with another base"):
-      assemble_state.from_checkpoint(c, loaded, mesh, str(runs[0]))
+      assemble_state.restored(c, loaded, mesh, str(runs[0]))
 
 

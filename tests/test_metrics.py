@@ -70,7 +70,7 @@ def test_mean_of_nothing_is_nan():
 
 def rollout(prompt, length=10, stopped=True, score=math.nan, posterior=0.5, **fields):
   return Rollout(0, prompt, np.zeros(3, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32), stopped,
-                 scores=() if math.isnan(score) else (score,), posterior=posterior, **fields)
+                 scores=() if math.isnan(score) else (score,), posteriors=() if math.isnan(posterior) else (posterior,), **fields)
 
 
 STEP = [

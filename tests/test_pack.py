@@ -100,8 +100,8 @@ def test_advantages_may_be_measured_from_all_that_a_group_started(mesh):
   """Minibatches and what is not learned from (PODS) change nothing: group 5 started one right, two wrong, of which one is not in
   the batch, and a pruned one that promised 1/2. Group 6 is all right, whatever its pruned one promised."""
   some = [rollout_of(1, 5, 2, 4, reward=1.0), rollout_of(2, 5, 2, 5, reward=0.0), rollout_of(3, 5, 2, 6, reward=0.0),
-          rollout_of(4, 5, 2, 3, reward=math.nan, pruned=True, posterior=0.5), rollout_of(5, 6, 2, 4, reward=1.0),
-          rollout_of(6, 6, 2, 4, reward=1.0), rollout_of(7, 6, 2, 4, reward=math.nan, pruned=True, posterior=0.1)]
+          rollout_of(4, 5, 2, 3, reward=math.nan, pruned=True, posteriors=(0.5,)), rollout_of(5, 6, 2, 4, reward=1.0),
+          rollout_of(6, 6, 2, 4, reward=1.0), rollout_of(7, 6, 2, 4, reward=math.nan, pruned=True, posteriors=(0.1,))]
   batches, _ = pack([some[0], some[1]] + some[4:], PackShape(16, 64, 1), mesh, LossConfig(baseline="started"), started=some)
   got = {i: float(batches[n].advantages[row]) for i, (n, row) in found(batches).items()}
   deviation = math.sqrt(3 / 8 - 9 / 64)

@@ -93,32 +93,14 @@ def test_bad_rows_leave_no_trace():
   score = jnp.array([nan, nan, 0.5, 0.5, 0.5], jnp.float32)
   reward = jnp.array([1, 0, nan, 1, nan], jnp.float32)
   weight = jnp.array([1, 1, 1, nan, 0], jnp.float32)
-  assert_tables_equal(prune.update(before, score, reward, weight, half_life=1.0), before)
-
-
-def test_half_life():
-  before = make_table([8, 0, 0, 0], [0, 4, 0, 0])
-  # Four rollouts (padding and a NaN are none) at a half-life of four: old counts halve, new ones stay whole.
-  score = jnp.array([9.0, 9.0, 9.0, 9.0, -9.0, jnp.nan], jnp.float32)
-  reward = jnp.array([1, 1, 0, 0, 1, 1], jnp.float32)
-  weight = jnp.array([1, 1, 1, 1, 0, 1], jnp.float32)
-  after = prune.update(before, score, reward, weight, half_life=4)
-  np.testing.assert_array_equal(after.positive, [4, 0, 0, 2])
-  np.testing.assert_array_equal(after.negative, [0, 2, 0, 2])
-  # In steps of one rollout it takes as many: 0.5 ** (1/4) four times.
-  step = before
-  for _ in range(4):
-    step = prune.update(step, 9.0, 1, half_life=4)
-  np.testing.assert_allclose(step.positive[0], 4.0, rtol=1e-5)
-  with pytest.raises(ValueError, match="half_life"):
-    prune.update(before, score, reward, half_life=0)
+  assert_tables_equal(prune.update(before, score, reward, weight), before)
 
 
 @quick
 @given(tables, batches, st.permutations(range(12)))
 def test_order_of_rollouts_does_not_matter(table, rows, order):
-  straight = update_jit(table, *columns(rows), half_life=20.0)
-  shuffled = update_jit(table, *columns([rows[i] for i in order]), half_life=20.0)
+  straight = update_jit(table, *columns(rows))
+  shuffled = update_jit(table, *columns([rows[i] for i in order]))
   assert_tables_equal(straight, shuffled, rtol=1e-6)
 
 
@@ -256,7 +238,7 @@ def test_lower_posteriors_survive_more():
 
 
 def whole_step(table, score, reward, weight, key):
-  table = prune.update(table, score, reward, weight, half_life=50.0)
+  table = prune.update(table, score, reward, weight)
   delta = prune.solve_delta(table, **PAPER)
   p = prune.survival(prune.posterior(table, score), delta=delta, **PAPER)
   return table, delta, p, prune.draw(key, p), prune.draw(key, p, method="systematic")
@@ -337,6 +319,3 @@ def test_the_published_rule_is_the_default_and_lists_will_do():
     prune.group_survival([0.9, 0.8, 0.7, 0.2], [0, 0, 0, 0], [True] * 4, kappa=0.5, rho=0.5, p_min=0.1, p_max=0.9),
     prune.group_survival(jnp.array([0.9, 0.8, 0.7, 0.2]), jnp.zeros(4, int), jnp.ones(4, bool), kappa=0.5, rho=0.5, p_min=0.1,
                          p_max=0.9))
-  for half_life in (np.float32(-1), float("nan"), 0):
-    with pytest.raises(ValueError, match="half_life must be positive"):
-      prune.update(table, [0.1], [1], half_life=half_life)

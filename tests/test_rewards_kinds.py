@@ -19,7 +19,7 @@ CASES = ROOT.parent / "shared" / "cases" / "grading.jsonl"
 
 def misjudged(items: list[tuple[str, str, float]], pattern: str | None = None) -> list[tuple]:
   """(response, gold, wanted reward, reason) of what is graded otherwise than wanted."""
-  with Grader(2, pattern) as grader:
+  with Grader(2, pattern, timeout_s=60) as grader:  # a busy machine is no judge of what is right
     grades = grader.grade_all([(response, gold) for response, gold, _ in items])
   return [(*item, graded.reason) for item, graded in zip(items, grades, strict=True) if graded.reward != item[2]]
 

@@ -69,6 +69,17 @@ def test_half_characters_and_halves_of_stop_strings_wait():
     assert bytes(trace.tokens).decode() == (wanted + "##" if stop else wanted)
 
 
+def test_what_was_decided_behind_a_stop_string_goes():
+  """Two decisions, of which one read sees both: what is left is that of the tokens before the stop string."""
+  decode = lambda tokens, skip_special_tokens: bytes(tokens).decode()
+  rollout = Rollout(0, 0, None, None, None, scores=(-1.0, 2.0), posteriors=(0.3, 0.8), keep_probabilities=(1.0, 1.0))
+  kept = [np.array(list(b"abcd#fgh"))]
+  sequence = SimpleNamespace(tokens=kept, logprobs=kept, confidences=kept, rollout=rollout)
+  ticket = SimpleNamespace(call=Call(None, 99, stop=("#",)))
+  piece = Trace(ticket, 0, sequence, SimpleNamespace(decode=decode), (4, 8)).read(False)
+  assert piece.text == "abcd" and piece.rollout.scores == (-1.0,) and piece.rollout.posterior == 0.3
+
+
 @pytest.mark.parametrize("said, stop, wanted, tokens", [
   ("aé€b".encode(), "\ufffd", "aé€b", 7), ("aé€".encode()[:-1], "\ufffd", "aé\ufffd", 5),  # ended within a character
   ("aé\ufffdbc".encode(), "\ufffd", "aé", 7), ("aé\ufffdbc".encode(), "\ufffdb", "aé", 7), (b"a\xffbc", "\ufffd", "a", 3),

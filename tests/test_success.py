@@ -28,7 +28,7 @@ RIGHT = (1, 1, 0, 0)
 def shaped(rewards=REWARDS, **fields):
   state = lambda i: Features(np.full(32, i, np.float32))
   return [rollout_of(i + 1, 0, 2, 4, reward=x, pruned=math.isnan(x), decided=True, score=float(i), features=(state(i),),
-                     final_features=state(i), posterior=0.5, reason="timeout" if i == 5 else "", **fields)
+                     final_features=state(i), posteriors=(0.5,), reason="timeout" if i == 5 else "", **fields)
           for i, x in enumerate(rewards)]
 
 

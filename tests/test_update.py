@@ -109,7 +109,8 @@ def test_a_fresh_policy_is_its_own_old_one():
   assert metrics["clip_frac"] == 0 and metrics["grad_norm"] > 1
 
 
-@pytest.mark.parametrize("weight", [EXAMPLES.weight, np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.float32) / 2])
+@pytest.mark.parametrize("weight", [EXAMPLES.weight, np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.float32) / 2,
+                                    0.01 * EXAMPLES.weight])
 def test_head_loss_is_the_loop(weight):
   """A weighted mean over the examples; those of weight 0 are not there."""
   examples = EXAMPLES.replace(weight=weight)

@@ -54,13 +54,9 @@ def test_logit_weighs_by_log_odds_against_the_other_answers():
   assert vote(said, [0.7, 0.5, 0.5], rule="logit", equal=equal) == "1/2"
 
 
-def test_deepconf_weighs_by_confidence_and_can_keep_the_top():
+def test_deepconf_weighs_by_confidence():
   answers, scores = ["a", "b", "a", "c", "a"], [4.0, 11.0, 4.0, 12.0, 4.0]
   assert vote(answers, scores, rule="deepconf") == "a"  # 12, 11, 12: a tie, and "a" came first
-  assert vote(answers, scores, rule="deepconf", keep_top=0.4) == "c"  # ceil(0.4 * 5) = 2: 12 and 11
-  assert vote(answers, scores, rule="deepconf", keep_top=0.01) == "c"  # at least one
-  assert vote(answers, scores, rule="deepconf", keep_top=0.5) == "a"  # ceil(2.5) = 3, the 4s tie: all vote
-  assert vote(answers, scores, rule="deepconf", keep_top=1.0) == "a"
 
 
 def test_no_answer_never_wins():
@@ -69,8 +65,6 @@ def test_no_answer_never_wins():
   # Nor does it take a rank: "x" 1 against "y" 1/2 + 0. With two ranks below them it were 1 against 3/4 + 1/2.
   assert vote([None, "y", "x", "y", None], [0.1, 0.7, 0.9, 0.6, 0.1], rule="rank") == "x"
   assert vote([None, "x", "y", "x"], [None, 0.2, 0.3, 0.2], rule="posterior") == "x"
-  # Nor is it counted for keep_top: half of "x" 2, "y" 1.5, "y" 1 is the first two, not all three.
-  assert vote(["x", None, "y", "y", None, None], [2, 9, 1, 1.5, 9, 9], rule="deepconf", keep_top=0.5) == "x"
 
 
 def test_ties_go_to_the_first():
@@ -105,9 +99,6 @@ def test_equivalent_answers_are_pooled():
   ((["1"], [-0.5], "posterior"), {}, "probabilities"),
   ((["1"], [1.5], "logit"), {}, "probabilities"),
   ((["1"], [-0.5], "deepconf"), {}, "confidences"),
-  ((["1"], [0.5], "rank"), {"keep_top": 0.5}, "keep_top"),
-  ((["1"], [0.5], "deepconf"), {"keep_top": 0.0}, "keep_top"),
-  ((["1"], [0.5], "deepconf"), {"keep_top": 1.1}, "keep_top"),
 ])
 def test_mistakes_are_named(args, kwargs, words):
   with pytest.raises(ValueError, match=words):

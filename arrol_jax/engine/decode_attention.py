@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("auto", "xla", "triton", "tpu")
 
 def step(implementation: str, columns: Columns, qkv: jax.Array, rotary: Rotary, position: jax.Array, active: jax.Array,
          shared: SharedPrefix | None = None) -> tuple[Columns, jax.Array]:
-  """One decoding step: qkv [B,1,M,N/M+2,H] as projected (policy.unstack), turned, its key and value written at position
+  """One decoding step: qkv [B,1,M,N/M+2,H] as projected (transformer.unstack), turned, its key and value written at position
   i32[B], its queries' attention over columns 0..position -> (columns, [B,1,N,H]).
 
   A row that is not active bool[B] reads nothing and gives anything finite. shared: copies that need not be read twice; it never

@@ -35,7 +35,7 @@ class Sampling:
   stop_ids: tuple[int, ...] = ()
   dtype: str = "bfloat16"
   cache: str | None = None     # "int8" halves the cache; None: as dtype
-  attention: str = "auto"      # over the cache, see kv_cache.py
+  attention: str = "auto"      # over the cache, see decode_attention.py
   top_k: int | None = None     # the k most likely (more where the last ties)
   top_p: float | None = None   # the fewest most likely ones whose probabilities sum to at least p; 1: off
   min_p: float | None = None   # at least min_p times as likely as the most likely

@@ -2,7 +2,7 @@
 
 Everything that costs device time happens in programs.py; between two segments the host learns which rows ended, hands their
 slots to waiting requests, and when none waits gathers the living rows into the next smaller compiled row count. Where a kernel
-reads each row's own length (kv_cache.py) the cache has its full length from the start and an idle row costs no reading;
+reads each row's own length (decode_attention.py) the cache has its full length from the start and an idle row costs no reading;
 elsewhere its columns come in a few compiled lengths and grow with the longest living row. Shapes therefore come from two short
 lists (`row_counts`, `lengths`), and each pair is compiled once.
 
@@ -355,7 +355,7 @@ class Run:
         out.final = float(decision.final[i])
       if decision is not None and decision.decided[i]:
         score, q, p = (float(x[i]) for x in (decision.score, decision.posterior, decision.keep_probability))
-        out.pruned, out.posterior, out.keep_probability = not decision.keep[i], q, out.keep_probability * p
+        out.pruned, out.keep_probability = not decision.keep[i], out.keep_probability * p
         out.scores, out.posteriors = (*out.scores, score), (*out.posteriors, q)
         out.keep_probabilities += (p,)
         if decision.features is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from arrol_jax.learning import ridge
-from arrol_jax.learning.losses import binary_cross_entropy
+from arrol_jax.learning.losses import binary_cross_entropy, weighted_mean
 from arrol_jax.pruning import linear_head
 from arrol_jax.pruning.head import Features, empty_features, quality_logit
 from arrol_jax.pruning.table import Calibration, update
@@ -135,7 +135,7 @@ def refit(head: dict, recent: Recent, features: Features, reward: jax.Array, wei
 
   def loss(head):
     bce = binary_cross_entropy(quality_logit(head, recent.features), recent.reward)
-    return jnp.sum(recent.weight * bce) / jnp.maximum(jnp.sum(recent.weight), 1e-6)
+    return weighted_mean(bce, recent.weight)
 
   def one(_, carry):
     head, opt_state = carry

@@ -1,8 +1,8 @@
 """Advantages, the clipped policy surrogate with its GRPO and DAPO settings, KL and the quality head's loss.
 
 An algorithm is a value of `LossConfig`, not a subclass: GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al.
-2025) and GSPO (Zheng et al. 2025) differ in a few numbers and in what is averaged over. Everything is float32. Sums are
-returned with their denominators apart, so that micro-batches of any shape add up to the loss of the whole batch. DAPO's
+2025) and GSPO (Zheng et al. 2025) differ in a few numbers and in what is averaged over. Everything is float32. A
+micro-batch's part is divided by the whole batch's denominator, so that micro-batches of any shape add up to its loss. DAPO's
 dynamic sampling chooses batches and is resampling.py's.
 """
 
@@ -178,3 +178,8 @@ def correction_weights(old_logprobs: jax.Array, sampler_logprobs: jax.Array, mas
 def binary_cross_entropy(logit: jax.Array, label: jax.Array) -> jax.Array:
   """-log p(label) of a Bernoulli with the given logit, f32[B]."""
   return jax.nn.softplus(logit) - label * logit
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+  """The mean of values f32[N] with weights f32[N] >= 0, f32[]; 0 where all weights are 0."""
+  return jnp.sum(weight * values) / jnp.maximum(jnp.sum(weight), 1e-6)

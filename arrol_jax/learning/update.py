@@ -16,7 +16,7 @@ import optax
 
 from arrol_jax.learning import losses
 from arrol_jax.learning.logprobs import pulled_logprobs, token_logprobs
-from arrol_jax.learning.losses import LossConfig, binary_cross_entropy
+from arrol_jax.learning.losses import LossConfig, binary_cross_entropy, weighted_mean
 from arrol_jax.learning.optimizers import Optimizer
 from arrol_jax.models import transformer
 from arrol_jax.models.sharding import constrain
@@ -152,7 +152,7 @@ def head_loss(head: dict, examples: Examples) -> jax.Array:
   if is_linear(head):  # fitted in closed form, see head_training.fit_linear
     return jnp.zeros((), jnp.float32)
   bce = binary_cross_entropy(quality_logit(head, examples.features), examples.reward)
-  return jnp.sum(examples.weight * bce) / jnp.maximum(jnp.sum(examples.weight), 1.0)
+  return weighted_mean(bce, examples.weight)
 
 
 @functools.partial(kept.jit, static_argnames=("head_weight", "optimizer"), donate_argnames=("state",))

@@ -19,8 +19,8 @@ together; how far greedy is from the best set: tests/test_budget.py), and what a
 Shared arguments. q f32[B]: P(reward 1), reward 1 being a success (reward.success), or that label itself, in [0, 1]. group
 i32[B]: labels, whichever. decided bool[B]: rows that stand at a boundary. settled bool[B]: other rows of a group that count and
 are never dropped: finished, or between boundaries. Rows that are neither do not exist. identity i32[B]: what breaks ties within
-a group, lowest dropped first (the index if None; give the request's number and the choice is independent of slots). floor: how
-many rows of each group stay at least, settled ones included. Axes: B rows, P prompts, R a ring of past losses.
+a group, lowest dropped first (the index if None; give the request's number and the choice is independent of slots). A row's
+price: the dearest loss that its group paid on the way to dropping it. Axes: B rows, P prompts, R a ring of past prices.
 """
 
 from typing import NamedTuple
@@ -34,37 +34,12 @@ _NEVER = jnp.iinfo(jnp.int32).max
 _MAKE_UP = 64  # decisions within which a share that was missed is made up for
 
 
-def keep_set(q, group, decided, settled, count, *, floor=0, identity=None):
-  """The `count` i32[] decided rows that are left when, one by one, the row whose loss costs least expected signal is dropped.
-
-  More are left where the floor wants them. Two groups that lose the same go by label, the lowest first. At B = 4,096 in groups of
-  16 this is 16 steps over all rows and two sorts.
-
-  Returns: (keep bool[B], True where not decided; threshold f32[]: the dearest loss that was paid, -inf where nothing was
-  dropped).
-  """
-  peel = _peel(q, group, decided, settled, floor, identity)
-  dropped = (_rank(peel, group) < jnp.sum(decided) - count) & (peel.cost < _NEVER)
-  paid = jnp.max(jnp.where(dropped, peel.cost, -1))
-  return ~dropped, jnp.where(paid >= 0, _as_loss(paid), -jnp.inf)
-
-
-def marginal_loss(q, group, decided, settled, *, floor=0, identity=None):
-  """The price at which each decided row is dropped: the dearest loss on its group's way there, f32[B] in [0, 1].
-
-  inf where not decided, or kept by the floor. A price does not depend on a budget: with the threshold that `keep_set` returned,
-  rows that cost more are its choice, but that all go which tie there; and where rows decide at different times, past prices tell
-  a threshold (`carried_threshold`). Others of the group are to be given as settled, finished or between boundaries.
-  """
-  return _as_loss(_peel(q, group, decided, settled, floor, identity).cost)
-
-
 def carried_threshold(losses, kappa):
   """The threshold above which the share `kappa` of past decisions would have been kept, and with those that tie there: f32[], and
   which share of these is to be kept, f32[].
 
-  losses f32[R]: `marginal_loss` of decided rows, inf with the floor's; NaN where the ring is still empty. -inf, which keeps all,
-  where there is none, or where kappa is 1.
+  losses f32[R]: prices of decided rows; NaN where the ring is still empty. -inf, which keeps all, where there is none, or where
+  kappa is 1.
   """
   ordered, known = jnp.sort(losses), jnp.sum(~jnp.isnan(losses)).astype(jnp.float32)  # NaN last
   dropped = (1.0 - kappa) * known
@@ -74,13 +49,13 @@ def carried_threshold(losses, kappa):
 
 
 def budget_probability(q, group, decided, settled, *, kappa, p_min, p_max, identity=None):
-  """Keep probabilities whose mean over the decided rows is kappa: p_max for those that `keep_set` would drop last, p_min for the
-  rest, one row between. f32[B]; kappa where not decided.
+  """Keep probabilities whose mean over the decided rows is kappa: p_max for those that the greedy rule would drop last, p_min for
+  the rest, one row between. f32[B]; kappa where not decided.
 
   For unbiased estimates (METHOD 9.1): the probabilities are known, so survivors can weigh 1 / p. draws.draw with "systematic" and
   no groups keeps kappa of the batch exactly. A floor is the draw's (rule.lift, rule.at_least).
   """
-  return _by_rank(_peel(q, group, decided, settled, 0, identity), group, decided, kappa, p_min, p_max)
+  return _by_rank(_peel(q, group, decided, settled, identity), group, decided, kappa, p_min, p_max)
 
 
 def _by_rank(peel, group, decided, kappa, p_min, p_max):
@@ -102,7 +77,7 @@ def carried_probability(q, group, decided, settled, which, past, limits, identit
   the last decisions at each boundary, the latest first and NaN behind them. Returns: (f32[B], past with these rows).
   """
   kappa, p_min, p_max = (limits[name] for name in ("kappa", "p_min", "p_max"))
-  peel = _peel(q, group, decided, settled, 0, identity, limits.get("group_size"))
+  peel = _peel(q, group, decided, settled, identity, limits.get("group_size"))
   by_batch, price = _by_rank(peel, group, decided, kappa, p_min, p_max), _as_loss(peel.cost)
   here = decided[None, :] & (which[None, :] == jnp.arange(past.shape[1])[:, None])  # bool[C,B]
   known = jnp.concatenate([jnp.where(here, price[None, :], jnp.nan), past[0]], axis=1)
@@ -115,34 +90,6 @@ def carried_probability(q, group, decided, settled, which, past, limits, identit
   order = jnp.argsort(jnp.isnan(known), axis=1, stable=True)[:, :past.shape[2]]
   chances = jnp.concatenate([jnp.where(here, p[None, :], jnp.nan), past[1]], axis=1)
   return p, jnp.stack([jnp.take_along_axis(x, order, axis=1) for x in (known, chances)])
-
-
-def expected_signal(q, group, keep, settled):
-  """Expected signal of the rows keep | settled, summed over groups: f32[]. Give `keep` without rows that do not exist."""
-  k, s, v = _sums(q, group, keep | settled)
-  return jnp.sum(_pairs(k, s, v) / jnp.maximum(k, 1.0))
-
-
-def random_signal(q, group, decided, settled, share):
-  """What `expected_signal` is on average where each decided row is kept with probability `share` f32[], whatever its q: f32[].
-
-  The signal is (1 / K) times the sum of q_i + q_j - 2 q_i q_j over the K rows' pairs. Of n decided rows, k are kept with a
-  binomial chance; then each pair of two decided ones is among them with probability k (k - 1) / (n (n - 1)), a pair of a decided
-  and a settled one with k / n.
-  """
-  (n, *decided_sums), (m, *settled_sums) = _sums(q, group, decided), _sums(q, group, settled)
-  both, fixed = _pairs(n, *decided_sums), _pairs(m, *settled_sums)
-  mixed = _pairs(n + m, *map(jnp.add, decided_sums, settled_sums)) - both - fixed
-  xlogy, factorial = jax.scipy.special.xlogy, lambda x: jax.scipy.special.gammaln(x + 1.0)
-
-  def add(k, total):
-    k = k.astype(jnp.float32)
-    chance = jnp.exp(factorial(n) - factorial(k) - factorial(jnp.maximum(n - k, 0.0)) + xlogy(k, share)
-                     + xlogy(jnp.maximum(n - k, 0.0), 1.0 - share))
-    among = both * k * (k - 1.0) / jnp.maximum(n * (n - 1.0), 1.0) + mixed * k / jnp.maximum(n, 1.0) + fixed
-    return total + jnp.where(k <= n, chance * among / jnp.maximum(k + m, 1.0), 0.0)
-
-  return jnp.sum(jax.lax.fori_loop(0, jnp.max(n).astype(jnp.int32) + 1, add, jnp.zeros_like(n)))
 
 
 def choose_prompts(q, count, explore, key):
@@ -167,12 +114,12 @@ def choose_prompts(q, count, explore, key):
 class _Peel(NamedTuple):
   """For each row: at which step its group drops it, and the dearest loss until then (_V_BITS binary places)."""
   turn: jax.Array  # i32[B]
-  cost: jax.Array  # i32[B]  _NEVER where not decided or kept by the floor
+  cost: jax.Array  # i32[B]  _NEVER where not decided
 
 
-def _peel(q, group, decided, settled, floor, identity, group_size: int | None = None) -> _Peel:
-  """Drops the cheapest row of every group, step by step, until only settled rows or the floor are left. group_size: so many steps
-  at most; those that find nothing to drop change nothing."""
+def _peel(q, group, decided, settled, identity, group_size: int | None = None) -> _Peel:
+  """Drops the cheapest row of every group, step by step, until only settled rows are left. group_size: so many steps at most;
+  those that find nothing to drop change nothing."""
   rows = group.shape[0]
   index = jnp.arange(rows, dtype=jnp.int32)
   order = jnp.lexsort((index if identity is None else identity, group))
@@ -186,7 +133,7 @@ def _peel(q, group, decided, settled, floor, identity, group_size: int | None = 
 
   def drop(step, carry):
     alive, (k, s, v), peak, peel = carry
-    loss = jnp.where(alive & (k[first] > floor), _loss(q, u, k[first], s[first] - q, v[first] - u), _NEVER)
+    loss = jnp.where(alive, _loss(q, u, k[first], s[first] - q, v[first] - u), _NEVER)
     cheapest = (loss == least_of(loss)[first]) & (loss < _NEVER)
     chosen = least_of(jnp.where(cheapest, index, rows))
     some, at = chosen < rows, jnp.minimum(chosen, rows - 1)
@@ -197,7 +144,7 @@ def _peel(q, group, decided, settled, floor, identity, group_size: int | None = 
     return alive & ~gone, (k - some.astype(jnp.int32), s - taken(q), v - taken(u)), peak, peel
 
   none = jnp.zeros((rows,), jnp.int32)
-  steps = jnp.max(jnp.minimum(can_go, jnp.maximum(k - floor, 0))) if group_size is None else min(group_size, rows)
+  steps = jnp.max(can_go) if group_size is None else min(group_size, rows)
   start = alive, (k, s, v), none, _Peel(none, jnp.full((rows,), _NEVER))
   peel = jax.lax.fori_loop(0, steps, drop, start)[-1]
   return _Peel(*(none.at[order].set(x) for x in peel))
@@ -238,18 +185,3 @@ def _first(labels):
   """Where each row's group begins in sorted labels i32[B]: i32[B]."""
   new = jnp.concatenate([jnp.ones((1,), bool), labels[1:] != labels[:-1]])
   return jax.lax.cummax(jnp.where(new, jnp.arange(labels.shape[0], dtype=jnp.int32), 0))
-
-
-def _sums(q, group, counted):
-  """Rows, sum of q and sum of q (1 - q) of each group over its rows `counted`: f32[B] each, at its first place, else 0."""
-  order = jnp.argsort(group)
-  first, counted = _first(group[order]), counted[order]
-  add = lambda x: jax.ops.segment_sum(jnp.where(counted, x, 0), first, group.shape[0], indices_are_sorted=True)
-  q, u = (x[order] for x in _fixed_point(q))
-  k, s, v = add(jnp.ones_like(q)), add(q), add(u)
-  return tuple(x.astype(jnp.float32) * 2.0**-bits for x, bits in ((k, 0), (s, _Q_BITS), (v, _V_BITS)))
-
-
-def _pairs(k, s, v):
-  """Sum of q_i + q_j - 2 q_i q_j over a group's pairs, K times its signal: f32[B]."""
-  return jnp.maximum(k * s - s * s - v, 0.0)

@@ -4,8 +4,6 @@ A quality head gives each rollout one logit at its detection token; the table tu
 success. Several detection lengths are several tables, kept by the caller. Pure jnp, under jit and vmap. Axes: B rollouts, Q bins.
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +22,7 @@ def score_bin(score, bins=BINS):
   return jnp.minimum(jnp.floor(unit * bins).astype(jnp.int32), bins - 1)
 
 
-def update(table, score, reward, weight=1.0, *, half_life=None):
+def update(table, score, reward, weight=1.0):
   """Adds rollouts to the table.
 
   The order of the rollouts within one call does not matter. Rows with weight 0 leave no trace, so a padded
@@ -36,13 +34,8 @@ def update(table, score, reward, weight=1.0, *, half_life=None):
     reward: [B] or scalar, 0 or 1 (Rollout.success), any dtype.
     weight: [B] or scalar, >= 0. 1 counts rollouts as published; 1 / p_i over the survivors makes the counts
       an unbiased estimate over all rollouts that were started (inverse propensity, not in the paper).
-    half_life: in rollouts: existing counts are first multiplied by 0.5 ** (n / half_life), n the number of
-      rows added. None forgets nothing, as published.
   Returns: the new Calibration.
-  Raises: ValueError for a half_life that is not positive.
   """
-  if isinstance(half_life, numbers.Real) and not half_life > 0:
-    raise ValueError(f"half_life must be positive (None forgets nothing), got {half_life}")
   score = jnp.atleast_1d(jnp.asarray(score, jnp.float32))
   reward = jnp.broadcast_to(jnp.asarray(reward, jnp.float32), score.shape)
   weight = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), score.shape)
@@ -53,12 +46,9 @@ def update(table, score, reward, weight=1.0, *, half_life=None):
   # A dense [B,Q] sum is small, and unlike a scatter-add it gives the same bits in every run on every device.
   bins = table.positive.shape[0]
   hit = score_bin(score, bins)[:, None] == jnp.arange(bins, dtype=jnp.int32)[None, :]  # bool[B,Q]
-  decay = 1.0
-  if half_life is not None:
-    decay = jnp.exp2(-jnp.sum(counted, dtype=jnp.float32) / half_life)
   return Calibration(
-    positive=table.positive * decay + jnp.sum(jnp.where(hit, to_positive[:, None], 0.0), axis=0),
-    negative=table.negative * decay + jnp.sum(jnp.where(hit, to_negative[:, None], 0.0), axis=0),
+    positive=table.positive + jnp.sum(jnp.where(hit, to_positive[:, None], 0.0), axis=0),
+    negative=table.negative + jnp.sum(jnp.where(hit, to_negative[:, None], 0.0), axis=0),
   )
 
 

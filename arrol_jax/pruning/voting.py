@@ -18,11 +18,10 @@ SUREST = 0.99  # posterior above which the log-odds grow no more
 CONFIDENCES = ("mean", "bottom10", "lowest", "tail")
 
 
-def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
+def vote(answers, scores=None, rule="majority", *, equal=None):
   """The winning answer of N traces.
 
-  A trace whose answer is None takes no part: it has no rank, and is not counted for `keep_top`. A tie goes to
-  the answer that appears first.
+  A trace whose answer is None takes no part: it has no rank. A tie goes to the answer that appears first.
 
   Args:
     answers: list of str or None (no answer found), length N.
@@ -36,25 +35,17 @@ def vote(answers, scores=None, rule="majority", *, equal=None, keep_top=None):
     equal: equal(a, b) -> bool, whether two answers are the same; an equivalence. An answer is compared with
       the first of each pool, in order of appearance. Default: equality of the strings without surrounding
       whitespace, which is also what counts as the same before `equal` is asked.
-    keep_top: for "deepconf", the fraction in (0, 1] of the traces that vote: the ceil(keep_top N) most
-      confident and any that tie with the last of them. None keeps all.
   Returns: the first answer of the winning pool, as given; None if all answers are None.
-  Raises: ValueError for no traces, lengths that differ, an unknown rule, missing scores, scores that are not
-    finite or do not fit the rule, or keep_top where it has no meaning.
+  Raises: ValueError for no traces, lengths that differ, an unknown rule, missing scores, or scores that
+    are not finite or do not fit the rule.
   """
   _check(answers, scores, rule)
-  if keep_top is not None and (rule != "deepconf" or not 0.0 < keep_top <= 1.0):
-    raise ValueError(f"keep_top is a fraction in (0, 1] for rule 'deepconf', got {keep_top} for {rule!r}")
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   if not voters:
     return None
   pools = _pools([answers[i] for i in voters], equal)
   weights = _weights(None if scores is None else [scores[i] for i in voters], pools, rule)
-  ballots = list(zip([answers[i] for i in voters], pools, weights, strict=True))
-  if keep_top is not None:
-    last = sorted(weights, reverse=True)[_ceil_share(keep_top, len(weights)) - 1]
-    ballots = [ballot for ballot in ballots if ballot[2] >= last]
-  return _winner(ballots)
+  return _winner(zip([answers[i] for i in voters], pools, weights, strict=True))
 
 
 def _check(answers, scores, rule):
@@ -112,7 +103,7 @@ def rank_weights(scores):
 
 
 def logit_weights(posteriors, answers):
-  """log(1 + (K - 1) q / (1 - q)) of posteriors q, for K different answers.
+  """log(1 + max(K - 1, 1) q / (1 - q)) of posteriors q, for K different answers.
 
   Were traces independent, and wrong ones spread evenly over the K - 1 other answers, then the answer with the largest sum of
   log((K - 1) q / (1 - q)) would be the likeliest. The 1 keeps a weight above 0, where such a sum would turn against its answer; q
@@ -120,11 +111,6 @@ def logit_weights(posteriors, answers):
   """
   q = np.minimum(np.asarray(posteriors, np.float64), SUREST)
   return np.log1p(max(answers - 1, 1) * q / (1.0 - q))
-
-
-def _ceil_share(share, count):
-  """ceil(share * count), at least 1, where a product like 0.07 * 100 = 7.000000000000001 counts as 7."""
-  return max(1, math.ceil(share * count - 1e-9))
 
 
 def _pools(answers, equal):

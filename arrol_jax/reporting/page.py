@@ -14,6 +14,7 @@ import numpy as np
 from arrol_jax.reporting import charts, evaluations
 from arrol_jax.reporting.charts import Chart, Series
 from arrol_jax.reporting.run_folder import MOST_MEMBERS, RunFolder, to_text
+from arrol_jax.types import FAILED
 
 HERE = Path(__file__).parent
 PHASES = ("generate", "reward", "batch", "logprob", "update")
@@ -213,7 +214,7 @@ def fate(record: dict, config: dict) -> str:
   least = section.get("success", 1.0) if isinstance(section, dict) else 1.0
   if record.get("pruned"):
     return "cut"
-  if record.get("reason") in ("timeout", "crashed", "error"):
+  if record.get("reason") in FAILED:
     return "ungraded"
   right = record.get("right", isinstance(reward, int | float) and reward >= least)
   return "right" if right else "wrong"

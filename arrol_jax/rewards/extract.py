@@ -29,6 +29,8 @@ _MARKERS = {"answer": re.compile(r"(?i:answer(?:[ \t]+is)?)[*_`]{0,3}[ \t]*[:：
 # "not the", "the wrong", before "answer: 12"
 _DENIED = re.compile(r"(?i)(?<!\w)(?:wrong|incorrect|false|invalid|not|no|\w+n['’]t|twice|half|double|triple)"
                      r"(?:\s+(?:the|an?|my|our|your|his|her|their|old|first|final|correct|right|real|true|actual)){0,3}[\s*_`]*$")
+# The sentence or bracket that such words cut short: "12. A wrong" is 12
+_UNFINISHED = re.compile(r"(?:[.,;!?(]|\s[-–—])\s*+[^\W\d_]*+(?:\s++[^\W\d_]++)*+\s*+$")
 # What stands around an answer on its line: "The final answer is $12$. I hope it is correct."
 _LEAD = re.compile(
   r"(?i)[\s*_`]*(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+)?"
@@ -74,13 +76,14 @@ def search(response: str, pattern: str | None) -> str | None:
   if PATTERNS.get(pattern, pattern) is not None:
     if pattern in PATTERNS:
       matches = re.finditer(PATTERNS[pattern], response)  # linear: needs no deadline
-      if pattern == "answer":
-        matches = (match for match in matches if not _denied(response, match))
     else:
       check_pattern(pattern)
       matches = regex.finditer(pattern, response, timeout=SEARCH_S)
-    last = _last(matches)
-    found = None if last is None else last.group(1)
+    if pattern == "answer":
+      found = _last(text for text in (_not_denied(response, match) for match in matches) if text is not None)
+    else:
+      last = _last(matches)
+      found = None if last is None else last.group(1)
     return found if found is None or pattern not in PATTERNS else _of_line(found, pattern)
   box = _last(_BOX.finditer(response))
   if box is None:
@@ -141,11 +144,16 @@ def _of_line(line: str, pattern: str) -> str:
   return text
 
 
-def _denied(response: str, match: re.Match) -> bool:
-  """Whether the words before the last "answer:" on its line deny it: "The wrong answer: 12"."""
-  *_, marker = _MARKERS["answer"].finditer(response, match.start(), match.end())
-  begin = max(response.rfind("\n", 0, marker.start()) + 1, marker.start() - 100)
-  return _DENIED.search(response[begin:marker.start()]) is not None
+def _not_denied(response: str, match: re.Match) -> str | None:
+  """What follows the last "answer:" of a line that words before it do not deny ("12. The wrong answer: 13" is 12), or None."""
+  end, line = match.end(), response.rfind("\n", 0, match.start()) + 1
+  for marker in reversed([*_MARKERS["answer"].finditer(response, match.start(), match.end())]):
+    begin = max(line, marker.start() - 100)
+    denial = _DENIED.search(response[begin:marker.start()])
+    if denial is None:
+      return match.group(1) if end == match.end() else _UNFINISHED.sub("", response[marker.end():end])
+    end = begin + denial.start()
+  return None
 
 
 def _last(matches: Iterator):

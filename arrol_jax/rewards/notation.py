@@ -153,7 +153,6 @@ _BRACKETED = re.compile(r"(\\sqrt|\^)\s*\(")
 _GAP = re.compile(
   r"(?P<command>\\[A-Za-z]+)\s+(?=[A-Za-z])"
   r"|(?P<digits>(?<=[0-9])\s+(?=[0-9])|(?<=[0-9],)\s+(?=[0-9]{3}(?![0-9])))|\s+")
-_MATRIX = r"[(\[]?\\begin\{(?:small)?matrix\}.*\\end\{(?:small)?matrix\}[)\]]?"
 _TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"(?:(?<![^=,;(\[{+-])|(?<=, ))[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 /]|\\frac)", lambda groups: groups[0].replace(" ", "")),
   (r"\\text\{([A-Za-z]|[+-]?[0-9][0-9.,/]*%?)\}", r"\1"), (r"^([+-])\{([0-9.,/]+)\}$", r"\1\2"),

@@ -201,7 +201,6 @@ def _condition(cell: str) -> str:
 _BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in ?\(-\\infty,\\infty\)|\\in ?\\mathbb\{R\})?(?:\\mid ?|:|\||(?<=[})]),)(.+)\\\}")
 _SIGN = re.compile(r"(<|>|\\le(?![A-Za-z]) ?|\\ge(?![A-Za-z]) ?|\\ne(?![A-Za-z]) ?|=)")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?|\|[A-Za-z]\||[A-Za-z]\([A-Za-z]\)")
-_CONSTANT = re.compile(r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])")
 
 
 def without_builder(text: str) -> str:

@@ -26,7 +26,7 @@ day: d tage días | week: wk woche wochen semana | month: monate | year: yr jahr
 euro: eur | rupee: rs inr | yen: jpy | yuan: rmb | cubiccentimeter: cc | milliliter: ml | kilohertz: khz | megahertz: mhz
 kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade | fahrenheit: F | unit: | gallon: gal | hertz: hz | acre:
 pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly | steradian: sr | au: AU | angstrom: Å
-mile: mi | person: people | child: children | man: men | woman: women | penny: pennies | pence:
+person: people | child: children | man: men | woman: women | penny: pennies | pence:
 """
 _CURRENCIES = frozenset("cent dollar euro rupee yen yuan".split())
 

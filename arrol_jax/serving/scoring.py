@@ -67,7 +67,7 @@ class Scorer:
     return float(out[0])
 
 
-def _forward(c, params: dict, tokens: jax.Array, sampling: Sampling, tap=None) -> jax.Array:
+def _forward(c, params: dict, tokens: jax.Array, tap=None) -> jax.Array:
   """States after the final norm [1,S,D]."""
   attention = causal_attention("auto")
 
@@ -83,7 +83,7 @@ def _forward(c, params: dict, tokens: jax.Array, sampling: Sampling, tap=None) -
 @functools.partial(jax.jit, static_argnames=("c", "sampling"))
 def _likelihoods(c, params: dict, tokens: jax.Array, temperature: jax.Array, *, sampling: Sampling) -> tuple:
   """tokens i32[1,S], temperature f32[S] -> at each place: the next token's log-prob f32[S], the likeliest f32[S,K], i32[S,K]."""
-  hidden = _forward(c, params, tokens, sampling)[0]
+  hidden = _forward(c, params, tokens)[0]
   following = jnp.roll(tokens[0], -1)
   blocks = lambda x: x.reshape(-1, _BLOCK, *x.shape[1:])
 
@@ -102,7 +102,7 @@ def _states(c, params: dict, tokens: jax.Array, prompt: jax.Array, fed: jax.Arra
   """What Slots keep of tokens i32[1,S], of which the first `fed` count and the first `prompt` are the prompt: the last state
   after the final norm, the sum of these since the prompt's last token, the taps, and the prompt's state, [1,D] each."""
   layers = {}
-  hidden = _forward(c, params, tokens, sampling, tap=lambda layer, x: layers.update({layer: x}))
+  hidden = _forward(c, params, tokens, tap=lambda layer, x: layers.update({layer: x}))
   place = jnp.arange(tokens.shape[1])
   drew = (place >= prompt - 1) & (place < fed)  # places whose step drew a token of the answer
   at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)

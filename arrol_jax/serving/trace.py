@@ -32,7 +32,6 @@ class Trace:
     self.told = 0.0  # when it last was
     self.tokens: list[int] = []
     self.logprobs: list[float] = []
-    self.posteriors: list[float] = []  # one a decision
 
   def read(self, ended: bool, due: bool = True) -> Piece | None:
     """What is new since the last piece; None if nothing is, or if it is not due and the trace goes on."""
@@ -44,7 +43,6 @@ class Trace:
     self.logprobs += np.concatenate([*self.sequence.logprobs[self.pieces:], np.zeros(0)]).tolist()
     self.pieces += len(pieces)
     rollout = self.sequence.rollout
-    self.posteriors += [rollout.posterior] * (len(rollout.scores) - len(self.posteriors))
     text, finish = self.text.decode(self.tokens) if ended else self.text.of(self.tokens), None
     if ended:
       finish = "stop" if rollout.stopped else HOPELESS if rollout.pruned else "length"
@@ -67,9 +65,7 @@ class Trace:
     rollout.tokens = np.asarray(self.tokens, np.int32)
     rollout.confidences = np.concatenate(self.sequence.confidences)[:last]
     decided = sum(length <= last for length in self.detect)
-    if len(rollout.scores) > decided:
-      rollout.scores = rollout.scores[:decided]
-      rollout.posterior = self.posteriors[decided - 1] if decided else float("nan")
+    rollout.scores, rollout.posteriors = rollout.scores[:decided], rollout.posteriors[:decided]
     if last < drawn:
       rollout.final = float("nan")
     return text[:self._stop_at(text)], last < drawn

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from arrol_jax.pruning import voting
 from arrol_jax.rewards import Grader, extract_answer
 from arrol_jax.serving.calls import HOPELESS, Piece
+from arrol_jax.types import FAILED
 
 RULES = {"majority": "majority", "quality": "rank", "deepconf": "deepconf"}  # a call's word -> voting's rule
 SECONDS = 5.0  # that a vote may spend on the sameness of answers
@@ -50,7 +51,7 @@ class Sameness:
       time.sleep(pause)
       pause = min(2 * pause, 0.05)
     graded = pending.result()[0]
-    return None if graded.reason in ("timeout", "crashed", "error") else graded.reward > 0
+    return None if graded.reason in FAILED else graded.reward > 0
 
   def close(self) -> None:
     self.grader.close()
