@@ -302,9 +302,9 @@ def narrow(results: Results) -> list[str]:
       (center, half), alone = interval(difference(both, lambda r, w=when: accuracy(r, w, True))), sampling_noise(both, when)
       if half < alone:
         found.append(f"{a} - {b} at {seconds:g} s with 4 samples, {center:+.1f} ± {half:.1f} by seeds, ± {alone:.1f} by draws")
-  return [f"- Of {FEW} pairs or fewer, narrower by seeds than chance allows, so not to be relied on: greedy, if each run answered "
-          "each held-out problem by itself; with 4 samples, by their draws alone (what another set of problems would change is in "
-          f"none): {'; '.join(found)}."] if found else []
+  return [f"- Of {FEW} pairs or fewer, narrower by seeds than chance allows, so not to be relied on: greedy, if each run "
+          "answered each held-out problem by itself; with 4 samples, by their draws alone (what another set of problems would "
+          f"change is in none): {'; '.join(found)}."] if found else []
 
 
 def notes(results: Results) -> list[str]:
