@@ -3,6 +3,8 @@
 The tables are tests/grading/kinds.jsonl: a line a reference answer, with answers that are right and answers that are wrong.
 """
 
+import contextlib
+import functools
 import json
 from pathlib import Path
 import time
@@ -17,25 +19,31 @@ ROWS = [json.loads(line) for line in (ROOT / "tests/grading/kinds.jsonl").read_t
 CASES = ROOT.parent / "shared" / "cases" / "grading.jsonl"
 
 
-def misjudged(items: list[tuple[str, str, float]], pattern: str | None = None) -> list[tuple]:
+@pytest.fixture(scope="module")
+def graders():
+  """By pattern, one each for all tests. The deadline is a long one: a busy machine is no judge of what is right."""
+  with contextlib.ExitStack() as stack:
+    yield functools.cache(lambda pattern: stack.enter_context(Grader(2, pattern, timeout_s=60)))
+
+
+def misjudged(grader: Grader, items: list[tuple[str, str, float]]) -> list[tuple]:
   """(response, gold, wanted reward, reason) of what is graded otherwise than wanted."""
-  with Grader(2, pattern, timeout_s=60) as grader:  # a busy machine is no judge of what is right
-    grades = grader.grade_all([(response, gold) for response, gold, _ in items])
+  grades = grader.grade_all([(response, gold) for response, gold, _ in items])
   return [(*item, graded.reason) for item, graded in zip(items, grades, strict=True) if graded.reward != item[2]]
 
 
 @pytest.mark.parametrize("kind", sorted({row["kind"] for row in ROWS}))
-def test_kind(kind):
+def test_kind(kind, graders):
   rows = [row for row in ROWS if row["kind"] == kind]
   assert all(row["right"] or row["wrong"] for row in rows)
   for pattern in {row.get("pattern") for row in rows}:
     items = [(other if pattern else f"So $\\boxed{{{other}}}$.", row["gold"], reward)
              for row in rows if row.get("pattern") == pattern
              for reward, others in ((1.0, row["right"]), (0.0, row["wrong"])) for other in others]
-    assert misjudged(items, pattern) == []
+    assert misjudged(graders(pattern), items) == []
 
 
-def test_shared_cases_of_grading():
+def test_shared_cases_of_grading(graders):
   """At least 97 in 100 as wanted, and no wrong answer taken for right."""
   if not CASES.exists():
     pytest.skip("no ../shared/cases")
@@ -43,7 +51,7 @@ def test_shared_cases_of_grading():
   missed = []
   for pattern in {row["pattern"] for row in rows}:
     items = [(row["response"], row["answer"], float(row["want"])) for row in rows if row["pattern"] == pattern]
-    missed += misjudged(items, pattern)
+    missed += misjudged(graders(pattern), items)
   assert [item for item in missed if not item[2]] == []
   assert len(missed) <= 0.03 * len(rows), missed
 

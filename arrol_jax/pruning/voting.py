@@ -43,7 +43,7 @@ def vote(answers, scores=None, rule="majority", *, equal=None):
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   if not voters:
     return None
-  pools = _pools([answers[i] for i in voters], equal)
+  pools = pools_of([answers[i] for i in voters], equal)
   weights = _weights(None if scores is None else [scores[i] for i in voters], pools, rule)
   return _winner(zip([answers[i] for i in voters], pools, weights, strict=True))
 
@@ -66,7 +66,7 @@ def trace_weights(answers, scores=None, rule="majority"):
   voters = [i for i, answer in enumerate(answers) if answer is not None]
   out = [0.0] * len(answers)
   if voters:
-    pools = _pools([answers[i] for i in voters], None)
+    pools = pools_of([answers[i] for i in voters])
     weights = _weights(None if scores is None else [scores[i] for i in voters], pools, rule)
     for i, weight in zip(voters, weights, strict=True):
       out[i] = weight
@@ -113,10 +113,13 @@ def logit_weights(posteriors, answers):
   return np.log1p(max(answers - 1, 1) * q / (1.0 - q))
 
 
-def _pools(answers, equal):
-  """The number of each answer among the different ones, in order of appearance."""
+def pools_of(answers, equal=None):
+  """The number of each answer among the different ones, in order of appearance, None for no answer; `equal` as for `vote`."""
   pools, first, out = {}, [], []  # pools: stripped text -> number; spares `equal` for texts already seen
   for answer in answers:
+    if answer is None:
+      out.append(None)
+      continue
     text = answer.strip()
     if text not in pools:
       same = (i for i, other in enumerate(first) if equal is not None and equal(other, answer))

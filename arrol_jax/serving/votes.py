@@ -72,7 +72,15 @@ def tally(word: str, texts: list[str], last: list[Piece], pattern: str | None, w
   elif word == "deepconf":
     scores = [voting.summarize_confidence(p.rollout.confidences, window, "bottom10") for p in last]
   rule = RULES[word]
-  pools, open_pairs = _pools(answers, ask, time.monotonic() + SECONDS if until is None else until)
+  until, open_pairs = time.monotonic() + SECONDS if until is None else until, 0
+
+  def same_answer(a: str, b: str) -> bool:
+    nonlocal open_pairs
+    verdict = ask(a, b, until)
+    open_pairs += verdict is None
+    return bool(verdict)
+
+  pools = [None if x is None else str(x) for x in voting.pools_of(answers, same_answer if ask else None)]
   weights, winner = voting.trace_weights(answers, scores, rule), voting.vote(pools, scores, rule)
   if winner is None:
     alive = [i for i, p in enumerate(last) if p.finish != HOPELESS] or list(range(len(last)))
@@ -82,22 +90,3 @@ def tally(word: str, texts: list[str], last: list[Piece], pattern: str | None, w
     chosen, answer = max(same, key=lambda i: weights[i]), answers[same[0]]
     share = sum(weights[i] for i in same) / (sum(weights) or 1.0)
   return Vote(answer, chosen, share, answers, scores or [None] * len(last), weights, open_pairs)
-
-
-def _pools(answers: list, ask: Callable | None, until: float) -> tuple[list, int]:
-  """Each answer's pool, named by its number as text, None for no answer; and how many pairs stayed open. An answer is compared
-  with the first of each pool, each two texts once."""
-  firsts, pool_of, open_pairs = [], {}, 0
-  for text in (a.strip() for a in answers if a is not None):
-    if text in pool_of:
-      continue
-    pool_of[text] = len(firsts)
-    for i, first in enumerate(firsts if ask else []):
-      verdict = ask(first, text, until)
-      open_pairs += verdict is None
-      if verdict:
-        pool_of[text] = i
-        break
-    if pool_of[text] == len(firsts):
-      firsts.append(text)
-  return [None if a is None else str(pool_of[a.strip()]) for a in answers], open_pairs
