@@ -118,9 +118,15 @@ def export(c: ConfigDict, loaded: Policy, state: TrainState, workdir: str) -> No
 
 
 def check_export(c: ConfigDict, workdir: str, tokenizer) -> None:
-  """UserError where `export` could not write: not found out when all is done."""
+  """UserError where `export` could not write, or would replace what no run of this folder made: not when all is done."""
   if c.checkpoint.export:
+    target, source = Path(workdir, "policy").resolve(), Path(hub.here(c.model.path)).resolve()
+    if target in (source, *source.parents):
+      raise UserError(f"model.path is in {workdir}/policy, which this run would replace at its end; give another --workdir")
     folders.check_replaceable(Path(workdir) / "policy", tokenizer)
+    if any(target.glob("*")) and stored_config(workdir) is None:
+      raise UserError(f"{workdir}/policy is there, and no config.json that tells of a run which made it: move it away, or choose "
+                      "another --workdir")
     if c.model.lora.rank:
       folders.check_replaceable(Path(workdir) / "adapter")
 

@@ -163,6 +163,8 @@ class Course:
       hosts.warn(f"{len(self.lost)} steps had no survivors (rollouts_kept in metrics.jsonl), steps {self.lost[0]} to "
                  f"{self.lost[-1]}")
     hosts.say(f"{self.workdir}: {done} steps done; metrics.jsonl, rollouts.jsonl and summary.json are there")
+    if not self.rolling.grading.graded:
+      self.rolling.grading.check(0)  # a short run of which no answer at all could be graded has learned nothing
 
   def take_best(self) -> int | None:
     """The step of the checkpoint with the best score that can be read, whose state this takes; None where none has one."""

@@ -64,6 +64,9 @@ def main():
     finally:
       if hosts.first() and results:
         tell(results)
+    if c.reward.function and all(result.get("ungraded") == 1 for result in results.values()):
+      problem = grader.first_problem
+      raise UserError(f"reward.function={c.reward.function} failed on all answers{'; first: ' + problem if problem else ''}")
 
 
 def tell(results: dict[str, dict]) -> None:

@@ -33,6 +33,13 @@ def test_loads_in_order(tmp_path, name):
   assert load_problems(path) == [Problem(f"p{i}", f"What is {i}+1?", f"{i + 1}", "test") for i in (3, 1, 2)]
 
 
+@pytest.mark.parametrize("written", ["9007199254740993.0", "12345678901234567.5", "5e-400", "1.50", "-2.5E+3"])
+def test_a_number_is_the_answer_that_the_file_writes(tmp_path, written):
+  """A float would be another one."""
+  path = write(tmp_path / "one.jsonl", line(1, answer="*").replace(b'"*"', written.encode()))
+  assert load_problems(path)[0].answer == written
+
+
 def test_line_ends_and_byte_order_mark(tmp_path):
   text = "x\u2028y\u0085z é 中"
   content = b"\xef\xbb\xbf" + line(1, problem=text).replace(b"\n", b"\r\n")
@@ -59,6 +66,8 @@ def test_several_files_follow_each_other(tmp_path):
   (line(1) + line(2, source=None), r"bad\.jsonl, line 2: field 'source' is missing"),
   (line(1) + line(2, answer=" "), r"bad\.jsonl, line 2: field 'answer' must be text"),
   (line(1) + line(2, answer=["3"]), r"bad\.jsonl, line 2: field 'answer' must be text"),
+  (line(1) + line(2, answer="*").replace(b'"*"', b"1e999"), r"bad\.jsonl, line 2: field 'answer' must be text .*, not inf"),
+  (line(1) + line(2, problem="*").replace(b'"*"', b"1.5"), r"bad\.jsonl, line 2: field 'problem' must be text .*, not 1\.5"),
   (line(1) + line(2, answer=True), r"bad\.jsonl, line 2: field 'answer' must be text"),
   (line(1) + line(2, answer=float("nan")), r"bad\.jsonl, line 2: field 'answer' must be text that is not empty, not nan"),
   (line(1) + line(2, id=float("inf")), r"bad\.jsonl, line 2: field 'id' must be text"),

@@ -99,6 +99,11 @@ def test_files_in_our_form_are_checked_and_copied(tmp_path):
     assert list(written.values()) == [(3, 0), (3, 0)]
     for path in written:
       assert facts(path) == [("mine-0", "0?", "0"), ("mine-1", "1?", "1"), ("mine-2", "2?", "2")]
+  assert (tmp_path / "gsm8k_train.jsonl").read_text() == text  # with all that its lines hold
+  (tmp_path / "out" / "gsm8k_train.jsonl").write_text("precious")
+  with pytest.raises(UserError, match="out/gsm8k_train.jsonl is there and holds something else"):
+    hub_sets.convert("gsm8k", str(tmp_path), str(tmp_path / "out"))
+  assert (tmp_path / "out" / "gsm8k_train.jsonl").read_text() == "precious" and len(list((tmp_path / "out").iterdir())) == 2
   (tmp_path / "gsm8k_train.jsonl").write_text(text + text[:40] + "\n")
   with pytest.raises(UserError, match="gsm8k_train.jsonl, line 4"):
     hub_sets.convert("gsm8k", str(tmp_path), str(tmp_path / "out"))

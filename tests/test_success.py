@@ -4,10 +4,11 @@ import math
 import textwrap
 
 from helpers_rollouts import rollout_of
-from helpers_train import arguments, assert_refused, command, read, run
+from helpers_train import arguments, assert_refused, command, in_process, read, run
 import numpy as np
 import pytest
 
+from arrol_jax import evaluate
 from arrol_jax.learning import evaluation
 from arrol_jax.learning.batching import PackShape, head_examples, linear_examples, pack
 from arrol_jax.learning.candidates import learn, nothing_known
@@ -159,6 +160,18 @@ def test_a_function_that_fails_on_every_answer_ends_the_run_until_it_is_mended(t
   assert "going on after step 7" in run(tmp_path / "run", **long, reward__function=f"shaped_rewards.{name}").out
   assert [x["ungraded"] for x in read(tmp_path / "run" / "metrics.jsonl")] == [1.0] * 7 + [0.0] * 2
   assert read(tmp_path / "run" / "eval_before.json")["test"]["accuracy"] == 1.0
+
+
+def test_a_short_run_of_which_no_answer_could_be_graded_is_no_success(tmp_path, functions):
+  """Its results are there, and so is the policy; an evaluation says so too."""
+  settings = SHORT | {"steps": 1, "reward__function": "shaped_rewards.fails", "checkpoint__export": True}
+  line = failed(command(*arguments(tmp_path / "run", **settings)))
+  assert "shaped_rewards.fails failed on all of the last" in line and "no key for the judge" in line
+  assert read(tmp_path / "run" / "summary.json")["steps"] == 1 and (tmp_path / "run" / "policy" / "config.json").exists()
+  said = in_process(evaluate, f"--workdir={tmp_path / 'run'}", "--config.data.eval=experiments/arithmetic/test.jsonl",
+                    "--config.eval.problems=4")
+  assert "reward.function=shaped_rewards.fails failed on all answers; first: " in failed(said)
+  assert '"ungraded": 1.0' in said.out
 
 
 def test_few_survivors_whose_answers_cannot_be_graded_end_nothing(tmp_path, functions):

@@ -143,6 +143,17 @@ def test_another_programs_log_is_not_wiped(tmp_path):
   log.write_text('{"loss": 1}\n')
   assert_refused(command(*arguments(tmp_path)), "metrics.jsonl is there, and no config.json", "move it away")
   assert log.read_text() == '{"loss": 1}\n' and not (tmp_path / "config.json").exists()
+  log.rename(tmp_path / "rollouts.jsonl")
+  assert_refused(command(*arguments(tmp_path)), "rollouts.jsonl is there, and no config.json", "move it away")
+
+
+def test_a_policy_that_no_run_of_the_folder_made_is_not_replaced(tmp_path):
+  """The model to begin from among them: an export would take its place."""
+  mine = shutil.copytree(ROOT / "experiments/arithmetic/signs", tmp_path / "policy")
+  before = {f.name: f.read_bytes() for f in mine.iterdir()}
+  assert_refused(command(*arguments(tmp_path)), "policy is there, and no config.json", "move it away")
+  assert_refused(command(*arguments(tmp_path, model__path=mine)), "model.path is in", "would replace")
+  assert {f.name: f.read_bytes() for f in mine.iterdir()} == before and not (tmp_path / "config.json").exists()
 
 
 def test_a_mistake_at_the_real_command_line():

@@ -7,6 +7,7 @@ Left out: loading scripts, other splits and languages, and the removal of proble
 
 from collections.abc import Iterator
 import dataclasses
+import filecmp
 from fnmatch import fnmatch
 import json
 import os
@@ -64,8 +65,9 @@ def convert(name: str, folder: str, out: str) -> dict[str, tuple[int, int]]:
   ready = {file: path for file in one.files if (path := in_our_form(folder, file))}
   for file, globs in one.files.items():
     if file in ready:
-      problems = to_problems(read_jsonl(ready[file]))
-      written[_write(out, file, problems)] = len(problems), 0
+      problems, target = to_problems(read_jsonl(ready[file])), os.path.join(out, f"{file}.jsonl")
+      itself = os.path.exists(target) and os.path.samefile(ready[file], target)
+      written[target if itself else _write(out, file, problems)] = len(problems), 0
       continue
     if ready:
       raise UserError(f"{folder}: holds {os.path.basename(next(iter(ready.values())))} in our form, but not {file}.jsonl")
@@ -102,10 +104,13 @@ def in_our_form(folder: str, file: str) -> str | None:
 
 
 def _write(out: str, file: str, problems: list) -> str:
-  """FILE.jsonl of the problems, in one move; its path."""
+  """FILE.jsonl of the problems, in one move; its path. UserError where a file of other content is there."""
   path = os.path.join(out, f"{file}.jsonl")
   with streams.naming(path), open(f"{path}.part", "w", encoding="utf-8") as f:
     f.writelines(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
+  if os.path.exists(path) and not filecmp.cmp(path, f"{path}.part", shallow=False):
+    os.remove(f"{path}.part")
+    raise UserError(f"{path} is there and holds something else: move it away, or give another --dir")
   os.replace(f"{path}.part", path)
   return path
 

@@ -109,12 +109,16 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 def _parse(where: str, line: str) -> dict:
   try:
-    record = json.loads(line, object_pairs_hook=_once)
+    record = json.loads(line, object_pairs_hook=_once, parse_float=_Real)
   except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
     raise UserError(f"{where}: not JSON: {error}") from None
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object but {line[:40]!r}")
   return record
+
+
+class _Real(str):
+  """A number with a point or an exponent as the file writes it: a float may be another one."""
 
 
 def _once(pairs: list[tuple]) -> dict:
@@ -129,7 +133,9 @@ def _field(where: str, record: dict, name: str) -> str:
   if name not in record:
     raise UserError(f"{where}: field {name!r} is missing (needed: {', '.join(FIELDS)})")
   value = record[name]
-  if name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+  if isinstance(value, _Real):
+    value = str(value) if name in ("id", "answer") and math.isfinite(float(value)) else float(value)
+  elif name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
     value = str(value)  # NaN stands for a missing one, in files that pandas wrote
   if not isinstance(value, str) or not value.strip():
     raise UserError(f"{where}: field {name!r} must be text that is not empty, not {value!r}")

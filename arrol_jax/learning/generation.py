@@ -29,13 +29,22 @@ class Ungraded(UserError):
 class Grading:
   """What turns a response into a reward; pattern: the grader's, to read answers that are voted on. success: the least reward of a
   success. function: the reward function's name, which must not fail on ENOUGH answers in a row; None: answers are compared.
-  failed: reasons of the answers that could not be graded, since the last batch of which one could."""
+  failed: reasons of the answers that could not be graded, since the last batch of which one could; graded: whether one could."""
   tokenizer: object
   grader: object
   pattern: str | None = None
   success: float = 1.0
   function: str | None = None
   failed: Counter[str] = dataclasses.field(default_factory=Counter)
+  graded: bool = False
+
+  def check(self, most: int) -> None:
+    """Raises Ungraded where the reward function has failed on more than the last `most` answers in a row."""
+    count = self.failed.total()
+    if self.function and count > most:
+      problem = self.grader.first_problem
+      raise Ungraded(f"reward.function={self.function} failed on all of the last {count} answers ({_counts(self.failed)}"
+                     f"{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and reward.memory")
 
 
 class Asked(NamedTuple):
@@ -113,11 +122,8 @@ def _tell_failures(grading: Grading, reasons: list[str]) -> None:
   """
   failed = Counter(reason for reason in reasons if reason in FAILED)
   grading.failed = grading.failed + failed if failed.total() == len(reasons) else Counter()
-  if grading.function and grading.failed.total() >= ENOUGH:
-    problem = grading.grader.first_problem
-    raise Ungraded(f"reward.function={grading.function} failed on all of the last {grading.failed.total()} answers "
-                   f"({_counts(grading.failed)}{'; first: ' + problem if problem else ''}); mend it, or see reward.timeout and "
-                   "reward.memory")
+  grading.graded |= failed.total() < len(reasons)
+  grading.check(ENOUGH - 1)
   if 2 * failed.total() > len(reasons):
     _log.warning("%d of %d answers could not be graded (%s) and count as wrong: see reward.function, reward.timeout, "
                  "reward.memory, reward.workers", failed.total(), len(reasons), _counts(failed))

@@ -202,9 +202,10 @@ def check_can_go_on(workdir: str) -> None:
   if newest_checkpoint(workdir):
     return
   steps, stored, log = steps_done(workdir), stored_config(workdir), f"{workdir}/metrics.jsonl"
-  if stored is None and os.path.isfile(log) and os.path.getsize(log):
-    raise UserError(f"{log} is there, and no config.json or checkpoints that tell whose it is: move it away, or choose another "
-                    "--workdir")
+  for file in (log, f"{workdir}/rollouts.jsonl") if stored is None else ():
+    if os.path.isfile(file) and os.path.getsize(file):
+      raise UserError(f"{file} is there, and no config.json or checkpoints that tell whose it is: move it away, or choose "
+                      "another --workdir")
   if not steps and stored:  # past the second save the first was on disk
     logged = max((record["step"] for _, record in records(log) if record), default=0)
     steps = logged if logged > 2 * stored.get("checkpoint", {}).get("every", logged) else 0

@@ -168,6 +168,8 @@ def open_policy(path: str | os.PathLike, longest: int = 0) -> Policy:
   raw = folders.read_json(file)
   config = hf_config.config_from_json(file, raw)
   where, stored = folders.open_folder(path)
+  if config.tied and _unties(stored):
+    config = dataclasses.replace(config, tied=False)
   check_positions(config, str(file), longest)
   _check(config, where, stored)
   tokenizer = tokenizers.load_tokenizer(path)
@@ -189,6 +191,14 @@ def _opened_gguf(path: Path, longest: int) -> Policy:
   pads = (file.meta.get("tokenizer.ggml.padding_token_id"), *eos_ids, 0)
   pad = next(p for p in pads if p is not None)
   return Policy(file.config, transformer.abstract_params(file.config), tokenizer, eos_ids, pad, stored=file.tensors)
+
+
+def _unties(stored: dict[str, Stored]) -> bool:
+  """Whether the files hold an unembedding that is not the embedding, whatever config.json says: transformers unties then."""
+  embed, unembed = (stored.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+  if embed is None or unembed is None or embed.shape != unembed.shape:
+    return False
+  return embed.dtype != unembed.dtype or not np.array_equal(embed.read().view(np.uint8), unembed.read().view(np.uint8))
 
 
 def check_positions(config: PolicyConfig, where: str, longest: int) -> None:
