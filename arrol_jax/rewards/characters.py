@@ -20,7 +20,7 @@ _SIGNS = {
   "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "µ": r"\mu ", "“": "",
   "∑": r"\sum ", "∫": r"\int ",
   "∏": r"\prod ", "ℓ": r"\ell ", "\u2126": r"\Omega ", "ₙ": "_{n}", "ⁿ": "^{n}", "º": "^\\circ ", "”": "",
-  "∀": r"\forall ", "≡": r"\equiv ",
+  "˚": r"^\circ ", "∀": r"\forall ", "≡": r"\equiv ",
 }
 _CHARACTERS = ({0xFF01 + i: 0x21 + i for i in range(94)} | {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
                | {ord(sign): latex for sign, latex in _SIGNS.items()})

@@ -35,6 +35,8 @@ def alike(gold: str, answer: str) -> tuple[str, str]:
     gold, answer = (found[1] if (found := _ABOUT.fullmatch(text)) else text for text in (gold, answer))
   if "," in answer and "," not in gold and (found := _THOUSANDS.match(answer)):  # 1,000\pi
     answer = found[0].replace(",", "") + answer[found.end():]
+  if ("\\crossing" in gold) != ("\\crossing" in answer):  # a\times b for \mathbf{a}\times\mathbf{b}
+    gold, answer = (re.sub(r"\\times(?![A-Za-z]) ?", r"\\crossing ", text) for text in (gold, answer))
   if "\\emptyset" in (gold, answer):
     gold, answer = ("\\emptyset" if _NOTHING.fullmatch(text) else text for text in (gold, answer))
   times = [_CLOCK.fullmatch(text) for text in (gold, answer)]

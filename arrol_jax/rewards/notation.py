@@ -43,6 +43,14 @@ _FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
 _OTHER_SPELLING = re.compile(r"\\(?:cdot|times|quad)(?![A-Za-z])|\\[,;:! ]|~")
 
 
+# A cross product of marked vectors, whose order counts: \vec{a}\times\mathbf{b}, \vec a\times(b+c). \mathbf{5} is a number, and
+# beside a bracket \hat{p} may be one.
+_VECTOR = (rf"\\(?:vec|overrightarrow|hat|widehat|bf|{_BOLD})(?![A-Za-z])\s*"
+           r"(?:\{(?![0-9.,\s]*\})(?:[^{}]|\{[^{}]*\}){1,40}\}|\\?[A-Za-z]+)(?:_(?:\w|\{[^{}]{0,40}\}))?")
+_SURE = rf"(?!\\(?:wide)?hat){_VECTOR}"
+_CROSS = re.compile(
+  rf"({_VECTOR})\s?\\times(?=\s?{_VECTOR})|({_VECTOR}\s?\)?|\))\s?\\times(?=\s?\(?\s?{_SURE})"
+  rf"|({_SURE}\s?\)?)\s?\\times(?=\s?(?:\(|{_VECTOR}))")
 _UNIT_QUOTIENT = re.compile(r"\\[dt]?frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?[0-9]\}?)?)\s*\}")
 
 
@@ -117,7 +125,9 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
    r"|\b(?:per\s?cents?|percentage)(?:\s+points?)?(?![A-Za-z ])", "%"),
   ("p", r"\\text\{\s*(?:pct|por ciento|prozent)\s*\}|\bpct(?![A-Za-z ])", "%"),
   ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
-  ("\\degree", r"\\degree(?![A-Za-z])", r"^\\circ "),
+  ("degree", r"\^?\s?\\(?:text)?degree(?![A-Za-z])(?:\s?\{\s?\})?", r"^\\circ "),
+  ("\\", r"(?<=[0-9])\s?\\(?:circ|deg)(?![A-Za-z])"
+   r"(?=\s?(?:[CF](?![A-Za-z])|\\text\{\s?[CF]\s?\}|[,;.)}\]]|\\lor|$))", r"^\\circ "),
   ("or", r",?\s*\\text\{\s*,?\s*(?:or)\s*\}\s*|(?<![A-Za-z\\])or(?![A-Za-z])", r"\\lor "), ("\\vee", r"\\vee(?![A-Za-z]"
     r")", r"\\lor "),
   ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*|(?<![A-Za-z\\])and(?![A-Za-z])", ","), ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
@@ -261,6 +271,8 @@ def canonical(text: str) -> Canonical:
   text, currency = units.split_currency(_unmarked(_LAST_BACKSLASH.sub("", latex(" ".join(text.split())))))
   text = _THOUSANDS.sub("", _STRUCK_OUT.sub("", text))
   if "\\" in text:
+    if "\\times" in text:
+      text = _CROSS.sub(lambda cross: f"{cross[cross.lastindex]}\\crossing ", text)
     text = _PLAIN_FONT.sub(r"\\text", _SWITCH.sub(r"\\text{", text))
     text = each_group(unwrapped(text, _WRAPPER), _FONT, _font)
     text = _BARE_FONT.sub("", text)
