@@ -130,7 +130,8 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
    r"(?=\s?(?:[CF](?![A-Za-z])|\\text\{\s?[CF]\s?\}|[,;.)}\]]|\\lor|$))", r"^\\circ "),
   ("or", r",?\s*\\text\{\s*,?\s*(?:or)\s*\}\s*|(?<![A-Za-z\\])or(?![A-Za-z])", r"\\lor "), ("\\vee", r"\\vee(?![A-Za-z]"
     r")", r"\\lor "),
-  ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*|(?<![A-Za-z\\])and(?![A-Za-z])", ","), ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
+  ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*| ?(?<![A-Za-z\\])and(?![A-Za-z])", ", "),
+  ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
   ("\\lor", r",\s*\\lor", r"\\lor"), (",", r",(?:\s*,)+", ","),
   ("\\varn", r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
   ("dots", r"\\[lc]dots(?![A-Za-z])|\\dots[bcmio](?![A-Za-z])", r"\\dots "),
