@@ -6,6 +6,7 @@ Each rule needs both answers: it writes one of them as the other is written, whe
 import re
 
 from arrol_jax.rewards.braces import closes_at_end, cut
+from arrol_jax.rewards.exact import value
 from arrol_jax.rewards.parts import NAMED, without_qualifier
 
 _SIDE = r"(?:[A-Za-z](?:_\{[^{}]*\})?|[A-Z]{2,4}|\[[A-Z]{1,6}\])"
@@ -13,6 +14,7 @@ _SIDE = r"(?:[A-Za-z](?:_\{[^{}]*\})?|[A-Z]{2,4}|\[[A-Z]{1,6}\])"
 _QUANTITY = re.compile(
   r"(?:\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{2\})? ?[0-9]*(?:\\?[A-Za-z]+|\\angle ?[A-Z]+|\([^()=]*\)|\{[^{}=]*\})"
   rf"|\\frac\{{{_SIDE}\}}\{{{_SIDE}\}})=([^=]+)")
+_BOTH = re.compile(rf"(?:{_SIDE}=){{2,6}}([^=]+)")
 _ABOUT = re.compile(rf"(?:{NAMED})?\\approx ?([-+]?[0-9]*\.[0-9]+)")
 _CLOCK = re.compile(r"(?:\\text\{)?0?([1-9]|1[0-2])(?::([0-9]{2}))?(?:\\text\{)?([AaPp])\.?[Mm]\.?\}*")
 _DIGITS = re.compile(r"(?<![0-9.,])[0-9]+(?:,[0-9]+)+")
@@ -30,6 +32,8 @@ _VALUE = re.compile(r"([A-Za-z](?:_\{[^{}]*\})?)=([^=]+)")
 def alike(gold: str, answer: str) -> tuple[str, str]:
   """Two canonical answers in one convention, as far as these rules know them; pairs without such a difference as they are."""
   if "=" in gold + answer:
+    if "=" not in gold and (found := _BOTH.fullmatch(answer)) and value(found[1]) is not None:  # x=y=57
+      answer = found[1]
     if "=" not in gold or "=" not in answer:
       gold, answer = (found[1] if (found := _QUANTITY.fullmatch(text)) else text for text in (gold, answer))
     answer = _coordinates(answer, gold)

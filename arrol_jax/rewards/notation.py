@@ -137,7 +137,11 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
   ("dots", r"\\[lc]dots(?![A-Za-z])|\\dots[bcmio](?![A-Za-z])", r"\\dots "),
   ("vert", r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"), ("\\mid", r"\\mid(?![A-Za-z])", "|"),
   ("\\bar", r"\\bar(?![A-Za-z])", r"\\overline"), ("\\back", r"\\backslash(?![A-Za-z])", r"\\setminus "),
+  ("\\textsu", r"\\textsuperscript\s?(?=\{)", "^"), ("\\textsu", r"\\textsubscript\s?(?=\{)", "_"),
+  ("{", r"\\(?:SI|qty)\s?\{([^{}]*)\}\s?\{([A-Za-z][A-Za-z0-9/^ .-]*)\}", r"\1\\text{ \2}"),  # \SI{57}{cm}
+  ("U", r"(,[^()\[\],]*[)\]])\s?(?:\\text\{\s*U\s*\}|U)\s?(?=[(\[][^()\[\],]*,)", r"\1\\cup "),  # (1,2) U (3,4)
   ("-", r"\\((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
+  ("_", rf"(?<=[0-9)])_\s?\{{\s?({_BASE})\s?\}}", lambda base: f"_{{{_BASES[base[1]]}}}"),
   ("_", rf"_\s*(?:\{{\s*)?\\text\{{\s*({_BASE})\s*\}}\s*\}}?", lambda base: f"_{{{_BASES[base[1]]}}}"),
   ("base", rf"_\s*\{{\s*(?:\\text\{{\s*)?base[\s-]*\}}?\s*({_BASE}|[0-9]+)\s*\}}?\s*\}}",
    lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
@@ -185,6 +189,8 @@ _MARKDOWN = re.compile(r"^(\*{1,3}|_{1,3}|`{1,3}|\"|'|==)(?![*_`\s\"'])([^_]*[^\
 _ENVIRONMENTS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"), (r"\\hline(?![A-Za-z])", ""),
   (r"\\(begin|end)\{([pbBvV]?)smallmatrix\*?\}", r"\\\1{\2matrix}"),
+  (r"\\(begin|end)\{[dr]cases\}", r"\\\1{cases}"), (r"\\begin\{([pbB]?)matrix\*\}(?:\s*\[[a-z]\])?", r"\\begin{\1matrix}"),
+  (r"\\end\{([pbB]?)matrix\*\}", r"\\end{\1matrix}"),
   (r"\\begin\{array\}\s*(?:\[[a-z]\])?\{[^{}]*\}", r"\\begin{matrix}"), (r"\\end\{array\}", r"\\end{matrix}"),
   (r"(?:\\\\\s*)+(?=\\end\{)", ""), (r"(?:\\\\|\\newline(?![A-Za-z]))\s*$", ""),
 )]
@@ -194,6 +200,8 @@ _ANNOUNCED = re.compile(r"(?i)^\s*(\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s
                         r"(?:answer|result)\s+is\b:?\s*(\})?\s*(?=[^\s}])")
 _NAMING = re.compile(r"(?:\\text\{([^{}]*)\}(?:_\{[^{}]*\}|_\w|\([^()]*\)|\s*[A-Z]{1,4}(?![A-Za-z]))?"
                      r"|(?<![\\A-Za-z])([A-Za-z]{2,}+(?:\s+[A-Za-z]+)*+))\s*(?:=|\\in(?![A-Za-z]))")
+_TEX_MATRIX = re.compile(r"\\([pbB]?matrix)\s?(?=\{)")  # \pmatrix{1&2\cr3&4}
+_RELATED = re.compile(r"=|[<>]|\\[lgn]e(?![A-Za-z])")
 _SYSTEM = re.compile(r"^\\\{(?=\\begin\{matrix\})")
 
 
@@ -205,6 +213,7 @@ def _named(found: re.Match) -> str:
 
 def _rows(text: str) -> str:
   """A system of equations in an environment as a list; pieces of a function and matrices as they are, in one spelling."""
+  text = each_group(text, _TEX_MATRIX, lambda matrix, rows: f"\\begin{{{matrix[1]}}}{rows}\\end{{{matrix[1]}}}")
   if "\\begin" not in text:
     lines = [line.strip().rstrip(",;. ") for line in re.split(r"\\\\(?:\s*\[[^\[\]]*\])?", text)]
     return ",".join(line for line in lines if line).replace("\\&", ",").replace("&", ",") if len(lines) > 1 else (
@@ -220,7 +229,8 @@ def _rows(text: str) -> str:
   lines = [re.sub(r"&\s*(?==|<|>|\\le|\\ge)|(?<==)\s*&", "", line) for line in lines if line]
   if system and any("&" in line for line in lines):
     return "\\begin{pieces}" + "\\\\".join(lines) + "\\end{pieces}"
-  if rows[1] == "matrix" and not system or any("&" in line for line in lines):
+  equations = lines and all(map(_RELATED.search, lines))
+  if rows[1] == "matrix" and not (system or equations) or any("&" in line for line in lines):
     return text.replace("{cases}", "{pieces}")
   return ",".join(lines)
 
