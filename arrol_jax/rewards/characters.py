@@ -20,8 +20,9 @@ _SIGNS = {
   "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "µ": r"\mu ", "“": "",
   "∑": r"\sum ", "∫": r"\int ",
   "∏": r"\prod ", "ℓ": r"\ell ", "\u2126": r"\Omega ", "ₙ": "_{n}", "ⁿ": "^{n}", "º": "^\\circ ", "”": "",
-  "∀": r"\forall ", "≡": r"\equiv ",
+  "˚": r"^\circ ", "∀": r"\forall ", "≡": r"\equiv ",
 }
+_GREEK_WORD = re.compile("[α-ωΑ-Ω]*[ά-ώΆ-Ώ][α-ωΑ-Ωά-ώΆ-Ώ]+")  # words have an accent: μέτρα
 _CHARACTERS = ({0xFF01 + i: 0x21 + i for i in range(94)} | {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
                | {ord(sign): latex for sign, latex in _SIGNS.items()})
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉₋₊"
@@ -41,7 +42,8 @@ def latex(text: str) -> str:
   if text.isascii():
     return text
   text = _QUOTIENT.sub(lambda q: f"\\frac{{{q[1].translate(_LEVEL)}}}{{{q[2].translate(_LEVEL)}}}", text)
-  text = text.translate(_CHARACTERS)
+  words = iter([*_GREEK_WORD.findall(text), ""])
+  text = "".join(rest.translate(_CHARACTERS) + next(words) for rest in _GREEK_WORD.split(text))
   for signs, mark in ((_RAISED, "^"), (_LOWERED, "_")):
     text = re.sub(f"[{signs}]+", lambda run, mark=mark: f"{mark}{{{run[0].translate(_LEVEL)}}}", text)
   text = _ROOT.sub(_root, text)

@@ -45,6 +45,7 @@ _FUNCTION = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]?$")
 _CHANGES = re.compile("[一二三四五六七八九十百万亿萬億兆半或和与與及不非零点點倍折成多余餘几幾左右约約以上下超"
                       "打双對对无無没否错錯假]|千(?![米克瓦])|分之|百分|만|억|천|백|또는|または")
 _EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_OTHER_SCRIPT = re.compile("[\u0386-\u03a8\u03aa-\u03bb\u03bd-\u1eff]")  # not Ω, μ
 _COUNTERS = re.compile(
   "(?:平方|立方|千)?(?:公|厘|毫|分米|米|克|斤|吨|噸|升|瓦)|[个個只隻本张張条條块塊元圆円角分秒天日周週月年岁歲歳人名位次件颗顆棵头頭匹辆輛架台"
   "支枝种種类類份套箱包袋瓶杯盒篇页頁句字题題层層度课課场場间間桶盘盤排行列组組班里돈원명개년살일월번마권장]"
@@ -95,6 +96,8 @@ def names_things(phrase: str, unit: Callable[[str], str | None]) -> bool:
     return False
   if _EAST_ASIAN.search(phrase):
     return _COUNTERS.match(words[0]) is not None
+  if _OTHER_SCRIPT.search(phrase):
+    return False  # тысяч метров
   first = next((i for i, word in enumerate(words) if word.lower() in _BEHIND), len(words))
   noun = words[:first]
   while noun and noun[-1].lower() in _TAIL:

@@ -194,7 +194,7 @@ _CHOICE = re.compile(
   r"(?:\\text\{)?\s*(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(\s*(?:\\text\{)?([A-J])\}?\s*\)"
   r"|([A-J])(?=\s*[:.)]))\s*\}?\s*[:.)]?\s*(.*)",
   re.DOTALL)
-_OPTION = re.compile(r"(?:\\text\{)?\s*(?:[Tt]he\s*)?(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?\}?\.?")
+_OPTION = re.compile(r"(?:\\text\{)?\s*(?:[Tt]he\s*)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*\(?([A-J])\)?\}?\.?")
 _SECOND = re.compile(r"\(\s*(?:\\text\{)?[A-J]\}?\s*\)|^[\s,;]*[A-J](?![A-Za-z0-9])|^\s*(?:\\text\{)?\s*(?:,|;|/|&|and\b|or\b"
                      r"|not\b|\\lor|nor\b)|^(?:[+*/^=<>!_&|]|-\s|\\(?:cdot|times|pm|cup|cap|le|ge|ne|in|to|lor)(?![A-Za-z]))")
 _FONTS = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mbox|boxed|bold|textsf)(?=\s*\{)")

@@ -43,6 +43,14 @@ _FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
 _OTHER_SPELLING = re.compile(r"\\(?:cdot|times|quad)(?![A-Za-z])|\\[,;:! ]|~")
 
 
+# A cross product of marked vectors, whose order counts: \vec{a}\times\mathbf{b}, \vec a\times(b+c). \mathbf{5} is a number, and
+# beside a bracket \hat{p} may be one.
+_VECTOR = (rf"\\(?:vec|overrightarrow|hat|widehat|bf|{_BOLD})(?![A-Za-z])\s*"
+           r"(?:\{(?![0-9.,\s]*\})(?:[^{}]|\{[^{}]*\}){1,40}\}|\\?[A-Za-z]+)(?:_(?:\w|\{[^{}]{0,40}\}))?")
+_SURE = rf"(?!\\(?:wide)?hat){_VECTOR}"
+_CROSS = re.compile(
+  rf"({_VECTOR})\s?\\times(?=\s?{_VECTOR})|({_VECTOR}\s?\)?|\))\s?\\times(?=\s?\(?\s?{_SURE})"
+  rf"|({_SURE}\s?\)?)\s?\\times(?=\s?(?:\(|{_VECTOR}))")
 _UNIT_QUOTIENT = re.compile(r"\\[dt]?frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?[0-9]\}?)?)\s*\}")
 
 
@@ -117,16 +125,23 @@ _NOTATION = [(trigger, re.compile(pattern), replacement) for trigger, pattern, r
    r"|\b(?:per\s?cents?|percentage)(?:\s+points?)?(?![A-Za-z ])", "%"),
   ("p", r"\\text\{\s*(?:pct|por ciento|prozent)\s*\}|\bpct(?![A-Za-z ])", "%"),
   ("\\circ", r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
-  ("\\degree", r"\\degree(?![A-Za-z])", r"^\\circ "),
+  ("degree", r"\^?\s?\\(?:text)?degree(?![A-Za-z])(?:\s?\{\s?\})?", r"^\\circ "),
+  ("\\", r"(?<=[0-9])\s?\\(?:circ|deg)(?![A-Za-z])"
+   r"(?=\s?(?:[CF](?![A-Za-z])|\\text\{\s?[CF]\s?\}|[,;.)}\]]|\\lor|$))", r"^\\circ "),
   ("or", r",?\s*\\text\{\s*,?\s*(?:or)\s*\}\s*|(?<![A-Za-z\\])or(?![A-Za-z])", r"\\lor "), ("\\vee", r"\\vee(?![A-Za-z]"
     r")", r"\\lor "),
-  ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*|(?<![A-Za-z\\])and(?![A-Za-z])", ","), ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
+  ("and", r",?\s*\\text\{\s*,?\s*and\s*\}\s*| ?(?<![A-Za-z\\])and(?![A-Za-z])", ", "),
+  ("&", r",?\s*\\text\{\s*,?\s*&\s*\}\s*", ","),
   ("\\lor", r",\s*\\lor", r"\\lor"), (",", r",(?:\s*,)+", ","),
   ("\\varn", r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
   ("dots", r"\\[lc]dots(?![A-Za-z])|\\dots[bcmio](?![A-Za-z])", r"\\dots "),
   ("vert", r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"), ("\\mid", r"\\mid(?![A-Za-z])", "|"),
   ("\\bar", r"\\bar(?![A-Za-z])", r"\\overline"), ("\\back", r"\\backslash(?![A-Za-z])", r"\\setminus "),
+  ("\\textsu", r"\\textsuperscript\s?(?=\{)", "^"), ("\\textsu", r"\\textsubscript\s?(?=\{)", "_"),
+  ("{", r"\\(?:SI|qty)\s?\{([^{}]*)\}\s?\{([A-Za-z][A-Za-z0-9/^ .-]*)\}", r"\1\\text{ \2}"),  # \SI{57}{cm}
+  ("U", r"(,[^()\[\],]*[)\]])\s?(?:\\text\{\s*U\s*\}|U)\s?(?=[(\[][^()\[\],]*,)", r"\1\\cup "),  # (1,2) U (3,4)
   ("-", r"\\((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
+  ("_", rf"(?<=[0-9)])_\s?\{{\s?({_BASE})\s?\}}", lambda base: f"_{{{_BASES[base[1]]}}}"),
   ("_", rf"_\s*(?:\{{\s*)?\\text\{{\s*({_BASE})\s*\}}\s*\}}?", lambda base: f"_{{{_BASES[base[1]]}}}"),
   ("base", rf"_\s*\{{\s*(?:\\text\{{\s*)?base[\s-]*\}}?\s*({_BASE}|[0-9]+)\s*\}}?\s*\}}",
    lambda base: f"_{{{_BASES.get(base[1], base[1])}}}"),
@@ -174,6 +189,8 @@ _MARKDOWN = re.compile(r"^(\*{1,3}|_{1,3}|`{1,3}|\"|'|==)(?![*_`\s\"'])([^_]*[^\
 _ENVIRONMENTS = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"), (r"\\hline(?![A-Za-z])", ""),
   (r"\\(begin|end)\{([pbBvV]?)smallmatrix\*?\}", r"\\\1{\2matrix}"),
+  (r"\\(begin|end)\{[dr]cases\}", r"\\\1{cases}"), (r"\\begin\{([pbB]?)matrix\*\}(?:\s*\[[a-z]\])?", r"\\begin{\1matrix}"),
+  (r"\\end\{([pbB]?)matrix\*\}", r"\\end{\1matrix}"),
   (r"\\begin\{array\}\s*(?:\[[a-z]\])?\{[^{}]*\}", r"\\begin{matrix}"), (r"\\end\{array\}", r"\\end{matrix}"),
   (r"(?:\\\\\s*)+(?=\\end\{)", ""), (r"(?:\\\\|\\newline(?![A-Za-z]))\s*$", ""),
 )]
@@ -183,6 +200,8 @@ _ANNOUNCED = re.compile(r"(?i)^\s*(\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s
                         r"(?:answer|result)\s+is\b:?\s*(\})?\s*(?=[^\s}])")
 _NAMING = re.compile(r"(?:\\text\{([^{}]*)\}(?:_\{[^{}]*\}|_\w|\([^()]*\)|\s*[A-Z]{1,4}(?![A-Za-z]))?"
                      r"|(?<![\\A-Za-z])([A-Za-z]{2,}+(?:\s+[A-Za-z]+)*+))\s*(?:=|\\in(?![A-Za-z]))")
+_TEX_MATRIX = re.compile(r"\\([pbB]?matrix)\s?(?=\{)")  # \pmatrix{1&2\cr3&4}
+_RELATED = re.compile(r"=|[<>]|\\[lgn]e(?![A-Za-z])")
 _SYSTEM = re.compile(r"^\\\{(?=\\begin\{matrix\})")
 
 
@@ -194,6 +213,7 @@ def _named(found: re.Match) -> str:
 
 def _rows(text: str) -> str:
   """A system of equations in an environment as a list; pieces of a function and matrices as they are, in one spelling."""
+  text = each_group(text, _TEX_MATRIX, lambda matrix, rows: f"\\begin{{{matrix[1]}}}{rows}\\end{{{matrix[1]}}}")
   if "\\begin" not in text:
     lines = [line.strip().rstrip(",;. ") for line in re.split(r"\\\\(?:\s*\[[^\[\]]*\])?", text)]
     return ",".join(line for line in lines if line).replace("\\&", ",").replace("&", ",") if len(lines) > 1 else (
@@ -209,7 +229,8 @@ def _rows(text: str) -> str:
   lines = [re.sub(r"&\s*(?==|<|>|\\le|\\ge)|(?<==)\s*&", "", line) for line in lines if line]
   if system and any("&" in line for line in lines):
     return "\\begin{pieces}" + "\\\\".join(lines) + "\\end{pieces}"
-  if rows[1] == "matrix" and not system or any("&" in line for line in lines):
+  equations = lines and all(map(_RELATED.search, lines))
+  if rows[1] == "matrix" and not (system or equations) or any("&" in line for line in lines):
     return text.replace("{cases}", "{pieces}")
   return ",".join(lines)
 
@@ -261,6 +282,8 @@ def canonical(text: str) -> Canonical:
   text, currency = units.split_currency(_unmarked(_LAST_BACKSLASH.sub("", latex(" ".join(text.split())))))
   text = _THOUSANDS.sub("", _STRUCK_OUT.sub("", text))
   if "\\" in text:
+    if "\\times" in text:
+      text = _CROSS.sub(lambda cross: f"{cross[cross.lastindex]}\\crossing ", text)
     text = _PLAIN_FONT.sub(r"\\text", _SWITCH.sub(r"\\text{", text))
     text = each_group(unwrapped(text, _WRAPPER), _FONT, _font)
     text = _BARE_FONT.sub("", text)

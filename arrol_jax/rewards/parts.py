@@ -52,6 +52,9 @@ def without_name(gold: str, answer: str) -> tuple[str, str] | None:
   of such.
   """
   gold, answer = forward(gold), forward(answer)
+  left, equals, right = gold.partition("=")
+  if answer == f"{right}={left}" and equals and "=" not in right and value(left) is None and value(right) is None:
+    return gold, gold  # b=a is a=b
   if gold[:1] == "(" or answer[:1] == "(":
     gold, answer = _coordinates(gold), _coordinates(answer)
   gold_name, answer_name = _assigned(gold), _assigned(answer)

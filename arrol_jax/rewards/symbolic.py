@@ -22,6 +22,15 @@ _VALUES = ((7, 3), (3, 8), (-5, 4), (31, 5), (-17, 6), (5, 7), (29, 3), (-2, 9),
 _ENOUGH = 4  # points at which equal values make an identity
 
 
+_VECTOR = r"(?:\\[a-z]+\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|[A-Za-z])(?:_\{[^{}]*\})?"
+_CROSS = re.compile(rf"{_VECTOR}\\crossing ?{_VECTOR}(?![\^'(])")
+
+
+def _one_letter(cross: re.Match) -> str:
+  """A cross product of two vectors as a variable of its own, for its order counts."""
+  return f"K_{{{int.from_bytes(cross[0].replace(' ', '').encode())}}}"
+
+
 _ODD_ROOT = re.compile(r"\\sqrt\[[0-9]*[13579]\](?=\{)")
 
 
@@ -64,6 +73,9 @@ def _parsed(text: str):
   from latex2sympy2_extended.latex2sympy2 import ConversionConfig
   import sympy
 
+  text = _CROSS.sub(_one_letter, text)
+  if "\\crossing" in text:
+    return None
   notation = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False)
   reading = ConversionConfig(lowercase_symbols=False)

@@ -27,7 +27,21 @@ euro: eur | rupee: rs inr | yen: jpy | yuan: rmb | cubiccentimeter: cc | millili
 kilowatt: kw | degree: deg | radian: rad | celsius: C centigrade | fahrenheit: F | unit: | gallon: gal | hertz: hz | acre:
 pascal: pa | hectare: | pint: | quart: | cup: | knot: | decibel: dB | lightyear: ly | steradian: sr | au: AU | angstrom: Å
 person: people | child: children | man: men | woman: women | penny: pennies | pence:
+meter: м метр метра метров метры μέτρο μέτρα | kilometer: км километр километра километров χιλιόμετρο χιλιόμετρα
+centimeter: см сантиметр сантиметра сантиметров | millimeter: мм миллиметр миллиметра миллиметров
+gram: г грамм грамма граммов γραμμάρια | kilogram: кг килограмм килограмма килограммов κιλό κιλά
+liter: л литр литра литров λίτρο λίτρα | milliliter: мл миллилитров | second: сек секунда секунды секунд δευτερόλεπτα
+minute: мин минута минуты минут λεπτά | hour: ч час часа часов ώρα ώρες | day: день дня дней ημέρα ημέρες μέρες
+week: неделя недели недель εβδομάδες | month: месяц месяца месяцев μήνες | year: год года лет χρόνια έτη
+ruble: руб рубль рубля рублей | euro: евро ευρώ | dollar: доллар доллара долларов δολάρια | degree: градус градуса градусов μοίρες
+person: человек человека άτομα
 """
+# Of a script whose words are not letters alone.
+_HINDI = {
+  "किमी": "km", "सेमी": "cm", "मिमी": "mm", "मीटर": "meter", "किलोमीटर": "km", "सेंटीमीटर": "cm", "किग्रा": "kg",
+  "किलोग्राम": "kg", "ग्राम": "gram", "लीटर": "liter", "घंटे": "hour", "मिनट": "minute", "सेकंड": "second", "दिन": "day",
+  "वर्ष": "year", "साल": "year", "रुपये": "rupee"}
+_HINDI_UNIT = re.compile(rf"(?<=[0-9{{ ])(?:{'|'.join(_HINDI)})(?=[ }}.]|$)")
 _CURRENCIES = frozenset("cent dollar euro rupee yen yuan".split())
 
 
@@ -129,6 +143,8 @@ def split_unit(text: str) -> tuple[str, str]:
   number and a space also other words of more than three letters: 12 xy and 3 m are products. \\text{12 apples} is such a text
   too. Ordinals (57th) lose their ending.
   """
+  if not text.isascii():
+    text = _HINDI_UNIT.sub(lambda word: _HINDI[word[0]], text)
   text = _RANKED.sub(lambda rank: f"{rank[1]} {'' if rank[3] else rank[2] or ''}", text)
   text = _TEXT_RANK.sub(r"\1", text)
   text = _SQUARED.sub(r"per \2 \1", text)
