@@ -15,6 +15,7 @@ import warnings
 from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
+import numpy as np
 
 from arrol_jax import usage
 from arrol_jax.config_ranges import check_ranges, need, value_of
@@ -36,7 +37,14 @@ from arrol_jax.types import UserError
 
 
 class Section(ConfigDict):
-  """A part of the config whose keys may also be set by the names that they had a release ago."""
+  """A part of the config. Its keys may also be set by the names that they had a release ago; NumPy's numbers are plain ones, and
+  True is no real number."""
+
+  def __setitem__(self, name, value):
+    value = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
+    if isinstance(value, bool) and name in self and self.get_type(name) is float:  # ml_collections would make it 1.0
+      raise TypeError(f"Could not override field '{name}' (reference). {value} is of type bool and cannot be cast to float")
+    super().__setitem__(name, value)
 
   def __setattr__(self, name, value):
     new = _LAST_NAMES.get(name) if name not in self else None
@@ -44,6 +52,11 @@ class Section(ConfigDict):
       hosts.say(f"config: {name} is called {new} now")
       name, value = new, _NEW_VALUES.get(name, lambda x: x)(value)
     super().__setattr__(name, value)
+
+
+def _plain(value):
+  """NumPy's float64 would pass for a float, and make a type of its own of the key."""
+  return value.item() if isinstance(value, np.generic) else value
 
 
 _LAST_NAMES = {old.split(".")[1]: new.split(".")[1] for old, new in RENAMED.items()}
@@ -110,6 +123,9 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
     config = values.config
   except Exception as e:  # a config file is a program: it may raise anything
     raise UserError(_explain(path, e, argv)) from e
+  except SystemExit as e:  # or end the process, in silence
+    code = "" if e.code is None else " ".join(str(e.code).split())[:200]
+    raise UserError(f"{path}: it ends by sys.exit({code}) and gives no config") from e
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
@@ -145,20 +161,13 @@ def _with_home(text: str) -> str:
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
-def _words(text: str) -> list[str]:
-  """Of a list, also where it stands in brackets, as (table,head), or its words in quotes."""
-  text = text.strip()
-  inside = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
-  return [word for part in inside.split(",") if (word := part.strip().strip("'\""))]
-
-
 def _split_lists(c: ConfigDict) -> None:
   """--config.prune.weigh=table,head is ("table", "head"), as --config.prune.detect=64,128 is (64, 128)."""
   for name, value in c.items():
     if isinstance(value, ConfigDict):
       _split_lists(value)
     elif isinstance(value, tuple) and any(isinstance(x, str) for x in value):
-      c[name] = tuple(part for x in value for part in (_words(x) if isinstance(x, str) else [x]))
+      c[name] = tuple(part for x in value for part in (usage.words(x) if isinstance(x, str) else [x]))
 
 
 def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
@@ -171,11 +180,15 @@ def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
       raise UserError(f"unexpected argument {word!r}; write --{'workdir' if is_run(word) else 'config'}={word}")
     half = given and os.path.isdir(os.path.join(given[-1], "checkpoints"))
     where = f", and {given[-1]} {'has checkpoints and no config.json' if half else 'holds no run'}" if given else ""
-    raise UserError(f"no --config=NAME or --config=FILE given{where}; shipped ones: {', '.join(shipped.names())}")
+    raise UserError(_no_config(where))
   c, file = defaults(), os.path.join(given[-1], "config.json")
   for name in fill(c, stored_config(given[-1], c)):
     hosts.say(f"{file}: {name} is not known here and is left out")
   return file, c
+
+
+def _no_config(where: str = "") -> str:
+  return f"no --config=NAME or --config=FILE given{where}; shipped ones: {', '.join(shipped.names())}"
 
 
 def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
@@ -191,6 +204,8 @@ def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
       rest.append(word)
   if name is None:
     return argv, None
+  if not name.strip():  # an unset variable of a shell: nor is the config of --workdir's run meant
+    raise UserError(_no_config())
   path = shipped.config_file(name)
   if not os.path.isfile(path):
     raise UserError(f"{name}: no such config file; shipped ones: {', '.join(shipped.names())}")
