@@ -121,11 +121,8 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
   try:
     rest = values(argv)
     config = values.config
-  except Exception as e:  # a config file is a program: it may raise anything
+  except (Exception, SystemExit) as e:  # a config file is a program: it may raise anything, or end the process
     raise UserError(_explain(path, e, argv)) from e
-  except SystemExit as e:  # or end the process, in silence
-    code = "" if e.code is None else " ".join(str(e.code).split())[:200]
-    raise UserError(f"{path}: it ends by sys.exit({code}) and gives no config") from e
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
   if rest[1:]:
@@ -213,7 +210,7 @@ def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
   return [rest[0], f"--config={path}", *rest[1:]], path
 
 
-def _key_of(e: Exception) -> str:
+def _key_of(e: BaseException) -> str:
   """What ml_collections says of an unknown key (its last part, perhaps a guess at what was meant), "" for other errors."""
   while e.args and isinstance(e.args[0], Exception):
     e = e.args[0]
@@ -222,7 +219,7 @@ def _key_of(e: Exception) -> str:
   return " ".join(str(e.args[0]).partition("Other fields present")[0].split())
 
 
-def _explain(path: str, e: Exception, argv: list[str]) -> str:
+def _explain(path: str, e: BaseException, argv: list[str]) -> str:
   """What ml_collections or the config file raised, in one line."""
   key, given = _key_of(e), [word.partition("=")[0] for word in argv if word.startswith("--config.")]
   by_hand = [name for name in given if name not in usage.config_flags()]
@@ -234,6 +231,8 @@ def _explain(path: str, e: Exception, argv: list[str]) -> str:
     meant = [f"--config.{name}" for name, *_ in usage.keys() if name.rpartition(".")[2] == last]
     if meant and "Did you" not in text:
       text += f". Did you mean {' or '.join(meant)}?"
+  elif isinstance(e, SystemExit):
+    text = f"{path}: it ends by sys.exit({'' if e.code is None else str(e.code)[:200]}) and gives no config"
   elif isinstance(e, flags.Error) and "Traceback" not in str(e):
     text = str(e)
   else:  # ml_collections puts the whole traceback of a failing config file into the message
