@@ -132,6 +132,15 @@ def test_greedy_samples_are_remarked_on():
   assert not remarks.of(parse("--config.eval.temperature=1.0")) and not remarks.of(parse("--config.eval.samples=1"))
 
 
+def test_a_rate_that_never_arrives_and_thoughts_without_a_template_are_remarked_on():
+  parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.steps=5", *argv])[0]
+  assert remarks.of(parse("--config.optim.warmup=6")) == [
+    "optim.warmup is 6 and steps is 5: the run ends before the learning rate is reached"]
+  assert remarks.of_evaluation(parse("--config.data.thinking=True")) == remarks.of(parse("--config.data.thinking=True")) == [
+    "data.thinking: prompts of data sets hear nothing of it without data.chat"]
+  assert not remarks.of(parse("--config.optim.warmup=5", "--config.data.thinking=True", "--config.data.chat=True"))
+
+
 def test_a_mask_with_a_cap_at_which_nothing_is_learned_is_refused():
   argv = ["p", "--config=quickstart", "--config.loss.correction=mask", "--config.loss.correction_cap="]
   for cap, fine in (("1.0", False), ("0.5", False), ("1.01", True)):
