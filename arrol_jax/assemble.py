@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from arrol_jax import step_programs
+from arrol_jax.config_ranges import value_of
 from arrol_jax.data import sources
 from arrol_jax.data.problems import Prompt, digests, encode_prompts, lost
 from arrol_jax.engine.memory import slots_that_fit
@@ -49,12 +50,23 @@ TOP_K = 20  # DeepConf's, as its authors' servers report them
 
 def make_mesh(c: ConfigDict) -> jax.sharding.Mesh:
   hosts.check_devices()
-  if c.model.attention == "cudnn" and jax.default_backend() != "gpu":
-    raise UserError(f"model.attention=cudnn needs an NVIDIA GPU and this is a {jax.default_backend()}; auto takes what fits")
+  check_attention(c, jax.default_backend())
   try:
     return sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
   except ValueError as e:
     raise UserError(f"mesh: {e}") from e
+
+
+def check_attention(c: ConfigDict, platform: str) -> None:
+  """UserError for a way to attend that the device cannot run, or only interpreted: hundreds of times slower."""
+  for key, of in (("model.attention", {"cudnn": "gpu", "splash": "tpu"}), ("rollout.attention", {"triton": "gpu", "tpu": "tpu"})):
+    value = value_of(c, key)
+    if of.get(value, platform) != platform:
+      fit = ", ".join(["xla", *(name for name, place in of.items() if place == platform)])
+      raise UserError(f"{key}={value} needs {'an NVIDIA GPU' if of[value] == 'gpu' else 'a TPU'} and this is a {platform}, which "
+                      f"can run {fit}; auto takes what fits")
+  if c.model.attention == "cudnn" and c.model.dtype == "float32":
+    raise UserError("model.attention=cudnn computes in bfloat16 and model.dtype is float32; auto takes what fits")
 
 
 def load(c: ConfigDict, mesh: jax.sharding.Mesh, training: bool = False) -> Policy:

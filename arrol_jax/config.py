@@ -15,6 +15,7 @@ import warnings
 from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
+import numpy as np
 
 from arrol_jax import usage
 from arrol_jax.config_ranges import check_ranges, need, value_of
@@ -36,7 +37,14 @@ from arrol_jax.types import UserError
 
 
 class Section(ConfigDict):
-  """A part of the config whose keys may also be set by the names that they had a release ago."""
+  """A part of the config. Its keys may also be set by the names that they had a release ago; NumPy's numbers are plain ones, and
+  True is no real number."""
+
+  def __setitem__(self, name, value):
+    value = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
+    if isinstance(value, bool) and name in self and self.get_type(name) is float:  # ml_collections would make it 1.0
+      raise TypeError(f"Could not override field '{name}' (reference). {value} is of type bool and cannot be cast to float")
+    super().__setitem__(name, value)
 
   def __setattr__(self, name, value):
     new = _LAST_NAMES.get(name) if name not in self else None
@@ -44,6 +52,11 @@ class Section(ConfigDict):
       hosts.say(f"config: {name} is called {new} now")
       name, value = new, _NEW_VALUES.get(name, lambda x: x)(value)
     super().__setattr__(name, value)
+
+
+def _plain(value):
+  """NumPy's float64 would pass for a float, and make a type of its own of the key."""
+  return value.item() if isinstance(value, np.generic) else value
 
 
 _LAST_NAMES = {old.split(".")[1]: new.split(".")[1] for old, new in RENAMED.items()}
@@ -108,7 +121,7 @@ def parse(argv: list[str], own: dict[str, tuple] | None = None, doc: str = "") -
   try:
     rest = values(argv)
     config = values.config
-  except Exception as e:  # a config file is a program: it may raise anything
+  except (Exception, SystemExit) as e:  # a config file is a program: it may raise anything, or end the process
     raise UserError(_explain(path, e, argv)) from e
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config() must return a ConfigDict; start from configs/base.py")
@@ -145,20 +158,13 @@ def _with_home(text: str) -> str:
   return re.sub(r"(?:^|(?<=[,:]))(\s*)(~[^/,\s]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
 
 
-def _words(text: str) -> list[str]:
-  """Of a list, also where it stands in brackets, as (table,head), or its words in quotes."""
-  text = text.strip()
-  inside = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
-  return [word for part in inside.split(",") if (word := part.strip().strip("'\""))]
-
-
 def _split_lists(c: ConfigDict) -> None:
   """--config.prune.weigh=table,head is ("table", "head"), as --config.prune.detect=64,128 is (64, 128)."""
   for name, value in c.items():
     if isinstance(value, ConfigDict):
       _split_lists(value)
     elif isinstance(value, tuple) and any(isinstance(x, str) for x in value):
-      c[name] = tuple(part for x in value for part in (_words(x) if isinstance(x, str) else [x]))
+      c[name] = tuple(part for x in value for part in (usage.words(x) if isinstance(x, str) else [x]))
 
 
 def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
@@ -171,11 +177,15 @@ def _config_of_run(argv: list[str]) -> tuple[str, ConfigDict]:
       raise UserError(f"unexpected argument {word!r}; write --{'workdir' if is_run(word) else 'config'}={word}")
     half = given and os.path.isdir(os.path.join(given[-1], "checkpoints"))
     where = f", and {given[-1]} {'has checkpoints and no config.json' if half else 'holds no run'}" if given else ""
-    raise UserError(f"no --config=NAME or --config=FILE given{where}; shipped ones: {', '.join(shipped.names())}")
+    raise UserError(_no_config(where))
   c, file = defaults(), os.path.join(given[-1], "config.json")
   for name in fill(c, stored_config(given[-1], c)):
     hosts.say(f"{file}: {name} is not known here and is left out")
   return file, c
+
+
+def _no_config(where: str = "") -> str:
+  return f"no --config=NAME or --config=FILE given{where}; shipped ones: {', '.join(shipped.names())}"
 
 
 def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
@@ -191,6 +201,8 @@ def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
       rest.append(word)
   if name is None:
     return argv, None
+  if not name.strip():  # an unset variable of a shell: nor is the config of --workdir's run meant
+    raise UserError(_no_config())
   path = shipped.config_file(name)
   if not os.path.isfile(path):
     raise UserError(f"{name}: no such config file; shipped ones: {', '.join(shipped.names())}")
@@ -198,7 +210,7 @@ def _config_of(argv: list[str]) -> tuple[list[str], str | None]:
   return [rest[0], f"--config={path}", *rest[1:]], path
 
 
-def _key_of(e: Exception) -> str:
+def _key_of(e: BaseException) -> str:
   """What ml_collections says of an unknown key (its last part, perhaps a guess at what was meant), "" for other errors."""
   while e.args and isinstance(e.args[0], Exception):
     e = e.args[0]
@@ -207,7 +219,7 @@ def _key_of(e: Exception) -> str:
   return " ".join(str(e.args[0]).partition("Other fields present")[0].split())
 
 
-def _explain(path: str, e: Exception, argv: list[str]) -> str:
+def _explain(path: str, e: BaseException, argv: list[str]) -> str:
   """What ml_collections or the config file raised, in one line."""
   key, given = _key_of(e), [word.partition("=")[0] for word in argv if word.startswith("--config.")]
   by_hand = [name for name in given if name not in usage.config_flags()]
@@ -219,6 +231,8 @@ def _explain(path: str, e: Exception, argv: list[str]) -> str:
     meant = [f"--config.{name}" for name, *_ in usage.keys() if name.rpartition(".")[2] == last]
     if meant and "Did you" not in text:
       text += f". Did you mean {' or '.join(meant)}?"
+  elif isinstance(e, SystemExit):
+    text = f"{path}: it ends by sys.exit({'' if e.code is None else str(e.code)[:200]}) and gives no config"
   elif isinstance(e, flags.Error) and "Traceback" not in str(e):
     text = str(e)
   else:  # ml_collections puts the whole traceback of a failing config file into the message

@@ -78,7 +78,7 @@ def _in_range(c: ConfigDict, name: str, least: float, most: float, above: bool) 
     return
   number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
   fits = number and (least < value if above else least <= value) and value <= most
-  high = most < _WHOLE or number and value > most
+  high = most < _WHOLE or bool(number and value > most)  # of NumPy's numbers, which no list is multiplied by
   ends = [f"{'above' if above else 'at least'} {least}"] * (least > -_REAL) + [f"at most {most}"] * high
   need(fits, f"{name} is {value}; it must be a finite number {' and '.join(ends)}".rstrip())
 

@@ -39,6 +39,7 @@ def main():
     sources.check(path, "test", c.data.folder)
   for remark in remarks.of_evaluation(c):
     hosts.say(f"config: {remark}")
+  sources.import_early(*paths)
   tokenizers.import_early()  # while JAX looks for its devices
   mesh = assemble.make_mesh(c)
   with jax.set_mesh(mesh), assemble.grader(c) as grader:  # before a model is loaded for nothing

@@ -112,6 +112,7 @@ def plan_card(c: ConfigDict, model: PolicyConfig, source: str, flags) -> None:
     raise UserError(f"{', '.join(given)}: for a card nothing is compiled and no time predicted; leave that out")
   if any(c.mesh[name] != 1 for name in sharding.AXES):
     raise UserError(f"--topology={flags.topology} is one card: give --config.mesh.data=1, .fsdp=1 and .tensor=1")
+  assemble.check_attention(c, "gpu")
   limit = int(int(size[1]) * 1e9 * CARD_SHARE)
   needs = card.count(c, model, limit)
   fits = card.fits(needs, limit)
@@ -145,6 +146,7 @@ def topology_mesh(name: str, c: ConfigDict) -> tuple[Mesh, int]:
   if chip not in HBM:
     raise UserError(f"--topology={name}: unknown chip; write {', '.join(HBM)} and a shape, such as v5e:16x16 or v5p:4x4x4, "
                     "or gpu:24GB for one card")
+  assemble.check_attention(c, "tpu")
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(f'libtpu, which compiles for TPUs, is not installed: pip install "jax[tpu]=={jax.__version__}"')
   os.environ.update(ENVIRONMENT)

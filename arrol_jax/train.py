@@ -44,6 +44,7 @@ def main():
   if done:
     hosts.say(f"{workdir}: finished ({done} steps); its results are in summary.json")
     return
+  sources.import_early(c.data.train, c.data.eval)
   tokenizers.import_early()  # while JAX looks for its devices
   lock = hosts.together(lambda: hold(workdir) if hosts.first() else nullcontext())
 

@@ -83,3 +83,10 @@ def _rows(pairs: list[tuple[str, str]]) -> list[str]:
     first, *rest = textwrap.wrap(right, WIDTH - room) or [""]
     out += [f"  {left:<{room}}{first}".rstrip(), *(f"  {'':<{room}}{line}" for line in rest)]
   return out
+
+
+def words(text: str) -> list[str]:
+  """Of a list, also where it stands in brackets, as (table,head), or its words in quotes."""
+  text = text.strip()
+  inside = text[1:-1] if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")) else text
+  return [word for part in inside.split(",") if (word := part.strip().strip("'\""))]

@@ -10,13 +10,13 @@ from arrol_jax.config import Section
 
 
 def get_config() -> ConfigDict:
-  c = ConfigDict()
+  c = Section()
   c.steps = 200                # training steps; each is epochs x minibatches optimizer steps
   c.stop_seconds = config_dict.placeholder(float)  # a run ends with the step that fills so many seconds of steps, compilation
                                # and evaluations not counted (sec_total in metrics.jsonl), or after `steps`; None: after `steps`
   c.seed = 0
 
-  c.model = ConfigDict()
+  c.model = Section()
   c.model.path = ""            # Hugging Face folder, .gguf file, or an id on the hub: Qwen/Qwen3-0.6B
   c.model.dtype = "bfloat16"   # activations, decoding weights and cache; parameters and optimizer are float32
   c.model.attention = "auto"   # training: "xla", "cudnn" (NVIDIA), "splash" (TPU) or "auto"
@@ -24,12 +24,12 @@ def get_config() -> ConfigDict:
   c.model.scan_layers = True   # the update scans over the layers; False: one by one, a sixth faster on an H100, with more memory
                                # and a longer compilation
 
-  c.model.lora = ConfigDict()  # adapters beside a frozen base, which is held in model.dtype
+  c.model.lora = Section()  # adapters beside a frozen base, which is held in model.dtype
   c.model.lora.rank = 0        # of each; 0: none, all weights are trained
   c.model.lora.alpha = 32.0    # their product counts alpha / rank times
   c.model.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices that have them
 
-  c.data = ConfigDict()
+  c.data = Section()
   c.data.train = ""            # JSONL (optionally .gz), a benchmark's name, tfds:, hf:, reasoning_gym: (arrol_jax/data/sources.py
                                # says all); several, separated by commas
   c.data.eval = ""             # held-out problems, same forms; "" = no evaluation
@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
   c.prune.weigh = ()           # where survivors count 1 / keep probability times (METHOD 9.1): any of "table", "head", "policy"
   c.prune.half_life = config_dict.placeholder(float)  # rollouts started until a count weighs half; None: never (open)
 
-  c.quality = ConfigDict()
+  c.quality = Section()
   c.quality.inputs = ("last",)  # hidden state at the token (paper); further "mean" so far, "logprobs" (METHOD 9.6)
   c.quality.fit = "adam"       # with the policy's step (paper); "ridge": in closed form, at each decision and the last token
                                # (METHOD 10.3). It also reads "mean@2/3", "last@3/4", "prompt@2/3", "windows", "siblings"
@@ -99,10 +99,10 @@ def get_config() -> ConfigDict:
   c.quality.weight_decay = 0.0  # in those steps
   c.quality.short = "skip"     # rollouts that end before detection: "skip" or "last" hidden state (open in the paper)
 
-  c.learn = ConfigDict()
+  c.learn = Section()
   c.learn.keep = 1.0           # share of a group's survivors that is learned from: those whose rewards vary most (PODS)
 
-  c.loss = ConfigDict()
+  c.loss = Section()
   c.loss.name = "grpo"         # "grpo", "dapo", "dr_grpo", "gspo"; the fields below override what it prescribes (None: nothing)
   c.loss.clip_low = config_dict.placeholder(float)
   c.loss.clip_high = config_dict.placeholder(float)
@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
   c.loss.correction = "none"   # what sampler and trainer differ by: "truncate" weighs each token by min(ratio, cap), "mask"
   c.loss.correction_cap = 2.0  # each row by its whole ratio, not at all above the cap; for "int8" of rollout
 
-  c.optim = ConfigDict()
+  c.optim = Section()
   c.optim.lr = 1e-6            # policy (paper)
   c.optim.head_lr = 1e-3       # quality head (open in the paper)
   c.optim.warmup = 0           # steps
@@ -134,7 +134,7 @@ def get_config() -> ConfigDict:
   c.optim.length_buckets = 2   # compiled lengths of attention's rows in the update
   c.optim.tail_sizes = 2       # compiled sizes of the last micro-batch that are smaller, evenly: a third and two thirds
 
-  c.reward = ConfigDict()
+  c.reward = Section()
   c.reward.pattern = "boxed"   # where the answer is: the last \boxed{}; "answer": after "Answer:"; "hashes", "first_hashes":
                                # after "####"; or a regular expression with one group, whose last match counts
   c.reward.function = config_dict.placeholder(str)  # "package.module.function" of (response, answer) -> any finite number; None:
@@ -145,7 +145,7 @@ def get_config() -> ConfigDict:
   c.reward.timeout = 5.0       # seconds an answer may take there
   c.reward.memory = 2048       # MiB a process may add
 
-  c.checkpoint = ConfigDict()
+  c.checkpoint = Section()
   c.checkpoint.every = 20      # steps
   c.checkpoint.keep = 2        # newest kept, and beside them the one whose steps had the highest reward_ipw
   c.checkpoint.best = config_dict.placeholder(str)  # "held_out_accuracy": after each eval.every steps a checkpoint too, of which
@@ -154,7 +154,7 @@ def get_config() -> ConfigDict:
   c.checkpoint.export = True   # at the end, write policy/: Hugging Face layout in model.dtype, head and table beside it; with
                                # adapters, policy/ has them merged and adapter/ holds them alone, as PEFT reads them
 
-  c.eval = ConfigDict()
+  c.eval = Section()
   c.eval.benchmarks = ""       # more sources for `evaluate`, separated by commas
   c.eval.problems = 0          # first so many problems; 0: all
   c.eval.every = config_dict.placeholder(int)  # steps after which a part of data.eval is evaluated during training; None: only
@@ -175,7 +175,7 @@ def get_config() -> ConfigDict:
   c.log.backends = "jsonl,tensorboard"  # where figures go: "tensorboard", "wandb", "trackio", beside metrics.jsonl ("jsonl"),
                                # which is always written
 
-  c.mesh = ConfigDict()
+  c.mesh = Section()
   c.mesh.data = 1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1

@@ -78,6 +78,37 @@ def test_a_key_that_a_config_file_misspells_is_one_short_line_with_the_files_nam
   assert len(str(e.value)) < 400
 
 
+@pytest.mark.parametrize("words", [["--config="], ["--config= "], ["--config"], ["--config=", "--config.steps=3"],
+                                   ["--config=quickstart", "--config="]])
+def test_an_empty_name_of_a_config_is_none(words):
+  with pytest.raises(UserError, match="^no --config=NAME or --config=FILE given; shipped ones: "):
+    config.parse(["p", *words])
+
+
+@pytest.mark.parametrize("code", ["sys.exit()", "sys.exit(0)", "def get_config():\n  sys.exit('no GPU')"])
+def test_a_config_file_that_ends_the_process_is_one_line(tmp_path, code):
+  (tmp_path / "mine.py").write_text(f"import sys\n{code}\n")
+  with pytest.raises(UserError, match=r"mine.py: it ends by sys.exit\((0|no GPU)?\) and gives no config"):
+    config.parse(["p", f"--config={tmp_path}/mine.py"])
+
+
+def test_numbers_of_numpy_are_plain_ones_and_true_is_none(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "import numpy as np\nfrom configs import quickstart\ndef get_config():\n  c = quickstart.get_config()\n"
+    "  c.optim.lr, c.optim.b1, c.optim.warmup = np.float64(1e-5), np.float32(0.5), np.int64(3)\n"
+    "  c.stop_seconds, c.prune.detect = np.float64(60), (np.int64(8),)\n  return c\n")
+  c, _ = config.parse(["p", f"--config={tmp_path}/mine.py"])
+  assert repr((c.optim.lr, c.optim.b1, c.optim.warmup, c.stop_seconds, c.prune.detect)) == "(1e-05, 0.5, 3, 60.0, (8,))"
+  config.check(c, files=False)
+  c, _ = config.parse(["p", f"--config={tmp_path}/mine.py", "--config.optim.lr=2e-5"])
+  assert c.optim.lr == 2e-5
+  for value in ("True", "np.bool_(True)", "'fast'"):
+    (tmp_path / "mine.py").write_text("import numpy as np\nfrom configs import quickstart\ndef get_config():\n"
+                                      f"  c = quickstart.get_config()\n  c.optim.lr = {value}\n  return c\n")
+    with pytest.raises(UserError, match="mine.py: TypeError: Could not override field 'lr'"):
+      config.parse(["p", f"--config={tmp_path}/mine.py"])
+
+
 def test_a_config_key_given_as_a_flag_is_named(tmp_path):
   with pytest.raises(UserError, match=r"Unknown command line flag 'steps'. Did you mean --config.steps\?"):
     config.parse(["p", "--config=quickstart", "--steps=20"])
@@ -99,6 +130,15 @@ def test_greedy_samples_are_remarked_on():
   parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.eval.samples=4", *argv])[0]
   assert "greedy responses to a problem are all alike" in "".join(remarks.of(parse()))
   assert not remarks.of(parse("--config.eval.temperature=1.0")) and not remarks.of(parse("--config.eval.samples=1"))
+
+
+def test_a_rate_that_never_arrives_and_thoughts_without_a_template_are_remarked_on():
+  parse = lambda *argv: config.parse(["p", "--config=quickstart", "--config.steps=5", *argv])[0]
+  assert remarks.of(parse("--config.optim.warmup=6")) == [
+    "optim.warmup is 6 and steps is 5: the run ends before the learning rate is reached"]
+  assert remarks.of_evaluation(parse("--config.data.thinking=True")) == remarks.of(parse("--config.data.thinking=True")) == [
+    "data.thinking: prompts of data sets hear nothing of it without data.chat"]
+  assert not remarks.of(parse("--config.optim.warmup=5", "--config.data.thinking=True", "--config.data.chat=True"))
 
 
 def test_a_mask_with_a_cap_at_which_nothing_is_learned_is_refused():

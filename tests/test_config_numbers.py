@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from ml_collections import ConfigDict
+import numpy as np
 import pytest
 
 from arrol_jax import config, config_ranges
@@ -44,6 +45,12 @@ def refused(name, value, **others):
 def test_there_are_as_many_as_there_were():
   some = {"quality.weight_decay", "rollout.temperature", "reward.timeout", "steps", "loss.overlong"}
   assert len(NAMES) > 65 and some <= set(NAMES)
+
+
+def test_a_number_of_numpy_has_a_range_too():
+  config_ranges._in_range(ConfigDict({"lr": np.float64(1e-5)}), "lr", 0, 3e38, False)
+  with pytest.raises(UserError, match="lr is -1.0; it must be a finite number at least 0$"):
+    config_ranges._in_range(ConfigDict({"lr": np.float64(-1)}), "lr", 0, 3e38, False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])

@@ -139,7 +139,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding(tmp_path):
   ({"prune__keep": 0.4}, ["rollout.group_size 4 x prune.keep 0.4", "prune.enabled=False"]),
   ({"prune__cold_start": 5}, ["prune.cold_start is 5 and steps is 5"]),
   ({"prune__detect": (40,), "rollout__max_new": 44}, ["prune.detect is (40,) and rollout.max_new is 44", "almost to its end"]),
-  ({"optim__lr": 0}, ["optim.lr is 0"]), ({"optim__warmup": 5}, ["optim.warmup is 5"]),
+  ({"optim__lr": 0}, ["optim.lr is 0"]), ({"optim__warmup": 6}, ["optim.warmup is 6"]),
   ({"loss__clip_low": 0.2}, ["nothing comes of it"]),
   ({"model__lora__targets": "('q','v')"}, ["model.lora.targets: nothing comes of it without model.lora.rank"]),
   ({"model__lora__rank": 4, "optim__lr": 1e-6}, ["optim.lr is 1e-06", "1e-05 and more"]),

@@ -10,8 +10,10 @@ from helpers_train import QUICKSTART, ROOT, arguments, assert_refused, command
 import jax
 import pytest
 
-from arrol_jax import config
+from arrol_jax import assemble, config
 from arrol_jax.data import sources
+from arrol_jax.engine import decode_attention
+from arrol_jax.models import attention
 from arrol_jax.running import hosts
 from arrol_jax.types import UserError
 
@@ -30,6 +32,21 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, module, argv, platform
   argv = [a.replace("DIR", str(tmp_path / "run")) for a in argv]
   result = run(module, *argv, JAX_PLATFORMS=platform)
   assert_refused(result, f"JAX_PLATFORMS={platform}", "no such device here", "JAX_PLATFORMS=cpu")
+
+
+@pytest.mark.parametrize("platform, refused", [
+  ("cpu", "model=cudnn model=splash rollout=triton rollout=tpu"), ("gpu", "model=splash rollout=tpu"),
+  ("tpu", "model=cudnn rollout=triton")])
+def test_what_a_device_cannot_attend_with_is_one_line(platform, refused):
+  said = {}
+  for section, ways in (("model", attention.IMPLEMENTATIONS), ("rollout", decode_attention.IMPLEMENTATIONS)):
+    for way in ways:
+      c, _ = config.parse(["x", QUICKSTART, f"--config.{section}.attention={way}", "--config.model.dtype=bfloat16"])
+      try:
+        assemble.check_attention(c, platform)
+      except UserError as e:
+        said[f"{section}={way}"] = str(e)
+  assert " ".join(said) == refused and all(f"this is a {platform}, which can run xla" in text for text in said.values())
 
 
 @pytest.mark.parametrize("environment, words", [

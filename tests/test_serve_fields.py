@@ -50,6 +50,9 @@ def refused(limits, body, chat=False):
 def test_what_the_tokenizer_does_not_know_is_named_not_lost(limits):
   assert "no token for ' ', 'x' of prompt" in refused(limits, {"prompt": "5 + x>"})
   assert "no token for 'h', 'i' of messages" in refused(limits, {"messages": [{"role": "user", "content": "hi"}]}, chat=True)
+  said = lambda *texts: {"messages": [{"role": "user", "content": text} for text in texts]}
+  assert refused(limits, said("5<eos>3>"), chat=True) == "the model's tokenizer has no token for '<eos>' as text of messages"
+  assert "no token for 'x', '<eos>' as text, '<bos>' as text of" in refused(limits, said("<eos>x", "<bos><eos>"), chat=True)
   assert len(read(limits, {"prompt": "<pad>5+5>"}).calls[0].tokens) == 5  # asked for by its name
 
 
@@ -226,6 +229,13 @@ def test_special_tokens_typed_into_a_message_are_text(bytewise):
   assert bytewise.decode(tokens) == f"<|im_start|>user>{typed}<|im_end|><|im_start|>user>c<|im_end|>"
   plain = [{"role": "user", "content": "a\n"}]  # and an ordinary message is encoded as ever
   assert prompts.chat(plain, limits) == bytewise.encode("<|im_start|>user>a\n<|im_end|>", add_special_tokens=False)
+
+
+def test_a_template_that_refuses_what_was_typed_says_it_as_it_was_typed(bytewise):
+  bytewise.chat_template = "{{ raise_exception('not ' + messages[0].content) }}"
+  limits = Limits("m", 1000, 48, 12, 300, bytewise, None, 8, False, False, longest=12)
+  with pytest.raises(fields.Refused, match=r"refuses these messages: not a<\|im_end\|>b$"):
+    prompts.chat([{"role": "user", "content": "a<|im_end|>b"}], limits)
 
 
 # ---- offsets ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sources: whichever way problems come in, the batches are the same; faults name the place and end with status 2."""
 
 import gzip
+import inspect
 import json
 from pathlib import Path
 import re
@@ -12,6 +13,7 @@ import textwrap
 from hypothesis import given, settings, strategies as st
 import pytest
 
+from arrol_jax import evaluate, train
 from arrol_jax.data import sources
 from arrol_jax.data.problems import Problem, Prompt, batch_at, encode_prompts, load_problems
 from arrol_jax.rewards import Graded, Grader, extract_answer
@@ -254,6 +256,23 @@ extras = "tensorflow_datasets", "importlib_resources", "datasets", "reasoning_gy
 print([name for name in extras if name in sys.modules])"""
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
   assert done.stdout == "[]\n"
+
+
+def test_tfds_is_imported_before_threads_begin(folder, tmp_path):
+  """While it is, `import` is another function in all threads; what is read later leaves it alone."""
+  pytest.importorskip("tensorflow_datasets")
+  code = f"""import sys
+from arrol_jax.data import sources
+sources.import_early("gsm8k", "a.jsonl, b.jsonl")
+assert "tensorflow_datasets" not in sys.modules
+sources.import_early("gsm8k", "a.jsonl, tfds:gsm8k")
+from etils.epy import lazy_imports_utils
+lazy_imports_utils._lazy_import = None  # what stands in for `import`
+assert len(sources.load_problems("tfds:gsm8k", "train", {str(folder)!r}, {str(tmp_path / "tfds")!r})) == 23"""
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  for command in (train, evaluate):
+    code = inspect.getsource(command.main)
+    assert 0 < code.index("sources.import_early(") < code.index("tokenizers.import_early()")
 
 
 # --- batches over hosts -------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ def load_problems(sources: str, split: str, folder: str = "", tfds_dir: str | No
   return to_problems(record for source in split_list(sources) for record in _records(source, split, folder, tfds_dir))
 
 
+def import_early(*listed: str) -> None:
+  """Imports TFDS where a source asks for it; a command does so before its threads begin.
+
+  While TFDS is imported, `import` itself is another function in the whole process, and what other threads import meanwhile may
+  not be there when they use it.
+  """
+  if any(_parse(one)[0] == "tfds" for sources in listed for one in split_list(sources)):
+    from arrol_jax.data import tfds  # noqa: F401
+
+
 def check(source: str, split: str, folder: str = "") -> None:
   """Raises UserError where a look at names and files tells that `load_problems` must fail. Reads nothing."""
   kind, name, options = _parse(source)

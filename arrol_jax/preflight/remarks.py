@@ -17,6 +17,8 @@ def of(c: ConfigDict) -> list[str]:
   if named and c.optim.epochs * c.optim.minibatches == 1:
     out.append(f"{', '.join(named)}: nothing comes of it with one optimizer step a batch, where the ratio is 1; set optim.epochs "
                "or optim.minibatches")
+  if c.optim.warmup > c.steps:
+    out.append(f"optim.warmup is {c.optim.warmup} and steps is {c.steps}: the run ends before the learning rate is reached")
   if c.rollout.ahead and c.loss.correction == "none":
     out.append("rollout.ahead: tokens drawn before the last update are learned from as if the policy had drawn them; "
                "loss.correction=truncate weighs them")
@@ -31,5 +33,7 @@ def of(c: ConfigDict) -> list[str]:
 def of_evaluation(c: ConfigDict) -> list[str]:
   """Those on an evaluation alone."""
   alike = c.eval.samples > 1 and c.eval.temperature == 0
-  return [f"eval.samples is {c.eval.samples} and eval.temperature 0: greedy responses to a problem are all alike, so votes and "
-          "pass@k say nothing; set eval.temperature=1.0"] * alike
+  out = [f"eval.samples is {c.eval.samples} and eval.temperature 0: greedy responses to a problem are all alike, so votes and "
+         "pass@k say nothing; set eval.temperature=1.0"] * alike
+  out += ["data.thinking: prompts of data sets hear nothing of it without data.chat"] * (c.data.thinking and not c.data.chat)
+  return out

@@ -27,5 +27,3 @@ def settings(page: Page, c: ConfigDict) -> None:
   if c.model.lora.rank and 0 < c.optim.lr < _LEAST_FOR_ADAPTERS:
     page.warn(f"optim.lr is {c.optim.lr:g}, a rate for all weights; adapters (model.lora.rank) hardly move with it: "
               f"{_LEAST_FOR_ADAPTERS:g} and more is usual")
-  if c.optim.warmup >= c.steps * c.optim.epochs * c.optim.minibatches:
-    page.warn(f"optim.warmup is {c.optim.warmup} and steps is {c.steps}: the run ends before the learning rate is reached")

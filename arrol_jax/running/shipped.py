@@ -19,7 +19,7 @@ CONFIGS = FOLDERS["configs"]
 
 def find(path: str) -> str:
   """`path` itself, or the shipped file or folder of that name if nothing is there."""
-  if not os.path.exists(path):
+  if path and not os.path.exists(path):
     for name, folder in FOLDERS.items():
       inside = os.path.relpath(path, name) if not os.path.isabs(path) else ".."
       if not inside.startswith("..") and (folder / inside).exists():

@@ -5,6 +5,7 @@ What a user types is text: where a message's content holds the string of one of 
 model's chat template writes special tokens. In /v1/completions the prompt is the caller's whole text, and they do count there.
 """
 
+from collections.abc import Sequence
 import functools
 import re
 
@@ -21,6 +22,7 @@ IGNORED = {"id", "status", "cache_control"}  # of a message or a part: nothing d
 FEWEST_CHARACTERS = 4096  # that are always read
 SEVERAL = 16  # prompts of the longest kind, whose characters a call's prompts may have together
 _MARK = "\ue000{}\ue001"  # of private use: stands for a special token's string in a rendered template
+_MARKS = re.compile("\ue000([0-9]+)\ue001")
 
 
 def longest_token(tokenizer) -> int:
@@ -86,26 +88,32 @@ def chat(messages, limits) -> list[int]:
   try:
     text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=limits.thinking)
   except Exception as e:  # a template is a program, and may refuse an order of roles in its own words
-    raise Refused(f"the model's chat template refuses these messages: {' '.join(str(e).split())[:200]}", "messages") from None
+    why = _MARKS.sub(lambda mark: typed[int(mark[1])], " ".join(str(e).split()))
+    raise Refused(f"the model's chat template refuses these messages: {why[:200]}", "messages") from None
   check_length(text, 2 * limits.max_prompt, limits.longest, "messages")
   encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
   if not typed:
     return _known(encode(text), text, limits, "messages")
   out = []
-  for i, part in enumerate(re.split("\ue000([0-9]+)\ue001", text)):
+  for i, part in enumerate(_MARKS.split(text)):
     for piece in _harmless(typed[int(part)], special) if i % 2 else [part]:
       out += encode(piece) if piece else []
-  return _known(out, text, limits, "messages")
+  return _known(out, _MARKS.sub("", text), limits, "messages", typed)
 
 
-def _known(tokens: list[int], text: str, limits, field: str) -> list[int]:
-  """The tokens of a text, if they stand for all of it and the model has an embedding for all of them."""
+def _known(tokens: list[int], text: str, limits, field: str, typed: Sequence[str] = ()) -> list[int]:
+  """The tokens of a text, if they stand for all of it and the model has an embedding for all of them.
+
+  typed: special tokens' strings that stand in it as text.
+  """
   tokenizer, (name, number) = limits.tokenizer, _unknown(limits.tokenizer)
   if number in tokens and name not in text:
     special = _specials(tokenizer)
     lost = [c for c in dict.fromkeys(special.sub("", text) if special else text)
             if number in tokenizer.encode(c, add_special_tokens=False)]
-    raise Refused(f"the model's tokenizer has no token for {', '.join(map(repr, lost[:8])) or 'a part'} of {field}", field)
+    lost = [*map(repr, lost), *(f"{t!r} as text" for t in dict.fromkeys(typed) if any(
+      number in tokenizer.encode(piece, add_special_tokens=False) for piece in _harmless(t, special) if piece))]
+    raise Refused(f"the model's tokenizer has no token for {', '.join(lost[:8]) or 'a part'} of {field}", field)
   strange = next((t for t in tokens if t >= limits.vocab), None)
   if strange is not None:
     raise Refused(f"{field} holds {limits.tokenizer.convert_ids_to_tokens(strange)!r}, which the tokenizer knows as {strange} "
