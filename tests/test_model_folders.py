@@ -57,6 +57,22 @@ def test_an_index_of_one_file_is_that_file(tmp_path):
   same(load_policy(folder).params, load_policy(FIXTURES / SINGLE).params)
 
 
+def test_an_unembedding_of_its_own_counts_whatever_the_configuration_says(tmp_path):
+  """As in transformers; a copy of the embedding changes nothing."""
+  folder = copy("qwen2_untied", tmp_path / "untied")
+  said = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": True}))
+  got = load_policy(folder)
+  assert not got.config.tied
+  same(got.params, load_policy(FIXTURES / "qwen2_untied").params)
+  for factor in (1, 2):
+    tied = copy(SINGLE, tmp_path / f"tied{factor}")
+    arrays = {name: np.array(x.read()) for name, x in safetensors.read_header(tied / "model.safetensors").items()}
+    arrays["lm_head.weight"] = factor * arrays["model.embed_tokens.weight"]
+    safetensors.write(tied / "model.safetensors", [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+    assert load_policy(tied).config.tied == (factor == 1)
+
+
 def test_weights_that_are_links_to_what_is_gone(tmp_path):
   """As in a cache of the hub's whose blobs were removed."""
   weights = copy(SINGLE, tmp_path / "m") / "model.safetensors"

@@ -100,20 +100,6 @@ def test_older_config_files_mean_the_same(tmp_path):
   assert load_policy(folder).config == fixture(SHARDED).config
 
 
-def test_an_unembedding_of_its_own_counts_whatever_the_configuration_says(tmp_path):
-  """As in transformers; a copy of the embedding changes nothing."""
-  folder, want = copy("qwen2_untied", tmp_path), fixture("qwen2_untied")
-  edit(folder / "config.json", tie_word_embeddings=True)
-  got = load_policy(folder)
-  assert not got.config.tied
-  same(got.params, want.params)
-  tied = copy("qwen2_tied", tmp_path)
-  rewrite(tied / "model.safetensors", lambda x: x | {"lm_head.weight": x["model.embed_tokens.weight"]})
-  assert load_policy(tied).config.tied
-  rewrite(tied / "model.safetensors", lambda x: x | {"lm_head.weight": x["model.embed_tokens.weight"] * 2})
-  assert not load_policy(tied).config.tied
-
-
 def test_absent_keys_take_the_defaults_of_transformers(tmp_path):
   folder = copy("llama_untied", tmp_path)
   want = load_policy(folder).config
