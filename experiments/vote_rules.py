@@ -98,7 +98,7 @@ def _logit(posterior):
 
 
 def tops(scores: np.ndarray, voters: np.ndarray, share: float | None) -> np.ndarray:
-  """scores f[P,G], 0 for those that keep_top of voting.vote leaves out."""
+  """scores f[P,G], 0 for all but this share of a problem's votes with the largest and those that tie with the last."""
   if share is None:
     return scores
   kept = np.maximum(1, np.ceil(share * voters.sum(axis=1) - 1e-9)).astype(int)

@@ -30,7 +30,7 @@ def logprobs_of(server, tokens):
   e = server.service.engine
   from arrol_jax.serving.scoring import _forward
   with jax.set_mesh(e.mesh):
-    hidden = _forward(e.config, e.params, jnp.array([tokens]), server.service.sampling)
+    hidden = _forward(e.config, e.params, jnp.array([tokens]))
     every = jax.nn.log_softmax(transformer.unembed(e.params, hidden)[0])
   return np.array([every[i, t] for i, t in enumerate(tokens[1:])]), np.asarray(every)
 
