@@ -149,6 +149,15 @@ def test_a_mask_with_a_cap_at_which_nothing_is_learned_is_refused():
       config.check(c)
 
 
+def test_two_words_on_which_share_is_learned_from_are_refused():
+  """prune.rule=max_variance learns from prune.keep of what finished; while it does not prune, learn.keep alone counts."""
+  argv = ["p", "--config=quickstart", "--config.prune.rule=max_variance", "--config.learn.keep=0.5"]
+  with pytest.raises(UserError, match="learn.keep is 0.5; with prune.rule=max_variance it must be 1"):
+    config.check(config.parse(argv)[0])
+  config.check(config.parse([*argv, "--config.prune.enabled=False"])[0])
+  config.check(config.parse(argv[:-1])[0])
+
+
 def test_the_shipped_values_and_the_ends_of_their_ranges_are_fine():
   for overrides in ((), ("optim.lr=0", "loss.clip_high=0.28", "prune.target=0", "prune.strength=-1", "optim.b1=0")):
     config.check(config.parse(["train.py", QUICKSTART, *(f"--config.{x}" for x in overrides)])[0])
