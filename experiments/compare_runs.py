@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.plot_run import Parser, fail, read, steps
+from arrol_jax import config
+from experiments.plot_run import read, to_compare
 
 PHASES = ("sec_generate", "sec_reward", "sec_logprob", "sec_update", "sec_step")
 MEANS = ("reward", "reward_ipw", "keep_ratio", "pos_ratio", "pos_var", "groups_mixed", "head_auc", "head_auc_within", "head_ece",
@@ -51,19 +52,7 @@ def rows(workdirs: list[str], skip: int) -> list[list[str]]:
 
 
 def main():
-  parser = Parser(__doc__)
-  parser.add_argument("workdirs", nargs="*", help="folders of runs, two or more")
-  parser.add_argument("--skip", type=steps, default=14, help="steps to leave out at the start")
-  given = parser.parse_args()
-  workdirs, skip = given.workdirs, given.skip
-  if len(workdirs) < 2:
-    fail("give the workdirs of two runs or more")
-  missing = [f"{w}/metrics.jsonl" for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
-  if missing:
-    fail(f"{missing[0]} does not exist")
-  fewest = min(len(read(w)["step"]) for w in workdirs)
-  if skip >= fewest:
-    fail(f"--skip={skip} leaves nothing of a run of {fewest} steps")
+  workdirs, skip = to_compare("compare_runs", __doc__, 14)
   found, names = rows(workdirs, skip), [os.path.basename(os.path.normpath(w)) for w in workdirs]
   print(f"| steps {skip + 1} to the end | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
   for row in found:
@@ -71,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

@@ -7,46 +7,62 @@ Several workdirs share the reward panels; the rollout panel shows the first. Wit
 
 import argparse
 import os
-import sys
-from typing import NoReturn
 
 import matplotlib
 import numpy as np
 
+from arrol_jax import config
 from arrol_jax.reporting.run_folder import columns, smooth
 from arrol_jax.running.workdir import read_lines
+from arrol_jax.types import UserError
+from arrol_jax.usage import Parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 
-def fail(text: str) -> NoReturn:
-  print(f"error: {text}", file=sys.stderr)
-  sys.exit(2)
+def parser(name: str, doc: str) -> Parser:
+  """Of the command experiments.NAME about runs."""
+  return Parser(prog=f"python -m experiments.{name}", description=doc.partition("\n")[0], allow_abbrev=False)
 
 
-class Parser(argparse.ArgumentParser):
-  """Arguments of a command about runs; a mistake is one line."""
+def to_compare(name: str, doc: str, skip: int) -> tuple[list[str], int]:
+  """The folders and --skip that experiments.NAME is given: two runs or more, each with more steps than are left out at first."""
+  p = parser(name, doc)
+  p.add_argument("workdirs", nargs="*", help="folders of runs, two or more; the first is what others are compared with")
+  p.add_argument("--skip", type=_steps, default=skip, help="steps to leave out at the start")
+  given = p.parse_args()
+  if len(given.workdirs) < 2:
+    raise UserError("give the workdirs of two runs or more")
+  fewest = min(len(steps_of(w)) for w in sorted(given.workdirs, key=_is_there))  # what is not there is told first
+  if given.skip >= fewest:
+    raise UserError(f"--skip={given.skip} leaves nothing of a run of {fewest} steps")
+  return given.workdirs, given.skip
 
-  def __init__(self, doc: str):
-    super().__init__(description=doc.partition("\n")[0], allow_abbrev=False)
 
-  def error(self, message: str) -> NoReturn:
-    fail(message)
-
-
-def steps(text: str) -> int:
+def _steps(text: str) -> int:
   if not text.isdigit():
     raise argparse.ArgumentTypeError(f"{text!r} is no number of steps")
   return int(text)
 
 
+def _is_there(workdir: str) -> bool:
+  return os.path.exists(f"{workdir}/metrics.jsonl")
+
+
+def steps_of(workdir: str) -> list[dict]:
+  """Lines of metrics.jsonl; UserError where there is none."""
+  path = f"{workdir}/metrics.jsonl"
+  if not _is_there(workdir):
+    raise UserError(f"{path} does not exist")
+  if not (lines := read_lines(path)):
+    raise UserError(f"{path} holds no step yet")
+  return lines
+
+
 def read(workdir: str) -> dict[str, np.ndarray]:
   """Columns of metrics.jsonl as float arrays; null becomes NaN."""
-  lines = read_lines(f"{workdir}/metrics.jsonl")
-  if not lines:
-    fail(f"{workdir}/metrics.jsonl holds no step yet")
-  return columns(lines)
+  return columns(steps_of(workdir))
 
 
 def plot(workdirs: list[str], out: str) -> None:
@@ -80,18 +96,16 @@ def plot(workdirs: list[str], out: str) -> None:
 
 
 def main():
-  parser = Parser(__doc__)
-  parser.add_argument("workdirs", nargs="*", help="folders of runs, one or more")
-  parser.add_argument("--out", help="the plot's file; default plot.png in the first folder")
-  given = parser.parse_args()
-  workdirs, out = given.workdirs, given.out
-  missing = [w for w in workdirs if not os.path.exists(f"{w}/metrics.jsonl")]
-  if missing or not workdirs:
-    fail(f"no metrics.jsonl in {missing[0]}" if missing else "give the workdir of a run")
-  out = out or f"{workdirs[0]}/plot.png"
-  plot(workdirs, out)
+  p = parser("plot_run", __doc__)
+  p.add_argument("workdirs", nargs="*", help="folders of runs, one or more")
+  p.add_argument("--out", help="the plot's file; default plot.png in the first folder")
+  given = p.parse_args()
+  if not given.workdirs:
+    raise UserError("give the workdir of a run")
+  out = given.out or f"{given.workdirs[0]}/plot.png"
+  plot(given.workdirs, out)
   print(f"{out}: written")
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

@@ -13,17 +13,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from arrol_jax.running.workdir import read_lines
-from experiments.plot_run import Parser, fail, steps
+from arrol_jax import config
+from experiments.plot_run import steps_of, to_compare
 
 BLOCK = 10
-
-
-def steps_of(run: str) -> list[dict]:
-  path = Path(run, "metrics.jsonl")
-  if not path.exists():
-    fail(f"{path} does not exist")
-  return read_lines(path) or fail(f"{path} holds no step yet")
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -57,16 +50,8 @@ def column(lines: list[dict], first: list[dict], skip: int) -> dict[str, str]:
 
 
 def main():
-  parser = Parser(__doc__)
-  parser.add_argument("runs", nargs="*", help="folders of runs, two or more; differences are to the first")
-  parser.add_argument("--skip", type=steps, default=4, help="steps to leave out at the start")
-  given = parser.parse_args()
-  runs, skip = given.runs, given.skip
-  if len(runs) < 2:
-    fail("give the folders of two runs or more")
+  runs, skip = to_compare("signal_table", __doc__, 4)
   read = [steps_of(run) for run in runs]
-  if skip >= min(map(len, read)):
-    fail(f"--skip={skip} leaves nothing of a run of {min(map(len, read))} steps")
   columns = [column(lines, read[0], skip) for lines in read]
   print(f"| steps {skip + 1} on | {' | '.join(Path(run).name for run in runs)} |\n|{'---|' * (len(runs) + 1)}")
   for name in dict.fromkeys(name for c in columns for name in c):
@@ -74,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

@@ -11,7 +11,8 @@ import json
 
 import numpy as np
 
-from experiments.plot_run import Parser
+from arrol_jax import config
+from experiments.plot_run import parser
 
 ROLLOUTS = SLOTS = 512
 SEGMENT, DETECT, LAG = 16, 128, 1
@@ -72,9 +73,9 @@ def decode_steps(longest: int, pruned: bool, most: int) -> float:
 
 
 def main():
-  parser = Parser(__doc__)
-  parser.add_argument("--out", help="a file that lines are added to")
-  out = parser.parse_args().out
+  p = parser("sim_ahead", __doc__)
+  p.add_argument("--out", help="a file that lines are added to")
+  out = p.parse_args().out
   for longest, pruned, most in CASES:
     by_slots = float(lengths(longest, pruned, STEPS)[SKIP:].sum(1).mean()) / SLOTS
     line = json.dumps({"longest": longest, "pruned": pruned, "ahead": most,
@@ -87,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  config.run(main)

@@ -168,7 +168,8 @@ def dry(values: flags.FlagValues) -> None:
 
 def main():
   values = parse(sys.argv)
-  chosen(values), selection(values)  # whatever is asked for, before any file or commit is looked at
+  chosen(values)
+  selection(values)  # both: what is asked for, before any file or commit is looked at
   if values.scale == "gpu" and (values.run or values.dry) and not (values.model and values.data):
     raise UserError("the gpu scale needs --model=DIR/model.gguf and --data=DIR")
   if not (values.dry or values.run or values.table):

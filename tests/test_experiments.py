@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from arrol_jax import config
 from arrol_jax.types import UserError
 from experiments import (
   compare_runs,
@@ -251,7 +252,7 @@ def test_mistakes_of_commands_about_runs_are_one_line(tmp_path, monkeypatch, cap
                                   (signal_table, [run, run, "--skpi=0"], "--skpi"), (signal_table, [run, tmp_path], "no step")):
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
     with pytest.raises(SystemExit) as e:
-      module.main()
+      config.run(module.main)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and word in err and len(err.splitlines()) == 1
 
